@@ -1,0 +1,166 @@
+"""TOML file + ``section.key=value`` overrides -> a checked config, or one message naming every problem."""
+
+from __future__ import annotations
+
+import difflib
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ValidationError
+
+from cluster.contracts.errors import UserError
+
+C = TypeVar("C", bound=BaseModel)
+
+
+def load_config(model: type[C], path: str | None, overrides: Sequence[str] = ()) -> C:
+    """Defaults < one TOML file < overrides. Raises UserError with every problem found, never repairs."""
+    tree: dict[str, Any] = read_toml(path) if path else {}
+    for override in overrides:
+        _apply(tree, override)
+    return check_config(model, tree, where=path or "command line")
+
+
+def read_toml(path: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            "no such config file", where=path, fix="give the path of a TOML file; examples/ has some"
+        ) from None
+    except IsADirectoryError:
+        raise UserError("is a directory", where=path, fix="give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
+        raise UserError(f"not valid TOML: {problem}", where=path, fix="correct that line") from None
+
+
+def check_config(model: type[C], tree: Mapping[str, Any], *, where: str) -> C:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as problem:
+        lines = [_explain(model, error) for error in problem.errors()]
+        raise UserError(
+            "; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines),
+            where=where,
+            fix="correct the keys named above; `accord plan CONFIG` prints every value in force",
+        ) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, sep, text = override.partition("=")
+    if not sep or not key:
+        raise UserError(
+            f"{override!r} is not of the form section.key=value",
+            where="command line",
+            fix="for example batch.steps=10",
+        )
+    *path, leaf = key.strip().split(".")
+    node: Any = tree
+    for part in path:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else node[_index(node, part, key)]
+    if isinstance(node, list):
+        node[_index(node, leaf, key)] = _value(text)
+    elif isinstance(node, dict):
+        node[leaf] = _value(text)
+    else:
+        raise UserError(f"{key!r} goes below a plain value", where="command line")
+
+
+def _index(node: Any, part: str, key: str) -> int:
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return int(part)
+    raise UserError(f"{part!r} in {key!r} does not name an entry", where="command line")
+
+
+def _value(text: str) -> Any:
+    """TOML value if it reads as one, else the text itself, so that paths need no quotes."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return None if text == "none" else text
+
+
+def _explain(model: type[BaseModel], error: Any) -> str:
+    place = [part for part in error["loc"] if isinstance(part, int) or not part.startswith("function-")]
+    key = ".".join(str(part) for part in place)
+    if error["type"] == "extra_forbidden":
+        names = list(_fields_at(model, place[:-1]))
+        near = difflib.get_close_matches(str(place[-1]), names, n=1, cutoff=0.5)
+        parent = ".".join(str(p) for p in place[:-1])
+        hint = f"did you mean {parent + '.' if parent else ''}{near[0]}?" if near else f"valid: {', '.join(names)}"
+        return f"unknown key {key}: {hint}"
+    if error["type"] == "missing":
+        return f"missing key {key}"
+    message = error["msg"].removeprefix("Value error, ")
+    return f"{key} = {error['input']!r}: {message}" if key else message
+
+
+def _fields_at(model: Any, place: Sequence[int | str]) -> Mapping[str, Any]:
+    """Field names of the section at ``place`` (through lists and tagged unions)."""
+    current: list[Any] = [model]
+    for part in place:
+        nxt: list[Any] = []
+        for kind in current:
+            for option in _options(kind):
+                if isinstance(option, type) and issubclass(option, BaseModel):
+                    if isinstance(part, str) and part in option.model_fields:
+                        nxt.append(option.model_fields[part].annotation)
+                    elif isinstance(part, str) and _tag(option) == part:
+                        nxt.append(option)
+                elif get_origin(option) is list and isinstance(part, int):
+                    nxt.append(get_args(option)[0])
+        current = nxt
+    found: dict[str, Any] = {}
+    for kind in current:
+        for option in _options(kind):
+            if isinstance(option, type) and issubclass(option, BaseModel):
+                found.update(option.model_fields)
+    return found
+
+
+def _tag(model: type[BaseModel]) -> str | None:
+    return getattr(model.model_fields.get("type"), "default", None)
+
+
+def _options(kind: Any) -> list[Any]:
+    if get_origin(kind) is Annotated:
+        return _options(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [option for part in get_args(kind) for option in _options(part)]
+    return [kind]
+
+
+def dump_toml(config: BaseModel) -> str:
+    """The resolved config as TOML (None left out: TOML has no null, and None is the default there)."""
+    lines: list[str] = []
+    _dump(config.model_dump(mode="json", exclude_none=True), "", lines)
+    return "\n".join(lines).lstrip("\n") + "\n"
+
+
+def _dump(node: Mapping[str, Any], prefix: str, lines: list[str]) -> None:
+    tables = {k: v for k, v in node.items() if isinstance(v, dict) and v}
+    arrays = {k: v for k, v in node.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
+    for key, value in node.items():
+        if key not in tables and key not in arrays and value != {}:
+            lines.append(f"{key} = {_toml(value)}")
+    for key, items in arrays.items():
+        for item in items:
+            lines.append(f"\n[[{prefix}{key}]]")
+            _dump(item, f"{prefix}{key}.", lines)
+    for key, table in tables.items():
+        lines.append(f"\n[{prefix}{key}]")
+        _dump(table, f"{prefix}{key}.", lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{text}"'

@@ -1,0 +1,115 @@
+"""What the roles promise each other. Fakes of these drive the controller in unit and fault tests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from cluster.contracts.records import (
+    Assignment,
+    Completion,
+    Harvest,
+    Prompt,
+    Rollout,
+    Score,
+    StepInput,
+    StepResult,
+    SwapReport,
+    WeightManifest,
+)
+
+
+class Engine(Protocol):
+    """A generation engine inside a worker's process, driven by one thread.
+
+    Every method is called from that thread only, so a weight swap falls exactly between two decode
+    steps. ``submit`` takes one request per sample; requests finish in any order.
+    """
+
+    name: str  # "vllm" or "transformers", with the version
+
+    def submit(self, request_id: str, prompt_ids: Sequence[int], seed: int | None) -> None: ...
+
+    def step(self) -> list[tuple[str, Completion]]:
+        """One decode step for everything running; returns what finished."""
+        ...
+
+    def abort(self, request_ids: Sequence[str]) -> None: ...
+
+    @property
+    def unfinished(self) -> int: ...
+
+    def load(self, tensors: Mapping[str, Any], version: int) -> None:
+        """Replace all weights (host arrays, see ``cluster.weights``), between two steps."""
+        ...
+
+    def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of token_ids[1:] at temperature 1 under the current weights."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class Scorer(Protocol):
+    """Scores finished rollouts; raises RewardFailure or BadReward, never invents a number."""
+
+    version: str
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]: ...
+
+
+class WorkerHandle(Protocol):
+    """A rollout worker as the pool sees it. ``incarnation`` changes with each restart."""
+
+    name: str
+    incarnation: int
+
+    async def start(self) -> Mapping[str, Any]: ...
+
+    async def submit(self, assignments: Sequence[Assignment]) -> None: ...
+
+    async def harvest(self, timeout_s: float) -> Harvest: ...
+
+    async def load_weights(self, manifest: WeightManifest) -> SwapReport: ...
+
+    async def stop(self) -> None: ...
+
+
+class LearnerHandle(Protocol):
+    """The learner as the controller sees it."""
+
+    async def start(self) -> WeightManifest:
+        """Load models (or the checkpoint); the manifest publishes the weights it starts from."""
+        ...
+
+    async def step(self, batch: StepInput) -> StepResult: ...
+
+    async def save(self, directory: str) -> None:
+        """Write policy/ and trainer state under ``directory`` (complete on return)."""
+        ...
+
+    async def stop(self) -> None: ...
+
+
+class PromptSource(Protocol):
+    """Prompts in a fixed, seekable order: ``prompt(n)`` is the n-th ever admitted."""
+
+    def __len__(self) -> int: ...
+
+    def prompt(self, ordinal: int) -> Prompt: ...
+
+
+class Clock(Protocol):
+    def now(self) -> float:
+        """Seconds on a monotonic clock."""
+        ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+
+class Sink(Protocol):
+    """Receives the numbers of a step. A sink that fails is counted and reported, never fatal."""
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...

@@ -1,0 +1,252 @@
+"""The records that travel between the stages, in the order they are made.
+
+    Prompt -> Completion -> Rollout -> (Rollout, Score) -> RolloutGroup -> StepResult
+                                                 learner -> WeightManifest -> workers
+
+A stage wraps the record before it and never fills in blanks. ``None`` means "does not apply", never
+"not computed yet". Standard-library types only: tensors are born in the learner.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from cluster.contracts.metrics import Metric
+
+Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt, tokenised once. ``metadata`` (labels, columns of the row) reaches reward functions."""
+
+    id: str
+    messages: tuple[Message, ...]
+    token_ids: tuple[int, ...]
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionSpan:
+    """Tokens [start, end) of a completion were sampled from policy ``version``."""
+
+    version: int
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the engine sampled. ``token_ids`` includes the end token when ``finish_reason`` is "stop".
+
+    ``logprobs[i]`` is the natural-log probability, under the distribution really sampled from (after
+    temperature), of ``token_ids[i]``. ``versions`` covers every token exactly once, in order.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[VersionSpan, ...]
+    finish_reason: FinishReason
+
+    def __post_init__(self) -> None:
+        n = len(self.token_ids)
+        if n == 0:
+            raise ValueError("a completion has no tokens")
+        if len(self.logprobs) != n:
+            raise ValueError(f"{n} tokens but {len(self.logprobs)} log-probabilities")
+        if not all(math.isfinite(x) for x in self.logprobs):
+            raise ValueError("the engine returned a log-probability that is not finite")
+        covered = 0
+        for span in self.versions:
+            if span.start != covered or span.end <= span.start:
+                raise ValueError(f"version spans {self.versions} leave a gap or overlap")
+            covered = span.end
+        if covered != n:
+            raise ValueError(f"version spans cover {covered} of {n} tokens")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """One sampled answer to one prompt. ``text`` is for people and reward functions."""
+
+    prompt: Prompt
+    completion: Completion
+    sample_index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A finite scalar reward, its unweighted parts by scorer, and who computed it (a content hash)."""
+
+    value: float
+    parts: Mapping[str, float] = field(default_factory=dict)
+    scorer_version: str
+    vetoes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, number in (("value", self.value), *self.parts.items()):
+            if not math.isfinite(number):
+                raise ValueError(f"score {name!r} is {number}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """The controller asks a worker for one group: all samples of one prompt.
+
+    ``group_id`` is the admission ordinal: group n belongs to learner step n // prompts_per_step.
+    ``attempt`` counts re-issues after a worker was lost.
+    """
+
+    group_id: int
+    prompt: Prompt
+    samples: int
+    attempt: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolloutGroup:
+    """All samples of one prompt with their scores, or the cause why there are none."""
+
+    group_id: int
+    samples: tuple[tuple[Rollout, Score], ...] = ()
+    failure: str | None = None
+
+    def __post_init__(self) -> None:
+        if bool(self.samples) == (self.failure is not None):
+            raise ValueError("a group has samples or a failure, exactly one of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GroupMeta:
+    """What the controller needs to know of a finished group; the payload stays where it is."""
+
+    group_id: int
+    attempt: int
+    samples: int
+    prompt_tokens: int
+    response_tokens: int
+    version_min: int
+    version_max: int
+    failure: str | None = None
+    retryable: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Harvest:
+    """Groups a worker finished since it was last asked.
+
+    ``payload`` is a reference (or the bytes) of one Arrow table holding all groups without a failure
+    (``cluster.contracts.rollout_table``); ``None`` when there are none.
+    """
+
+    worker: str
+    incarnation: int
+    groups: tuple[GroupMeta, ...]
+    payload: Any
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreferencePair:
+    """One comparison, ready to train on. ``margin`` is None when the annotator gave no strength."""
+
+    id: str
+    messages: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    margin: float | None
+    annotator: str
+    source: str
+    consent: str
+    created_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorEntry:
+    """One tensor of a weight update. ``checksum`` is the hex SHA-256 of its bytes, C order."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # torch name without the prefix: "float32", "bfloat16"
+    nbytes: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """A fixed sequence and the learner's log-probabilities of tokens[1:], at temperature 1.
+
+    The engine computes the same after the swap; a difference over ``tolerance`` is a failed update.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightManifest:
+    """Everything a receiver needs to check an update before, while and after it is applied."""
+
+    version: int
+    tensors: tuple[TensorEntry, ...]
+    canary: Canary
+    transport: str
+    locator: Any  # where to fetch: an object reference, a path, a communicator name
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SwapReport:
+    """A worker's acknowledgement: it now serves ``version``, verified."""
+
+    version: int
+    fetch_s: float
+    verify_s: float
+    pause_s: float  # how long generation stood still
+    canary_logp_diff: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """One learner step: which groups, out of which payloads.
+
+    ``payloads`` are references of Arrow tables; each may hold groups of other steps too, so the
+    learner selects by ``group_ids`` and orders by them: a step never depends on arrival order.
+    """
+
+    step: int
+    group_ids: tuple[int, ...]
+    payloads: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """Outcome of one learner step: the new policy version and its published weights."""
+
+    step: int
+    version: int
+    metrics: tuple[Metric, ...]
+    manifest: WeightManifest
+    trained_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """The controller's part of a checkpoint. Group ids below ``next_group`` of finished steps are
+    trained; on resume, admission continues from ``step * prompts_per_step``."""
+
+    step: int
+    version: int
+    next_group: int
+    prompts_total: int
+    dropped: Sequence[Mapping[str, Any]] = ()
+    elapsed_s: float = 0.0
