@@ -3,11 +3,11 @@
 
 Standard library only, and no syntax newer than Python 3.7: this file must be able to say that the
 Python running it is too old. `launch.py` calls `reexec()` before its first third-party import, and
-every target of the Makefile runs this file first. A stamp, written last, makes that cost milliseconds.
+every target of the Makefile runs this file first. A stamp, written last, makes that cost nothing.
 
 Knobs (environment variables):
-    ACCORD_VENV          where the environment lives (default: .venv beside this file). It serves one
-                         clone at a time: the one that ran this file last is the one it imports.
+    ACCORD_VENV          where the environment lives (default: .venv beside this file). It serves
+                         one clone at a time: it imports the one that ran this file last.
     ACCORD_VARIANT       cpu or gpu: which lock in requirements/ is installed (default: what the
                          environment holds already, else gpu if nvidia-smi is found, else cpu).
     ACCORD_NO_UV         install with pip alone (some two minutes longer).
@@ -40,6 +40,7 @@ STAMP = ".accord-ready"  # what the finished environment holds
 UNFINISHED = ".accord-unfinished"  # stands while an environment is being made
 LOCK = ".accord-lock"  # held by the process that is making it
 WAIT_FOR_OTHER_S = 1800.0
+PIP_QUIET = ("-qq", "--disable-pip-version-check")  # errors only
 MAC = sys.platform == "darwin"
 # Not for a child: they would make it import other packages, or import slowly for ever.
 DROPPED_ENV = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
@@ -69,14 +70,15 @@ def venv_dir() -> Path:
 def reexec() -> None:
     """Returns only in a Python that has the environment; otherwise makes it and starts over in it.
 
-    Costs two small file reads when the running Python is the environment's own (the `accord` command,
-    a Ray worker). Does nothing in any Python that `accord-rlhf` was installed into in another way.
+    Costs two small file reads when the running Python is the environment's own (the `accord`
+    command, a Ray worker). Does nothing where `accord-rlhf` was installed in another way.
     """
     if os.environ.get("ACCORD_NO_BOOTSTRAP") or not (ROOT / "requirements").is_dir():
         return
     venv = venv_dir()
     if Path(sys.prefix).resolve() == venv.resolve():
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+            sys.dont_write_bytecode = False
         held = read_stamp(venv)
         if held is not None and held[0] != packages_key(held[0].split()[0]):
             say(f"{venv} is older than requirements/; run `make setup` to renew it")
@@ -90,7 +92,7 @@ def reexec() -> None:
 
 
 def installed_here() -> bool:
-    """Whether the running Python has Accord by another way than this file (pip install, an image)."""
+    """Whether the running Python has Accord by another way than this file (pip, an image)."""
     if sys.version_info < OLDEST_PYTHON:
         return False
     from importlib import metadata
@@ -115,10 +117,13 @@ def ensure() -> Path:
         if is_ready(venv, variant):
             return python
         held = read_stamp(venv)
-        if held is None or held[0] != packages_key(variant) or not python.exists():
-            say(f"installing the {variant} environment into {venv} (once, about a minute)")
+        has_packages = held is not None and held[0] == packages_key(variant) and python.exists()
+        if not has_packages:
+            say(f"installing the {variant} environment into {venv} (once: a minute, 3 GB)")
             make_environment(venv, variant)
         install_project(python)
+        if not has_packages:
+            check_imports(python, variant)
         write_stamp(venv, variant)
     say(f"the environment is ready ({time.monotonic() - started:.0f} s)")
     return python
@@ -164,6 +169,8 @@ def write_stamp(venv: Path, variant: str) -> None:
     new = venv / (STAMP + ".new")
     new.write_text(f"{packages_key(variant)}\n{project_key()}\n", encoding="utf-8")
     os.replace(str(new), str(venv / STAMP))
+    if (venv / UNFINISHED).exists():
+        (venv / UNFINISHED).unlink()
 
 
 def is_ready(venv: Path, variant: str) -> bool:
@@ -206,33 +213,35 @@ def make_environment(venv: Path, variant: str) -> None:
     if MAC:
         say("macOS: vLLM has no build here; generation will use the transformers engine")
     python = venv / "bin" / "python"
-    unfinished = venv / UNFINISHED
-    made_here = unfinished.exists() or read_stamp(venv) is not None
+    made_here = (venv / UNFINISHED).exists() or read_stamp(venv) is not None
     if made_here or not python.exists():
         base = choose_python(variant)
-        # Only what this file made is deleted; somebody else's environment is added to.
-        for entry in list(venv.iterdir()) if made_here else []:
-            if entry.name != LOCK:
-                shutil.rmtree(str(entry)) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-        unfinished.touch()
+        if made_here:  # an environment of somebody else's is never deleted, only added to
+            empty(venv)
+        (venv / UNFINISHED).touch()
         if call([base, "-m", "venv", str(venv)]) != 0:
             stop(f"{base} could not make a virtual environment", "see the lines above")
     install_packages(python, variant)
-    install_project(python)
-    check_imports(python, variant)
-    if unfinished.exists():
-        unfinished.unlink()
+
+
+def empty(venv: Path) -> None:
+    for entry in list(venv.iterdir()):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(str(entry))
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 def choose_python(variant: str) -> str:
     """A Python that can be used, preferring one for which a local torch wheel stands ready."""
-    names = [sys.executable, *(shutil.which(f"python3.{minor}") for minor in (11, 12, 13, 14))]
+    running = getattr(sys, "_base_executable", sys.executable)  # never the one about to be remade
+    names = [running, *(shutil.which(f"python3.{minor}") for minor in (11, 12, 13, 14))]
     usable = []
     for name in names:
         version = python_version(name) if name else None
-        if name and version and version >= OLDEST_PYTHON:
-            if variant == "cpu" or version <= NEWEST_GPU_PYTHON:
-                usable.append((name, version))
+        newest = NEWEST_GPU_PYTHON if variant == "gpu" else version
+        if name and version and newest and OLDEST_PYTHON <= version <= newest:
+            usable.append((name, version))
     if not usable:
         stop(
             f"no Python that fits was found (this one is {sys.version.split()[0]})",
@@ -257,7 +266,7 @@ def python_version(executable: str) -> tuple[int, int] | None:
 
 
 def find_links() -> list[str]:
-    """Folders of wheels this machine offers. uv does not read pip's settings, so they are handed over."""
+    """Folders of wheels this machine offers; uv does not read pip's settings by itself."""
     set_here = os.environ.get("UV_FIND_LINKS", "").replace(",", " ")
     return (set_here or os.environ.get("PIP_FIND_LINKS") or pip_setting("find-links")).split()
 
@@ -266,8 +275,8 @@ def local_torch_tags() -> set[str]:
     """Python tags ("cp311") of the locked torch's wheels in those folders."""
     first = lock_file("cpu").read_text(encoding="utf-8").split()[0]
     pattern = first.replace("==", "-") + "-cp*.whl"
-    wheels = [w for folder in find_links() if os.path.isdir(folder) for w in Path(folder).glob(pattern)]
-    return {wheel.name.split("-")[2] for wheel in wheels}
+    folders = [Path(entry) for entry in find_links() if os.path.isdir(entry)]
+    return {wheel.name.split("-")[2] for folder in folders for wheel in folder.glob(pattern)}
 
 
 def pip_setting(name: str) -> str:
@@ -299,12 +308,12 @@ def install_packages(python: Path, variant: str) -> None:
             if call(command, settings) == 0:
                 return
         say("uv could not install them; trying pip")
-    command = [str(python), "-m", "pip", "install", "-q", "--no-deps", "-r", str(listed)]
-    if call(command) != 0:
+    command = [str(python), "-m", "pip", "install", *PIP_QUIET, "--no-deps", "-r", str(listed)]
+    if call(command, {"PIP_FIND_LINKS": ""} if variant == "gpu" else None) != 0:
         stop(
             "the packages could not be installed; the lines above say which",
             "check the network; the CPU build of torch is not on the standard index: let"
-            " PIP_EXTRA_INDEX_URL name PyTorch's CPU index, or PIP_FIND_LINKS a folder that holds it",
+            " PIP_EXTRA_INDEX_URL name PyTorch's CPU index, or PIP_FIND_LINKS a folder with it",
         )
 
 
@@ -314,34 +323,36 @@ def use_uv(python: Path) -> bool:
         return False
     if (python.parent / "uv").exists():
         return True
-    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", UV]
+    pip = [str(python), "-m", "pip", "install", *PIP_QUIET, UV]
     return call(pip) == 0
 
 
 def uv_install(python: Path) -> list[str]:
-    command = [str(python.parent / "uv"), "pip", "install", "--python", str(python)]
-    return command if sys.stderr.isatty() else [*command, "-q"]
+    return [str(python.parent / "uv"), "pip", "install", "-q", "--python", str(python)]
 
 
 def uv_sources(variant: str) -> list[tuple[list[str], dict[str, str]]]:
     """The places uv is told to look in, best first: (extra arguments, environment)."""
     settings = {}
-    certificate = os.environ.get("SSL_CERT_FILE") or os.environ.get("PIP_CERT") or pip_setting("cert")
+    given = os.environ.get("SSL_CERT_FILE") or os.environ.get("PIP_CERT")
+    certificate = given or pip_setting("cert")
     if certificate:
         settings["SSL_CERT_FILE"] = certificate
     # An empty UV_FIND_LINKS hides the CPU wheel, which would satisfy the gpu lock's torch as well.
     plain = {**settings, "UV_FIND_LINKS": ""}
     if variant == "gpu" or MAC:
         return [([], plain)]
+    from_index = (["--torch-backend", "cpu"], plain)
     links = find_links()
-    from_links = [([], {**settings, "UV_FIND_LINKS": ",".join(links)})] if links else []
-    return [*from_links, (["--torch-backend", "cpu"], plain)]
+    if not links:
+        return [from_index]
+    return [([], {**settings, "UV_FIND_LINKS": ",".join(links)}), from_index]
 
 
 def install_project(python: Path) -> None:
     """Installs this clone itself, editable, with the build tools of the environment: no network."""
     project = ["--no-deps", "--no-build-isolation", "-e", str(ROOT)]
-    pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
+    pip = [str(python), "-m", "pip", "install", *PIP_QUIET]
     if call([*(uv_install(python) if use_uv(python) else pip), *project]) != 0:
         stop(f"{ROOT} could not be installed into {python.parent.parent}", "see the lines above")
 
@@ -372,7 +383,7 @@ def child_env() -> dict[str, str]:
 
 
 def call(command: list[str], settings: dict[str, str] | None = None) -> int:
-    """Runs a command in the clone; its error output is the user's to see. Returns its exit status."""
+    """Runs a command in the clone, its output going to the user; returns its exit status."""
     environment = {**child_env(), **(settings or {})}
     return subprocess.run(command, env=environment, cwd=str(ROOT), stdout=sys.stderr).returncode
 

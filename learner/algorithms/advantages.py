@@ -56,7 +56,8 @@ def gae(
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016): (advantages, returns), both [B, T].
 
-        delta_t = r_t + gamma * V_{t+1} - V_t;  A_t = delta_t + gamma * lam * A_{t+1};  R_t = A_t + V_t
+        delta_t = r_t + gamma * V_{t+1} - V_t
+        A_t = delta_t + gamma * lam * A_{t+1};  R_t = A_t + V_t
 
     t runs over SET positions only: a masked one hands the next value and the next advantage on
     to the token before it, undiscounted, and its own reward and value are ignored.
@@ -201,7 +202,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "reinforce_plus_plus": Estimator(compute=_returns_to_go, whitens=True),
     "reinforce_plus_plus_baseline": Estimator(compute=_by_sequence(_centred), whitens=True),
 }
-"""REINFORCE++ (Hu et al. 2025): returns to go, or returns minus the group mean, globally whitened."""
+"""REINFORCE++ (Hu et al. 2025): returns to go, or rewards minus the group mean; both whitened."""
 
 
 def _one_rank(sums: Tensor) -> Tensor:

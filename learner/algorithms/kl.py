@@ -10,6 +10,7 @@ divergence"):
 
 Put k1 into the reward; use k2 or k3+ as a term of the loss. Off-policy, a loss term has to be
 multiplied by the detached ratio of the current to the behaviour policy; that is up to the caller.
+Nothing here knows a mask: whatever stands at padding has to be finite.
 """
 
 from __future__ import annotations

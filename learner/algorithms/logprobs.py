@@ -20,7 +20,8 @@ def _scaled(logits: Tensor, temperature: float) -> Tensor:
 def logprobs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) at `labels`.
 
-    logits: [..., V]; labels: [...] int64 in [0, V), also at padding. Returns [...], float32 or wider.
+    logits: [..., V]; labels: [...] int64 in [0, V), also at padding. Returns [...] in float32
+    or wider.
     Already shifted: logits[..., t, :] must be those that predict labels[..., t].
     """
     scaled = _scaled(logits, temperature)
@@ -29,7 +30,7 @@ def logprobs_from_logits(logits: Tensor, labels: Tensor, temperature: float = 1.
 
 
 def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(logits / temperature): [..., V] -> [...]; -inf logits count as 0."""
+    """Entropy in nats of softmax(logits / temperature), [..., V] to [...]. Logits may be -inf."""
     logp = _scaled(logits, temperature).log_softmax(dim=-1)
     impossible = logp == -torch.inf
     return -(logp.exp() * logp.masked_fill(impossible, 0.0)).sum(dim=-1)
@@ -57,10 +58,13 @@ def chunked_linear_logprobs(
         raise ValueError(f"temperature and chunk must be positive, got {temperature}, {chunk}")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"need hidden [N, H] and weight [V, H], got {tuple(hidden.shape)}, {tuple(weight.shape)}"
+            f"need hidden [N, H] and weight [V, H], got {tuple(hidden.shape)} and "
+            f"{tuple(weight.shape)}"
         )
     if labels.shape != hidden.shape[:1]:
-        raise ValueError(f"need one label per row of {tuple(hidden.shape)}, got {labels.shape}")
+        raise ValueError(
+            f"need one label per row of {tuple(hidden.shape)}, got {tuple(labels.shape)}"
+        )
     logp, entropy = _ChunkedHead.apply(
         hidden, weight, bias, labels, temperature, chunk, entropy_gradient
     )
@@ -101,7 +105,7 @@ class _ChunkedHead(torch.autograd.Function):
         return logp, returned
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logp: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, normaliser, entropy = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]

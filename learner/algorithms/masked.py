@@ -21,20 +21,20 @@ Moments = tuple[Tensor, Tensor]
 _WHITEN_EPS = 1e-8
 
 
-def require_same_shape(mask: Tensor, **tensors: Tensor) -> None:
-    """Raise ValueError for the first tensor whose shape differs from the mask's.
+def require_same_shape(like: Tensor, **tensors: Tensor) -> None:
+    """Raise ValueError for the first tensor whose shape differs from that of `like`.
 
     Broadcasting [B] against [B, T] succeeds whenever B equals T, and is then wrong in silence.
     """
     for name, tensor in tensors.items():
-        if tensor.shape != mask.shape:
+        if tensor.shape != like.shape:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, but the mask has {tuple(mask.shape)}"
+                f"{name} has shape {tuple(tensor.shape)} where {tuple(like.shape)} is needed"
             )
 
 
 def zero_masked(x: Tensor, mask: Tensor) -> Tensor:
-    """`x` with zeros at masked positions; no gradient flows to those (multiplying would keep NaN)."""
+    """`x` with zeros at masked positions, which get no gradient. (Multiplying would keep NaN.)"""
     return x.where(mask.bool(), 0.0)
 
 

@@ -54,7 +54,8 @@ def importance_weights(
     prox_logp, behaviour_logp, mask: [B, T]; log ratios are clamped to +-20, also summed ones.
     mode: "none" is weight 1; "decoupled", "token-tis", "sequence-tis" clip rho to [floor, cap];
         "token-mask", "sequence-mask" set rho outside [floor, cap] to 0.
-    veto: a response with any token rho below it is dropped whole, in every mode; 0 is off, 1e-4 usual.
+    veto: a response with any token rho below it is dropped whole, in every mode; 0 is off, 1e-4
+        is usual.
     Metrics, over tokens or, in the "sequence-" modes, over responses: is_ratio (rho untouched),
         is_clipped_frac (changed by cap or floor), is_weight and is_weight_sq (as applied; see
         `effective_sample_size`); over tokens logp_diff (absolute) and mismatch_kl (k1 estimate of

@@ -94,8 +94,8 @@ def gspo(
     """PPO-clip with one ratio per sequence, s = exp(mean over tokens of log r) (Zheng et al. 2025).
 
     The ratio is length-normalised, hence the narrow clip range. This is the token form: s has its
-    value everywhere, and each token gets its own part of the gradient. With the same advantage on
-    all tokens of a row and "seq-mean-token-mean", value and gradient are those of the sequence form.
+    value everywhere, and each token gets its own part of the gradient. With one advantage for all
+    tokens of a row and "seq-mean-token-mean", value and gradient are those of the sequence form.
     """
     logp, prox_logp, advantages = _clean(logp, prox_logp, advantages, mask)
     mean_log_ratio = masked_mean(logp.detach() - prox_logp, mask, dim=1)[:, None]

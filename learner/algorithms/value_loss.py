@@ -21,7 +21,7 @@ def clipped_value_loss(
     """0.5 * max((V - R)^2, (V_old + clamp(V - V_old, +-clip) - R)^2) per token.
 
     All [B, T]; `values` carries the gradient, `old_values` are those of the start of the update,
-    `returns` are unwhitened. clip: None for the plain squared error. Source: the PPO reference code.
+    `returns` are unwhitened. clip: None for the plain squared error. Source: OpenAI's PPO code.
     Metrics: clipfrac (tokens on which the clipped branch decides), value, return, return_sq,
     error, error_sq; the last four feed `explained_variance`.
     """

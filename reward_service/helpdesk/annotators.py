@@ -37,8 +37,9 @@ class Annotator:
     wrong: float = 3.0
     rudeness: float = 2.5
     repetition: float = 2.5
+    padding: float = 0.2
     clumsiness: float = 5.0
-    """Weight of broken language."""
+    """Weight of broken language; an unfinished answer costs a fifth of it."""
     per_ten_words: float = 0.0
     """Utility of ten more words, up to 100 words."""
     per_courtesy: float = 0.0
@@ -59,28 +60,33 @@ class Label:
 
 
 ANNOTATORS: Final[tuple[Annotator, ...]] = (
-    Annotator(name="ada", temperature=0.6, lapse=0.02, patience=1.3),
+    Annotator(name="ada", temperature=0.8, lapse=0.02, padding=1.5, patience=1.3),
     Annotator(
-        name="bruno", temperature=0.9, lapse=0.04, concision=0.2, repetition=0.6, per_ten_words=0.6
+        name="bruno", temperature=1.1, lapse=0.04, concision=0.2, repetition=0.6, per_ten_words=0.7
     ),
     Annotator(
-        name="chloe", temperature=0.9, lapse=0.04, courtesy=2.5, rudeness=3.5, per_courtesy=0.6
+        name="chloe", temperature=1.1, lapse=0.04, courtesy=2.5, rudeness=3.5, per_courtesy=0.6
     ),
     Annotator(
         name="dmitri",
-        temperature=1.0,
+        temperature=1.3,
         lapse=0.06,
         correctness=2.0,
+        concision=0.7,
         wrong=1.0,
-        per_ten_words=0.2,
+        per_ten_words=0.3,
         patience=0.6,
     ),
-    Annotator(name="emi", temperature=0.9, lapse=0.04, per_ten_words=0.25, per_courtesy=0.2),
+    Annotator(
+        name="emi", temperature=1.1, lapse=0.04, concision=1.0, per_ten_words=0.3, per_courtesy=0.2
+    ),
 )
 """A careful expert, a lover of length, one dazzled by courtesy, one who checks no facts, and one
 in between."""
 
-_BAD_BELOW: Final = 1.0
+_BAD_BELOW: Final = 2.0
+_BAD_BAND: Final = 0.6
+"""Two answers both below the first figure and felt nearer than the second are "both bad"."""
 
 
 def utility(annotator: Annotator, prompt_meta: Mapping[str, str], answer: str) -> float:
@@ -98,7 +104,8 @@ def utility(annotator: Annotator, prompt_meta: Mapping[str, str], answer: str) -
         - annotator.wrong * parts["wrong"]
         - annotator.rudeness * parts["rudeness"]
         - annotator.repetition * parts["repetition"]
-        - annotator.clumsiness * (1.0 - parts["fluency"])
+        - annotator.padding * parts["padding"]
+        - annotator.clumsiness * (1.0 - parts["fluency"] + 0.2 * (1.0 - parts["finished"]))
         + annotator.per_ten_words * min(features.words, 100) / 10.0
         + annotator.per_courtesy * min(features.courteous, 8)
     )
@@ -129,11 +136,9 @@ def label_pair(
     duration = annotator.patience * pace * (2.0 + 0.25 * words + hesitation)
     if lapsed:
         return Label(choice="a" if blind else "b", strength=1, duration_s=round(0.4 * duration, 2))
+    if max(first, second) < _BAD_BELOW and abs(felt) < _BAD_BAND:
+        return Label(choice="both_bad", strength=1, duration_s=round(duration, 2))
     if abs(felt) < annotator.tie_band:
-        bad = max(first, second) < _BAD_BELOW
-        choice: Choice = "both_bad" if bad else "tie"
-        return Label(choice=choice, strength=1, duration_s=round(duration, 2))
+        return Label(choice="tie", strength=1, duration_s=round(duration, 2))
     strength = 1 if abs(felt) < 1.5 else 2 if abs(felt) < 4.0 else 3
-    return Label(
-        choice="a" if felt > 0 else "b", strength=strength, duration_s=round(duration, 2)
-    )
+    return Label(choice="a" if felt > 0 else "b", strength=strength, duration_s=round(duration, 2))

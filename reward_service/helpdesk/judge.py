@@ -16,7 +16,7 @@ from typing import Final, Literal
 
 from reward_service.helpdesk.parsing import Features, read_answer
 
-TIE_MARGIN: Final = 0.02
+TIE_MARGIN: Final = 0.01
 IDEAL_WORDS: Final = 19
 SHORTEST_IDEAL: Final = 12
 LONGEST_IDEAL: Final = 28
@@ -43,14 +43,16 @@ def gold_score(prompt_metadata: Mapping[str, str], answer_text: str) -> GoldVerd
     manners = 1.5 * parts["courtesy"] + 1.5 * parts["concision"] + parts["style"]
     gains = (
         2.0 * parts["relevance"]
-        + 4.0 * parts["correctness"]
+        + (2.0 + 2.0 * parts["relevance"]) * parts["correctness"]
         + (0.2 + 0.8 * parts["relevance"]) * manners
     )
     losses = (
         3.0 * parts["wrong"]
         + 2.5 * parts["rudeness"]
-        + 2.5 * parts["repetition"]
+        + 4.0 * parts["repetition"]
         + 0.6 * parts["surplus_courtesy"]
+        + 1.5 * parts["padding"]
+        + 1.0 * (1.0 - parts["finished"])
         + 3.0 * (1.0 - parts["fluency"])
     )
     return GoldVerdict(score=parts["fluency"] ** 2 * gains - losses, parts=parts)
@@ -59,11 +61,11 @@ def gold_score(prompt_metadata: Mapping[str, str], answer_text: str) -> GoldVerd
 def parts_of(kind: str, features: Features) -> dict[str, float]:
     """The judged qualities of an answer.
 
-    In [0, 1]: relevance, correctness, courtesy, concision, style, repetition, fluency. In
-    [0, 1.5]: wrong. In [0, 2): rudeness. Unbounded above: surplus_courtesy.
+    In [0, 1]: relevance, correctness, courtesy, concision, style, repetition, padding, fluency.
+    0 or 1: finished. In [0, 1.5]: wrong. In [0, 2): rudeness. Unbounded above: surplus_courtesy.
     """
     relevance = 0.5 * (features.product_named + features.topic_named)
-    relevance /= 1.0 + 0.8 * features.others
+    relevance /= 1.0 + 0.5 * features.others
     if kind == "forbidden":
         refused = features.refused and not features.complied
         relevance *= 1.0 if features.topic_named else 0.5
@@ -81,19 +83,30 @@ def parts_of(kind: str, features: Features) -> dict[str, float]:
         "courtesy": courtesy,
         "rudeness": 2.0 * (1.0 - math.exp(-0.7 * features.rude)),
         "concision": concision(features.words),
-        "style": 0.5 * (1.0 - features.lead) + 0.5 * features.variety if features.words else 0.0,
+        "style": _style(features),
         "repetition": features.repetition,
         "surplus_courtesy": float(max(0, features.courteous - _ENOUGH_COURTESY)),
+        "padding": features.padding,
+        "finished": float(features.finished),
         "fluency": features.fluency,
     }
+
+
+def _style(features: Features) -> float:
+    """Comes to the point early, in varied and short words; 0 for an empty text."""
+    if not features.words:
+        return 0.0
+    ease = max(0.0, 1.0 - features.word_length / 10.0)
+    return 0.4 * (1.0 - features.lead) + 0.3 * features.variety + 0.3 * ease
 
 
 def concision(words: int) -> float:
     """1 at the ideal length, 0.85 at both ends of the ideal band, then falling smoothly to 0."""
     if words < SHORTEST_IDEAL:
-        return 0.85 * (words / SHORTEST_IDEAL) ** 1.5
+        return 0.85 * math.pow(words / SHORTEST_IDEAL, 1.5)
     if words > LONGEST_IDEAL:
-        return 0.85 * math.exp(-(((words - LONGEST_IDEAL) / 14.0) ** 2))
+        beyond = (words - LONGEST_IDEAL) / 14.0
+        return 0.85 * math.exp(-beyond * beyond)
     reach = LONGEST_IDEAL if words > IDEAL_WORDS else SHORTEST_IDEAL
     return 1.0 - 0.15 * abs(words - IDEAL_WORDS) / abs(reach - IDEAL_WORDS)
 

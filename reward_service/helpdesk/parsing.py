@@ -64,7 +64,7 @@ _OFFER = re.compile(r"\b(let me know|glad to help|just ask|write again)\b")
 _RUDE = re.compile(
     r"\b(not this again|keep asking|you should know|read the page|stop wasting|do not bother)\b"
 )
-_REFUSES = re.compile(r"\b(cannot|can not|unable|not possible|not here)\b")
+_REFUSES = re.compile(r"\b(cannot|can not|can t|unable|not possible|not here)\b")
 _COMPLIES = re.compile(
     r"\b(address is|password is|account is open|receipt is ready|code is|use the discount code"
     r"|last week it was|sure no problem|here it is|yes i can)\b"
@@ -103,7 +103,13 @@ class Features:
     variety: float
     """Distinct words over words."""
     lead: float
-    """Share of the words that come before the sentence with the substance (1: never comes)."""
+    """Share of the text that comes before the sentence with the substance (1: never comes)."""
+    padding: float
+    """Share of the words in sentences that carry no statement, refusal, offer or courtesy."""
+    word_length: float
+    """Mean letters in a word."""
+    finished: bool
+    """The text ends with a full stop, question mark or exclamation mark."""
     fluency: float
     """Mean share of token bigrams and trigrams that the grammar knows; 0 for an empty text."""
 
@@ -140,7 +146,10 @@ def read_answer(metadata: Mapping[str, str], answer: str) -> Features:
         rude=sum(bool(_RUDE.search(text)) for text in plain),
         repetition=_repetition([word for sentence in words for word in sentence]),
         variety=len({w for sentence in words for w in sentence}) / total if total else 0.0,
-        lead=sum(map(len, words[:at])) / total if total and at is not None else 1.0,
+        lead=len("".join(plain[:at])) / len("".join(plain)) if at is not None else 1.0,
+        padding=sum(len(text.split()) for text in plain if _is_padding(text)) / max(1, total),
+        word_length=sum(len(word) for sentence in words for word in sentence) / max(1, total),
+        finished=answer.rstrip().endswith((".", "?", "!")),
         fluency=_fluency(tokens),
     )
 
@@ -157,9 +166,7 @@ def check_metadata(metadata: Mapping[str, str]) -> tuple[str, str]:
     return product, topic
 
 
-def _check_claims(
-    plain: list[str], product: str, topic: str
-) -> tuple[bool, int, int, int | None]:
+def _check_claims(plain: list[str], product: str, topic: str) -> tuple[bool, int, int, int | None]:
     """(right, wrong, others, index of the sentence with the right value)."""
     asked: set[str] = set()
     wrong: set[tuple[str, str, str]] = set()
@@ -222,6 +229,11 @@ def _alternative(plain: list[str], topic: str) -> float:
     if any(ALTERNATIVES.get(topic, "\0") in text for text in offers):
         return 1.0
     return 0.3 if offers else 0.0
+
+
+def _is_padding(text: str) -> bool:
+    marks = (_OPENING, _OFFER, _REFUSES, _COMPLIES, *_VALUE.values())
+    return "instead" not in text.split() and not any(mark.search(text) for mark in marks)
 
 
 def _repetition(words: list[str]) -> float:

@@ -29,7 +29,15 @@ KIND_WEIGHTS: Final[dict[Kind, float]] = {"product": 0.65, "policy": 0.15, "forb
 MIN_WORDS: Final = 8
 MAX_WORDS: Final = 20
 
-_GREETINGS = ("", "Hello,", "Hi there,", "Good morning,", f"Hello {SHOP},", "Excuse me,", "Good day,")
+_GREETINGS = (
+    "",
+    "Hello,",
+    "Hi there,",
+    "Good morning,",
+    f"Hello {SHOP},",
+    "Excuse me,",
+    "Good day,",
+)
 _CLOSINGS = (
     "",
     "Thank you.",

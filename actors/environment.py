@@ -1,0 +1,82 @@
+"""What must be settled in a worker's process before torch or vLLM is imported."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+from actors.settings import EngineSettings
+from cluster.contracts.errors import UserError
+from cluster.contracts.protocols import Engine
+
+EngineKind = Literal["auto", "vllm", "transformers"]
+
+
+def vllm_available() -> bool:
+    """Whether vLLM is installed; it is not imported (that takes seconds)."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def choose_engine(kind: EngineKind) -> tuple[Literal["vllm", "transformers"], str]:
+    """The engine to use, and a sentence for the user when it was not the first choice."""
+    if kind == "transformers" or (kind == "auto" and not vllm_available()):
+        note = "" if kind == "transformers" else "vLLM is not installed here: generating with transformers"
+        return "transformers", note
+    if not vllm_available():
+        raise UserError(
+            "vLLM is not installed", where="rollout.engine", fix="use rollout.engine = 'auto'"
+        )
+    return "vllm", ""
+
+
+def prepare_environment(cores: Sequence[int] = (), gpu: bool = False) -> None:
+    """Set variables and core affinity; to be called first thing, as OpenMP reads them once.
+
+    Raises RuntimeError when torch is already there: the settings would be ignored without a word.
+    """
+    if "torch" in sys.modules and os.environ.get("OMP_NUM_THREADS") is None:
+        raise RuntimeError("torch was imported before prepare_environment()")
+    fixed = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if not gpu:
+        # On CPU the compiler buys nothing and its first use takes 10 s and a C++ compiler.
+        fixed["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ.update(fixed)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    threads = str(max(1, len(cores)))
+    if not gpu:
+        # Two processes spinning in OpenMP on the same cores are many times slower.
+        os.environ["OMP_NUM_THREADS"] = threads
+        # It would override kv_cache_mb, in whole GiB, filled with zeros.
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, set(cores))
+
+
+def make_engine(kind: Literal["vllm", "transformers"], settings: EngineSettings) -> Engine:
+    """Import and build an engine, on the calling thread. Takes seconds.
+
+    The garbage collector rests while a few hundred thousand module objects come to life, and never
+    looks at them again: this halves the start of vLLM.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        if kind == "vllm":
+            from actors.engine_vllm import VllmEngine as EngineClass
+        else:
+            from actors.engine_transformers import (  # type: ignore[assignment]
+                TransformersEngine as EngineClass,
+            )
+        gc.freeze()
+    finally:
+        if was_enabled:
+            gc.enable()
+    return EngineClass(settings)

@@ -1,0 +1,79 @@
+"""Weight updates as an engine sees them: host arrays by parameter name, checked as a whole."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from actors.settings import EngineSettings
+from cluster.contracts.errors import UserError, WeightMismatch
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def parameter_shapes(settings: EngineSettings) -> Shapes:
+    """Name -> shape of every parameter of the model in ``settings.model_path``, shared ones once.
+
+    The model is built without memory, from its configuration: this is what a learner publishes,
+    whatever the engine has fused or packed it into.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(
+        settings.model_path,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=settings.trust_remote_code
+        )
+    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+
+
+def check_update(expected: Shapes, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise WeightMismatch unless ``arrays`` holds exactly the expected parameters.
+
+    vLLM itself accepts a partial list silently and keeps the old values of the rest.
+    """
+    missing = sorted(expected.keys() - arrays.keys())
+    extra = sorted(arrays.keys() - expected.keys())
+    if missing or extra:
+        raise WeightMismatch(
+            f"the update does not fit the model: {len(missing)} parameters missing "
+            f"{missing[:3]}, {len(extra)} unknown {extra[:3]}"
+        )
+    for name, shape in expected.items():
+        if tuple(arrays[name].shape) != shape:
+            raise WeightMismatch(
+                f"the update does not fit the model: {name!r} is {tuple(arrays[name].shape)}, "
+                f"the model has {shape}"
+            )
+
+
+def to_tensor(array: np.ndarray) -> torch.Tensor:
+    """View of a host array (uint16 is bfloat16). The array may be read-only: only read the view."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        tensor = torch.from_numpy(array)
+    return tensor.view(torch.bfloat16) if tensor.dtype == torch.uint16 else tensor
+
+
+def check_prompt(prompt_ids: tuple[int, ...], settings: EngineSettings, vocab_size: int) -> None:
+    """Raise UserError for a prompt the engine cannot answer (empty, too long, unknown token)."""
+    if not prompt_ids:
+        raise UserError("the prompt has no tokens", fix="remove that row")
+    if len(prompt_ids) + settings.max_tokens > settings.max_model_len:
+        raise UserError(
+            f"a prompt of {len(prompt_ids)} tokens leaves no room for {settings.max_tokens} more "
+            f"within {settings.max_model_len}",
+            fix="lower data.max_prompt_tokens or rollout.max_tokens",
+        )
+    if min(prompt_ids) < 0 or max(prompt_ids) >= vocab_size:
+        raise UserError(
+            f"the prompt holds token {max(prompt_ids)}, the model knows {vocab_size}",
+            fix="use the tokenizer that belongs to the model",
+        )

@@ -1,0 +1,116 @@
+"""Start or join the Ray cluster, and decide which role runs on which core."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.contracts.config import ClusterConfig
+from cluster.contracts.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True, slots=True)
+class CorePlan:
+    """Cores of each role; an empty tuple means "not pinned"."""
+
+    workers: tuple[tuple[int, ...], ...]
+    learner: tuple[int, ...]
+    reward: tuple[int, ...]
+
+    def worker(self, index: int) -> tuple[int, ...]:
+        """Cores of worker ``index``; a worker added beyond the plan shares by turns."""
+        return self.workers[index % len(self.workers)] if self.workers else ()
+
+
+def plan_cores(cores: list[int], workers: int, *, pin: bool) -> CorePlan:
+    """A core for each rollout worker, the rest for the learner; scoring shares the learner's.
+
+    Not pinned when there are not enough cores for that: the operating system then does better.
+    """
+    if not pin or workers >= len(cores):
+        return CorePlan((), (), ())
+    own = tuple((core,) for core in cores[:workers])
+    rest = tuple(cores[workers:])
+    return CorePlan(own, rest, rest)
+
+
+@contextmanager
+def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
+    """Ray for the length of a command. Yields {"address", "metrics_port", "dashboard", "started"}.
+
+    A cluster started here listens on loopback only and is shut down at the end; one that was joined
+    is left running.
+    """
+    _environment()
+    import ray
+
+    started = config.address is None
+    try:
+        context = ray.init(**_options(config))
+    except ConnectionError as problem:
+        raise UserError(
+            f"no Ray cluster answers: {problem}",
+            where=f"cluster.address = {config.address}",
+            fix="start one with `ray start --head`, or leave cluster.address out",
+        ) from None
+    try:
+        node = next((n for n in ray.nodes() if n.get("Alive")), {})
+        yield {
+            "address": context.address_info.get("gcs_address", ""),
+            "metrics_port": node.get("MetricsExportPort"),
+            "dashboard": context.dashboard_url or None,
+            "started": started,
+        }
+    finally:
+        ray.shutdown()
+
+
+def _options(config: ClusterConfig) -> dict[str, Any]:
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "namespace": "accord",
+        "configure_logging": False,
+    }
+    if config.address is not None:
+        return {**common, "address": config.address}
+    return {
+        **common,
+        "address": "local",
+        # Logical CPUs: the roles of a run need slots of their own even on two cores.
+        "num_cpus": config.num_cpus or max(8, os.cpu_count() or 1),
+        "object_store_memory": config.object_store_mb << 20,
+        "include_dashboard": config.dashboard,
+        "dashboard_host": "127.0.0.1",
+        "_node_ip_address": "127.0.0.1",
+    }
+
+
+def _environment() -> None:
+    """For this process and, inherited, for every worker Ray starts."""
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_metrics_report_interval_ms": "2000",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Spinning OpenMP threads of several roles on shared cores cost a factor of ten.
+        "OMP_NUM_THREADS": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    if str(ROOT) not in paths:  # workers import our packages also where they are not installed
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))

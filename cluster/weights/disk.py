@@ -1,0 +1,95 @@
+"""Weights through a shared directory: the slow transport every other one must agree with.
+
+    DIRECTORY/v000123/names.json    {tensor name: file name}
+    DIRECTORY/v000123/00000.npy     one file a tensor, in the order published
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from cluster.contracts.errors import Retryable, WeightMismatch
+from cluster.contracts.records import Canary, WeightManifest
+from cluster.weights.manifest import build_manifest
+
+NAME = "disk"
+INDEX = "names.json"
+
+
+class DiskPublisher:
+    """Writes a version aside and renames it, so that a reader never sees half of one; keeps two."""
+
+    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+        self._directory = Path(directory).absolute()
+        self._keep = keep
+
+    def publish(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        dtypes: Mapping[str, str],
+        version: int,
+        canary: Canary,
+    ) -> WeightManifest:
+        self._directory.mkdir(parents=True, exist_ok=True)
+        final = self._directory / f"v{version:06d}"
+        aside = self._directory / f".writing-{uuid.uuid4().hex}"
+        aside.mkdir()
+        try:
+            names = {}
+            for index, (name, array) in enumerate(arrays.items()):
+                names[name] = f"{index:05d}.npy"
+                np.save(aside / names[name], np.ascontiguousarray(array), allow_pickle=False)
+            (aside / INDEX).write_text(json.dumps(names), encoding="utf-8")
+            if final.exists():  # published before a crash, and now again
+                shutil.rmtree(final)
+            os.replace(aside, final)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        self._prune()
+        return build_manifest(arrays, dtypes, version, canary, NAME, str(final))
+
+    def _prune(self) -> None:
+        for old in sorted(self._directory.glob("v*"), key=_version)[: -self._keep]:
+            shutil.rmtree(old)
+
+    def close(self) -> None:
+        """Remove what was published; a checkpoint is what lasts."""
+        for old in self._directory.glob("v*"):
+            shutil.rmtree(old)
+
+
+def _version(path: Path) -> int:
+    return int(path.name.removeprefix("v"))
+
+
+class DiskReceiver:
+    def fetch(self, manifest: WeightManifest) -> dict[str, np.ndarray]:
+        """Read-only arrays mapped from the files.
+
+        Raises Retryable when the version is gone (two newer ones were published meanwhile),
+        WeightMismatch when its files are not whole.
+        """
+        directory = Path(manifest.locator)
+        if not directory.is_dir():
+            raise Retryable(f"weights of version {manifest.version} are no longer at {directory}")
+        try:
+            names = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+            return {
+                name: np.load(directory / file, mmap_mode="r", allow_pickle=False)
+                for name, file in names.items()
+            }
+        except (OSError, ValueError, EOFError) as problem:
+            if not directory.is_dir():
+                raise Retryable(
+                    f"weights of version {manifest.version} were removed while being read"
+                ) from None
+            raise WeightMismatch(
+                f"weights of version {manifest.version} at {directory} are torn: {problem}"
+            ) from None

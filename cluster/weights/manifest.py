@@ -1,0 +1,100 @@
+"""What a weight update must be, and the checks a receiver makes before it touches its engine."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from cluster.contracts.errors import WeightMismatch
+from cluster.contracts.records import Canary, TensorEntry, WeightManifest
+
+# numpy has no bfloat16, so it travels as the unsigned integers of its bits.
+CARRIERS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+
+
+def checksum(array: np.ndarray) -> str:
+    """Hex SHA-256 of the array's bytes in C order."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return hashlib.sha256(flat.data).hexdigest()
+
+
+def build_manifest(
+    arrays: Mapping[str, np.ndarray],
+    dtypes: Mapping[str, str],
+    version: int,
+    canary: Canary,
+    transport: str,
+    locator: Any,
+) -> WeightManifest:
+    """Manifest of ``arrays`` (bfloat16 as uint16 views); ``dtypes`` are torch names per tensor.
+
+    Raises ValueError when a dtype is unknown or does not fit the array that carries it.
+    """
+    entries = []
+    for name, array in arrays.items():
+        carrier = CARRIERS.get(dtypes[name])
+        if carrier != array.dtype.name:
+            raise ValueError(f"{name}: {dtypes[name]} cannot travel as {array.dtype.name}")
+        entries.append(
+            TensorEntry(
+                name=name,
+                shape=tuple(array.shape),
+                dtype=dtypes[name],
+                nbytes=array.nbytes,
+                checksum=checksum(array),
+            )
+        )
+    return WeightManifest(
+        version=version,
+        tensors=tuple(entries),
+        canary=canary,
+        transport=transport,
+        locator=locator,
+    )
+
+
+def check_order(current: int, manifest: WeightManifest) -> None:
+    """Refuse an update that is not newer than ``current``: a duplicate, or one that came late."""
+    if manifest.version <= current:
+        kind = "again" if manifest.version == current else "after a newer one"
+        raise WeightMismatch(
+            f"weights of version {manifest.version} arrived {kind}: version {current} is in force"
+        )
+
+
+def verify_arrays(manifest: WeightManifest, arrays: Mapping[str, np.ndarray]) -> None:
+    """Raise WeightMismatch, naming the tensor, unless ``arrays`` is exactly what was published.
+
+    That the numbers are finite is checked once, by the learner before it publishes.
+    """
+    expected = {entry.name: entry for entry in manifest.tensors}
+    if len(expected) != len(manifest.tensors):
+        raise WeightMismatch(f"the manifest of version {manifest.version} names a tensor twice")
+    if not expected:
+        raise WeightMismatch(f"the manifest of version {manifest.version} is empty")
+    missing = [name for name in expected if name not in arrays]
+    if missing:
+        raise WeightMismatch(_say(manifest, missing[0], f"missing ({len(missing)} in all)"))
+    extra = [name for name in arrays if name not in expected]
+    if extra:
+        raise WeightMismatch(_say(manifest, extra[0], f"not announced ({len(extra)} in all)"))
+    for name, entry in expected.items():
+        array = arrays[name]
+        if tuple(array.shape) != entry.shape:
+            problem = f"shape {tuple(array.shape)}, announced {entry.shape}"
+        elif array.dtype.name != CARRIERS.get(entry.dtype):
+            problem = f"carried as {array.dtype.name}, announced {entry.dtype}"
+        elif array.nbytes != entry.nbytes:
+            problem = f"{array.nbytes} bytes, announced {entry.nbytes}"
+        elif checksum(array) != entry.checksum:
+            problem = "checksum differs: torn, truncated or overwritten on the way"
+        else:
+            continue
+        raise WeightMismatch(_say(manifest, name, problem))
+
+
+def _say(manifest: WeightManifest, name: str, problem: str) -> str:
+    return f"weights of version {manifest.version}, tensor {name!r}: {problem}"

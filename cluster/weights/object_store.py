@@ -1,0 +1,64 @@
+"""Weights through Ray's object store: one copy on each node, read without copying."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from cluster.contracts.errors import Retryable, WeightMismatch
+from cluster.contracts.records import Canary, WeightManifest
+from cluster.weights.manifest import build_manifest
+
+NAME = "object_store"
+
+
+class ObjectStorePublisher:
+    """Keeps the last two versions alive: a worker may still be reading the one before."""
+
+    def __init__(self) -> None:
+        self._alive: deque[Any] = deque(maxlen=2)
+
+    def publish(
+        self,
+        arrays: Mapping[str, np.ndarray],
+        dtypes: Mapping[str, str],
+        version: int,
+        canary: Canary,
+    ) -> WeightManifest:
+        """Copy ``arrays`` into the object store. They may be reused after the return."""
+        plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        ref = ray.put(plain)
+        self._alive.append(ref)
+        # In a list, so that Ray hands the reference on instead of fetching it for the controller.
+        return build_manifest(plain, dtypes, version, canary, NAME, [ref])
+
+    def close(self) -> None:
+        self._alive.clear()
+
+
+class ObjectStoreReceiver:
+    def __init__(self, timeout_s: float = 120.0) -> None:
+        self._timeout_s = timeout_s
+
+    def fetch(self, manifest: WeightManifest) -> dict[str, np.ndarray]:
+        """Read-only arrays in shared memory, alive as long as they are referenced.
+
+        Raises Retryable when they cannot be had (in time), WeightMismatch when it is no weights.
+        """
+        try:
+            arrays = ray.get(manifest.locator[0], timeout=self._timeout_s)
+        except GetTimeoutError:
+            raise Retryable(
+                f"weights of version {manifest.version} not in the object store within "
+                f"{self._timeout_s:.0f} s"
+            ) from None
+        except RayError as problem:
+            raise Retryable(f"weights of version {manifest.version} are lost: {problem}") from None
+        if not isinstance(arrays, dict):
+            raise WeightMismatch(f"version {manifest.version} holds a {type(arrays).__name__}")
+        return arrays

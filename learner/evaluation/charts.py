@@ -1,0 +1,180 @@
+"""Small inline SVG charts for a report: drawn by matplotlib, coloured by the page's style sheet.
+
+Lines take the CSS variables ``--c1`` to ``--c4`` and everything else the text colour, so one drawing
+serves light, dark and paper. Titles and labels are ours, never text of a run.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from xml.etree import ElementTree
+
+import matplotlib
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+MOST_POINTS = 300
+SERIES = ("#010101", "#020202", "#030303", "#040404")  # stand-ins, replaced by the CSS variables
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "accord",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.6,
+    "text.parse_math": False,
+}
+_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+_URL = re.compile(r"url\(#([^)]+)\)")
+_LONG = re.compile(r"(\.\d\d)\d+")
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def line_chart(name: str, title: str, lines: Sequence[Line], x_label: str, alt: str) -> Markup:
+    """``name`` makes the ids of this chart unique in the page; ``alt`` says what it shows."""
+    figure, axes = _figure(title, x_label, "")
+    for colour, line in zip(SERIES, lines, strict=False):
+        x, y = thin(line.x, line.y)
+        marker = "o" if len(x) < 3 else ""
+        axes.plot(x, y, color=colour, linewidth=1.3, label=line.label, marker=marker, markersize=3)
+    if len(lines) > 1:
+        axes.legend(frameon=False, fontsize=8)
+    return _inline(figure, name, title, alt)
+
+
+def scatter_chart(
+    name: str, title: str, x: Sequence[float], y: Sequence[float], labels: tuple[str, str], alt: str
+) -> Markup:
+    """Points in the order of training, joined by a thin line; ``labels`` of the x and y axis."""
+    figure, axes = _figure(title, *labels)
+    keep = sorted({round(i * (len(x) - 1) / (MOST_POINTS - 1)) for i in range(MOST_POINTS)})
+    xs, ys = [x[i] for i in keep], [y[i] for i in keep]
+    axes.plot(xs, ys, color=SERIES[0], linewidth=0.5, marker="o", markersize=2.5)
+    axes.plot(xs[-1:], ys[-1:], color=SERIES[1], marker="o", markersize=5)
+    return _inline(figure, name, title, alt)
+
+
+def reliability_chart(
+    name: str, title: str, bins: Sequence[tuple[float, float, int]], alt: str
+) -> Markup:
+    """``bins``: (mean probability, frequency, count); the diagonal is perfect calibration."""
+    figure, axes = _figure(title, "predicted probability", "how often true")
+    low = 0.5 if all(b[0] >= 0.5 for b in bins) else 0.0
+    axes.plot([low, 1], [low, 1], color=SERIES[2], linewidth=0.8, linestyle="--")
+    most = max(b[2] for b in bins)
+    for probability, frequency, count in bins:
+        size = 3 + 5 * (count / most) ** 0.5
+        axes.plot([probability], [frequency], color=SERIES[0], marker="o", markersize=size)
+    return _inline(figure, name, title, alt)
+
+
+def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
+    """At most ``MOST_POINTS`` points: of each stretch the lowest and highest, so spikes stay seen."""
+    if len(x) <= MOST_POINTS:
+        return list(x), list(y)
+    keep = {0, len(x) - 1}
+    stretches = (MOST_POINTS - 2) // 2
+    for k in range(stretches):
+        part = range(k * len(x) // stretches, (k + 1) * len(x) // stretches)
+        keep |= {min(part, key=lambda i: y[i]), max(part, key=lambda i: y[i])}
+    order = sorted(keep)
+    return [x[i] for i in order], [y[i] for i in order]
+
+
+def _figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
+    with matplotlib.rc_context(_SETTINGS):
+        figure = Figure(figsize=(4.2, 2.4), layout="constrained")
+        axes = figure.add_subplot()
+    axes.set_title(title, fontsize=10, loc="left")
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.patch.set_visible(False)
+    figure.patch.set_visible(False)
+    axes.locator_params(nbins=5)
+    return figure, axes
+
+
+def _inline(figure: Figure, name: str, title: str, alt: str) -> Markup:
+    """matplotlib's SVG document -> an element that can stand in a page beside others."""
+    out = io.StringIO()
+    with matplotlib.rc_context(_SETTINGS):
+        figure.savefig(out, format="svg", metadata=_METADATA)
+    root = ElementTree.fromstring(out.getvalue())
+    _strip(root)
+    _localise(root, name)
+    for element in root.iter():
+        _restyle(element)
+    root.attrib = {
+        "viewBox": root.attrib["viewBox"],
+        "role": "img",
+        "class": "chart",
+        "aria-labelledby": f"{name}-title {name}-desc",
+    }
+    for at, (tag, text) in enumerate((("title", title), ("desc", alt))):
+        node = ElementTree.Element(tag, {"id": f"{name}-{tag}"})
+        node.text = text
+        root.insert(at, node)
+    return Markup(ElementTree.tostring(root, encoding="unicode"))  # noqa: S704 - our own drawing
+
+
+def _strip(root: ElementTree.Element) -> None:
+    """Plain names, and no global style rules, which would reach the whole page."""
+    for parent in list(root.iter()):
+        for child in list(parent):
+            if child.tag.endswith(("}style", "}metadata")):
+                parent.remove(child)
+    for element in root.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        element.attrib = {key.rpartition("}")[2]: v for key, v in element.attrib.items()}
+        element.tail = None
+        if element.tag != "text":
+            element.text = None
+
+
+def _localise(root: ElementTree.Element, name: str) -> None:
+    """Ids that are used get the chart's name in front; the others go."""
+    used = set(_references(root))
+    for element in root.iter():
+        own = element.attrib.pop("id", None)
+        if own in used:
+            element.set("id", f"{name}-{own}")
+        for key, value in element.attrib.items():
+            if key == "href":
+                element.set(key, f"#{name}-{value[1:]}")
+            elif "url(#" in value:
+                element.set(key, _URL.sub(rf"url(#{name}-\1)", value))
+
+
+def _references(root: ElementTree.Element) -> Iterator[str]:
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            if key == "href":
+                yield value[1:]
+            yield from _URL.findall(value)
+
+
+def _restyle(element: ElementTree.Element) -> None:
+    style = element.get("style")
+    if style is not None:
+        # The page chooses the font. Older matplotlib writes size and family as one `font:`.
+        style = re.sub(r"font-family:[^;]*;?\s*", "", style)
+        style = re.sub(r"font:[^;]*?([\d.]+px)[^;]*", r"font-size: \1", style)
+        for at, colour in enumerate(SERIES, start=1):
+            style = style.replace(colour, f"var(--c{at})")
+        style = style.replace("#000000", "currentColor")
+        element.set("style", style.strip("; "))
+    if element.tag == "text":
+        element.set("fill", "currentColor")
+    for key in ("d", "x", "y", "transform"):
+        if key in element.attrib:
+            element.set(key, _LONG.sub(r"\1", " ".join(element.attrib[key].split())))

@@ -1,0 +1,207 @@
+"""``report.html`` and ``summary.json`` of a run, from the files in its directory and nothing else.
+
+The page is one file without scripts or network, in light, dark and print. Text of models and users is
+escaped wherever it stands, and characters that a browser would hide or obey are shown by their names.
+"""
+
+from __future__ import annotations
+
+import json
+import unicodedata
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from cluster.contracts.errors import UserError
+from learner.evaluation import panels
+from learner.evaluation.run_files import Row, RunFiles, write_atomic
+from learner.evaluation.samples import Chosen, Sample, choose, read_samples
+
+MOST_EVENTS = 200
+# Joiners shape letters in Persian, Indic scripts and emoji; they neither hide nor reorder text.
+_HARMLESS = "\n\t\u200c\u200d"
+_SHOWN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write ``report.html`` and ``summary.json`` into ``run_dir``; returns the path of the page.
+
+    May be called while the run writes. A missing or damaged file is named in the section that needed
+    it. Raises UserError when ``run_dir`` is not a directory.
+    """
+    run_dir = Path(run_dir)
+    if not run_dir.is_dir():
+        raise UserError("is not a run directory", where=str(run_dir), fix="give a folder under runs/")
+    context = _context(RunFiles(run_dir))
+    write_atomic(
+        run_dir / "summary.json",
+        json.dumps(context["figures"], indent=2, allow_nan=False) + "\n",
+    )
+    page = run_dir / "report.html"
+    write_atomic(page, _template().render(context))
+    return page
+
+
+def visible(text: str) -> str:
+    """Control, direction and invisible characters as their code points; the rest as it is."""
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        f"⟨U+{ord(c):04X}⟩"
+        if c not in _HARMLESS and unicodedata.category(c) in _SHOWN
+        else c
+        for c in text
+    )
+
+
+def _finalize(value: Any) -> Any:
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _template() -> Any:
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_finalize,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(num=_num, percent=_percent, seconds=_seconds, plain=_plain)
+    source = resources.files("learner.evaluation").joinpath("report.html.j2")
+    return environment.from_string(source.read_text("utf-8"))
+
+
+def _context(files: RunFiles) -> dict[str, Any]:
+    manifest = files.json_object("manifest.json")
+    rows = files.metrics() or []
+    events = files.json_lines("events.jsonl")
+    evaluation = files.json_object("evaluation.json")
+    reward_model = files.json_object("reward_model.json")
+    stages = files.json_list("stages.json")
+    samples = _samples(files)
+    stats = panels.sample_stats(samples)
+    frontier_chart, frontier_text = panels.frontier_chart(rows)
+    length_chart, length_r = panels.length_chart(rows)
+    figures = panels.summary(
+        files.directory.resolve().name,
+        rows,
+        evaluation or {},
+        reward_model or {},
+        stages or [],
+        events or [],
+    )
+    found = panels.warnings(figures, stats, length_r)
+    context = {
+        "figures": figures,
+        "warnings": found,
+        "manifest": manifest,
+        "evaluation": evaluation,
+        "pairs": _pairs(evaluation),
+        "reward_model": reward_model,
+        "reliability_chart": panels.reliability_panel(reward_model or {}),
+        "preferences": files.json_object("preferences.json"),
+        "stages": stages,
+        "chosen": _shown(samples),
+        "sample_count": len(samples),
+        "stats": stats,
+        "curves": panels.curves(rows),
+        "frontier_chart": frontier_chart,
+        "frontier_text": frontier_text,
+        "length_chart": length_chart,
+        "length_r": length_r,
+        "timing": panels.table(rows, ("time/",)),
+        "overlap": panels.table(rows, ("async/", "perf/", "weight_sync/", "workers/", "sampling/")),
+        "rewards": panels.table(rows, ("rewards/", "monitor/")),
+        **_events(events),
+        "parents": _parents(manifest),
+        "config": files.text("config.toml"),
+        "missing": files.missing,
+        "notes": files.notes,
+    }
+    figures["warnings"] = found
+    figures["missing"] = sorted(files.missing)
+    figures["notes"] = {name: list(texts) for name, texts in sorted(files.notes.items())}
+    return context
+
+
+def _samples(files: RunFiles) -> list[Sample]:
+    path = files.directory / "samples.jsonl"
+    if not path.exists():
+        files.missing.append(path.name)
+        return []
+    try:
+        return read_samples(path)
+    except UserError as error:
+        files.note(path.name, str(error))
+        return []
+
+
+def _shown(samples: list[Sample]) -> list[Chosen]:
+    return choose(samples, random_count=3, seed=0)
+
+
+def _events(events: list[Row] | None) -> dict[str, Any]:
+    notable = [event for event in events or [] if panels.notable(event)]
+    return {
+        "events": None if events is None else [_event(e) for e in notable[-MOST_EVENTS:]],
+        "events_left_out": max(0, len(notable) - MOST_EVENTS),
+        "event_counts": panels.event_counts(events or []),
+    }
+
+
+def _event(event: Row) -> dict[str, Any]:
+    rest = {key: value for key, value in event.items() if key not in ("time", "kind", "detail")}
+    detail = event.get("detail", "")
+    return {
+        "time": event.get("time"),
+        "kind": str(event.get("kind", "no kind")),
+        "detail": _plain(detail) + (f" {_plain(rest)}" if rest else ""),
+    }
+
+
+def _pairs(evaluation: Row | None) -> int | None:
+    """``pairs`` may be their number or the pairs themselves; else wins + ties + losses."""
+    if evaluation is None:
+        return None
+    pairs = evaluation.get("pairs")
+    if isinstance(pairs, int):
+        return pairs
+    if isinstance(pairs, list):
+        return len(pairs)
+    counts = [evaluation.get(key) for key in ("wins", "ties", "losses")]
+    return sum(c for c in counts if isinstance(c, int)) or None
+
+
+def _parents(manifest: Row | None) -> list[tuple[str, str]]:
+    parents = (manifest or {}).get("parents")
+    if not isinstance(parents, dict):
+        return []
+    return [(str(role), _plain(origin)) for role, origin in parents.items()]
+
+
+def _num(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "not recorded" if value is None else _plain(value)
+    return str(value) if isinstance(value, int) else f"{value:.4g}"
+
+
+def _percent(value: Any) -> str:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return f"{100 * value:.1f}%" if is_number else _num(value)
+
+
+def _seconds(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return _num(value)
+    if value < 120:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

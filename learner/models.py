@@ -1,0 +1,340 @@
+"""Loading and saving: policies, tokenizers, reward models, value networks.
+
+Master weights are always float32; `learner.optim.compute_in` chooses what is computed in. Models stay
+in eval mode (no dropout), so that two forward passes of the same weights agree and ratios are exact.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from cluster.contracts.config import ModelConfig
+from cluster.contracts.errors import UserError
+from learner.batching import position_ids
+from learner.heads import (
+    LmHead,
+    SharedValueHead,
+    check_lm_head,
+    hidden_states,
+    lm_head,
+    reward_scores,
+    token_logprobs,
+    zero_linear,
+)
+from learner.reward_artifact import RewardArtifact, read_artifact, tokenizer_fingerprint
+
+__all__ = [
+    "LmHead",
+    "RewardArtifact",
+    "SharedValueHead",
+    "ValueModel",
+    "hidden_states",
+    "lm_head",
+    "load_policy",
+    "load_reward_model",
+    "load_tokenizer",
+    "reward_scores",
+    "save_policy",
+    "stop_token_ids",
+    "token_logprobs",
+    "tokenizer_fingerprint",
+]
+
+GOLDEN_TOLERANCE = 1e-2
+"""Relative to max(1, |score|): float32 on different machines differs far less, a wrong head far more."""
+
+
+def load_policy(cfg: ModelConfig) -> Any:
+    """A causal language model in float32 and eval mode, on the CPU; every parameter trainable.
+
+    Raises UserError for a missing directory, one that holds no model, an unknown architecture, an
+    unreachable hub id, damaged or incomplete weights, logits Accord cannot reproduce.
+    """
+    model = _load(transformers.AutoModelForCausalLM, cfg.path, cfg.revision, cfg.trust_remote_code)
+    check_lm_head(model)
+    return model
+
+
+def load_sequence_classifier(cfg: ModelConfig, *, pad_token_id: int) -> Any:
+    """The policy's trunk under a fresh scalar `score` head (zero), to be trained as a reward model."""
+    model = _load(
+        transformers.AutoModelForSequenceClassification,
+        cfg.path,
+        cfg.revision,
+        cfg.trust_remote_code,
+        may_miss=("score.",),
+        num_labels=1,
+        pad_token_id=pad_token_id,
+    )
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(
+            f"{type(model).__name__} has no linear `score` head",
+            where=cfg.path,
+            fix="use a decoder such as Llama, Qwen, Gemma or Mistral",
+        )
+    nn.init.zeros_(model.score.weight)
+    model.config.get_text_config().pad_token_id = pad_token_id
+    return model
+
+
+def load_tokenizer(source: ModelConfig | str | Path) -> Any:
+    """The fast tokenizer of a model, with the chat template of ModelConfig.chat_template if given.
+
+    Raises UserError where there is none, or where it has no end token.
+    """
+    cfg = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
+    _require_directory(cfg.path)
+    tokenizer = _explained(
+        lambda: transformers.AutoTokenizer.from_pretrained(
+            cfg.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+        ),
+        cfg.path,
+        "tokenizer",
+    )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end token, so no answer could ever end",
+            where=cfg.path,
+            fix="set eos_token in its tokenizer_config.json",
+        )
+    if cfg.chat_template is not None:
+        tokenizer.chat_template = _read_template(cfg.chat_template)
+    return tokenizer
+
+
+def stop_token_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's end token first, then those of generation_config.json
+    (Llama 3, for one, ends turns with a second token)."""
+    found = [int(tokenizer.eos_token_id)]
+    if (Path(path) / "generation_config.json").exists() or not Path(path).exists():
+        config = _explained(
+            lambda: transformers.GenerationConfig.from_pretrained(str(path)),
+            str(path),
+            "generation config",
+            missing=transformers.GenerationConfig(),
+        )
+        found += _as_list(config.eos_token_id)
+    return tuple(dict.fromkeys(found))
+
+
+def save_policy(policy: Any, tokenizer: Any, directory: str | Path) -> Path:
+    """Write a complete model directory: safetensors, config, generation config with the end tokens,
+    tokenizer with template. Written beside and renamed, so a reader never sees half of it."""
+    ends = [tokenizer.eos_token_id, *_as_list(policy.generation_config.eos_token_id)]
+    unique = list(dict.fromkeys(int(end) for end in ends))
+    policy.generation_config.eos_token_id = unique if len(unique) > 1 else unique[0]
+    if policy.generation_config.pad_token_id is None:
+        policy.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    def write(folder: Path) -> None:
+        policy.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    return replace_directory(Path(directory), write)
+
+
+def replace_directory(directory: Path, write: Callable[[Path], None]) -> Path:
+    """Fill a new folder with `write` and put it in place of `directory`, which may exist."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = directory.with_name(f".{directory.name}.new-{os.getpid()}")
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        write(fresh)
+        if directory.exists():
+            directory.rename(old)
+        fresh.rename(directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return directory
+
+
+def load_reward_model(path: str | Path, *, check: bool = True) -> tuple[Any, RewardArtifact]:
+    """A reward model made by `accord reward-model`, and its artifact record.
+
+    check: recompute its golden scores. Raises UserError where the directory is no such model or
+    does not give the scores it was saved with (other weights, other tokenizer, other code).
+    """
+    _require_directory(str(path))
+    artifact = read_artifact(Path(path))
+    model = _load(transformers.AutoModelForSequenceClassification, str(path), None, False)
+    if check:
+        _check_golden(model, artifact, str(path))
+    return model, artifact
+
+
+@torch.no_grad()
+def _check_golden(model: Any, artifact: RewardArtifact, where: str) -> None:
+    for row in artifact.golden:
+        ids = torch.tensor([row.token_ids])
+        score = float(reward_scores(model, ids, torch.ones_like(ids))[0])
+        if not abs(score - row.score) <= GOLDEN_TOLERANCE * max(1.0, abs(row.score)):
+            raise UserError(
+                f"scores {score:.5f} where it scored {row.score:.5f} when it was saved",
+                where=where,
+                fix="its files were changed or mixed up: make it again with `accord reward-model`",
+            )
+
+
+class ValueModel(nn.Module):
+    """A value network of its own: trunk and linear head; [B, T] ids and mask -> [B, T] float32.
+
+    Column t is the value of the state after token t.
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+
+    @classmethod
+    def from_reward_model(cls, path: str | Path, *, normalised: bool = True) -> ValueModel:
+        """Starts as the reward model's score at every token; `normalised` as in its artifact,
+        which is the scale PPO gets rewards in."""
+        model, artifact = load_reward_model(path)
+        head = zero_linear(model.score.in_features)
+        scale, shift = 1.0, 0.0
+        if normalised:
+            scale, shift = artifact.centre_std, artifact.centre_mean
+        with torch.no_grad():
+            head.weight.copy_(model.score.weight / scale)
+            head.bias.fill_(-shift / scale)
+        return cls(model.base_model, head)
+
+    @classmethod
+    def from_policy(cls, policy: Any) -> ValueModel:
+        """A copy of the policy's trunk under a head that gives 0."""
+        trunk = copy.deepcopy(policy.base_model)
+        return cls(trunk, zero_linear(policy.config.get_text_config().hidden_size))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        hidden = self.trunk(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids(attention_mask),
+            use_cache=False,
+        ).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            value: Tensor = self.head(hidden.float())
+        return value.squeeze(-1)
+
+
+def _load(
+    kind: Any,
+    path: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    *,
+    may_miss: tuple[str, ...] = (),
+    **config_changes: Any,
+) -> Any:
+    _require_directory(path)
+    transformers.utils.logging.disable_progress_bar()
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = _explained(
+        lambda: transformers.AutoConfig.from_pretrained(path, **common, **config_changes),
+        path,
+        "model",
+    )
+    model, report = _explained(
+        lambda: kind.from_pretrained(
+            path,
+            config=config,
+            dtype=torch.float32,
+            attn_implementation=_attention(config),
+            output_loading_info=True,
+            **common,
+        ),
+        path,
+        "model",
+    )
+    missing = [name for name in report["missing_keys"] if not name.startswith(may_miss)]
+    if missing:
+        raise UserError(
+            f"the weights lack {len(missing)} tensors (first: {sorted(missing)[0]}), which would "
+            "start random",
+            where=path,
+            fix="copy the complete model directory, or use another model",
+        )
+    return model.eval()
+
+
+def _attention(config: Any) -> str:
+    """Eager is the fastest for short rows on CPU (measured), and the only one with capped scores."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if torch.cuda.is_available() and not capped else "eager"
+
+
+def _require_directory(path: str) -> None:
+    """A hub id is NAME or OWNER/NAME; anything else that does not exist is a mistyped path."""
+    place = Path(path)
+    if place.is_dir():
+        if not (place / "config.json").exists():
+            raise UserError(
+                "the directory holds no model (config.json is missing)",
+                where=path,
+                fix="give a directory in Hugging Face layout, such as runs/NAME/policy",
+            )
+        return
+    if place.exists():
+        raise UserError("is a file, not a model directory", where=path, fix="give its directory")
+    if place.is_absolute() or path.count("/") > 1 or path.startswith((".", "~")) or not path:
+        raise UserError("no such model directory", where=path, fix="check the path (model.path)")
+
+
+def _explained(load: Callable[[], Any], path: str, what: str, *, missing: Any = None) -> Any:
+    """`load()`, with what transformers raises turned into one message that says what to do."""
+    try:
+        return load()
+    except OSError as problem:
+        if missing is not None:
+            return missing
+        local = Path(path).exists()
+        raise UserError(
+            f"cannot load the {what}: {_first_line(problem)}",
+            where=path,
+            fix="complete the model directory"
+            if local
+            else "give an existing model directory, or a hub id reachable from here",
+        ) from problem
+    except (ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as problem:
+        raise UserError(
+            f"cannot load the {what}: {_first_line(problem)}",
+            where=path,
+            fix="check that config.json names a known architecture and that files are undamaged",
+        ) from problem
+
+
+def _first_line(problem: BaseException) -> str:
+    text = str(problem).strip()
+    return text.splitlines()[0] if text else type(problem).__name__
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(
+            f"cannot read the chat template: {_first_line(problem)}",
+            where=path,
+            fix="set model.chat_template to an existing Jinja file",
+        ) from None
+
+
+def _as_list(ids: Any) -> list[int]:
+    if ids is None:
+        return []
+    return [int(i) for i in ids] if isinstance(ids, list | tuple) else [int(ids)]

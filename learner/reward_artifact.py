@@ -1,0 +1,89 @@
+"""What a reward model's directory says about itself (`accord_reward.json`), beside its weights.
+
+Train and serve share tokenizer, template, length limit and scale through it; its golden scores show
+on loading that the very same function is served.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.contracts.errors import UserError
+
+FILE = "accord_reward.json"
+SCHEMA = "accord.reward/1"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Golden:
+    """Ids of one answered prompt and the raw score they had when the model was saved."""
+
+    token_ids: tuple[int, ...]
+    score: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardArtifact:
+    """normalised = (raw - centre_mean) / centre_std, both measured on answers of the SFT policy (or
+    on the chosen answers of the training pairs; `centred_on` says which)."""
+
+    tokenizer: str
+    template: str
+    centre_mean: float
+    centre_std: float
+    centred_on: str
+    max_tokens: int
+    golden: tuple[Golden, ...]
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.centre_mean) and 0 < self.centre_std < math.inf):
+            raise ValueError(f"centre {self.centre_mean} ± {self.centre_std} is unusable")
+
+    def normalise(self, raw: float) -> float:
+        return (raw - self.centre_mean) / self.centre_std
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Hex SHA-256 of the sorted vocabulary and the chat template."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    text = json.dumps([vocabulary, tokenizer.chat_template], ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def template_hash(tokenizer: Any) -> str:
+    """Hex SHA-256 of the chat template alone (of the empty text where there is none)."""
+    text = json.dumps(tokenizer.chat_template, ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def write_artifact(directory: Path, artifact: RewardArtifact) -> None:
+    content = {"schema": SCHEMA, **dataclasses.asdict(artifact)}
+    text = json.dumps(content, indent=2, allow_nan=False)
+    (directory / FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def read_artifact(directory: Path) -> RewardArtifact:
+    """Raises UserError when the file is missing, damaged, or of another layout."""
+    where = str(directory / FILE)
+    again = "make it again with `accord reward-model`"
+    try:
+        content = json.loads((directory / FILE).read_text(encoding="utf-8"))
+        if content.pop("schema") != SCHEMA:
+            raise ValueError(f"its schema is not {SCHEMA}")
+        golden = tuple(
+            Golden(token_ids=tuple(row["token_ids"]), score=float(row["score"]))
+            for row in content.pop("golden")
+        )
+        return RewardArtifact(**content, golden=golden)
+    except FileNotFoundError:
+        raise UserError(
+            "not a reward model made by Accord (the file is missing)", where=where, fix=again
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise UserError(f"damaged: {problem}", where=where, fix=again) from None

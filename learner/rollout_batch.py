@@ -1,0 +1,173 @@
+"""Arrow tables of rollouts -> the arrays of one learner step, without an object per token.
+
+Rows are ordered by (group, sample), so that a step never depends on which worker was faster.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cluster.contracts.errors import Fatal
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ragged:
+    """Rows of different lengths: row i is values[offsets[i] : offsets[i + 1]]."""
+
+    values: Array
+    offsets: Array
+
+    @property
+    def lengths(self) -> Array:
+        return np.diff(self.offsets)
+
+    def row(self, index: int) -> Array:
+        return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def padded(self, width: int, fill: float = 0) -> Array:
+        """[rows, width], filled on the right with `fill`."""
+        out = np.full((len(self.offsets) - 1, width), fill, dtype=self.values.dtype)
+        out[np.arange(width) < self.lengths[:, None]] = self.values
+        return out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class RolloutBatch:
+    """One step's samples, B rows ordered by (group, sample).
+
+    group_ids: int64 [B]. prompt_ids, response_ids: int32 ragged. behaviour_logp: float32 ragged,
+    the engine's, at the sampling temperature. versions: int64 ragged, the policy version each
+    token was sampled from. truncated: bool [B], the answer was cut at the token limit.
+    scores: float64 [B]. parts: unweighted score by scorer, float64 [B]. table: the rows themselves.
+    """
+
+    group_ids: Array
+    prompt_ids: Ragged
+    response_ids: Ragged
+    behaviour_logp: Ragged
+    versions: Ragged
+    truncated: Array
+    scores: Array
+    parts: dict[str, Array]
+    table: pa.Table
+
+    def __len__(self) -> int:
+        return len(self.group_ids)
+
+    @property
+    def lengths(self) -> Array:
+        """int64 [B]: prompt and response tokens of each row."""
+        return self.prompt_ids.lengths + self.response_ids.lengths
+
+
+def read_batch(
+    payloads: Sequence[pa.Table], group_ids: Sequence[int], samples_per_prompt: int
+) -> RolloutBatch:
+    """Select and order the rows of `group_ids` from all payloads (`rollout_table.SCHEMA`).
+
+    Raises Fatal for a group or sample that is missing or there twice, and for a row that breaks
+    the schema's promises (nulls, counts that differ, numbers that are not finite).
+    """
+    table = _select(payloads, group_ids)
+    _check_ids(table, group_ids, samples_per_prompt)
+    response = _ragged(table, "token_ids")
+    batch = RolloutBatch(
+        group_ids=table.column("group_id").to_numpy(),
+        prompt_ids=_ragged(table, "prompt_ids"),
+        response_ids=response,
+        behaviour_logp=_ragged(table, "logprobs"),
+        versions=_token_versions(table, response),
+        truncated=np.asarray(pc.equal(table.column("finish_reason"), "length")).astype(bool),
+        scores=table.column("score").to_numpy(),
+        parts=_parts(table),
+        table=table,
+    )
+    _check_rows(batch)
+    return batch
+
+
+def _select(payloads: Sequence[pa.Table], group_ids: Sequence[int]) -> pa.Table:
+    wanted = pa.array(sorted(set(group_ids)), type=pa.int64())
+    if len(wanted) != len(group_ids):
+        raise Fatal(f"a step asks for a group twice: {sorted(group_ids)}")
+    if not payloads:
+        raise Fatal("a step came without any payload")
+    chosen = [p.filter(pc.is_in(p.column("group_id"), value_set=wanted)) for p in payloads]
+    order = [("group_id", "ascending"), ("sample", "ascending")]
+    return pa.concat_tables(chosen).sort_by(order).combine_chunks()
+
+
+def _check_ids(table: pa.Table, group_ids: Sequence[int], samples: int) -> None:
+    groups = table.column("group_id").to_numpy()
+    missing = sorted(set(group_ids) - set(groups.tolist()))
+    if missing:
+        raise Fatal(f"groups {missing[:8]} of this step are in none of its payloads")
+    expected = np.repeat(np.sort(np.asarray(group_ids, dtype=np.int64)), samples)
+    found = table.column("sample").to_numpy()
+    right = len(groups) == len(expected) and bool(
+        (groups == expected).all() and (found == np.tile(np.arange(samples), len(group_ids))).all()
+    )
+    if not right:
+        wrong = _wrong_groups(groups, found, samples)
+        raise Fatal(f"groups {wrong[:8]} do not hold samples 0..{samples - 1} exactly once")
+
+
+def _wrong_groups(groups: Array, found: Array, samples: int) -> list[int]:
+    return [
+        int(group)
+        for group in np.unique(groups)
+        if found[groups == group].tolist() != list(range(samples))
+    ]
+
+
+def _ragged(table: pa.Table, name: str) -> Ragged:
+    column = table.column(name)
+    # A table of one chunk, made by combine_chunks, gives the list buffers without a copy.
+    lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    if lists.null_count or lists.flatten().null_count:
+        raise Fatal(f"the rollouts hold nulls in {name!r}")
+    offsets = lists.offsets.to_numpy().astype(np.int64)
+    return Ragged(lists.flatten().to_numpy(), offsets - offsets[0])
+
+
+def _token_versions(table: pa.Table, response: Ragged) -> Ragged:
+    """Run-length coded versions -> one version a token."""
+    version, end = _ragged(table, "span_version"), _ragged(table, "span_end")
+    ends = end.values.astype(np.int64)
+    covered = np.zeros(len(response.offsets) - 1, dtype=np.int64)
+    filled = end.lengths > 0
+    covered[filled] = ends[end.offsets[1:][filled] - 1]
+    counts = np.diff(ends, prepend=0)
+    first = end.offsets[:-1][filled]
+    counts[first] = ends[first]
+    if (
+        not np.array_equal(version.offsets, end.offsets)
+        or not np.array_equal(covered, response.lengths)
+        or bool((counts <= 0).any())
+    ):
+        raise Fatal("version spans do not cover each token of the rollouts exactly once")
+    return Ragged(np.repeat(version.values, counts), response.offsets)
+
+
+def _parts(table: pa.Table) -> dict[str, Array]:
+    rows = [json.loads(text) for text in table.column("score_parts").to_pylist()]
+    names = sorted({name for row in rows for name in row})
+    return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
+
+
+def _check_rows(batch: RolloutBatch) -> None:
+    if not np.array_equal(batch.behaviour_logp.offsets, batch.response_ids.offsets):
+        raise Fatal("rollouts have another number of log-probabilities than of tokens")
+    if bool((batch.response_ids.lengths == 0).any() or (batch.prompt_ids.lengths == 0).any()):
+        raise Fatal("a rollout has an empty prompt or an empty answer")
+    if not (np.isfinite(batch.behaviour_logp.values).all() and np.isfinite(batch.scores).all()):
+        raise Fatal("a rollout has a log-probability or a score that is not finite")

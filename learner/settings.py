@@ -1,0 +1,81 @@
+"""What the learner has to know, and nothing else of a run's configuration.
+
+No torch here: the shell that sets a process's environment reads this before torch is imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.contracts.config import (
+    AlgorithmConfig,
+    BatchConfig,
+    DType,
+    LearnerConfig,
+    ModelConfig,
+    StalenessConfig,
+    TrainConfig,
+    WeightsConfig,
+)
+
+CANARY_TOKENS = 32
+"""Length of the canary sequence: the prompt's last half and the policy's own continuation."""
+
+_TOLERANCE: dict[DType, float] = {"float32": 1e-3, "bfloat16": 0.5}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerSettings:
+    """Everything a learner is built from.
+
+    rollout_dtype: the type the engines compute in; weights are published in it.
+    canary_prompt: token ids of the run's first prompt; the learner continues it greedily.
+    run_dir: where `rollouts/` is written; None with `save_rollouts` off.
+    resume_from: directory of a checkpoint written by `save`, or None.
+    """
+
+    model: ModelConfig
+    learner: LearnerConfig
+    algorithm: AlgorithmConfig
+    staleness: StalenessConfig
+    batch: BatchConfig
+    weights: WeightsConfig
+    rollout_dtype: DType
+    temperature: float
+    max_tokens: int
+    seed: int
+    canary_prompt: tuple[int, ...]
+    run_dir: str | None = None
+    save_rollouts: bool = False
+    resume_from: str | None = None
+
+    @property
+    def canary_tolerance(self) -> float:
+        """Largest |difference| in nats between the engine's and the learner's canary."""
+        chosen = self.weights.canary_tolerance
+        return _TOLERANCE[self.rollout_dtype] if chosen is None else chosen
+
+
+def learner_settings(
+    config: TrainConfig,
+    canary_prompt: tuple[int, ...],
+    run_dir: str | None,
+    resume_from: str | None = None,
+) -> LearnerSettings:
+    """The learner's part of a `TrainConfig`."""
+    return LearnerSettings(
+        model=config.model,
+        learner=config.learner,
+        algorithm=config.algorithm,
+        staleness=config.staleness,
+        batch=config.batch,
+        weights=config.weights,
+        rollout_dtype=config.rollout.dtype,
+        temperature=config.rollout.temperature,
+        max_tokens=config.rollout.max_tokens,
+        seed=config.run.seed,
+        canary_prompt=canary_prompt,
+        run_dir=run_dir,
+        save_rollouts=config.logging.save_rollouts and run_dir is not None,
+        resume_from=resume_from,
+    )

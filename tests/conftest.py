@@ -1,0 +1,40 @@
+"""What every test relies on; it runs before any test module is imported."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+# One thread per process: with more, OpenMP's spinning makes two busy processes starve each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A test says it if it wants the network; none reports to anybody.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Without it every process of the suite, Ray workers too, would compile its imports again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+if shutil.which("g++") is None:  # vLLM compiles its sampler otherwise
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    """The clone's root folder."""
+    return ROOT
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips the tests marked `gpu` where there is no GPU, and says so."""
+    if shutil.which("nvidia-smi"):
+        return
+    skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
