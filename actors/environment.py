@@ -69,14 +69,17 @@ def make_engine(kind: Literal["vllm", "transformers"], settings: EngineSettings)
     was_enabled = gc.isenabled()
     gc.disable()
     try:
+        engine_class: type[Engine]
         if kind == "vllm":
-            from actors.engine_vllm import VllmEngine as EngineClass
+            from actors.engine_vllm import VllmEngine
+
+            engine_class = VllmEngine
         else:
-            from actors.engine_transformers import (  # type: ignore[assignment]
-                TransformersEngine as EngineClass,
-            )
+            from actors.engine_transformers import TransformersEngine
+
+            engine_class = TransformersEngine
         gc.freeze()
+        return engine_class(settings)  # type: ignore[call-arg]
     finally:
         if was_enabled:
             gc.enable()
-    return EngineClass(settings)

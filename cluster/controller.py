@@ -137,7 +137,9 @@ class Controller:
         self._saved = self._step
         manifest = await self._learner.start()
         if manifest.version != self._step:
-            raise Fatal(f"the learner starts at version {manifest.version}, the run at {self._step}")
+            raise Fatal(
+                f"the learner starts at version {manifest.version}, the run at {self._step}"
+            )
         await self._pool.start(self._settings.workers, manifest)
         return manifest
 
@@ -146,7 +148,10 @@ class Controller:
         if ids:
             samples = self._settings.samples_per_prompt
             await self._pool.submit(
-                [Assignment(group_id=i, prompt=self._prompts.prompt(i), samples=samples) for i in ids]
+                [
+                    Assignment(group_id=i, prompt=self._prompts.prompt(i), samples=samples)
+                    for i in ids
+                ]
             )
 
     def _start_step(self) -> None:
@@ -271,7 +276,9 @@ class Controller:
         for sink in self._sinks:
             try:
                 sink.write(self._step, numbers)
-            except Exception as problem:  # monitoring may fail without stopping a run; counted, logged
+            except (
+                Exception
+            ) as problem:  # monitoring may fail without stopping a run; counted, logged
                 self._sink_errors += 1
                 self._run.event("sink_failed", sink=type(sink).__name__, cause=repr(problem))
 
@@ -297,7 +304,9 @@ class Controller:
             "time/step": wall,
             "time/wait_batch": window.waited_batch,
             "perf/throughput": result.trained_tokens / wall,
-            "perf/samples_per_s": self._settings.prompts_per_step * self._settings.samples_per_prompt / wall,
+            "perf/samples_per_s": self._settings.prompts_per_step
+            * self._settings.samples_per_prompt
+            / wall,
             "perf/trainer_idle_frac": max(0.0, 1.0 - window.learner_busy / wall),
             "run/elapsed_s": self._elapsed_before + now - self._began,
             "run/sink_errors": self._sink_errors,
@@ -311,7 +320,9 @@ class Controller:
         if "generated_tokens" in delta:
             numbers["rollout/tokens_per_s"] = delta["generated_tokens"] / wall
         if "busy_s" in delta:
-            numbers["perf/rollout_idle_frac"] = min(1.0, max(0.0, 1 - delta["busy_s"] / (wall * workers)))
+            numbers["perf/rollout_idle_frac"] = min(
+                1.0, max(0.0, 1 - delta["busy_s"] / (wall * workers))
+            )
         return numbers
 
     def _follow_wanted_workers(self) -> None:

@@ -65,7 +65,9 @@ class WorkerPool:
         self._event = event
         self._members: dict[int, _Member] = {}
         self._waiting: list[Assignment] = []  # no serving worker to take them yet
-        self._harvests: asyncio.Queue[tuple[Harvest, list[GroupMeta]] | BaseException] = asyncio.Queue()
+        self._harvests: asyncio.Queue[tuple[Harvest, list[GroupMeta]] | BaseException] = (
+            asyncio.Queue()
+        )
         self._manifest: WeightManifest | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._next_index = 0
@@ -121,7 +123,9 @@ class WorkerPool:
 
     def held_version(self) -> int | None:
         """The oldest version a serving worker holds; None while nobody serves."""
-        versions = [m.version for m in self._members.values() if m.status in ("serving", "draining")]
+        versions = [
+            m.version for m in self._members.values() if m.status in ("serving", "draining")
+        ]
         return min(versions, default=None)
 
     def count(self, *statuses: Status) -> int:
@@ -163,7 +167,9 @@ class WorkerPool:
                 break
         member.status = "serving"
         member.runner = asyncio.create_task(self._run(member), name=member.handle.name)
-        self._event("worker_serving", worker=member.handle.name, version=member.version, **dict(info))
+        self._event(
+            "worker_serving", worker=member.handle.name, version=member.version, **dict(info)
+        )
         await self._place()
 
     async def _load(self, member: _Member, manifest: WeightManifest) -> SwapReport:
@@ -218,7 +224,9 @@ class WorkerPool:
             elif meta.failure is not None and meta.retryable:
                 self._event("group_retried", group=meta.group_id, cause=meta.failure)
                 if lease.attempt + 1 >= self._settings.max_attempts:
-                    raise Fatal(f"group {meta.group_id} failed {lease.attempt + 1} times: {meta.failure}")
+                    raise Fatal(
+                        f"group {meta.group_id} failed {lease.attempt + 1} times: {meta.failure}"
+                    )
                 again.append(replace(lease, attempt=lease.attempt + 1))
             else:
                 done.append(meta)
@@ -254,7 +262,9 @@ class WorkerPool:
 
     async def _restart(self, member: _Member, cause: str) -> None:
         await self._stop_quietly(member.handle)
-        decision = decide(member.losses, self._clock.now(), max_restarts=self._settings.max_restarts)
+        decision = decide(
+            member.losses, self._clock.now(), max_restarts=self._settings.max_restarts
+        )
         if isinstance(decision, GiveUp):
             member.status = "gone"
             raise Fatal(f"{member.handle.name}: {decision.reason}; last cause: {cause}")

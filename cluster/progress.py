@@ -55,7 +55,9 @@ class Reporter:
 class Stage:
     """One bar, or a plain line at most every few seconds. Also a metrics sink (``write``)."""
 
-    def __init__(self, reporter: Reporter, name: str, total: int | None, bar: Progress | None) -> None:
+    def __init__(
+        self, reporter: Reporter, name: str, total: int | None, bar: Progress | None
+    ) -> None:
         self.began = time.monotonic()
         self._reporter = reporter
         self._name = name
@@ -125,7 +127,10 @@ def _bar(console: Console) -> Progress:
 
 
 def _plain(text: str) -> str:
-    return "".join(c if c == "\n" or c == "\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return "".join(
+        c if c == "\n" or c == "\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}"
+        for c in text
+    )
 
 
 def result(text: str) -> None:

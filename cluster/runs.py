@@ -52,7 +52,9 @@ class Run:
                 fix=f"choose another run.name, remove it, or continue it: accord {command} --resume {path}",
             ) from None
         except OSError as problem:
-            raise UserError(f"cannot make the run directory: {problem.strerror}", where=str(path)) from None
+            raise UserError(
+                f"cannot make the run directory: {problem.strerror}", where=str(path)
+            ) from None
         run = Run(path)
         write_text(path / "config.toml", dump_toml(config))
         write_json(path / "manifest.json", _manifest(command, label, manifest))

@@ -40,5 +40,8 @@ class Timeline:
             {"name": "thread_name", "ph": "M", "pid": 0, "tid": tid, "args": {"name": row}}
             for row, tid in self._rows.items()
         ]
-        trace = {"traceEvents": names + self._events, "otherData": {"spans_left_out": self.left_out}}
+        trace = {
+            "traceEvents": names + self._events,
+            "otherData": {"spans_left_out": self.left_out},
+        }
         write_text(path, json.dumps(trace))

@@ -122,7 +122,7 @@ def build_experience(
     )
     # True follows the estimator: GAE and REINFORCE++ whiten, GRPO and RLOO compare within a group.
     whitened = None if algorithm.whiten_advantages else False
-    result = compute_advantages(_estimator(algorithm), inputs, whitened)
+    result = compute_advantages(estimator_name(algorithm), inputs, whitened)
     weights, parts = importance_weights(
         passes.prox_logp,
         behaviour,
@@ -193,7 +193,8 @@ def token_rewards(
     return whiten(rewards, mask, shift_mean=False) if algorithm.whiten_rewards else rewards
 
 
-def _estimator(algorithm: AlgorithmConfig) -> str:
+def estimator_name(algorithm: AlgorithmConfig) -> str:
+    """The configured estimator's name in `advantages.ESTIMATORS`."""
     if algorithm.advantage == "grpo" and not algorithm.scale_by_std:
         return "dr_grpo"
     return _ESTIMATOR[algorithm.advantage]

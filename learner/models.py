@@ -1,7 +1,7 @@
 """Loading and saving: policies, tokenizers, reward models, value networks.
 
-Master weights are always float32; `learner.optim.compute_in` chooses what is computed in. Models stay
-in eval mode (no dropout), so that two forward passes of the same weights agree and ratios are exact.
+Master weights are always float32; `learner.optim.compute_in` chooses what is computed in. Models
+stay in eval mode (no dropout): two passes of the same weights agree, and ratios are exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from cluster.contracts.config import ModelConfig
@@ -31,6 +30,7 @@ from learner.heads import (
     token_logprobs,
     zero_linear,
 )
+from learner.loading import as_list, explained, load_checked, read_template, require_directory
 from learner.reward_artifact import RewardArtifact, read_artifact, tokenizer_fingerprint
 
 __all__ = [
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 GOLDEN_TOLERANCE = 1e-2
-"""Relative to max(1, |score|): float32 on different machines differs far less, a wrong head far more."""
+"""Relative to max(1, |score|): float32 on other machines differs far less, a wrong head far more."""
 
 
 def load_policy(cfg: ModelConfig) -> Any:
@@ -60,14 +60,16 @@ def load_policy(cfg: ModelConfig) -> Any:
     Raises UserError for a missing directory, one that holds no model, an unknown architecture, an
     unreachable hub id, damaged or incomplete weights, logits Accord cannot reproduce.
     """
-    model = _load(transformers.AutoModelForCausalLM, cfg.path, cfg.revision, cfg.trust_remote_code)
+    model = load_checked(
+        transformers.AutoModelForCausalLM, cfg.path, cfg.revision, cfg.trust_remote_code
+    )
     check_lm_head(model)
     return model
 
 
 def load_sequence_classifier(cfg: ModelConfig, *, pad_token_id: int) -> Any:
-    """The policy's trunk under a fresh scalar `score` head (zero), to be trained as a reward model."""
-    model = _load(
+    """The policy's trunk under a scalar `score` head of zeros, to be trained as a reward model."""
+    model = load_checked(
         transformers.AutoModelForSequenceClassification,
         cfg.path,
         cfg.revision,
@@ -93,8 +95,8 @@ def load_tokenizer(source: ModelConfig | str | Path) -> Any:
     Raises UserError where there is none, or where it has no end token.
     """
     cfg = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
-    _require_directory(cfg.path)
-    tokenizer = _explained(
+    require_directory(cfg.path, "config.json", "tokenizer_config.json")
+    tokenizer = explained(
         lambda: transformers.AutoTokenizer.from_pretrained(
             cfg.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
         ),
@@ -108,7 +110,7 @@ def load_tokenizer(source: ModelConfig | str | Path) -> Any:
             fix="set eos_token in its tokenizer_config.json",
         )
     if cfg.chat_template is not None:
-        tokenizer.chat_template = _read_template(cfg.chat_template)
+        tokenizer.chat_template = read_template(cfg.chat_template)
     return tokenizer
 
 
@@ -117,20 +119,20 @@ def stop_token_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
     (Llama 3, for one, ends turns with a second token)."""
     found = [int(tokenizer.eos_token_id)]
     if (Path(path) / "generation_config.json").exists() or not Path(path).exists():
-        config = _explained(
+        config = explained(
             lambda: transformers.GenerationConfig.from_pretrained(str(path)),
             str(path),
             "generation config",
             missing=transformers.GenerationConfig(),
         )
-        found += _as_list(config.eos_token_id)
+        found += as_list(config.eos_token_id)
     return tuple(dict.fromkeys(found))
 
 
 def save_policy(policy: Any, tokenizer: Any, directory: str | Path) -> Path:
     """Write a complete model directory: safetensors, config, generation config with the end tokens,
     tokenizer with template. Written beside and renamed, so a reader never sees half of it."""
-    ends = [tokenizer.eos_token_id, *_as_list(policy.generation_config.eos_token_id)]
+    ends = [tokenizer.eos_token_id, *as_list(policy.generation_config.eos_token_id)]
     unique = list(dict.fromkeys(int(end) for end in ends))
     policy.generation_config.eos_token_id = unique if len(unique) > 1 else unique[0]
     if policy.generation_config.pad_token_id is None:
@@ -168,9 +170,9 @@ def load_reward_model(path: str | Path, *, check: bool = True) -> tuple[Any, Rew
     check: recompute its golden scores. Raises UserError where the directory is no such model or
     does not give the scores it was saved with (other weights, other tokenizer, other code).
     """
-    _require_directory(str(path))
+    require_directory(str(path))
     artifact = read_artifact(Path(path))
-    model = _load(transformers.AutoModelForSequenceClassification, str(path), None, False)
+    model = load_checked(transformers.AutoModelForSequenceClassification, str(path), None, False)
     if check:
         _check_golden(model, artifact, str(path))
     return model, artifact
@@ -230,111 +232,3 @@ class ValueModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             value: Tensor = self.head(hidden.float())
         return value.squeeze(-1)
-
-
-def _load(
-    kind: Any,
-    path: str,
-    revision: str | None,
-    trust_remote_code: bool,
-    *,
-    may_miss: tuple[str, ...] = (),
-    **config_changes: Any,
-) -> Any:
-    _require_directory(path)
-    transformers.utils.logging.disable_progress_bar()
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = _explained(
-        lambda: transformers.AutoConfig.from_pretrained(path, **common, **config_changes),
-        path,
-        "model",
-    )
-    model, report = _explained(
-        lambda: kind.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=_attention(config),
-            output_loading_info=True,
-            **common,
-        ),
-        path,
-        "model",
-    )
-    missing = [name for name in report["missing_keys"] if not name.startswith(may_miss)]
-    if missing:
-        raise UserError(
-            f"the weights lack {len(missing)} tensors (first: {sorted(missing)[0]}), which would "
-            "start random",
-            where=path,
-            fix="copy the complete model directory, or use another model",
-        )
-    return model.eval()
-
-
-def _attention(config: Any) -> str:
-    """Eager is the fastest for short rows on CPU (measured), and the only one with capped scores."""
-    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return "sdpa" if torch.cuda.is_available() and not capped else "eager"
-
-
-def _require_directory(path: str) -> None:
-    """A hub id is NAME or OWNER/NAME; anything else that does not exist is a mistyped path."""
-    place = Path(path)
-    if place.is_dir():
-        if not (place / "config.json").exists():
-            raise UserError(
-                "the directory holds no model (config.json is missing)",
-                where=path,
-                fix="give a directory in Hugging Face layout, such as runs/NAME/policy",
-            )
-        return
-    if place.exists():
-        raise UserError("is a file, not a model directory", where=path, fix="give its directory")
-    if place.is_absolute() or path.count("/") > 1 or path.startswith((".", "~")) or not path:
-        raise UserError("no such model directory", where=path, fix="check the path (model.path)")
-
-
-def _explained(load: Callable[[], Any], path: str, what: str, *, missing: Any = None) -> Any:
-    """`load()`, with what transformers raises turned into one message that says what to do."""
-    try:
-        return load()
-    except OSError as problem:
-        if missing is not None:
-            return missing
-        local = Path(path).exists()
-        raise UserError(
-            f"cannot load the {what}: {_first_line(problem)}",
-            where=path,
-            fix="complete the model directory"
-            if local
-            else "give an existing model directory, or a hub id reachable from here",
-        ) from problem
-    except (ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as problem:
-        raise UserError(
-            f"cannot load the {what}: {_first_line(problem)}",
-            where=path,
-            fix="check that config.json names a known architecture and that files are undamaged",
-        ) from problem
-
-
-def _first_line(problem: BaseException) -> str:
-    text = str(problem).strip()
-    return text.splitlines()[0] if text else type(problem).__name__
-
-
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(
-            f"cannot read the chat template: {_first_line(problem)}",
-            where=path,
-            fix="set model.chat_template to an existing Jinja file",
-        ) from None
-
-
-def _as_list(ids: Any) -> list[int]:
-    if ids is None:
-        return []
-    return [int(i) for i in ids] if isinstance(ids, list | tuple) else [int(ids)]

@@ -18,8 +18,9 @@ from cluster.contracts.config import (
     WeightsConfig,
 )
 
+CANARY_PROMPT_TOKENS = 16
 CANARY_TOKENS = 32
-"""Length of the canary sequence: the prompt's last half and the policy's own continuation."""
+"""The canary: at most so many tokens of a prompt, continued by the starting policy to so many."""
 
 _TOLERANCE: dict[DType, float] = {"float32": 1e-3, "bfloat16": 0.5}
 

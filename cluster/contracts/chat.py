@@ -64,7 +64,9 @@ def render_answered(tokenizer: Any, messages: Messages, answer: str) -> tuple[li
         )
     # A template may end the turn with white space after the end token; the model stops at the end
     # token, so nothing after it is ever generated or trained.
-    return _encode(tokenizer, before), _encode(tokenizer, _cut_after_end(tokenizer, whole[len(before) :]))
+    return _encode(tokenizer, before), _encode(
+        tokenizer, _cut_after_end(tokenizer, whole[len(before) :])
+    )
 
 
 def render_conversation(tokenizer: Any, messages: Messages) -> tuple[list[int], list[bool]]:

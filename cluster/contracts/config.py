@@ -43,10 +43,14 @@ class ModelConfig(Section):
 
 
 class DataConfig(Section):
-    prompts: str = Field(description="JSONL or Parquet file, or `datasets:NAME` for a datasets name.")
+    prompts: str = Field(
+        description="JSONL or Parquet file, or `datasets:NAME` for a datasets name."
+    )
     split: str = Field("train", description="Split of a datasets name.")
     prompt_key: str = Field("", description="Column with the prompt; empty: recognised by shape.")
-    max_prompt_tokens: int = Field(512, ge=1, description="A longer prompt is an error naming its row.")
+    max_prompt_tokens: int = Field(
+        512, ge=1, description="A longer prompt is an error naming its row."
+    )
     skip_long_prompts: bool = Field(
         False, description="Leave prompts over the limit out (counted and reported) instead."
     )
@@ -59,7 +63,9 @@ class RolloutConfig(Section):
         "auto", description="auto: vllm where it has a build, else transformers (announced)."
     )
     dtype: DType = Field("float32", description="Type the engine computes in.")
-    temperature: float = Field(1.0, gt=0, description="Sampling temperature, the same in the learner.")
+    temperature: float = Field(
+        1.0, gt=0, description="Sampling temperature, the same in the learner."
+    )
     max_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
     max_running: int = Field(64, ge=1, description="Sequences decoded at once by one worker.")
     queue_groups: int = Field(
@@ -69,7 +75,9 @@ class RolloutConfig(Section):
     gpu_memory_fraction: float = Field(
         0.45, gt=0, le=0.95, description="Part of a GPU's memory for its engine."
     )
-    block_size: int = Field(32, description="Tokens of a cache block; prefixes are shared by block.")
+    block_size: int = Field(
+        32, description="Tokens of a cache block; prefixes are shared by block."
+    )
     tensor_parallel: int = Field(1, ge=1, description="GPUs of one worker.")
     cpus: float = Field(1, gt=0, description="CPUs Ray reserves for one worker.")
     gpus: float = Field(0, ge=0, description="GPUs Ray reserves for one worker.")
@@ -80,7 +88,9 @@ class RolloutConfig(Section):
     )
     start_timeout_s: float = Field(180, gt=0, description="A worker not ready by then is an error.")
     stall_timeout_s: float = Field(
-        120, gt=0, description="A worker that finishes nothing for this long while busy is replaced."
+        120,
+        gt=0,
+        description="A worker that finishes nothing for this long while busy is replaced.",
     )
     max_restarts: int = Field(3, ge=0, description="Restarts of one worker before the run stops.")
 
@@ -107,8 +117,12 @@ class RulesSource(Section):
     type: Literal["rules"] = "rules"
     min_words: int | None = None
     max_words: int | None = None
-    required: list[str] = Field(default_factory=list, description="Regular expressions to be found.")
-    forbidden: list[str] = Field(default_factory=list, description="Regular expressions not to be found.")
+    required: list[str] = Field(
+        default_factory=list, description="Regular expressions to be found."
+    )
+    forbidden: list[str] = Field(
+        default_factory=list, description="Regular expressions not to be found."
+    )
     repetition: bool = Field(False, description="Penalise the share of repeated 3-grams.")
     weight: float = 1.0
     name: str = "rules"
@@ -130,12 +144,15 @@ class RewardConfig(Section):
     sources: list[RewardSource] = Field(
         min_length=1, description="Rewards; their weighted sum is the score."
     )
-    deadline_s: float = Field(30, gt=0, description="Deadline of one scoring call, retries included.")
+    deadline_s: float = Field(
+        30, gt=0, description="Deadline of one scoring call, retries included."
+    )
     max_batch: int = Field(64, ge=1, description="Most rollouts scored in one pass.")
     max_wait_ms: float = Field(5, ge=0, description="How long a batch waits to fill.")
     clip: float | None = Field(None, gt=0, description="Clip the weighted sum to ±clip.")
     address: str | None = Field(
-        None, description="Use a running reward service instead of starting one (`accord serve-reward`)."
+        None,
+        description="Use a running reward service instead of starting one (`accord serve-reward`).",
     )
 
 
@@ -205,12 +222,15 @@ class LearnerConfig(Section):
     minibatches: int = Field(1, ge=1, description="Optimiser steps a pass.")
     tokens_per_microbatch: int = Field(2048, ge=16, description="Padded tokens of a forward pass.")
     value_model: Literal["auto", "own", "shared"] = Field(
-        "auto", description="auto: own network from the reward model when `value_path` is set, else "
-        "a head on the policy's trunk."
+        "auto",
+        description="auto: own network from the reward model when `value_path` is set, else "
+        "a head on the policy's trunk.",
     )
     value_path: str | None = Field(None, description="Reward model the value network starts from.")
     value_warmup_steps: int = Field(0, ge=0, description="First steps train the value only.")
-    reference_path: str | None = Field(None, description="Reference model; None: the starting policy.")
+    reference_path: str | None = Field(
+        None, description="Reference model; None: the starting policy."
+    )
     gradient_checkpointing: bool = False
     deterministic: bool = Field(False, description="Deterministic kernels (slower).")
     processes: int = Field(1, ge=1, description="Learner processes, one a GPU.")
@@ -223,9 +243,13 @@ class LearnerConfig(Section):
 class WeightsConfig(Section):
     transport: Literal["object_store", "disk"] = "object_store"
     canary_tolerance: float | None = Field(
-        None, gt=0, description="Largest |Δlogp| of the canary; None: 1e-3 in float32, 0.5 in bfloat16."
+        None,
+        gt=0,
+        description="Largest |Δlogp| of the canary; None: 1e-3 in float32, 0.5 in bfloat16.",
     )
-    timeout_s: float = Field(120, gt=0, description="A worker not on the new weights by then is replaced.")
+    timeout_s: float = Field(
+        120, gt=0, description="A worker not on the new weights by then is replaced."
+    )
 
 
 class CheckpointConfig(Section):
@@ -238,14 +262,19 @@ class LoggingConfig(Section):
     wandb: bool = False
     wandb_project: str = "accord"
     ray_metrics: bool = True
-    save_rollouts: bool = Field(True, description="Write every trained group to rollouts/*.parquet.")
+    save_rollouts: bool = Field(
+        True, description="Write every trained group to rollouts/*.parquet."
+    )
 
 
 class ClusterConfig(Section):
     address: str | None = Field(
-        None, description="Ray cluster to join ('auto', host:port); None: start one on this machine."
+        None,
+        description="Ray cluster to join ('auto', host:port); None: start one on this machine.",
     )
-    num_cpus: int | None = Field(None, ge=1, description="CPUs of a started cluster; None: all, at least 4 logical.")
+    num_cpus: int | None = Field(
+        None, ge=1, description="CPUs of a started cluster; None: all, at least 4 logical."
+    )
     object_store_mb: int = Field(256, ge=80, description="Object store of a started cluster.")
     dashboard: bool = Field(False, description="Start the Ray dashboard with a started cluster.")
     pin_cores: bool = Field(
@@ -290,11 +319,15 @@ def train_problems(config: TrainConfig) -> list[str]:
             "set batch.samples_per_prompt to 2 or more"
         )
     if algorithm.truncated == "bootstrap" and algorithm.advantage != "gae":
-        found.append("algorithm.truncated = 'bootstrap' needs values: set algorithm.advantage = 'gae'")
+        found.append(
+            "algorithm.truncated = 'bootstrap' needs values: set algorithm.advantage = 'gae'"
+        )
     if algorithm.kl.place == "reward" and algorithm.kl.estimator != "k1":
         found.append("algorithm.kl.estimator must be 'k1' in the reward (an unbiased penalty)")
     if algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1" and algorithm.kl.coef > 0:
-        found.append("algorithm.kl.estimator = 'k1' has no useful gradient in the loss: use 'k3+' or 'k2'")
+        found.append(
+            "algorithm.kl.estimator = 'k1' has no useful gradient in the loss: use 'k3+' or 'k2'"
+        )
     samples = batch.prompts_per_step * batch.samples_per_prompt
     if config.learner.minibatches > samples:
         found.append(f"learner.minibatches is over the {samples} samples of a step")
@@ -309,7 +342,9 @@ class FitConfig(Section):
 
     epochs: int = Field(1, ge=1)
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimiser steps.")
-    max_seconds: float | None = Field(None, gt=0, description="Stop after so long, with a full schedule.")
+    max_seconds: float | None = Field(
+        None, gt=0, description="Stop after so long, with a full schedule."
+    )
     lr: float = Field(1e-4, gt=0)
     warmup_ratio: float = Field(0.05, ge=0, le=1)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
@@ -319,7 +354,9 @@ class FitConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     rows_per_step: int = Field(32, ge=1, description="Rows of one optimiser step.")
     tokens_per_microbatch: int = Field(4096, ge=16)
-    max_tokens: int = Field(512, ge=2, description="Longest row; longer ones are left out and counted.")
+    max_tokens: int = Field(
+        512, ge=2, description="Longest row; longer ones are left out and counted."
+    )
     eval_fraction: float = Field(0.05, ge=0, lt=1, description="Held out, by prompt hash.")
     eval_every: int = Field(100, ge=1, description="Optimiser steps between evaluations.")
     checkpoint_every: int = Field(500, ge=1)
@@ -327,7 +364,9 @@ class FitConfig(Section):
 
 
 class SftDataConfig(Section):
-    path: str = Field(description="JSONL or Parquet file, or `datasets:NAME`: messages, prompt+completion or text.")
+    path: str = Field(
+        description="JSONL or Parquet file, or `datasets:NAME`: messages, prompt+completion or text."
+    )
     split: str = "train"
 
 

@@ -29,7 +29,9 @@ def read_toml(path: str) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(
-            "no such config file", where=path, fix="give the path of a TOML file; examples/ has some"
+            "no such config file",
+            where=path,
+            fix="give the path of a TOML file; examples/ has some",
         ) from None
     except IsADirectoryError:
         raise UserError("is a directory", where=path, fix="give the path of a TOML file") from None
@@ -60,7 +62,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     *path, leaf = key.strip().split(".")
     node: Any = tree
     for part in path:
-        node = node.setdefault(part, {}) if isinstance(node, dict) else node[_index(node, part, key)]
+        node = (
+            node.setdefault(part, {}) if isinstance(node, dict) else node[_index(node, part, key)]
+        )
     if isinstance(node, list):
         node[_index(node, leaf, key)] = _value(text)
     elif isinstance(node, dict):
@@ -84,13 +88,19 @@ def _value(text: str) -> Any:
 
 
 def _explain(model: type[BaseModel], error: Any) -> str:
-    place = [part for part in error["loc"] if isinstance(part, int) or not part.startswith("function-")]
+    place = [
+        part for part in error["loc"] if isinstance(part, int) or not part.startswith("function-")
+    ]
     key = ".".join(str(part) for part in place)
     if error["type"] == "extra_forbidden":
         names = list(_fields_at(model, place[:-1]))
         near = difflib.get_close_matches(str(place[-1]), names, n=1, cutoff=0.5)
         parent = ".".join(str(p) for p in place[:-1])
-        hint = f"did you mean {parent + '.' if parent else ''}{near[0]}?" if near else f"valid: {', '.join(names)}"
+        hint = (
+            f"did you mean {parent + '.' if parent else ''}{near[0]}?"
+            if near
+            else f"valid: {', '.join(names)}"
+        )
         return f"unknown key {key}: {hint}"
     if error["type"] == "missing":
         return f"missing key {key}"

@@ -1,7 +1,7 @@
 """Weights through a shared directory: the slow transport every other one must agree with.
 
-    DIRECTORY/v000123/names.json    {tensor name: file name}
-    DIRECTORY/v000123/00000.npy     one file a tensor, in the order published
+DIRECTORY/v000123/names.json    {tensor name: file name}
+DIRECTORY/v000123/00000.npy     one file a tensor, in the order published
 """
 
 from __future__ import annotations

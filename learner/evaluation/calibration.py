@@ -1,4 +1,4 @@
-"""Does a probability of 0.8 come true four times in five? Reliability bins and their summary (ECE)."""
+"""Does a probability of 0.8 come true four times in five? Reliability bins and their sum (ECE)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Numbers = Sequence[float] | np.ndarray
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Predictions in [low, high) (the last bin includes 1): their mean and how often they were true."""
+    """Predictions in [low, high) (the last bin includes 1): their mean, and how often true."""
 
     low: float
     high: float

@@ -1,7 +1,8 @@
 """How much reward was bought with how much distance from the reference policy.
 
 Distance is d = sqrt(KL) as in Gao, Schulman, Hilton 2022, "Scaling laws for reward model
-overoptimization": against it, the score of a judge that training does not see rises, peaks and falls.
+overoptimization": against it, the score of a judge that training never sees rises, peaks and
+falls.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from learner.evaluation.run_files import number
 
 PROXY = "objective/scores"
 KL = "objective/kl"
@@ -28,7 +31,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """score = start + d * (alpha - beta * ln d), by least squares; ``rmse`` in units of the score."""
+    """score = start + d * (alpha - beta * ln d), least squares; ``rmse`` in the score's units."""
 
     start: float
     alpha: float
@@ -51,7 +54,7 @@ def points(
     Score and KL are averaged over the last ``window`` such rows, since single steps are noisy. A
     sampled KL can come out below 0 near the reference; its distance is then 0.
     """
-    both = [row for row in rows if _finite(row.get(score)) and _finite(row.get(kl))]
+    both = [row for row in rows if None not in (number(row, score), number(row, kl))]
     found = []
     for i, row in enumerate(both):
         near = both[max(0, i - window + 1) : i + 1]
@@ -62,7 +65,7 @@ def points(
 
 
 def frontier(found: Sequence[Point]) -> list[Point]:
-    """The points no other point beats (as near and higher, or nearer and as high), nearest first."""
+    """The points no other beats (as near and higher, or nearer and as high), nearest first."""
     best: list[Point] = []
     for point in sorted(found, key=lambda p: (p.distance, -p.score, p.step)):
         if not best or point.score > best[-1].score:
@@ -86,9 +89,3 @@ def fit(found: Sequence[Point]) -> Fit | None:
     solution, *_ = np.linalg.lstsq(design, score, rcond=None)
     rmse = float(np.sqrt(np.mean((design @ solution - score) ** 2)))
     return Fit(float(solution[0]), float(solution[1]), float(solution[2]), rmse)
-
-
-def _finite(value: Any) -> bool:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )

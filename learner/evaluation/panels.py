@@ -47,7 +47,9 @@ class TableRow:
 
 def series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
     """(steps, values) of the rows that have a finite number under ``name``."""
-    found = [(float(row["step"]), value) for row in rows if (value := number(row, name)) is not None]
+    found = [
+        (float(row["step"]), value) for row in rows if (value := number(row, name)) is not None
+    ]
     return [step for step, _ in found], [value for _, value in found]
 
 
@@ -91,7 +93,7 @@ def table(rows: Sequence[Row], prefixes: Sequence[str]) -> list[TableRow]:
 def wall_seconds(rows: Sequence[Row], stages: Sequence[Row]) -> float | None:
     """Of all stages where they are recorded, else of the steps in ``metrics.jsonl``.
 
-    ``time`` of a row is seconds since the run began, or since 1970; the second kind is a difference.
+    ``time`` of a row is seconds since the run began, or since 1970 (then the difference counts).
     """
     spent = [value for stage in stages if (value := number(stage, "seconds")) is not None]
     if spent:
@@ -214,7 +216,9 @@ def warnings(
     if before and after is not None and not 2 / 3 <= after / before <= 1.5:
         found.append(f"Answers went from {before:.3g} to {after:.3g} tokens on average.")
     if length_r is not None and length_r > 0.7:
-        found.append(f"The reward follows answer length (correlation {length_r:.2f} over the steps).")
+        found.append(
+            f"The reward follows answer length (correlation {length_r:.2f} over the steps)."
+        )
     if stats and stats[1].repeated_3grams > stats[0].repeated_3grams + 0.1:
         found.append(
             f"Answers repeat themselves more: {stats[1].repeated_3grams:.0%} of their 3-grams are "

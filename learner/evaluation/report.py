@@ -1,7 +1,8 @@
 """``report.html`` and ``summary.json`` of a run, from the files in its directory and nothing else.
 
-The page is one file without scripts or network, in light, dark and print. Text of models and users is
-escaped wherever it stands, and characters that a browser would hide or obey are shown by their names.
+The page is one file without scripts or network, in light, dark and print. Text of models and users
+is escaped wherever it stands, and characters that a browser would hide or obey are shown by their
+code points.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from markupsafe import Markup
 
 from cluster.contracts.errors import UserError
 from learner.evaluation import panels
-from learner.evaluation.run_files import Row, RunFiles, write_atomic
+from learner.evaluation.run_files import Row, RunFiles, number, write_atomic
 from learner.evaluation.samples import Chosen, Sample, choose, read_samples
 
 MOST_EVENTS = 200
@@ -29,12 +30,14 @@ _SHOWN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` and ``summary.json`` into ``run_dir``; returns the path of the page.
 
-    May be called while the run writes. A missing or damaged file is named in the section that needed
-    it. Raises UserError when ``run_dir`` is not a directory.
+    May be called while the run writes. A missing or damaged file is named in the section that
+    needed it. Raises UserError when ``run_dir`` is not a directory.
     """
     run_dir = Path(run_dir)
     if not run_dir.is_dir():
-        raise UserError("is not a run directory", where=str(run_dir), fix="give a folder under runs/")
+        raise UserError(
+            "is not a run directory", where=str(run_dir), fix="give a folder under runs/"
+        )
     context = _context(RunFiles(run_dir))
     write_atomic(
         run_dir / "summary.json",
@@ -50,9 +53,7 @@ def visible(text: str) -> str:
     if text.isascii() and text.isprintable():
         return text
     return "".join(
-        f"⟨U+{ord(c):04X}⟩"
-        if c not in _HARMLESS and unicodedata.category(c) in _SHOWN
-        else c
+        f"⟨U+{ord(c):04X}⟩" if c not in _HARMLESS and unicodedata.category(c) in _SHOWN else c
         for c in text
     )
 
@@ -194,7 +195,8 @@ def _percent(value: Any) -> str:
 
 
 def _seconds(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    value = value if not isinstance(value, int | float) else number({"s": value}, "s")
+    if not isinstance(value, float):
         return _num(value)
     if value < 120:
         return f"{value:.1f} s"

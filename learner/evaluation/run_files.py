@@ -1,7 +1,7 @@
 """Reads the files of a run directory, also while a run is writing them, and says what it left out.
 
-Nothing here raises for a file that is missing or damaged: the trouble is recorded by file name, so that
-the part of a report that needed the file can say so.
+Nothing here raises for a file that is missing or damaged: the trouble is recorded by file name, so
+that the part of a report that needed the file can say so.
 """
 
 from __future__ import annotations
@@ -29,9 +29,13 @@ def write_atomic(path: Path, text: str) -> None:
 def number(record: Mapping[str, Any], key: str) -> float | None:
     """A finite number of the record, or None: a report shows what is there and invents nothing."""
     value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        found = float(value)
+    except OverflowError:  # JSON has integers of any size
+        return None
+    return found if math.isfinite(found) else None
 
 
 class RunFiles:

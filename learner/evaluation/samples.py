@@ -1,4 +1,4 @@
-"""Answers before and after training to the same prompts: file, choice of a few, and their statistics."""
+"""Answers before and after training to the same prompts: file, choice of a few, statistics."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def choose(samples: Sequence[Sample], random_count: int = 3, seed: int = 0) -> l
 
 
 def distinct_ngrams(text: str, n: int) -> float:
-    """Different n-grams of words as a share of all (distinct-n, Li et al. 2016); 1 when too short."""
+    """Different word n-grams as a share of all (distinct-n, Li et al. 2016); 1 when too short."""
     words = text.split()
     grams = [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
     return len(set(grams)) / len(grams) if grams else 1.0

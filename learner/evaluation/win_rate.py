@@ -128,7 +128,7 @@ def _by_prompt(
 def _bootstrap(
     sums: np.ndarray, counts: np.ndarray, confidence: float, resamples: int, seed: int
 ) -> tuple[float, float]:
-    """BCa interval of sum(sums) / sum(counts), resampling prompts; percentile where BCa has none."""
+    """BCa interval of sum(sums) / sum(counts), over prompts; percentile where BCa has none."""
 
     def ratio(top: np.ndarray, bottom: np.ndarray, axis: int = -1) -> np.ndarray:
         return np.asarray(top.sum(axis=axis) / bottom.sum(axis=axis))

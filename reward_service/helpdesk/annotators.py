@@ -62,7 +62,7 @@ class Label:
 ANNOTATORS: Final[tuple[Annotator, ...]] = (
     Annotator(name="ada", temperature=0.8, lapse=0.02, padding=1.5, patience=1.3),
     Annotator(
-        name="bruno", temperature=1.1, lapse=0.04, concision=0.2, repetition=0.6, per_ten_words=0.7
+        name="bruno", temperature=1.1, lapse=0.04, concision=0.2, repetition=0.6, per_ten_words=0.8
     ),
     Annotator(
         name="chloe", temperature=1.1, lapse=0.04, courtesy=2.5, rudeness=3.5, per_courtesy=0.6
@@ -74,11 +74,11 @@ ANNOTATORS: Final[tuple[Annotator, ...]] = (
         correctness=2.0,
         concision=0.7,
         wrong=1.0,
-        per_ten_words=0.3,
+        per_ten_words=0.35,
         patience=0.6,
     ),
     Annotator(
-        name="emi", temperature=1.1, lapse=0.04, concision=1.0, per_ten_words=0.3, per_courtesy=0.2
+        name="emi", temperature=1.1, lapse=0.04, concision=1.0, per_ten_words=0.4, per_courtesy=0.2
     ),
 )
 """A careful expert, a lover of length, one dazzled by courtesy, one who checks no facts, and one

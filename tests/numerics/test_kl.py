@@ -90,10 +90,9 @@ def test_clamps_keep_wild_ratios_finite() -> None:
     assert k3(logp, ref).tolist() == [10.0, 10.0, 10.0]
 
 
-@pytest.mark.parametrize("name", list(KL_ESTIMATORS))
+# Not k3+: it is straight-through, so its gradient is by design not that of its value.
+@pytest.mark.parametrize("name", ["k1", "k2", "k3"])
 def test_gradcheck(name: str) -> None:
-    if name == "k3+":
-        pytest.skip("straight-through: its gradient is by design not that of its value")
     logp = torch.linspace(-2, 2, 7, dtype=torch.float64, requires_grad=True)
     ref = torch.zeros(7, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: KL_ESTIMATORS[name](x, ref), logp)

@@ -32,7 +32,9 @@ from cluster.timeline import Timeline
 
 def manifest(version: int) -> WeightManifest:
     canary = Canary(token_ids=(1, 2), logprobs=(-1.0,), tolerance=1e-3)
-    return WeightManifest(version=version, tensors=(), canary=canary, transport="fake", locator=None)
+    return WeightManifest(
+        version=version, tensors=(), canary=canary, transport="fake", locator=None
+    )
 
 
 class RealClock:
@@ -161,13 +163,21 @@ class Lines:
 
 
 def build(
-    tmp_path: Path, world: World, learner: FakeLearner, *, steps: int = 6, bound: int = 2, workers: int = 2
+    tmp_path: Path,
+    world: World,
+    learner: FakeLearner,
+    *,
+    steps: int = 6,
+    bound: int = 2,
+    workers: int = 2,
 ) -> tuple[Controller, WorkerPool, Run, Lines]:
     run = Run.create(str(tmp_path), "run", "train", NoConfig())
     clock, lines = RealClock(), Lines()
     pool = WorkerPool(
         world.make,
-        PoolSettings(start_timeout_s=5, stall_timeout_s=5, weights_timeout_s=5, max_restarts=2, harvest_s=0.1),
+        PoolSettings(
+            start_timeout_s=5, stall_timeout_s=5, weights_timeout_s=5, max_restarts=2, harvest_s=0.1
+        ),
         clock,
         run.event,
     )
@@ -182,7 +192,14 @@ def build(
         stop_grace_s=1.0,
     )
     controller = Controller(
-        settings, Prompts(), learner, pool, run, [lines], clock, Timeline()  # type: ignore[arg-type]
+        settings,
+        Prompts(),
+        learner,
+        pool,
+        run,
+        [lines],
+        clock,
+        Timeline(),  # type: ignore[arg-type]
     )
     return controller, pool, run, lines
 
@@ -229,7 +246,9 @@ def test_a_worker_that_keeps_dying_ends_the_run_with_its_cause(tmp_path: Path) -
         asyncio.run(drive(controller, pool))
 
 
-def test_a_data_failure_is_dropped_with_its_reason_and_a_retryable_one_is_tried_again(tmp_path: Path) -> None:
+def test_a_data_failure_is_dropped_with_its_reason_and_a_retryable_one_is_tried_again(
+    tmp_path: Path,
+) -> None:
     world, learner = World(), FakeLearner()
     world.fail = {2: ("prompt is not text", False)}
     controller, pool, run, _ = build(tmp_path, world, learner)

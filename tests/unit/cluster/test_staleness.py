@@ -83,7 +83,9 @@ def test_a_failed_group_does_not_hold_up_its_step() -> None:
     st.integers(0, 4),
     st.lists(st.integers(0, 2**31), min_size=50, max_size=400),
 )
-def test_no_consumed_group_is_older_than_the_bound(per_step: int, bound: int, choices: list[int]) -> None:
+def test_no_consumed_group_is_older_than_the_bound(
+    per_step: int, bound: int, choices: list[int]
+) -> None:
     """Random interleavings of finishing, learning and (late) weight acknowledgement."""
     ledger = SlotLedger(prompts_per_step=per_step, bound=bound, last_step=10**6)
     buffer = GroupBuffer(ledger)

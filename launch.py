@@ -1,0 +1,372 @@
+"""Composition root and command line: `accord COMMAND` and `python launch.py COMMAND` are the same.
+
+Heavy imports happen inside the commands, so that `--help` and a mistake in a config answer at once.
+"""
+
+from __future__ import annotations
+
+import bootstrap
+
+bootstrap.reexec()
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.contracts.errors import AccordError, UserError
+
+app = typer.Typer(
+    name="accord",
+    help="Reinforcement learning from human feedback, the whole loop: supervised fine-tuning, "
+    "preferences, reward model, PPO with vLLM and Ray, evaluation.\n\n"
+    "Start with: accord quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+preferences_app = typer.Typer(
+    no_args_is_help=True, help="Import, export and look at preference data."
+)
+app.add_typer(preferences_app, name="preferences")
+
+Config = Annotated[Path, typer.Argument(help="TOML file; see examples/.", metavar="CONFIG.toml")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings over the file's, as section.key=value.", metavar="[KEY=VALUE]..."
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only the result, no progress.")]
+
+
+@app.command()
+def quickstart(
+    directory: Annotated[str, typer.Option("--dir", help="Where the run goes.")] = "runs",
+    name: Annotated[str, typer.Option(help="Name of the run; empty: made from the time.")] = "",
+    seed: Annotated[int, typer.Option(help="Seed of data, models and sampling.")] = 0,
+    scale: Annotated[
+        float,
+        typer.Option(help="Size of the job; 1 takes some minutes on 2 cores, 0.1 is a smoke test."),
+    ] = 1.0,
+    kl_coef: Annotated[
+        float | None, typer.Option(help="KL coefficient of PPO; 0 shows what happens without it.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """The whole loop on an embedded help-desk task: no GPU, no account, no model hub.
+
+    Makes a small language model, fine-tunes it on demonstrations, samples answers with vLLM, lets
+    simulated annotators compare them, learns a reward model, runs PPO on Ray, and compares the result
+    with where it started.
+
+    Example: `accord quickstart --seed 1`
+    """
+    _say("accord quickstart: the whole loop on an embedded help-desk task", quiet)
+    from cluster.stages.quickstart import quickstart as run
+
+    run(directory, name, seed, scale, kl_coef, _reporter(quiet))
+
+
+@app.command()
+def sft(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Supervised fine-tuning on the assistant's tokens.
+
+    Example: `accord sft examples/sft.toml model.path=my-model fit.epochs=2`
+    """
+    from cluster.contracts.config import SftConfig
+    from cluster.stages.offline import run_sft
+
+    _result(run_sft(_load(SftConfig, config, overrides), _reporter(quiet)))
+
+
+@app.command("reward-model")
+def reward_model(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Learn a reward model from comparisons (prompt, chosen, rejected).
+
+    Example: `accord reward-model examples/reward_model.toml data.path=pairs.jsonl`
+    """
+    from cluster.contracts.config import RewardModelConfig
+    from cluster.stages.offline import run_reward_model
+
+    _result(run_reward_model(_load(RewardModelConfig, config, overrides), _reporter(quiet)))
+
+
+@app.command()
+def dpo(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Direct preference optimisation on the same comparisons.
+
+    Example: `accord dpo examples/dpo.toml beta=0.2`
+    """
+    from cluster.contracts.config import DpoConfig
+    from cluster.stages.offline import run_dpo
+
+    _result(run_dpo(_load(DpoConfig, config, overrides), _reporter(quiet)))
+
+
+@app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="TOML file.", metavar="CONFIG.toml")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue this run directory where it stopped.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """PPO (or GRPO, RLOO, ...) on Ray: workers generate with vLLM while the learner optimises.
+
+    Example: `accord train examples/ppo.toml batch.steps=200 staleness.bound=2`
+
+    Example: `accord train --resume runs/my-run`
+    """
+    from cluster.stages.train import resume_training, train_policy
+
+    if resume is not None:
+        # With --resume there is no CONFIG argument: the first word is an override.
+        words = ([str(config)] if config else []) + (overrides or [])
+        _result(resume_training(str(resume), words, _reporter(quiet)))
+        return
+    if config is None:
+        raise UserError("no config given", where="accord train", fix="accord train CONFIG.toml")
+    from cluster.contracts.config import TrainConfig
+
+    _result(train_policy(_load(TrainConfig, config, overrides), _reporter(quiet)))
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    prompts: Annotated[str, typer.Argument(help="Prompts: JSONL, Parquet or datasets:NAME.")],
+    out: Annotated[Path, typer.Option(help="JSONL to write.")] = Path("answers.jsonl"),
+    samples: Annotated[int, typer.Option(help="Answers a prompt.")] = 1,
+    max_tokens: Annotated[int, typer.Option()] = 64,
+    temperature: Annotated[float, typer.Option()] = 1.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Sample answers with the rollout workers.
+
+    Example: `accord generate runs/q/sft/policy prompts.jsonl --samples 4 --out answers.jsonl`
+    """
+    from cluster.stages.sample import generate_to_file
+
+    generate_to_file(
+        model, prompts, out, samples=samples, max_tokens=max_tokens, temperature=temperature,
+        seed=seed, reporter=_reporter(quiet),
+    )  # fmt: skip
+    _result(out)
+
+
+@app.command()
+def evaluate(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Compare two policies on the same prompts: win rate with its interval, by a judge of your choice.
+
+    Example: `accord evaluate examples/evaluate.toml policy.path=runs/q/policy`
+    """
+    from cluster.contracts.config import EvaluateConfig
+    from cluster.stages.evaluate import run_evaluation
+
+    _result(run_evaluation(_load(EvaluateConfig, config, overrides), _reporter(quiet)))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write report.html and summary.json again from a run's files (also while it goes on).
+
+    Example: `accord report runs/my-run`
+    """
+    from cluster.runs import Run
+    from learner.evaluation.report import write_report
+
+    _result(write_report(Run.open(str(run)).path))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Run directory, model directory or hub id.")],
+    before: Annotated[
+        str | None, typer.Option(help="A second model whose answer is shown beside it.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option()] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the most likely answer.")] = 0.7,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Talk to a policy (in this process, with transformers; Ctrl-D ends).
+
+    Example: `accord chat runs/quickstart --before runs/quickstart/sft/policy`
+    """
+    from cluster.stages.chat import chat_loop
+
+    chat_loop(model, before, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
+
+@app.command("serve-reward")
+def serve_reward(
+    config: Config,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free port.")] = 0,
+    token_file: Annotated[Path | None, typer.Option(help="File with a bearer token.")] = None,
+) -> None:
+    """Serve rewards over gRPC (accord.reward.v1) until interrupted; CONFIG needs a [reward] section.
+
+    Example: `accord serve-reward examples/ppo.toml --port 7070`
+    """
+    from cluster.stages.serve import serve_forever
+
+    serve_forever(str(config), overrides or [], host, port, token_file)
+
+
+@app.command()
+def status(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Where a run stands, from its files.
+
+    Example: `accord status runs/my-run --json`
+    """
+    from cluster.stages.status import show_status
+
+    show_status(run, as_json)
+
+
+@app.command()
+def scale(
+    run: Annotated[Path, typer.Argument(help="Directory of a run that goes on.")],
+    workers: Annotated[int, typer.Argument(min=1, help="Rollout workers wanted.")],
+) -> None:
+    """Add or drain rollout workers of a run while it goes on.
+
+    Example: `accord scale runs/my-run 3`
+    """
+    from cluster.stages.status import want_workers
+
+    want_workers(run, workers)
+
+
+@app.command()
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Check a training config and print every value in force and what follows from them.
+
+    Example: `accord plan examples/ppo.toml batch.prompts_per_step=16`
+    """
+    from cluster.contracts.config import TrainConfig
+    from cluster.stages.plan import show_plan
+
+    show_plan(_load(TrainConfig, config, overrides), as_json)
+
+
+@preferences_app.command("stats")
+def preferences_stats(
+    store: Annotated[Path, typer.Argument(help="A preference store (*.db).")],
+) -> None:
+    """Counts, agreement and position bias of a store.
+
+    Example: `accord preferences stats runs/q/preferences.db`
+    """
+    from cluster.stages.preferences import show_stats
+
+    show_stats(store)
+
+
+@preferences_app.command("export")
+def preferences_export(
+    store: Annotated[Path, typer.Argument(help="A preference store (*.db).")],
+    out: Annotated[Path, typer.Argument(help="*.jsonl or *.parquet to write.")],
+) -> None:
+    """Write prompt/chosen/rejected rows (ties and both-bad are left out and counted).
+
+    Example: `accord preferences export runs/q/preferences.db pairs.jsonl`
+    """
+    from cluster.stages.preferences import export
+
+    export(store, out)
+
+
+@preferences_app.command("import")
+def preferences_import(
+    rows: Annotated[Path, typer.Argument(help="prompt/chosen/rejected as JSONL or Parquet.")],
+    store: Annotated[Path, typer.Argument(help="A preference store (*.db), made if absent.")],
+) -> None:
+    """Read prompt/chosen/rejected rows into a store.
+
+    Example: `accord preferences import pairs.jsonl preferences.db`
+    """
+    from cluster.stages.preferences import import_rows
+
+    import_rows(rows, store)
+
+
+def _load(model: Any, path: Path, overrides: list[str] | None) -> Any:
+    from cluster.contracts.configfile import load_config
+
+    return load_config(model, str(path), overrides or [])
+
+
+def _reporter(quiet: bool) -> Any:
+    from cluster.progress import Reporter
+
+    return Reporter(quiet=quiet)
+
+
+def _say(text: str, quiet: bool) -> None:
+    if not quiet:
+        print(text, file=sys.stderr, flush=True)
+
+
+def _result(path: Path) -> None:
+    print(path, flush=True)
+
+
+def _terminate(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 1 stopped by an error, 2 wrong input, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(standalone_mode=False)
+    except UserError as problem:
+        print(f"accord: error: {problem}", file=sys.stderr)
+        code = 2
+    except AccordError as problem:
+        print(f"accord: stopped: {problem}", file=sys.stderr)
+        code = 1
+    except (KeyboardInterrupt, typer.Abort):
+        print("accord: interrupted; what was done is kept", file=sys.stderr)
+        code = 130
+    except typer.Exit as done:
+        code = done.exit_code
+    except Exception as problem:
+        code = _usage_code(problem)
+    else:
+        code = 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 130:
+        os._exit(code)  # background threads of libraries must not hold up the exit
+    sys.exit(code)
+
+
+def _usage_code(problem: Exception) -> int:
+    """Wrong words on the command line are typer's to explain; anything else is ours and shown whole."""
+    show = getattr(problem, "show", None)
+    if show is None:
+        raise problem
+    show()
+    return int(getattr(problem, "exit_code", 2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Loading through transformers, with everything that can be wrong said in one clear message."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+
+from cluster.contracts.errors import UserError
+
+
+def load_checked(
+    kind: Any,
+    path: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    *,
+    may_miss: tuple[str, ...] = (),
+    **config_changes: Any,
+) -> Any:
+    """A model of the Auto class `kind`, float32, eval mode, complete but for names in `may_miss`.
+
+    config_changes: keys set in its config. Raises UserError for everything that may be wrong.
+    """
+    require_directory(path)
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = explained(
+        lambda: transformers.AutoConfig.from_pretrained(path, **common, **config_changes),
+        path,
+        "model",
+    )
+    with _quiet():
+        model, report = explained(
+            lambda: kind.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=_attention(config),
+                output_loading_info=True,
+                **common,
+            ),
+            path,
+            "model",
+        )
+    missing = [name for name in report["missing_keys"] if not name.startswith(may_miss)]
+    if missing:
+        raise UserError(
+            f"the weights lack {len(missing)} tensors (first: {sorted(missing)[0]}), which would "
+            "start random",
+            where=path,
+            fix="copy the complete model directory, or use another model",
+        )
+    return model.eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bar and no report of missing tensors: those are checked here, as errors."""
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _attention(config: Any) -> str:
+    """Eager: fastest for short rows on CPU (measured), and the only one with capped scores."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "sdpa" if torch.cuda.is_available() and not capped else "eager"
+
+
+def require_directory(path: str, *markers: str) -> None:
+    """Raise UserError for a path that is no model directory, before any attempt to download.
+
+    A hub id is NAME or OWNER/NAME; anything else that does not exist is a mistyped path, and so is
+    FOLDER/NAME where that folder exists. markers: a directory has one of these files.
+    """
+    place, needed = Path(path), markers or ("config.json",)
+    if place.is_dir():
+        if not any((place / name).exists() for name in needed):
+            raise UserError(
+                f"the directory holds no model ({needed[0]} is missing)",
+                where=path,
+                fix="give a directory in Hugging Face layout, such as runs/NAME/policy",
+            )
+        return
+    if place.exists():
+        raise UserError("is a file, not a model directory", where=path, fix="give its directory")
+    mistyped = path.count("/") == 1 and place.parent.is_dir()
+    if mistyped or path.count("/") > 1 or path.startswith((".", "~", "/")) or not path:
+        raise UserError("no such model directory", where=path, fix="check the path (model.path)")
+
+
+def explained(load: Callable[[], Any], path: str, what: str, *, missing: Any = None) -> Any:
+    """`load()`, with what transformers raises turned into one message that says what to do."""
+    try:
+        return load()
+    except OSError as problem:
+        if missing is not None:
+            return missing
+        local = Path(path).exists()
+        raise UserError(
+            f"cannot load the {what}: {_first_line(problem)}",
+            where=path,
+            fix="complete the model directory"
+            if local
+            else "give an existing model directory, or a hub id reachable from here",
+        ) from problem
+    except (ValueError, KeyError, RuntimeError, SafetensorError, ImportError) as problem:
+        raise UserError(
+            f"cannot load the {what}: {_first_line(problem)}",
+            where=path,
+            fix="check that config.json names a known architecture and that files are undamaged",
+        ) from problem
+
+
+def _first_line(problem: BaseException) -> str:
+    text = str(problem).strip()
+    return text.splitlines()[0] if text else type(problem).__name__
+
+
+def read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise UserError(
+            f"cannot read the chat template: {_first_line(problem)}",
+            where=path,
+            fix="set model.chat_template to an existing Jinja file",
+        ) from None
+
+
+def as_list(ids: Any) -> list[int]:
+    if ids is None:
+        return []
+    return [int(i) for i in ids] if isinstance(ids, list | tuple) else [int(ids)]

@@ -1,0 +1,63 @@
+"""Trained groups to Parquet, beside the training: a slow disk must not slow a step."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cluster.contracts.errors import Fatal
+
+_DEADLINE_S = 120.0
+
+
+class RolloutWriter:
+    """Writes DIRECTORY/step-000123.parquet in one thread, one file at a time.
+
+    An error of a write (disk full) is raised by the next call, as Fatal: rollouts a user asked for
+    must not go missing quietly.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        self._directory.mkdir(parents=True, exist_ok=True)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout-writer")
+        self._pending: Future[None] | None = None
+
+    def write(self, step: int, table: pa.Table) -> None:
+        """Begin to write; waits for the file before, at most two minutes."""
+        self.flush()
+        path = self._directory / f"step-{step:06d}.parquet"
+        self._pending = self._thread.submit(_write, path, table)
+
+    def flush(self) -> None:
+        """Wait until everything is on disk. Raises Fatal if it cannot be."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result(timeout=_DEADLINE_S)
+        except TimeoutError:
+            raise Fatal(
+                f"rollouts were not written to {self._directory} within {_DEADLINE_S:.0f} s"
+            ) from None
+        except (OSError, pa.ArrowException) as problem:
+            raise Fatal(f"cannot write rollouts to {self._directory}: {problem}") from problem
+
+    def close(self) -> None:
+        try:
+            self.flush()
+        finally:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
+    try:
+        pq.write_table(table, aside, compression="zstd")
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,247 @@
+"""The rollout worker's side of the reward service."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any
+
+import grpc
+import tenacity
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from cluster.contracts.errors import BadReward, RewardFailure, UserError
+from cluster.contracts.records import Rollout, Score
+from reward_service import wire
+from reward_service.items import ScoreItem, ServiceInfo
+from reward_service.proto import reward_pb2 as pb
+from reward_service.proto import reward_pb2_grpc
+from reward_service.security import TlsFiles, client_credentials
+
+Code = grpc.StatusCode
+AGAIN = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED)
+USERS = (Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED)
+ATTEMPT_SHARE = 1 / 3  # of the deadline, for one attempt: a hung service leaves time to ask another
+SHORTEST_ATTEMPT_S = 1.0
+OPTIONS = (
+    ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.keepalive_time_ms", 30_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_retries", 0),  # retries are ours: same request id, one deadline over all
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.enable_http_proxy", 0),
+)
+
+
+class _Target:
+    """One address: its channel, and how many of our calls it is working on."""
+
+    def __init__(self, address: str, tls: TlsFiles | None) -> None:
+        self.address = address
+        self.busy = 0
+        if tls is None:
+            self.channel = grpc.insecure_channel(address, OPTIONS)
+        else:
+            self.channel = grpc.secure_channel(address, client_credentials(tls), OPTIONS)
+        self.rewards = reward_pb2_grpc.RewardServiceStub(self.channel)
+        self.health = health_pb2_grpc.HealthStub(self.channel)
+
+
+class RewardClient:
+    """Scores rollouts at one or several replicas of a service (``Scorer``). Thread-safe.
+
+    ``deadline_s`` bounds a call, retries included. ``tokenizer`` is the fingerprint of the policy's
+    tokenizer: a reward model with the same one scores the token ids as they are. ``version`` is ""
+    until connected, then pinned: another scorer's answer is a BadReward.
+    """
+
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        *,
+        deadline_s: float = 30.0,
+        token: str | None = None,
+        tls: TlsFiles | None = None,
+        tokenizer: str = "",
+    ) -> None:
+        if not addresses:
+            raise UserError("no address of a reward service", where="reward.address")
+        self.version = ""
+        self._deadline_s = deadline_s
+        self._tokenizer = tokenizer
+        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._lock = threading.Lock()
+        self._connecting = threading.Lock()
+        self._info: ServiceInfo | None = None
+        self._turn = 0
+        self._closed = False
+        self._targets = [_Target(address, tls) for address in dict.fromkeys(addresses)]
+
+    def connect(self, timeout_s: float = 10.0) -> ServiceInfo:
+        """Reach every address and pin the scorer's version.
+
+        Raises UserError when nobody listens, the token is refused, or replicas differ.
+        """
+        with self._connecting:
+            if self._info is not None:
+                return self._info
+            end = time.monotonic() + timeout_s
+            infos = [self._reach(target, end, timeout_s) for target in self._targets]
+            for target, info in zip(self._targets, infos, strict=True):
+                if info.scorer_version != infos[0].scorer_version:
+                    raise UserError(
+                        f"it scores with {info.scorer_version[:12]}, but {self._targets[0].address} "
+                        f"with {infos[0].scorer_version[:12]}: replicas must be the same",
+                        where=f"reward service {target.address}",
+                        fix="start all replicas with the same reward section",
+                    )
+            self._info = infos[0]
+            self.version = infos[0].scorer_version
+            return infos[0]
+
+    def _reach(self, target: _Target, end: float, timeout_s: float) -> ServiceInfo:
+        try:
+            reply = target.rewards.GetInfo(
+                pb.GetInfoRequest(),
+                timeout=max(0.05, end - time.monotonic()),
+                metadata=self._metadata,
+                wait_for_ready=True,
+            )
+        except grpc.RpcError as error:
+            raise _unreached(target, error, timeout_s) from error
+        return wire.decode_info(reply, service=target.address)
+
+    def healthy(self, timeout_s: float = 2.0) -> dict[str, bool]:
+        """address -> whether the service there says that it serves."""
+        answer = {}
+        for target in self._targets:
+            try:
+                reply = target.health.Check(health_pb2.HealthCheckRequest(), timeout=timeout_s)
+                answer[target.address] = reply.status == health_pb2.HealthCheckResponse.SERVING
+            except grpc.RpcError:
+                answer[target.address] = False
+        return answer
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
+        """One score a rollout, in order. Raises RewardFailure (may work later) or BadReward."""
+        return self.score_items(wire.items_of(rollouts, self._tokenizer))
+
+    def score_items(self, items: Sequence[ScoreItem]) -> list[Score]:
+        if not items:
+            return []
+        size = min(self.connect().max_batch, wire.MAX_ITEMS)
+        chunks = [items[start : start + size] for start in range(0, len(items), size)]
+        if len(chunks) == 1:
+            return self._score_chunk(items)
+        with ThreadPoolExecutor(2 * len(self._targets)) as pool:
+            return [score for part in pool.map(self._score_chunk, chunks) for score in part]
+
+    def _score_chunk(self, items: Sequence[ScoreItem]) -> list[Score]:
+        request = wire.encode_request(uuid.uuid4().hex, items)
+        end = time.monotonic() + self._deadline_s
+        failed: set[str] = set()
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(self._again),
+            stop=tenacity.stop_before_delay(self._deadline_s),
+            wait=tenacity.wait_random_exponential(multiplier=0.1, max=2.0),
+            reraise=True,
+        )
+        try:
+            target, reply = retrying(self._attempt, request, end, failed)
+        except grpc.RpcError as error:
+            raise self._failure(error, failed) from error
+        return wire.decode_reply(
+            reply,
+            request_id=request.request_id,
+            ids=[item.id for item in items],
+            version=self.version,
+            service=target.address,
+        )
+
+    def _attempt(
+        self, request: pb.ScoreRequest, end: float, failed: set[str]
+    ) -> tuple[_Target, pb.ScoreResponse]:
+        left = max(0.001, end - time.monotonic())
+        timeout = min(left, max(SHORTEST_ATTEMPT_S, self._deadline_s * ATTEMPT_SHARE))
+        target = self._choose(failed)
+        try:
+            reply = target.rewards.Score(request, timeout=timeout, metadata=self._metadata)
+        except grpc.RpcError:
+            failed.add(target.address)
+            raise
+        finally:
+            with self._lock:
+                target.busy -= 1
+        return target, reply
+
+    def _choose(self, failed: set[str]) -> _Target:
+        """The least busy address, in turn among equals; one that failed this call only if all did."""
+        with self._lock:
+            if self._closed:
+                raise RewardFailure("the reward client was closed")
+            fresh = [t for t in self._targets if t.address not in failed] or self._targets
+            self._turn += 1
+            start = self._turn % len(fresh)
+            target = min(fresh[start:] + fresh[:start], key=lambda t: t.busy)
+            target.busy += 1
+            return target
+
+    def _again(self, error: BaseException) -> bool:
+        return isinstance(error, grpc.RpcError) and not self._closed and _code(error) in AGAIN
+
+    def _failure(self, error: Any, failed: set[str]) -> BadReward | RewardFailure:
+        service = f"the reward service at {', '.join(sorted(failed))}"
+        if _code(error) in USERS:
+            return BadReward(f"{service} refuses: {error.details()}")
+        return RewardFailure(
+            f"{service} gave no score within {self._deadline_s:g} s "
+            f"({_code(error).name}: {error.details()})"
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+        for target in self._targets:
+            target.channel.close()
+
+    def __enter__(self) -> RewardClient:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _code(error: Any) -> Any:
+    code: Callable[[], Any] | None = getattr(error, "code", None)
+    return code() if code is not None else Code.UNKNOWN
+
+
+def _unreached(target: _Target, error: Any, timeout_s: float) -> UserError:
+    where = f"reward service {target.address}"
+    code = _code(error)
+    if code in (Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE):
+        return UserError(
+            f"nobody listens at {target.address} (tried for {timeout_s:g} s)",
+            where=where,
+            fix="start it with `accord serve-reward`, or correct the address",
+        )
+    if code is Code.UNAUTHENTICATED:
+        return UserError(f"it refuses us: {error.details()}", where=where, fix="give its token")
+    return UserError(
+        f"what listens there does not speak accord.reward.v1 ({code.name}: {error.details()})",
+        where=where,
+        fix="give the address of a service started with `accord serve-reward`",
+    )

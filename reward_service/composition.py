@@ -1,0 +1,138 @@
+"""Several rewards -> one score: their weighted sum, with every part kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from cluster.contracts.config import (
+    FunctionSource,
+    GrpcSource,
+    RewardConfig,
+    RewardModelSource,
+    RulesSource,
+)
+from cluster.contracts.errors import AccordError, BadReward, UserError
+from cluster.contracts.records import Score
+from reward_service.items import Part, ScoreItem, ServiceInfo, Source, SourceInfo
+
+
+class Composition:
+    """value = clip(sum of weight * part). ``version`` changes with anything that can change a value.
+
+    ``score`` raises what a source raises; a source that fails never counts as 0.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], weights: Sequence[float], clip: float | None = None
+    ) -> None:
+        self._sources = tuple(sources)
+        self._weights = tuple(weights)
+        self._clip = clip
+        names = [source.name for source in sources]
+        if len(set(names)) != len(names):
+            raise UserError(
+                f"two sources have the same name: {names}",
+                where="reward.sources",
+                fix="give each source a `name` of its own",
+            )
+        self.sources = tuple(
+            SourceInfo(name=s.name, type=s.type, weight=w, content=s.content)
+            for s, w in zip(self._sources, self._weights, strict=True)
+        )
+        self.tokenizer = next((s.tokenizer for s in sources if s.tokenizer), "")
+        parts = [[s.name, s.type, s.weight, s.content] for s in self.sources]
+        self.version = hashlib.sha256(json.dumps([parts, clip]).encode()).hexdigest()
+
+    def info(self, max_batch: int) -> ServiceInfo:
+        return ServiceInfo(
+            name="accord",
+            scorer_version=self.version,
+            sources=self.sources,
+            max_batch=max_batch,
+            tokenizer=self.tokenizer,
+        )
+
+    def score(self, items: Sequence[ScoreItem]) -> list[Score]:
+        columns = [self._parts(source, items) for source in self._sources]
+        return [
+            self._sum(item, [column[row] for column in columns]) for row, item in enumerate(items)
+        ]
+
+    def _parts(self, source: Source, items: Sequence[ScoreItem]) -> list[Part]:
+        try:
+            parts = source.score(items)
+        except AccordError:
+            raise
+        except Exception as error:
+            raise BadReward(
+                f"the reward source {source.name!r} failed on {len(items)} items (first "
+                f"{items[0].id!r}): {type(error).__name__}: {error}"
+            ) from error
+        if len(parts) != len(items):
+            raise BadReward(
+                f"the reward source {source.name!r} gave {len(parts)} scores for {len(items)} items"
+            )
+        for item, part in zip(items, parts, strict=True):
+            if not math.isfinite(part.value):
+                raise BadReward(
+                    f"the reward source {source.name!r} scored {item.id!r} as {part.value}"
+                )
+        return parts
+
+    def _sum(self, item: ScoreItem, parts: Sequence[Part]) -> Score:
+        value = sum(w * part.value for w, part in zip(self._weights, parts, strict=True))
+        if not math.isfinite(value):
+            raise BadReward(f"the weighted sum of the rewards of {item.id!r} is {value}")
+        if self._clip is not None:
+            value = max(-self._clip, min(self._clip, value))
+        return Score(
+            value=value,
+            parts={s.name: p.value for s, p in zip(self._sources, parts, strict=True)},
+            scorer_version=self.version,
+            vetoes=tuple(veto for part in parts for veto in part.vetoes),
+        )
+
+    def close(self) -> None:
+        for source in self._sources:
+            source.close()
+
+
+def build(cfg: RewardConfig, *, threads: int = 1, remote_token: str | None = None) -> Composition:
+    """Load every source; ``remote_token`` is the bearer token for sources of type grpc.
+
+    Raises UserError for what cannot be loaded or reached.
+    """
+    sources: list[Source] = []
+    try:
+        for source in cfg.sources:
+            sources.append(_load(source, cfg, threads, remote_token))
+        return Composition(sources, [source.weight for source in cfg.sources], cfg.clip)
+    except BaseException:
+        for loaded in sources:
+            loaded.close()
+        raise
+
+
+def _load(source: Any, cfg: RewardConfig, threads: int, remote_token: str | None) -> Source:
+    # Imported one by one: a service of rules alone needs neither torch nor a channel.
+    if isinstance(source, RulesSource):
+        from reward_service.scorers import RulesScorer
+
+        return RulesScorer(source)
+    if isinstance(source, FunctionSource):
+        from reward_service.function_scorer import FunctionScorer
+
+        return FunctionScorer(source)
+    if isinstance(source, RewardModelSource):
+        from reward_service.model_scorer import ModelScorer
+
+        return ModelScorer(source, threads)
+    if isinstance(source, GrpcSource):
+        from reward_service.grpc_scorer import GrpcScorer
+
+        return GrpcScorer(source, deadline_s=cfg.deadline_s, token=remote_token)
+    raise TypeError(f"no scorer for {type(source).__name__}")
