@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
-from actors.host_tensors import check_prompt, check_update, to_tensor
+from actors.host_tensors import check_prompt, check_update, published_tensors, to_tensor
 from actors.settings import EngineSettings
 from cluster.contracts.errors import Fatal
 from cluster.contracts.records import Completion, VersionSpan
@@ -50,7 +50,7 @@ class TransformersEngine:
             attn_implementation="eager",
         )
         self._model.to(self._device).eval()
-        self._parameters = dict(self._model.named_parameters())
+        self._parameters = published_tensors(self._model)
         self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         self._vocab = int(self._model.get_input_embeddings().weight.shape[0])
         self._generator = torch.Generator().manual_seed(settings.seed)

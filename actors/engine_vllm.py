@@ -1,6 +1,6 @@
 """vLLM inside a worker's own process: the one door to vllm.
 
-``LLMEngine`` is driven step by step by one thread, so a weight swap falls exactly between two tokens.
+``LLMEngine`` is driven step by step by one thread: a weight swap falls exactly between two tokens.
 Call ``actors.environment.prepare_environment`` before this module is imported.
 
 Run on CPU only so far: the CUDA choices in ``_platform_args`` and ``tensor_parallel`` follow vLLM's
@@ -44,7 +44,7 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.host_tensors import check_prompt, check_update, parameter_shapes, to_tensor
 from actors.settings import EngineSettings
-from cluster.contracts.errors import Fatal
+from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.records import Completion, VersionSpan
 
 BACKEND = "accord_host_arrays"
@@ -103,8 +103,9 @@ def _repack_shared(model: torch.nn.Module) -> None:
             owners.setdefault(id(weight), []).append(module)
     for sharing in owners.values():
         for module in sharing if len(sharing) > 1 else ():
+            method: Any = getattr(module, "quant_method", None)
             if hasattr(module, "cpu_linear"):
-                module.quant_method.process_weights_after_loading(module)
+                method.process_weights_after_loading(module)
 
 
 def _platform_args(settings: EngineSettings) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _engine_args(settings: EngineSettings) -> EngineArgs:
         enable_prefix_caching=True,
         skip_tokenizer_init=True,  # token ids in, token ids out
         generation_config="vllm",  # no sampling defaults out of the model's directory
-        logprobs_mode="processed_logprobs",  # of the distribution sampled from, temperature included
+        logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
         async_scheduling=False,  # a token in flight at a swap would carry the wrong version
         disable_log_stats=True,
         weight_transfer_config=WeightTransferConfig(backend=BACKEND),
@@ -171,8 +172,22 @@ class VllmEngine:
         self._waiting: deque[tuple[str, tuple[int, ...], int | None]] = deque()
         self._running: dict[str, tuple[tuple[int, ...], int | None]] = {}
         self._early: list[tuple[str, Completion]] = []  # finished while a canary ran
+        self._cached_tokens = 0
         self._probes = 0
+        self._probe_output: RequestOutput | None = None
         self._label()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """A first forward pass, so that a model vLLM cannot run fails here, at the start."""
+        try:
+            self.sequence_logprobs([0, 0])
+        except Exception as problem:
+            raise UserError(
+                f"{self.name} cannot run this model: {problem}",
+                where=self._settings.model_path,
+                fix="use rollout.engine = 'transformers', or a model vLLM supports on this machine",
+            ) from problem
 
     # -- requests ---------------------------------------------------------------------------------
 
@@ -241,6 +256,7 @@ class VllmEngine:
             if not self._native_versions:
                 self._count(request_id, len(output.outputs[0].token_ids))
             if output.finished:
+                self._cached_tokens += output.num_cached_tokens or 0
                 done.append((request_id, self._completion(request_id, output)))
                 self._forget(request_id)
         return done
@@ -303,7 +319,7 @@ class VllmEngine:
             )
             self._llm.collective_rpc("finish_weight_update")
         except Exception as problem:
-            raise Fatal(f"{self.name} failed while loading version {version}: {problem}") from problem
+            raise Fatal(f"{self.name} failed loading version {version}: {problem}") from problem
         self.version = version
         self._label()
         if self._settings.kv_on_swap == "recompute":
@@ -339,7 +355,7 @@ class VllmEngine:
         """Log-probabilities of ``token_ids[1:]`` at temperature 1; others are served meanwhile."""
         self._probes += 1
         probe = f"canary-{self._probes}"
-        self._probe_output: RequestOutput | None = None
+        self._probe_output = None
         params = SamplingParams(
             temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True
         )
@@ -361,7 +377,11 @@ class VllmEngine:
     def counters(self) -> dict[str, float]:
         """Gauges for the worker's statistics."""
         scheduler = self._llm.engine_core.engine_core.scheduler
-        return {"running": len(self._running), "kv_cache_used": scheduler.kv_cache_manager.usage}
+        return {
+            "running": len(self._running),
+            "kv_cache_used": scheduler.kv_cache_manager.usage,
+            "prefix_cached_tokens": self._cached_tokens,
+        }
 
     def close(self) -> None:
         self._llm.engine_core.shutdown()

@@ -6,7 +6,7 @@ import gc
 import importlib.util
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from actors.settings import EngineSettings
@@ -24,8 +24,8 @@ def vllm_available() -> bool:
 def choose_engine(kind: EngineKind) -> tuple[Literal["vllm", "transformers"], str]:
     """The engine to use, and a sentence for the user when it was not the first choice."""
     if kind == "transformers" or (kind == "auto" and not vllm_available()):
-        note = "" if kind == "transformers" else "vLLM is not installed here: generating with transformers"
-        return "transformers", note
+        note = "vLLM is not installed here: generating with transformers"
+        return "transformers", note if kind == "auto" else ""
     if not vllm_available():
         raise UserError(
             "vLLM is not installed", where="rollout.engine", fix="use rollout.engine = 'auto'"
@@ -69,7 +69,7 @@ def make_engine(kind: Literal["vllm", "transformers"], settings: EngineSettings)
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        engine_class: type[Engine]
+        engine_class: Callable[[EngineSettings], Engine]
         if kind == "vllm":
             from actors.engine_vllm import VllmEngine
 
@@ -79,7 +79,7 @@ def make_engine(kind: Literal["vllm", "transformers"], settings: EngineSettings)
 
             engine_class = TransformersEngine
         gc.freeze()
-        return engine_class(settings)  # type: ignore[call-arg]
+        return engine_class(settings)
     finally:
         if was_enabled:
             gc.enable()

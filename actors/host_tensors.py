@@ -15,7 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def parameter_shapes(settings: EngineSettings) -> Shapes:
-    """Name -> shape of every parameter of the model in ``settings.model_path``, shared ones once.
+    """Name -> shape of everything in an update of the model in ``settings.model_path``.
 
     The model is built without memory, from its configuration: this is what a learner publishes,
     whatever the engine has fused or packed it into.
@@ -31,7 +31,15 @@ def parameter_shapes(settings: EngineSettings) -> Shapes:
         model = AutoModelForCausalLM.from_config(
             config, trust_remote_code=settings.trust_remote_code
         )
-    return {name: tuple(p.shape) for name, p in model.named_parameters()}
+    return {name: tuple(tensor.shape) for name, tensor in published_tensors(model).items()}
+
+
+def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters, a shared one once, and persistent buffers: what makes up an update."""
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters())
+    kept = model.state_dict().keys()
+    tensors.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
+    return tensors
 
 
 def check_update(expected: Shapes, arrays: Mapping[str, np.ndarray]) -> None:

@@ -42,6 +42,11 @@ def plan_cores(cores: list[int], workers: int, *, pin: bool) -> CorePlan:
     return CorePlan(own, rest, rest)
 
 
+def own_cores() -> list[int]:
+    """The cores this process may use."""
+    return sorted(os.sched_getaffinity(0))
+
+
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     """Ray for the length of a command. Yields {"address", "metrics_port", "dashboard", "started"}.
@@ -54,7 +59,7 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
 
     started = config.address is None
     try:
-        context = ray.init(**_options(config))
+        context: Any = ray.init(**_options(config))
     except ConnectionError as problem:
         raise UserError(
             f"no Ray cluster answers: {problem}",
@@ -62,7 +67,7 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
             fix="start one with `ray start --head`, or leave cluster.address out",
         ) from None
     try:
-        node = next((n for n in ray.nodes() if n.get("Alive")), {})
+        node: dict[str, Any] = next((n for n in ray.nodes() if n.get("Alive")), {})
         yield {
             "address": context.address_info.get("gcs_address", ""),
             "metrics_port": node.get("MetricsExportPort"),

@@ -124,9 +124,7 @@ def _reference(settings: LearnerSettings, policy: Any) -> Any:
     return reference
 
 
-def _value(
-    settings: LearnerSettings, policy: Any, tokenizer: Any
-) -> tuple[nn.Module | None, bool]:
+def _value(settings: LearnerSettings, policy: Any, tokenizer: Any) -> tuple[nn.Module | None, bool]:
     learner = settings.learner
     if not ESTIMATORS[estimator_name(settings.algorithm)].needs_values:
         return None, False

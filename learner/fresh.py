@@ -1,4 +1,4 @@
-"""A small model made from nothing, for `accord quickstart` and for tests: tokenizer and random weights.
+"""A small model made from nothing, for `accord quickstart` and tests: tokenizer, random weights.
 
 The tokenizer is byte-level BPE (any text can be written, nothing is unknown). Its template puts an
 answer directly after <|assistant|> and <|end|> directly after the answer, so that the generation
@@ -38,8 +38,8 @@ TEMPLATE = (
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: str | Path) -> Any:
     """Train on `texts`, save to `directory`, and return the transformers tokenizer.
 
-    vocab_size: upper limit (at least 256 bytes + 5 special tokens, else UserError); the end token is
-    <|end|>, the padding token another one.
+    vocab_size: upper limit (at least 256 bytes + 5 special tokens, else UserError); the end token
+    is <|end|>, the padding token another one.
     """
     least = 256 + len(SPECIAL)
     if vocab_size < least:

@@ -1,7 +1,10 @@
-"""Loading through transformers, with everything that can be wrong said in one clear message."""
+"""Loading through transformers, with everything that can be wrong said in one clear message; and
+writing a directory so that a reader never sees half of it."""
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +37,7 @@ def load_checked(
         path,
         "model",
     )
-    with _quiet():
+    with quiet_transformers():
         model, report = explained(
             lambda: kind.from_pretrained(
                 path,
@@ -59,7 +62,7 @@ def load_checked(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bar and no report of missing tensors: those are checked here, as errors."""
     logging = transformers.utils.logging
     level = logging.get_verbosity()
@@ -136,6 +139,25 @@ def read_template(path: str) -> str:
             where=path,
             fix="set model.chat_template to an existing Jinja file",
         ) from None
+
+
+def replace_directory(directory: Path, write: Callable[[Path], None]) -> Path:
+    """Fill a new folder with `write` and put it in place of `directory`, which may exist."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    fresh = directory.with_name(f".{directory.name}.new-{os.getpid()}")
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir()
+    try:
+        write(fresh)
+        if directory.exists():
+            directory.rename(old)
+        fresh.rename(directory)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+    return directory
 
 
 def as_list(ids: Any) -> list[int]:

@@ -126,9 +126,7 @@ def _sampling(experience: Experience) -> list[Metric]:
     differ by right."""
     mask = experience.mask
     difference = (experience.prox_logp - experience.behaviour_logp).where(mask, 0.0).double()
-    found = [
-        mean("sampling/logp_diff_all_mean", float(difference.abs().sum()), float(mask.sum()))
-    ]
+    found = [mean("sampling/logp_diff_all_mean", float(difference.abs().sum()), float(mask.sum()))]
     current = mask & (experience.age == 0)
     count = float(current.sum())
     if count == 0:

@@ -7,9 +7,6 @@ stay in eval mode (no dropout): two passes of the same weights agree, and ratios
 from __future__ import annotations
 
 import copy
-import os
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +27,15 @@ from learner.heads import (
     token_logprobs,
     zero_linear,
 )
-from learner.loading import as_list, explained, load_checked, read_template, require_directory
+from learner.loading import (
+    as_list,
+    explained,
+    load_checked,
+    quiet_transformers,
+    read_template,
+    replace_directory,
+    require_directory,
+)
 from learner.reward_artifact import RewardArtifact, read_artifact, tokenizer_fingerprint
 
 __all__ = [
@@ -51,7 +56,7 @@ __all__ = [
 ]
 
 GOLDEN_TOLERANCE = 1e-2
-"""Relative to max(1, |score|): float32 on other machines differs far less, a wrong head far more."""
+"""Relative to max(1, |score|): float32 on another machine differs far less, a wrong head more."""
 
 
 def load_policy(cfg: ModelConfig) -> Any:
@@ -139,29 +144,11 @@ def save_policy(policy: Any, tokenizer: Any, directory: str | Path) -> Path:
         policy.generation_config.pad_token_id = tokenizer.pad_token_id
 
     def write(folder: Path) -> None:
-        policy.save_pretrained(folder)
+        with quiet_transformers():
+            policy.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
     return replace_directory(Path(directory), write)
-
-
-def replace_directory(directory: Path, write: Callable[[Path], None]) -> Path:
-    """Fill a new folder with `write` and put it in place of `directory`, which may exist."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    fresh = directory.with_name(f".{directory.name}.new-{os.getpid()}")
-    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir()
-    try:
-        write(fresh)
-        if directory.exists():
-            directory.rename(old)
-        fresh.rename(directory)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    return directory
 
 
 def load_reward_model(path: str | Path, *, check: bool = True) -> tuple[Any, RewardArtifact]:

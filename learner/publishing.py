@@ -1,4 +1,4 @@
-"""The policy as an engine takes it: named host arrays in its dtype, and a canary to check them by."""
+"""The policy as an engine takes it: named host arrays in its dtype, and a canary to check."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def canary(policy: Any, token_ids: Sequence[int], dtype: str, tolerance: float) 
     with _rounded(policy, dtype):
         hidden = hidden_states(policy, row, torch.ones_like(row))[0, :-1]
         logp, _ = head.logprobs(hidden, row[0, 1:])
-    return Canary(
-        token_ids=tuple(token_ids), logprobs=tuple(logp.tolist()), tolerance=tolerance
-    )
+    return Canary(token_ids=tuple(token_ids), logprobs=tuple(logp.tolist()), tolerance=tolerance)
 
 
 @contextmanager

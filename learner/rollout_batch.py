@@ -81,7 +81,7 @@ def read_batch(
     _check_ids(table, group_ids, samples_per_prompt)
     response = _ragged(table, "token_ids")
     batch = RolloutBatch(
-        group_ids=table.column("group_id").to_numpy(),
+        group_ids=table.column("group_id").to_numpy().copy(),
         prompt_ids=_ragged(table, "prompt_ids"),
         response_ids=response,
         behaviour_logp=_ragged(table, "logprobs"),

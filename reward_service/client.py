@@ -98,8 +98,9 @@ class RewardClient:
             for target, info in zip(self._targets, infos, strict=True):
                 if info.scorer_version != infos[0].scorer_version:
                     raise UserError(
-                        f"it scores with {info.scorer_version[:12]}, but {self._targets[0].address} "
-                        f"with {infos[0].scorer_version[:12]}: replicas must be the same",
+                        f"it scores with {info.scorer_version[:12]}, but "
+                        f"{self._targets[0].address} with {infos[0].scorer_version[:12]}: "
+                        "replicas must be the same",
                         where=f"reward service {target.address}",
                         fix="start all replicas with the same reward section",
                     )
@@ -177,13 +178,17 @@ class RewardClient:
         except grpc.RpcError:
             failed.add(target.address)
             raise
+        except ValueError as error:  # what grpc raises for a call on a closed channel
+            if self._closed:
+                raise RewardFailure("the reward client was closed") from error
+            raise
         finally:
             with self._lock:
                 target.busy -= 1
         return target, reply
 
     def _choose(self, failed: set[str]) -> _Target:
-        """The least busy address, in turn among equals; one that failed this call only if all did."""
+        """The least busy address, in turn among equals; one that failed this call if all did."""
         with self._lock:
             if self._closed:
                 raise RewardFailure("the reward client was closed")
@@ -201,9 +206,9 @@ class RewardClient:
         service = f"the reward service at {', '.join(sorted(failed))}"
         if _code(error) in USERS:
             return BadReward(f"{service} refuses: {error.details()}")
+        within = f" within {self._deadline_s:g} s" if _code(error) in AGAIN else ""
         return RewardFailure(
-            f"{service} gave no score within {self._deadline_s:g} s "
-            f"({_code(error).name}: {error.details()})"
+            f"{service} gave no score{within} ({_code(error).name}: {error.details()})"
         )
 
     def close(self) -> None:

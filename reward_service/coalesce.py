@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from cluster.contracts.errors import RewardFailure
 from cluster.contracts.records import Score
 from reward_service.items import ScoreItem
 
@@ -28,7 +29,7 @@ class DeadlinePassed(Exception):
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request. ``deadline`` (monotonic seconds) may be moved back when the client asks again."""
+    """One request. ``deadline`` (monotonic seconds) moves back when the client asks again."""
 
     items: Sequence[ScoreItem]
     deadline: float
@@ -36,7 +37,7 @@ class Job:
 
 
 class BatchQueue:
-    """First in, first out. A batch is due when full or when its oldest job has waited long enough."""
+    """First in, first out. A batch is due when full or when its oldest job waited long enough."""
 
     def __init__(self, max_batch: int, max_wait_s: float, max_pending: int) -> None:
         self._max_batch = max_batch
@@ -61,8 +62,8 @@ class BatchQueue:
         return max(0.0, self._jobs[0][0] + self._max_wait_s - now)
 
     def take(self, now: float) -> tuple[list[Job], list[Job]]:
-        """(jobs of the next batch, jobs whose deadline passed). A job is never split, so one that is
-        larger than a batch comes alone."""
+        """(jobs of the next batch, jobs whose deadline passed). A job is never split, so one that
+        is larger than a batch comes alone."""
         batch: list[Job] = []
         expired: list[Job] = []
         size = 0
@@ -89,7 +90,7 @@ class BatchQueue:
 
 class Coalescer:
     """Owns the scoring thread. An error hits only its own request: when a batch of several fails,
-    each is scored again alone."""
+    each is scored again alone (not for a RewardFailure, which is nobody's own and takes time)."""
 
     def __init__(
         self,
@@ -154,9 +155,10 @@ class Coalescer:
         self.items += len(items)
         try:
             scores = self._score_in_chunks(items)
-        except BaseException as error:  # handed on to whoever asked, never dropped
-            if len(jobs) == 1:
-                jobs[0].future.set_exception(error)
+        except BaseException as error:  # handed on to whoever asked; this thread must live on
+            if len(jobs) == 1 or isinstance(error, RewardFailure):
+                for job in jobs:
+                    job.future.set_exception(_plain_exception(error))
                 return
             for job in jobs:
                 self._score_jobs([job])
@@ -175,3 +177,7 @@ class Coalescer:
                 raise RuntimeError(f"the scorer gave {len(answer)} scores for {len(chunk)} items")
             scores += answer
         return scores
+
+
+def _plain_exception(error: BaseException) -> Exception:
+    return error if isinstance(error, Exception) else RuntimeError(repr(error))

@@ -21,7 +21,7 @@ from reward_service.items import Part, ScoreItem, ServiceInfo, Source, SourceInf
 
 
 class Composition:
-    """value = clip(sum of weight * part). ``version`` changes with anything that can change a value.
+    """value = clip(sum of weight * part). ``version`` changes with all that can change a value.
 
     ``score`` raises what a source raises; a source that fails never counts as 0.
     """

@@ -4,12 +4,12 @@ It is called as TRL calls its reward functions, with lists by keyword, one entry
 
     def reward(prompts, completions, **columns) -> list[float]
 
-``prompts`` and ``completions`` are strings for plain-text prompts; for chat prompts they are lists of
-messages (``[{"role": "user", "content": ...}]`` and ``[{"role": "assistant", "content": ...}]``).
+``prompts`` and ``completions`` are strings for plain-text prompts; for chat prompts they are lists
+of messages (``[{"role": "user", "content": ...}]``, ``[{"role": "assistant", "content": ...}]``).
 ``completion_ids`` holds the answers' token ids, and each column of the prompts' rows is there under
-its own name (None where a row lacks it). A function that does not take ``**columns`` gets only what its
-parameters name; a parameter without a default that a row has no column for is an error. Unlike TRL,
-None as a reward is an error, and answers from several workers may share a call.
+its own name (None where a row lacks it). A function that does not take ``**columns`` gets only what
+its parameters name; a parameter without a default that a row has no column for is an error. Unlike
+TRL, None as a reward is an error, and answers from several workers may share a call.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ GIVEN = ("prompts", "completions", "completion_ids")
 
 
 class FunctionScorer:
-    """Calls the function; anything but one finite number an answer is a BadReward naming the row."""
+    """Calls the function; anything but one finite number a row is a BadReward naming the row."""
 
     type = "function"
     tokenizer = ""
@@ -139,7 +139,8 @@ class FunctionScorer:
             frame = frame.tb_next
         if not line:
             return text
-        return f"{text}, at {self._file.name}:{line} `{linecache.getline(str(self._file), line).strip()}`"
+        code = linecache.getline(str(self._file), line).strip()
+        return f"{text}, at {self._file.name}:{line} `{code}`"
 
     def _culprit(self, items: Sequence[ScoreItem]) -> str:
         """Which row it was: each is tried alone, since the batch does not tell."""
@@ -160,7 +161,7 @@ def _split(source: FunctionSource) -> tuple[Path, str, str]:
         raise UserError(
             f"{source.path!r} is not of the form file.py:function",
             where=f"reward source {source.name!r}, key 'path'",
-            fix="for example: path = \"rewards.py:helpful\"",
+            fix='for example: path = "rewards.py:helpful"',
         )
     path = Path(file).expanduser().absolute()
     if not path.is_file():
@@ -199,10 +200,13 @@ def _pick(module: ModuleType, name: str, where: str) -> Callable[..., Any]:
     function = names.get(name)
     if not callable(function):
         own = sorted(
-            key for key, value in names.items()
+            key
+            for key, value in names.items()
             if inspect.isfunction(value) and value.__module__ == module.__name__
         )
-        raise UserError(f"there is no function {name!r}", where=where, fix=f"it has: {', '.join(own)}")
+        raise UserError(
+            f"there is no function {name!r}", where=where, fix=f"it has: {', '.join(own)}"
+        )
     if inspect.iscoroutinefunction(function):
         raise UserError("an async function cannot be a reward", where=where, fix="use a plain def")
     result: Callable[..., Any] = function

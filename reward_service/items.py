@@ -11,7 +11,7 @@ from cluster.contracts.records import Message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreItem:
-    """One answer to be scored. ``tokenizer`` is the fingerprint the token ids belong to ("" unknown)."""
+    """One answer to be scored. ``tokenizer``: fingerprint the token ids belong to ("" unknown)."""
 
     id: str
     messages: tuple[Message, ...]
@@ -34,9 +34,10 @@ class Part:
 class Source(Protocol):
     """One reward among those that are summed.
 
-    ``content`` is a hash of everything that decides its numbers; ``tokenizer`` the fingerprint of the
-    tokenizer of a scoring model, "" for the others. ``score`` returns one ``Part`` an item, in order,
-    or raises BadReward (unusable answer) or RewardFailure (may work later); it never invents a number.
+    ``content`` is a hash of everything that decides its numbers; ``tokenizer`` the fingerprint of
+    the tokenizer of a scoring model, "" for the others. ``score`` returns one ``Part`` an item, in
+    order, or raises BadReward (unusable answer) or RewardFailure (may work later); it never invents
+    a number.
     """
 
     name: str
@@ -59,7 +60,7 @@ class SourceInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceInfo:
-    """What a service says of itself; ``scorer_version`` changes with anything that changes a score."""
+    """What a service says of itself; ``scorer_version`` changes with all that changes a score."""
 
     name: str
     scorer_version: str

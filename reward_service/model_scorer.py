@@ -24,9 +24,9 @@ TOKENS_PER_MICROBATCH = 4096
 class ModelScorer:
     """Score of a reward-model directory; normalised with the mean and deviation stored in it.
 
-    Token ids are used as they are when they belong to the reward model's own tokenizer and template;
-    otherwise messages and text are rendered with those. Rows too long for the model's positions are
-    a BadReward: an answer is never cut to be scored. Not thread-safe: one scoring thread.
+    Token ids are used as they are when they belong to the reward model's own tokenizer and
+    template; otherwise messages and text are rendered with those. Rows too long for the model's
+    positions are a BadReward: an answer is never cut to be scored. One thread only.
     """
 
     type = "model"
@@ -52,8 +52,8 @@ class ModelScorer:
         self.tokenizer = models.tokenizer_fingerprint(self._tokenizer)
         if self.tokenizer != self._artifact.tokenizer:
             raise UserError(
-                "the tokenizer or chat template in the directory is not the one the reward model was "
-                f"trained with (fingerprint {self.tokenizer[:12]}, trained with "
+                "the tokenizer or chat template in the directory is not the one the reward model "
+                f"was trained with (fingerprint {self.tokenizer[:12]}, trained with "
                 f"{self._artifact.tokenizer[:12]})",
                 where=source.path,
                 fix="restore the directory's tokenizer files, or train the reward model again",
@@ -118,7 +118,7 @@ class ModelScorer:
 
 
 def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Row indices, sorted by length so that little is padded; rows * longest <= budget (or one row)."""
+    """Row indices, sorted by length for little padding: rows * longest <= budget, or one row."""
     plan: list[list[int]] = []
     width = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

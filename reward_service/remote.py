@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -51,12 +52,12 @@ def start_reward_service(
 ) -> RewardServiceHandle:
     """Start the service in a Ray actor, which dies with the driver that started it.
 
-    ``core``: keep the process to this core. ``reach``: listen on loopback, or on the node's address
-    for workers on other machines (needs a token or client certificates). Raises UserError, as raised
-    while loading, or when Ray gave the actor no CPU or it did not start within ``timeout_s``.
+    ``core``: keep the process to this core (Linux). ``reach``: listen on loopback, or on the node's
+    address for workers on other machines (needs a token or client certificates). Raises UserError,
+    as raised while loading, or when Ray gave the actor no CPU or it did not start in ``timeout_s``.
     """
-    kind = ray.remote(num_cpus=num_cpus, max_concurrency=2)(_RewardActor)
-    actor = kind.remote(core, threads)
+    kind: Any = ray.remote(_RewardActor)
+    actor = kind.options(num_cpus=num_cpus, max_concurrency=2).remote(core, threads)
     try:
         outcome = ray.get(
             actor.start.remote(_absolute(cfg), reach, token, tls, remote_token), timeout=timeout_s
@@ -84,7 +85,9 @@ class _RewardActor:
         for variable in THREAD_VARIABLES:
             os.environ[variable] = str(threads)
         if core is not None:
-            os.sched_setaffinity(0, {core})
+            for thread in os.listdir("/proc/self/task"):  # Ray's own threads start ours
+                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                    os.sched_setaffinity(int(thread), {core})
         self._threads = threads
         self._server: Any = None
 

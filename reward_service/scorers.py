@@ -13,7 +13,7 @@ from reward_service.items import Part, ScoreItem
 
 
 class RulesScorer:
-    """0 for an answer that keeps every rule, minus 1 for each one broken, minus the repetition share.
+    """0 for an answer that keeps every rule, minus 1 for each broken one and the repetition share.
 
     Words are what white space separates. A broken rule is also named in the vetoes. Patterns are
     searched (``re.search``) in the answer's text.

@@ -30,7 +30,7 @@ class BadRequest(Exception):
 
 
 def items_of(rollouts: Sequence[Rollout], tokenizer: str = "") -> list[ScoreItem]:
-    """Items named ``prompt id#sample``; an id that occurs again gets ``@position``, to stay unique."""
+    """Items named ``prompt id#sample``; a repeated one gets ``@position``: ids are unique."""
     items, seen = [], set()
     for position, rollout in enumerate(rollouts):
         name = f"{rollout.prompt.id}#{rollout.sample_index}"
@@ -60,7 +60,7 @@ def encode_request(request_id: str, items: Sequence[ScoreItem]) -> pb.ScoreReque
             encoded = _encode_item(item)
             _check_item(encoded)
         except (BadRequest, TypeError, ValueError) as error:  # ValueError: a lone surrogate
-            raise BadReward(f"item {item.id!r} cannot be sent to the reward service: {error}") from error
+            raise BadReward(f"item {item.id!r} cannot go to the reward service: {error}") from error
         request.items.append(encoded)
     return request
 
@@ -116,7 +116,8 @@ def _check_item(item: pb.Item) -> None:
     if len(item.metadata_json) > MAX_METADATA_CHARS:
         raise BadRequest(f"{where}: metadata over {MAX_METADATA_CHARS} characters")
     if item.finish_reason not in FINISH_REASONS:
-        raise BadRequest(f"{where}: finish_reason {item.finish_reason[:20]!r} is not of {FINISH_REASONS}")
+        reason = item.finish_reason[:20]
+        raise BadRequest(f"{where}: finish_reason {reason!r} is not one of {FINISH_REASONS}")
 
 
 def _decode_item(item: pb.Item) -> ScoreItem:
@@ -177,7 +178,8 @@ def decode_reply(
             raise refuse(f"a score for item {score.id[:80]!r} where item {asked!r} was asked")
         for name, number in (("score", score.value), *score.parts.items()):
             if not math.isfinite(number) or abs(number) > MAX_ABS_SCORE:
-                raise refuse(f"{name!r} = {number} for item {asked!r}; allowed is ±{MAX_ABS_SCORE:g}")
+                limit = f"allowed is ±{MAX_ABS_SCORE:g}"
+                raise refuse(f"{name!r} = {number} for item {asked!r}; {limit}")
     return [
         Score(
             value=score.value,

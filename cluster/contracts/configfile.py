@@ -18,9 +18,7 @@ C = TypeVar("C", bound=BaseModel)
 
 def load_config(model: type[C], path: str | None, overrides: Sequence[str] = ()) -> C:
     """Defaults < one TOML file < overrides. Raises UserError with every problem found, never repairs."""
-    tree: dict[str, Any] = read_toml(path) if path else {}
-    for override in overrides:
-        _apply(tree, override)
+    tree = apply_overrides(read_toml(path) if path else {}, overrides)
     return check_config(model, tree, where=path or "command line")
 
 
@@ -49,6 +47,13 @@ def check_config(model: type[C], tree: Mapping[str, Any], *, where: str) -> C:
             where=where,
             fix="correct the keys named above; `accord plan CONFIG` prints every value in force",
         ) from None
+
+
+def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The tree with ``section.key=value`` words put in, in order."""
+    for override in overrides:
+        _apply(tree, override)
+    return tree
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 from cluster.contracts.config import TrainConfig
 from cluster.contracts.configfile import dump_toml
-from cluster.placement import plan_cores
+from cluster.placement import own_cores, plan_cores
 from cluster.progress import result
 
 
@@ -26,9 +25,7 @@ def show_plan(config: TrainConfig, as_json: bool) -> None:
 def derived(config: TrainConfig) -> dict[str, Any]:
     batch, rollout, bound = config.batch, config.rollout, config.staleness.bound
     samples = batch.prompts_per_step * batch.samples_per_prompt
-    cores = plan_cores(
-        sorted(os.sched_getaffinity(0)), rollout.workers, pin=config.cluster.pin_cores
-    )
+    cores = plan_cores(own_cores(), rollout.workers, pin=config.cluster.pin_cores)
     slots = rollout.workers * rollout.max_running
     return {
         "samples per step": samples,

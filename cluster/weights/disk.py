@@ -45,7 +45,7 @@ class DiskPublisher:
             names = {}
             for index, (name, array) in enumerate(arrays.items()):
                 names[name] = f"{index:05d}.npy"
-                np.save(aside / names[name], np.ascontiguousarray(array), allow_pickle=False)
+                np.save(aside / names[name], np.asarray(array, order="C"), allow_pickle=False)
             (aside / INDEX).write_text(json.dumps(names), encoding="utf-8")
             if final.exists():  # published before a crash, and now again
                 shutil.rmtree(final)

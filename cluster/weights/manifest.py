@@ -17,7 +17,7 @@ CARRIERS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
 
 def checksum(array: np.ndarray) -> str:
     """Hex SHA-256 of the array's bytes in C order."""
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    flat = np.asarray(array, order="C").reshape(-1).view(np.uint8)
     return hashlib.sha256(flat.data).hexdigest()
 
 

@@ -31,7 +31,7 @@ class ObjectStorePublisher:
         canary: Canary,
     ) -> WeightManifest:
         """Copy ``arrays`` into the object store. They may be reused after the return."""
-        plain = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         ref = ray.put(plain)
         self._alive.append(ref)
         # In a list, so that Ray hands the reference on instead of fetching it for the controller.

@@ -25,15 +25,26 @@ CURVES: tuple[tuple[tuple[str, ...], str], ...] = (
     (("completions/mean_length",), "Answer length, tokens"),
     (("policy/entropy",), "Policy entropy, nats a token"),
     (("async/staleness_mean", "async/staleness_max"), "Staleness, learner steps"),
-    (("perf/throughput",), "Throughput, tokens a second"),
+    (("perf/throughput", "rollout/tokens_per_s"), "Throughput, tokens a second"),
     (("policy/clipfrac",), "Share of clipped tokens"),
     (("value/explained_var",), "Explained variance of the value network"),
     (("eval/win_rate", "eval/win_rate_ci_low", "eval/win_rate_ci_high"), "Win rate while training"),
     (("rm/accuracy",), "Reward model accuracy"),
-    (("loss",), "Loss"),
+    (("rewards/accuracies",), "Share of pairs ranked right"),
+    (("train/loss", "eval/loss"), "Loss"),
 )
-# What tells a broken or hostile run from a smooth one.
-QUIET = ("swap", "weights", "publish", "checkpoint", "start", "finish", "join")
+# Events of a run in which nothing went wrong; every other kind, known or not, is listed singly.
+EVERYDAY = frozenset(
+    {
+        "checkpoint",
+        "cluster",
+        "loop_started",
+        "run_finished",
+        "swap",
+        "worker_draining",
+        "worker_serving",
+    }
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +102,17 @@ def table(rows: Sequence[Row], prefixes: Sequence[str]) -> list[TableRow]:
 
 
 def wall_seconds(rows: Sequence[Row], stages: Sequence[Row]) -> float | None:
-    """Of all stages where they are recorded, else of the steps in ``metrics.jsonl``.
+    """Of all stages where they are recorded, else of the training in ``metrics.jsonl``.
 
-    ``time`` of a row is seconds since the run began, or since 1970 (then the difference counts).
+    That is ``run/elapsed_s``, which leaves out the time a run lay stopped before a resume; without
+    it ``time``, which is seconds since the run began or since 1970 (then the difference counts).
     """
     spent = [value for stage in stages if (value := number(stage, "seconds")) is not None]
     if spent:
         return math.fsum(spent)
+    elapsed = series(rows, "run/elapsed_s")[1]
+    if elapsed:
+        return elapsed[-1]
     times = [value for row in rows if (value := number(row, "time")) is not None]
     if not times:
         return None
@@ -142,8 +157,7 @@ def summary(
 
 
 def notable(event: Row) -> bool:
-    """Anything but the everyday: kinds this module does not know are shown rather than folded."""
-    return not str(event.get("kind", "")).lower().startswith(QUIET)
+    return str(event.get("kind")) not in EVERYDAY
 
 
 def event_counts(events: Sequence[Row]) -> list[tuple[str, int]]:

@@ -146,18 +146,22 @@ def _shown(samples: list[Sample]) -> list[Chosen]:
 
 def _events(events: list[Row] | None) -> dict[str, Any]:
     notable = [event for event in events or [] if panels.notable(event)]
+    times = [at for event in events or [] if (at := number(event, "time")) is not None]
+    start = min(times, default=0.0)
     return {
-        "events": None if events is None else [_event(e) for e in notable[-MOST_EVENTS:]],
+        "events": None if events is None else [_event(e, start) for e in notable[-MOST_EVENTS:]],
         "events_left_out": max(0, len(notable) - MOST_EVENTS),
         "event_counts": panels.event_counts(events or []),
     }
 
 
-def _event(event: Row) -> dict[str, Any]:
+def _event(event: Row, start: float) -> dict[str, Any]:
+    """``start`` is the time of the first event: what is shown is how long after it."""
+    at = number(event, "time")
     rest = {key: value for key, value in event.items() if key not in ("time", "kind", "detail")}
     detail = event.get("detail", "")
     return {
-        "time": event.get("time"),
+        "time": event.get("time") if at is None else at - start,
         "kind": str(event.get("kind", "no kind")),
         "detail": _plain(detail) + (f" {_plain(rest)}" if rest else ""),
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import statistics
 from collections.abc import Iterable, Sequence
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.errors import UserError
-from learner.evaluation.run_files import write_atomic
+from learner.evaluation.run_files import number, write_atomic
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,9 +67,9 @@ def read_samples(path: Path) -> list[Sample]:
         lines = path.read_text("utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot be read: {error}", where=str(path)) from error
-    for number, line in enumerate(lines, start=1):
+    for at, line in enumerate(lines, start=1):
         if line.strip():
-            found.append(_parse(line, f"{path.name}:{number}"))
+            found.append(_parse(line, f"{path.name}:{at}"))
     return found
 
 
@@ -78,7 +77,7 @@ def _parse(line: str, where: str) -> Sample:
     fix = 'each line is {"prompt", "before", "after", "before_score", "after_score"}'
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"is not JSON ({error})", where=where, fix=fix) from error
     if not isinstance(record, dict):
         raise UserError("is not a JSON object", where=where, fix=fix)
@@ -88,11 +87,10 @@ def _parse(line: str, where: str) -> Sample:
             raise UserError(f"has no text under {key!r}", where=where, fix=fix)
     scores = {}
     for key in ("before_score", "after_score"):
-        value = record.get(key)
-        usable = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (usable and math.isfinite(value)):
-            raise UserError(f"{key} is {value!r}, not a finite number", where=where, fix=fix)
-        scores[key] = None if value is None else float(value)
+        scores[key] = number(record, key)
+        if scores[key] is None and record.get(key) is not None:
+            what = f"{key} is {record[key]!r}, not a finite number"
+            raise UserError(what, where=where, fix=fix)
     return Sample(
         prompt=texts["prompt"] or "",
         before=texts["before"] or "",
@@ -111,7 +109,7 @@ def _text(value: Any) -> str | None:
 
 
 def choose(samples: Sequence[Sample], random_count: int = 3, seed: int = 0) -> list[Chosen]:
-    """A fair few: largest gain, median gain, worst, and some drawn by ``seed`` alone.
+    """A fair few: largest gain, worst, median gain, and some drawn by ``seed`` alone.
 
     The random ones depend on the seed and the number of samples, never on their content or score.
     No sample is shown twice.
@@ -125,8 +123,8 @@ def choose(samples: Sequence[Sample], random_count: int = 3, seed: int = 0) -> l
     if scored:
         worst_gain, worst = scored[0]
         picks.append(("largest improvement", scored[-1][1]))
-        picks.append(("typical (median change)", scored[(len(scored) - 1) // 2][1]))
         picks.append(("worst regression" if worst_gain < 0 else "smallest improvement", worst))
+        picks.append(("typical (median change)", scored[(len(scored) - 1) // 2][1]))
     picks += [("random", i) for i in order]
     chosen: list[Chosen] = []
     seen: set[int] = set()

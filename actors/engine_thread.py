@@ -1,0 +1,154 @@
+"""The one thread that touches an engine: it steps, and runs commands between two steps."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout
+from typing import TypeVar
+
+from cluster.contracts.errors import AccordError, Fatal, Retryable
+from cluster.contracts.protocols import Engine
+from cluster.contracts.records import Completion
+
+T = TypeVar("T")
+IDLE_POLL_S = 0.1
+
+
+class EngineThread:
+    """Builds the engine on its own thread and drives it until ``stop`` or a failure.
+
+    ``on_finished(request_id, completion)`` and ``on_failure(problem)`` are called on that thread
+    and must not block. After a failure nothing is stepped again: ``failure`` keeps the cause.
+    """
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        on_finished: Callable[[str, Completion], None],
+        on_failure: Callable[[BaseException], None],
+        name: str,
+    ) -> None:
+        self._make_engine = make_engine
+        self._on_finished = on_finished
+        self._on_failure = on_failure
+        self._commands: queue.SimpleQueue[tuple[Callable[[Engine], object], Future[object]]] = (
+            queue.SimpleQueue()
+        )
+        self._ready: Future[str] = Future()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"{name}-engine", daemon=True)
+        self._gate = threading.Lock()  # nothing is queued after the thread stopped listening
+        self._open = True
+        self.failure: BaseException | None = None
+        self.busy_s = 0.0
+        self.wait_s = 0.0
+        self.generated_tokens = 0
+        self.unfinished = 0
+        self.gauges: dict[str, float] = {}
+
+    def start(self, timeout_s: float) -> str:
+        """Wait until the engine is built; returns its name."""
+        self._thread.start()
+        try:
+            return self._ready.result(timeout_s)
+        except FutureTimeout:
+            raise Retryable(f"the engine was not ready within {timeout_s:.0f} s") from None
+
+    def post(self, work: Callable[[Engine], T]) -> Future[T]:
+        """Run ``work(engine)`` between two steps; its exception goes into the future only."""
+        future: Future[T] = Future()
+        with self._gate:
+            if not self._open:
+                raise self.failure or Fatal("the engine's thread was stopped")
+            self._commands.put((work, future))  # type: ignore[arg-type]
+        return future
+
+    def call(self, work: Callable[[Engine], T], timeout_s: float, what: str) -> T:
+        """``post`` and wait. Raises Retryable when it is not done by the deadline."""
+        future = self.post(work)
+        try:
+            return future.result(timeout_s)
+        except FutureTimeout:
+            if future.done():  # the work itself raised a TimeoutError
+                raise
+            raise Retryable(f"the engine did not {what} within {timeout_s:.0f} s") from None
+
+    def break_off(self, problem: BaseException) -> None:
+        """Called by work that found the engine unfit: no step follows."""
+        if self.failure is None:
+            self.failure = problem
+            self._on_failure(problem)
+
+    def stop(self, timeout_s: float) -> None:
+        """End the thread after the step in progress. Raises Retryable when it does not end."""
+        self._stopping.set()
+        if self._thread.ident is None:
+            return
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            raise Retryable(f"the engine's thread did not end within {timeout_s:.0f} s")
+
+    def _run(self) -> None:
+        try:
+            engine = self._make_engine()
+        except BaseException as problem:
+            self._close(problem)
+            self._ready.set_exception(problem)
+            return
+        self._ready.set_result(engine.name)
+        try:
+            while not self._stopping.is_set() and self.failure is None:
+                self._turn(engine)
+        except Exception as problem:
+            known = problem if isinstance(problem, AccordError) else _as_fatal(engine.name, problem)
+            self.break_off(known)
+        finally:
+            self._close(self.failure or Fatal("the engine's thread was stopped"))
+            engine.close()
+
+    def _turn(self, engine: Engine) -> None:
+        """Everything that was asked meanwhile, then one step (or a short sleep when idle)."""
+        self._serve(engine, wait=engine.unfinished == 0)
+        if self.failure is not None or engine.unfinished == 0:
+            self.unfinished = engine.unfinished
+            return
+        began = time.perf_counter()
+        finished = engine.step()
+        self.busy_s += time.perf_counter() - began
+        self.unfinished = engine.unfinished
+        self.gauges = getattr(engine, "counters", dict)()
+        for request_id, completion in finished:
+            self.generated_tokens += len(completion.token_ids)
+            self._on_finished(request_id, completion)
+
+    def _serve(self, engine: Engine, wait: bool) -> None:
+        began = time.perf_counter()
+        while self.failure is None:
+            try:
+                work, future = self._commands.get(block=wait, timeout=IDLE_POLL_S if wait else None)
+            except queue.Empty:
+                break
+            finally:
+                self.wait_s += time.perf_counter() - began if wait else 0.0
+            wait = False
+            try:
+                future.set_result(work(engine))
+            except Exception as problem:
+                future.set_exception(problem)
+
+    def _close(self, cause: BaseException) -> None:
+        with self._gate:
+            self._open = False
+        while not self._commands.empty():
+            _, future = self._commands.get_nowait()
+            future.set_exception(cause)
+
+
+def _as_fatal(name: str, problem: Exception) -> Fatal:
+    fatal = Fatal(f"{name} failed in a decode step: {type(problem).__name__}: {problem}")
+    fatal.__cause__ = problem
+    return fatal

@@ -1,0 +1,268 @@
+"""The Ray shell around a rollout worker: an actor, and the asyncio handle the pool holds."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorUnavailableError,
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+
+from actors.environment import EngineKind, choose_engine, make_engine, prepare_environment
+from actors.settings import EngineSettings, derive_seed
+from cluster.contracts.errors import AccordError, Fatal, Retryable, UserError
+from cluster.contracts.protocols import Scorer
+from cluster.contracts.records import (
+    Assignment,
+    Harvest,
+    Prompt,
+    Rollout,
+    SwapReport,
+    WeightManifest,
+)
+
+LOST = (
+    RayActorError,
+    ActorUnavailableError,
+    GetTimeoutError,
+    ObjectLostError,
+    OutOfMemoryError,
+    WorkerCrashedError,
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSpec:
+    """Everything a worker is made from, picklable. ``transport`` None: never given weights.
+
+    ``make_scorer`` runs in the worker; None for evaluation, where answers are scored elsewhere.
+    """
+
+    engine: EngineSettings
+    kind: EngineKind = "auto"
+    seed: int = 0
+    per_request_seeds: bool = False
+    transport: str | None = "object_store"
+    make_scorer: Callable[[], Scorer] | None = None
+    cores: tuple[int, ...] = ()
+    start_timeout_s: float = 180.0
+    weights_timeout_s: float = 120.0
+    score_batch: int = 64
+
+
+class RolloutActor:
+    """Runs in the worker's process with several threads; each method is one call of the handle."""
+
+    def __init__(self, spec: WorkerSpec, index: int, incarnation: int) -> None:
+        self._spec = spec
+        self._name = worker_name(index)
+        self._index = index
+        self._incarnation = incarnation
+        self._worker: Any = None  # made in start(): its imports take seconds
+
+    def start(self) -> dict[str, Any]:
+        spec, began = self._spec, time.perf_counter()
+        prepare_environment(spec.cores, gpu=bool(ray.get_gpu_ids()))
+        kind, note = choose_engine(spec.kind)
+        from actors.rollout import RolloutWorker, WorkerSettings
+        from cluster.weights.transports import TRANSPORTS
+
+        seed = derive_seed(spec.seed, "worker", self._index, self._incarnation)
+        settings = replace(spec.engine, seed=seed)
+        self._worker = RolloutWorker(
+            lambda: make_engine(kind, settings),
+            make_decoder(settings),
+            TRANSPORTS[spec.transport][1]() if spec.transport else None,
+            spec.make_scorer() if spec.make_scorer else None,
+            WorkerSettings(
+                name=self._name,
+                incarnation=self._incarnation,
+                request_seed=spec.seed if spec.per_request_seeds else None,
+                start_timeout_s=spec.start_timeout_s,
+                swap_timeout_s=spec.weights_timeout_s,
+                score_batch=spec.score_batch,
+            ),
+        )
+        info: dict[str, Any] = self._worker.start()
+        info |= {"seconds": round(time.perf_counter() - began, 3)}
+        info |= {"node": ray.get_runtime_context().get_node_id()}
+        return info | ({"note": note} if note else {})
+
+    def submit(self, assignments: Sequence[Assignment]) -> None:
+        self._worker.submit(assignments)
+
+    def harvest(self, timeout_s: float) -> tuple[Harvest, Any]:
+        """(harvest without its payload, payload): two objects, both owned by the caller.
+
+        So a payload outlives this process, and the controller forwards it without reading it.
+        """
+        harvest = self._worker.harvest(timeout_s)
+        return replace(harvest, payload=None), harvest.payload
+
+    def load_weights(self, manifest: WeightManifest) -> SwapReport:
+        return self._worker.load_weights(manifest)
+
+    def sample(self, prompts: Sequence[Prompt], samples: int, timeout_s: float) -> list[Rollout]:
+        return self._worker.sample(prompts, samples, timeout_s)
+
+    def stop(self) -> None:
+        if self._worker is not None:
+            self._worker.stop()
+
+
+def worker_name(index: int) -> str:
+    return f"worker-{index}"
+
+
+def make_decoder(settings: EngineSettings) -> Callable[[Sequence[int]], str]:
+    """Token ids -> text for reward functions and people, special tokens left out."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            settings.model_path,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    except (OSError, ValueError) as problem:
+        raise UserError(
+            f"cannot load the tokenizer: {problem}",
+            where=settings.model_path,
+            fix="keep the tokenizer's files beside the model's",
+        ) from None
+    return lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+
+class RayRolloutWorker:
+    """``WorkerHandle`` over a ``RolloutActor``.
+
+    What the actor raised comes back as the same AccordError; a process that is gone or does not
+    answer in time is Retryable.
+    """
+
+    def __init__(
+        self, spec: WorkerSpec, index: int, incarnation: int, options: Mapping[str, Any]
+    ) -> None:
+        self.name = worker_name(index)
+        self.incarnation = incarnation
+        self._spec = spec
+        # Not restarted by Ray: the pool does it, and gives the next incarnation another seed.
+        kind = ray.remote(RolloutActor).options(max_concurrency=8, max_restarts=0, **options)
+        self._actor: Any = kind.remote(spec, index, incarnation)
+        self._call_s = 30.0
+
+    async def start(self) -> Mapping[str, Any]:
+        return await self._get(self._actor.start.remote(), self._spec.start_timeout_s, "start")
+
+    async def submit(self, assignments: Sequence[Assignment]) -> None:
+        await self._get(self._actor.submit.remote(list(assignments)), self._call_s, "take work")
+
+    async def harvest(self, timeout_s: float) -> Harvest:
+        """``payload`` is ``[reference]``: in a list, so that Ray passes it on unread."""
+        both = self._actor.harvest.options(num_returns=2).remote(timeout_s)
+        harvest = await self._get(both[0], timeout_s + self._call_s, "hand over its results")
+        if all(meta.failure is not None for meta in harvest.groups):
+            return harvest
+        return replace(harvest, payload=[both[1]])
+
+    async def load_weights(self, manifest: WeightManifest) -> SwapReport:
+        limit = self._spec.weights_timeout_s + self._call_s
+        what = f"take weights of version {manifest.version}"
+        return await self._get(self._actor.load_weights.remote(manifest), limit, what)
+
+    async def sample(
+        self, prompts: Sequence[Prompt], samples: int, timeout_s: float
+    ) -> list[Rollout]:
+        ref = self._actor.sample.remote(list(prompts), samples, timeout_s)
+        return await self._get(ref, timeout_s + self._call_s, f"answer {len(prompts)} prompts")
+
+    async def stop(self) -> None:
+        """Ask it to end, then end it: an actor that hangs must not keep its core."""
+        try:
+            await self._get(self._actor.stop.remote(), 5.0, "stop")
+        finally:
+            ray.kill(self._actor, no_restart=True)
+
+    async def _get(self, ref: Any, timeout_s: float, what: str) -> Any:
+        try:
+            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+        except RayTaskError as problem:
+            raise original(problem, self.name) from None
+        except LOST as problem:
+            raise Retryable(f"{self.name} is lost: {_first_line(problem)}") from None
+        except TimeoutError:
+            raise Retryable(f"{self.name} did not {what} within {timeout_s:.0f} s") from None
+
+
+def original(problem: RayTaskError, name: str) -> BaseException:
+    """What the remote method raised, as the AccordError it was; anything else is Fatal."""
+    cause = problem.cause
+    if isinstance(cause, AccordError):
+        return cause
+    if isinstance(cause, LOST):
+        return Retryable(f"{name} lost what it needed: {_first_line(cause)}")
+    return Fatal(f"{name} failed: {cause or problem}")
+
+
+def _first_line(problem: BaseException) -> str:
+    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+
+
+def make_worker_factory(
+    spec: WorkerSpec,
+    *,
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    cores: Callable[[int], tuple[int, ...]] = lambda index: (),
+    resources: Mapping[str, float] | None = None,
+) -> Callable[[int, int], RayRolloutWorker]:
+    """(index, incarnation) -> worker, for the pool. ``cores(index)``: the cores it keeps to."""
+    options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
+    if resources:
+        options["resources"] = dict(resources)
+
+    def make(index: int, incarnation: int) -> RayRolloutWorker:
+        return RayRolloutWorker(replace(spec, cores=cores(index)), index, incarnation, options)
+
+    return make
+
+
+async def generate_all(
+    workers: Sequence[RayRolloutWorker],
+    prompts: Sequence[Prompt],
+    samples: int,
+    timeout_s: float,
+    chunk: int = 32,
+) -> list[Rollout]:
+    """All samples of all prompts, unscored, in order, shared out to started ``workers`` as they
+    become free. The deadline is for the whole. Raises what a worker raises."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + timeout_s
+    starts = iter(range(0, len(prompts), chunk))
+    answers: dict[int, list[Rollout]] = {}
+
+    async def work(worker: RayRolloutWorker) -> None:
+        for start in starts:
+            part = prompts[start : start + chunk]
+            left = max(0.0, deadline - loop.time())
+            answers[start] = await worker.sample(part, samples, left)
+
+    # Two at once for each, so that the next chunk is there before the last answer is.
+    tasks = [asyncio.create_task(work(worker)) for worker in workers for _ in range(2)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+    return [rollout for start in sorted(answers) for rollout in answers[start]]

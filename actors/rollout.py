@@ -1,0 +1,329 @@
+"""A rollout worker: prompts in, finished and scored groups out, weights swapped on the way.
+
+submit ──▶ engine thread ──▶ finished groups ──▶ scoring threads ──▶ harvest
+              ▲ between two steps
+load_weights: fetch and verify (caller's thread) ──▶ swap ──▶ canary
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from actors.engine_thread import EngineThread
+from actors.scoring import FinishedGroup, GroupScorer
+from actors.settings import derive_seed
+from cluster.contracts.errors import Fatal, Retryable, UserError, WeightMismatch
+from cluster.contracts.protocols import Engine, Scorer
+from cluster.contracts.records import (
+    Assignment,
+    Canary,
+    Completion,
+    GroupMeta,
+    Harvest,
+    Prompt,
+    Rollout,
+    RolloutGroup,
+    SwapReport,
+    WeightManifest,
+)
+from cluster.contracts.rollout_table import to_table
+from cluster.weights.manifest import check_order, verify_arrays
+from cluster.weights.transports import Receiver
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """``request_seed``: when set, each sample's randomness depends on its group and place alone,
+    not on the worker that draws it (slower on CPU)."""
+
+    name: str = "worker-0"
+    incarnation: int = 0
+    request_seed: int | None = None
+    start_timeout_s: float = 180.0
+    swap_timeout_s: float = 120.0
+    stop_timeout_s: float = 10.0
+    scoring_threads: int = 2
+    score_batch: int = 64  # most rollouts in one call of the scorer
+
+
+@dataclass(slots=True)
+class _Open:
+    """A group being generated; only the engine thread looks inside."""
+
+    assignment: Assignment
+    deliver: Callable[[FinishedGroup], None]
+    completions: dict[int, Completion] = field(default_factory=dict)
+
+
+class RolloutWorker:
+    """Thread-safe; every wait has a deadline. ``scorer`` None: only ``sample`` may be used."""
+
+    def __init__(
+        self,
+        make_engine: Callable[[], Engine],
+        decode: Callable[[Sequence[int]], str],
+        receiver: Receiver | None,
+        scorer: Scorer | None,
+        settings: WorkerSettings,
+    ) -> None:
+        self._settings = settings
+        self._decode = decode
+        self._receiver = receiver
+        self._thread = EngineThread(make_engine, self._sample_done, self._fail, settings.name)
+        self._scoring: GroupScorer | None = None
+        if scorer is not None:
+            self._scoring = GroupScorer(
+                scorer,
+                decode,
+                self._scored,
+                self._fail,
+                threads=settings.scoring_threads,
+                batch=settings.score_batch,
+            )
+        self._open: dict[str, _Open] = {}
+        self._numbers = itertools.count()
+        self._news = threading.Condition()
+        self._finished: list[tuple[GroupMeta, RolloutGroup | None]] = []
+        self._pending: set[tuple[int, int]] = set()  # (group, attempt) not harvested yet
+        self._failure: BaseException | None = None
+        self._swap_lock = threading.Lock()
+        self._version: int | None = None
+        self._swaps = 0
+        self._pause_s = 0.0
+
+    def start(self) -> dict[str, object]:
+        """Build the engine; returns its name, the process id and the seconds it took."""
+        began = time.perf_counter()
+        engine = self._thread.start(self._settings.start_timeout_s)
+        seconds = round(time.perf_counter() - began, 3)
+        return {"engine": engine, "pid": os.getpid(), "engine_s": seconds}
+
+    # -- generation -------------------------------------------------------------------------------
+
+    def submit(self, assignments: Sequence[Assignment]) -> None:
+        """Start generating; the same group and attempt again is ignored.
+
+        Raises Fatal before the first ``load_weights``: a restarted worker would sample from the
+        model it was started from.
+        """
+        if self._scoring is None:
+            raise Fatal(f"{self._settings.name} has no scorer, so it cannot make training data")
+        if self._version is None:
+            raise Fatal(f"{self._settings.name} was given work before it was given weights")
+        for assignment in assignments:
+            key = (assignment.group_id, assignment.attempt)
+            with self._news:
+                self._raise_failure()
+                if key in self._pending:
+                    continue
+                self._pending.add(key)
+            self._begin(assignment, self._scoring.put)
+
+    def sample(self, prompts: Sequence[Prompt], samples: int, timeout_s: float) -> list[Rollout]:
+        """All samples of all prompts, unscored, in order; for evaluation and for people to compare.
+
+        Raises UserError for a prompt the engine cannot take, Retryable past the deadline.
+        """
+        done: queue.SimpleQueue[FinishedGroup] = queue.SimpleQueue()
+        for place, prompt in enumerate(prompts):
+            self._begin(Assignment(group_id=place, prompt=prompt, samples=samples), done.put)
+        deadline = time.monotonic() + timeout_s
+        groups: dict[int, FinishedGroup] = {}
+        while len(groups) < len(prompts):
+            with self._news:
+                self._raise_failure()
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise Retryable(
+                    f"{len(prompts) - len(groups)} of {len(prompts)} prompts had no answer "
+                    f"within {timeout_s:.0f} s"
+                )
+            try:
+                group = done.get(timeout=min(left, 0.5))
+            except queue.Empty:
+                continue
+            if group.problem is not None:
+                raise group.problem
+            groups[group.assignment.group_id] = group
+        return [r for place in range(len(prompts)) for r in groups[place].rollouts(self._decode)]
+
+    def harvest(self, timeout_s: float) -> Harvest:
+        """Groups finished since the last call; waits for the first, at most ``timeout_s``.
+
+        ``payload`` is the Arrow table itself. Raises what made the worker unfit: BadReward, Fatal.
+        """
+        with self._news:
+            self._news.wait_for(lambda: self._finished or self._failure, timeout_s)
+            self._raise_failure()
+            finished, self._finished = self._finished, []
+            self._pending.difference_update((m.group_id, m.attempt) for m, _ in finished)
+        groups = [group for _, group in finished if group is not None]
+        return Harvest(
+            worker=self._settings.name,
+            incarnation=self._settings.incarnation,
+            groups=tuple(meta for meta, _ in finished),
+            payload=to_table(groups) if groups else None,
+            stats=self.stats(),
+        )
+
+    def stats(self) -> dict[str, float]:
+        """Counters since the start (and gauges: requests unfinished, running, cache in use)."""
+        thread = self._thread
+        return {
+            "generated_tokens": float(thread.generated_tokens),
+            "busy_s": thread.busy_s,
+            "wait_s": thread.wait_s,
+            "cpu_s": time.process_time(),
+            "unfinished": float(thread.unfinished),
+            "scoring": float(self._scoring.waiting if self._scoring else 0),
+            "score_s": self._scoring.busy_s if self._scoring else 0.0,
+            "swaps": float(self._swaps),
+            "swap_pause_s": self._pause_s,
+            **thread.gauges,
+        }
+
+    def _begin(self, assignment: Assignment, deliver: Callable[[FinishedGroup], None]) -> None:
+        number = next(self._numbers)
+
+        def add(engine: Engine) -> None:
+            open_group = _Open(assignment, deliver)
+            ids = [f"{number}/{sample}" for sample in range(assignment.samples)]
+            try:
+                for sample, request_id in enumerate(ids):
+                    engine.submit(
+                        request_id, assignment.prompt.token_ids, self._seed(assignment, sample)
+                    )
+            except UserError as problem:
+                engine.abort(ids)
+                deliver(FinishedGroup(assignment, {}, problem))
+                return
+            self._open.update(dict.fromkeys(ids, open_group))
+
+        self._thread.post(add).add_done_callback(self._surface)
+
+    def _surface(self, future: object) -> None:
+        problem = future.exception()  # type: ignore[attr-defined]
+        if problem is not None:
+            self._fail(problem)
+
+    def _seed(self, assignment: Assignment, sample: int) -> int | None:
+        seed = self._settings.request_seed
+        if seed is None:
+            return None
+        return derive_seed(seed, "sample", assignment.group_id, assignment.prompt.id, sample)
+
+    def _sample_done(self, request_id: str, completion: Completion) -> None:
+        group = self._open.pop(request_id)
+        group.completions[int(request_id.rpartition("/")[2])] = completion
+        if len(group.completions) == group.assignment.samples:
+            group.deliver(FinishedGroup(group.assignment, group.completions, None))
+
+    def _scored(self, meta: GroupMeta, group: RolloutGroup | None) -> None:
+        with self._news:
+            self._finished.append((meta, group))
+            self._news.notify_all()
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def load_weights(self, manifest: WeightManifest) -> SwapReport:
+        """Fetch and verify while generation goes on, swap between two steps, compare the canary.
+
+        Raises WeightMismatch, with the engine untouched, for a duplicate, late, torn or unfitting
+        update, and, with the worker unfit from then on, when the engine does not compute what the
+        learner computes; Fatal when it computes NaN.
+        """
+        if self._receiver is None:
+            raise Fatal(f"{self._settings.name} was started without a weight transport")
+        with self._swap_lock:
+            check_order(-1 if self._version is None else self._version, manifest)
+            began = time.perf_counter()
+            arrays = self._receiver.fetch(manifest)
+            fetched = time.perf_counter()
+            verify_arrays(manifest, arrays)
+            verified = time.perf_counter()
+
+            def swap(engine: Engine) -> tuple[float, float]:
+                return self._swap(engine, arrays, manifest)
+
+            limit = self._settings.swap_timeout_s
+            what = f"take weights of version {manifest.version}"
+            try:
+                pause_s, difference = self._thread.call(swap, limit, what)
+            except Retryable as problem:  # it may still be taken later: nobody could say when
+                self._fail(problem)
+                raise
+            self._version = manifest.version
+            self._swaps += 1
+            self._pause_s += pause_s
+        return SwapReport(
+            version=manifest.version,
+            fetch_s=fetched - began,
+            verify_s=verified - fetched,
+            pause_s=pause_s,
+            canary_logp_diff=difference,
+        )
+
+    def _swap(
+        self, engine: Engine, arrays: Mapping[str, object], manifest: WeightManifest
+    ) -> tuple[float, float]:
+        began = time.perf_counter()
+        try:
+            engine.load(arrays, manifest.version)
+        except WeightMismatch:
+            raise  # refused before anything was touched
+        except Exception as problem:
+            self._thread.break_off(problem)
+            raise
+        pause_s = time.perf_counter() - began
+        try:
+            got = engine.sequence_logprobs(manifest.canary.token_ids)
+            difference = canary_difference(manifest.canary, got, manifest.version)
+        except Exception as problem:
+            self._thread.break_off(problem)
+            raise
+        return pause_s, difference
+
+    # -- end --------------------------------------------------------------------------------------
+
+    def stop(self) -> None:
+        """End all threads and free the engine; what is unfinished is dropped."""
+        if self._scoring is not None:
+            self._scoring.stop()
+        self._thread.stop(self._settings.stop_timeout_s)
+
+    def _fail(self, problem: BaseException) -> None:
+        with self._news:
+            self._failure = self._failure or problem
+            self._news.notify_all()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+
+def canary_difference(canary: Canary, got: Sequence[float], version: int) -> float:
+    """Largest |Δ log-probability| (nats) between engine and learner over the canary.
+
+    Raises Fatal when one is not finite, WeightMismatch over the tolerance.
+    """
+    if len(got) != len(canary.logprobs):
+        raise WeightMismatch(
+            f"version {version}: canary of {len(canary.logprobs)} log-probabilities, got {len(got)}"
+        )
+    if not all(map(math.isfinite, got)):
+        raise Fatal(f"version {version}: the engine computes a log-probability that is not finite")
+    difference = max(abs(a - b) for a, b in zip(got, canary.logprobs, strict=True))
+    if not difference <= canary.tolerance:
+        raise WeightMismatch(
+            f"version {version}: the engine's log-probabilities of the canary differ from the "
+            f"learner's by {difference:.3g} (tolerance {canary.tolerance:.3g}): it does not "
+            "compute with the weights that were published"
+        )
+    return difference

@@ -1,0 +1,172 @@
+"""Finished groups -> scored groups, off the engine's thread, so that generation never waits."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.contracts.errors import AccordError, BadReward, Fatal, RewardFailure, UserError
+from cluster.contracts.protocols import Scorer
+from cluster.contracts.records import (
+    Assignment,
+    Completion,
+    GroupMeta,
+    Rollout,
+    RolloutGroup,
+    Score,
+)
+
+Decode = Callable[[Sequence[int]], str]
+Deliver = Callable[[GroupMeta, RolloutGroup | None], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedGroup:
+    """All samples of an assignment, or the problem with its prompt."""
+
+    assignment: Assignment
+    completions: Mapping[int, Completion]
+    problem: UserError | None
+
+    def rollouts(self, decode: Decode) -> list[Rollout]:
+        return [
+            Rollout(
+                prompt=self.assignment.prompt,
+                completion=self.completions[sample],
+                sample_index=sample,
+                text=decode(self.completions[sample].token_ids),
+            )
+            for sample in range(self.assignment.samples)
+        ]
+
+    def failed(self, cause: str, retryable: bool) -> GroupMeta:
+        return GroupMeta(
+            group_id=self.assignment.group_id,
+            attempt=self.assignment.attempt,
+            samples=0,
+            prompt_tokens=len(self.assignment.prompt.token_ids),
+            response_tokens=0,
+            version_min=-1,
+            version_max=-1,
+            failure=cause,
+            retryable=retryable,
+        )
+
+    def meta(self) -> GroupMeta:
+        """``prompt_tokens`` counts the prompt once, ``response_tokens`` all samples."""
+        done = list(self.completions.values())
+        versions = [span.version for completion in done for span in completion.versions]
+        return GroupMeta(
+            group_id=self.assignment.group_id,
+            attempt=self.assignment.attempt,
+            samples=len(done),
+            prompt_tokens=len(self.assignment.prompt.token_ids),
+            response_tokens=sum(len(completion.token_ids) for completion in done),
+            version_min=min(versions),
+            version_max=max(versions),
+        )
+
+
+class GroupScorer:
+    """Threads that score whatever groups wait, several in one call when they queue up.
+
+    A RewardFailure makes the groups of that call failed and retryable. Anything else a scorer
+    raises goes to ``on_failure``: an unusable reward must stop the worker, not become a number.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        decode: Decode,
+        deliver: Deliver,
+        on_failure: Callable[[BaseException], None],
+        threads: int,
+        batch: int,
+    ) -> None:
+        self._scorer = scorer
+        self._decode = decode
+        self._deliver = deliver
+        self._on_failure = on_failure
+        self._batch = batch
+        self._queue: queue.SimpleQueue[FinishedGroup | None] = queue.SimpleQueue()
+        self._threads = [
+            threading.Thread(target=self._run, name=f"scoring-{i}", daemon=True)
+            for i in range(threads)
+        ]
+        self.busy_s = 0.0
+        for thread in self._threads:
+            thread.start()
+
+    def put(self, group: FinishedGroup) -> None:
+        self._queue.put(group)
+
+    @property
+    def waiting(self) -> int:
+        return self._queue.qsize()
+
+    def stop(self) -> None:
+        """Ask the threads to end; a call in progress keeps its own deadline."""
+        for _ in self._threads:
+            self._queue.put(None)
+
+    def _run(self) -> None:
+        while (groups := self._take()) is not None:
+            began = time.perf_counter()
+            try:
+                self._score(groups)
+            except AccordError as problem:
+                self._on_failure(problem)
+            except Exception as problem:
+                fatal = Fatal(f"scoring failed: {type(problem).__name__}: {problem}")
+                fatal.__cause__ = problem
+                self._on_failure(fatal)
+            self.busy_s += time.perf_counter() - began
+
+    def _take(self) -> list[FinishedGroup] | None:
+        """Wait for a group; add those already waiting, up to the batch. None: end."""
+        first = self._queue.get()
+        if first is None:
+            return None
+        groups, count = [first], first.assignment.samples
+        while count < self._batch:
+            try:
+                more = self._queue.get_nowait()
+            except queue.Empty:
+                break
+            if more is None:
+                self._queue.put(None)  # for whoever comes next, this thread included
+                break
+            groups.append(more)
+            count += more.assignment.samples
+        return groups
+
+    def _score(self, groups: list[FinishedGroup]) -> None:
+        for group in groups:
+            if group.problem is not None:
+                self._deliver(group.failed(str(group.problem), retryable=False), None)
+        groups = [group for group in groups if group.problem is None]
+        if not groups:
+            return
+        answers = [group.rollouts(self._decode) for group in groups]
+        rollouts = [rollout for answer in answers for rollout in answer]
+        try:
+            scores = self._scorer.score(rollouts)
+        except RewardFailure as problem:
+            for group in groups:
+                self._deliver(group.failed(str(problem), retryable=True), None)
+            return
+        if len(scores) != len(rollouts):
+            raise BadReward(f"{len(rollouts)} rollouts were scored with {len(scores)} scores")
+        self._hand_over(groups, answers, scores)
+
+    def _hand_over(
+        self, groups: list[FinishedGroup], answers: list[list[Rollout]], scores: list[Score]
+    ) -> None:
+        rest = iter(scores)
+        for group, answer in zip(groups, answers, strict=True):
+            pairs = tuple((rollout, next(rest)) for rollout in answer)
+            done = RolloutGroup(group_id=group.assignment.group_id, samples=pairs)
+            self._deliver(group.meta(), done)

@@ -1,0 +1,126 @@
+"""Sampling answers with rollout workers, outside a training run."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.contracts.config import ClusterConfig, DataConfig, ModelConfig, RolloutConfig
+from cluster.contracts.records import Prompt, Rollout
+from cluster.placement import own_cores, ray_cluster
+from cluster.progress import Reporter
+from cluster.runs import write_text
+from cluster.stages.common import engine_settings
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """One policy, and the prompts it answers."""
+
+    model: ModelConfig
+    prompts: Sequence[Prompt]
+    samples: int
+    rollout: RolloutConfig
+    max_prompt_tokens: int
+    seed: int = 0
+    timeout_s: float = 3600.0
+
+
+def prompts_for(
+    model: ModelConfig, data: DataConfig, seed: int, most: int | None = None
+) -> list[Prompt]:
+    """Prompts of a file in file order, tokenised for ``model``."""
+    from actors.prompts import load_prompts
+    from learner.models import load_tokenizer
+
+    source = load_prompts(data.model_copy(update={"shuffle": False}), load_tokenizer(model), seed)
+    return [source.prompt(i) for i in range(min(len(source), most or len(source)))]
+
+
+def sample_in_cluster(jobs: Sequence[Sampling]) -> list[list[Rollout]]:
+    """Answers of each job, in the order of its prompts; needs Ray running. Jobs run side by side,
+    each with its own workers, as many as there are cores for."""
+    return asyncio.run(_sample_all(jobs))
+
+
+async def _sample_all(jobs: Sequence[Sampling]) -> list[list[Rollout]]:
+    cores = own_cores()
+    each = max(1, len(cores) // len(jobs))
+    shares = [cores[i * each : (i + 1) * each] or cores for i in range(len(jobs))]
+    return list(
+        await asyncio.gather(*(_sample(job, own) for job, own in zip(jobs, shares, strict=True)))
+    )
+
+
+async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
+    from actors.remote import WorkerSpec, generate_all, make_worker_factory
+    from learner.models import load_tokenizer, stop_token_ids
+
+    stop_ids = stop_token_ids(job.model.path, load_tokenizer(job.model))
+    spec = WorkerSpec(
+        engine=engine_settings(job.model, job.rollout, stop_ids, job.max_prompt_tokens),
+        kind=job.rollout.engine,
+        seed=job.seed,
+        transport=None,
+        start_timeout_s=job.rollout.start_timeout_s,
+    )
+    count = min(job.rollout.workers, len(cores))
+    make = make_worker_factory(
+        spec,
+        num_cpus=job.rollout.cpus,
+        num_gpus=job.rollout.gpus,
+        cores=lambda index: (cores[index % len(cores)],) if not job.rollout.gpus else (),
+    )
+    workers = [make(index, 0) for index in range(max(1, count))]
+    try:
+        await asyncio.gather(*(worker.start() for worker in workers))
+        return await generate_all(workers, job.prompts, job.samples, job.timeout_s)
+    finally:
+        await asyncio.gather(*(worker.stop() for worker in workers), return_exceptions=True)
+
+
+def generate_to_file(
+    model: str,
+    prompts: str,
+    out: Path,
+    *,
+    samples: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    reporter: Reporter,
+) -> None:
+    """`accord generate`: one JSON line an answer: prompt, completion, finish_reason, tokens."""
+    config = ModelConfig(path=model)
+    data = DataConfig(prompts=prompts, shuffle=False)
+    rollout = RolloutConfig(
+        max_tokens=max_tokens, temperature=temperature, workers=max(1, len(own_cores()))
+    )
+    ready = prompts_for(config, data, seed)
+    job = Sampling(
+        model=config,
+        prompts=ready,
+        samples=samples,
+        rollout=rollout,
+        max_prompt_tokens=max(len(p.token_ids) for p in ready),
+        seed=seed,
+    )
+    with ray_cluster(ClusterConfig()), reporter.stage(f"{len(ready)} prompts"):
+        answers = sample_in_cluster([job])[0]
+    write_text(out, "".join(json.dumps(answer_row(a), ensure_ascii=False) + "\n" for a in answers))
+
+
+def answer_row(rollout: Rollout) -> dict[str, Any]:
+    """An answer in the prompt+completion shape that ``accord sft`` reads."""
+    return {
+        "prompt": [dict(m) for m in rollout.prompt.messages],
+        "completion": [{"role": "assistant", "content": rollout.text}],
+        "sample": rollout.sample_index,
+        "finish_reason": rollout.completion.finish_reason,
+        "tokens": len(rollout.completion.token_ids),
+        "metadata": dict(rollout.prompt.metadata),
+    }

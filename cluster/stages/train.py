@@ -1,0 +1,363 @@
+"""`accord train`: the roles put together around the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import signal
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.contracts.config import TrainConfig
+from cluster.contracts.configfile import load_config
+from cluster.contracts.errors import AccordError, UserError
+from cluster.contracts.protocols import Sink
+from cluster.contracts.records import RunState
+from cluster.controller import Controller, LoopSettings
+from cluster.placement import CorePlan, own_cores, plan_cores, ray_cluster
+from cluster.pool import PoolSettings, WorkerPool
+from cluster.progress import Reporter
+from cluster.runs import Run
+from cluster.sinks import make_sinks
+from cluster.stages.common import MonotonicClock, context_length, engine_settings
+from cluster.stages.status import wanted_workers
+from cluster.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is checked before anything starts, so that a mistake leaves nothing behind."""
+
+    config: TrainConfig
+    prompts: Any
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    tokenizer_fingerprint: str
+
+
+def train_policy(config: TrainConfig, reporter: Reporter) -> Path:
+    """Train; returns the run directory (its ``policy/`` is the result)."""
+    prepared = prepare(config)
+    run = Run.create(
+        config.run.dir,
+        config.run.name,
+        "train",
+        config,
+        seed=config.run.seed,
+        parents=parents(config),
+    )
+    with ray_cluster(config.cluster) as ray_info:
+        train_in_cluster(prepared, run, reporter, ray_info)
+    return run.path
+
+
+def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> Path:
+    """Continue a run from its newest usable checkpoint. Only ``batch.steps`` and settings that do not
+    change what was learnt may be given anew."""
+    run = Run.open(path)
+    before = load_config(TrainConfig, str(run.path / "config.toml"))
+    config = load_config(TrainConfig, str(run.path / "config.toml"), overrides)
+    _refuse_changes(before, config, path)
+    checkpoint, state = run.latest_checkpoint()
+    if state.step >= config.batch.steps:
+        raise UserError(
+            f"has done its {config.batch.steps} steps",
+            where=path,
+            fix=f"ask for more: accord train --resume {path} batch.steps={config.batch.steps * 2}",
+        )
+    prepared = prepare(config)
+    if len(prepared.prompts) != state.prompts_total:
+        raise UserError(
+            f"had {state.prompts_total} prompts when the run began, now {len(prepared.prompts)}: the "
+            "order of prompts would not be continued",
+            where=config.data.prompts,
+            fix="put the file back as it was",
+        )
+    reporter.say(
+        f"resuming at step {state.step} of {config.batch.steps}, prompt {state.next_group}, "
+        f"version {state.version}, from {checkpoint.name}"
+    )
+    run.event("resumed", step=state.step, checkpoint=checkpoint.name)
+    run.update_manifest(status="running")
+    with ray_cluster(config.cluster) as ray_info:
+        train_in_cluster(prepared, run, reporter, ray_info, state=state, checkpoint=checkpoint)
+    return run.path
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read tokenizer and prompts, check what can be checked without starting anything."""
+    from actors.prompts import load_prompts
+    from learner.models import load_tokenizer, stop_token_ids
+    from learner.reward_artifact import tokenizer_fingerprint
+
+    tokenizer = load_tokenizer(config.model)
+    context = context_length(config.model)
+    data = config.data
+    room = context - config.rollout.max_tokens if context else data.max_prompt_tokens
+    if room < 1:
+        raise UserError(
+            f"rollout.max_tokens = {config.rollout.max_tokens} leaves no room for a prompt in the "
+            f"model's context of {context} tokens",
+            where=config.model.path,
+            fix="lower rollout.max_tokens",
+        )
+    if room < data.max_prompt_tokens:
+        data = data.model_copy(update={"max_prompt_tokens": room})
+    prompts = load_prompts(data, tokenizer, config.run.seed)
+    return Prepared(
+        config=config,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        stop_ids=stop_token_ids(config.model.path, tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+
+
+def train_in_cluster(
+    prepared: Prepared,
+    run: Run,
+    reporter: Reporter,
+    ray_info: Mapping[str, Any],
+    *,
+    state: RunState | None = None,
+    checkpoint: Path | None = None,
+) -> None:
+    """Everything between a running Ray cluster and a finished ``policy/`` in the run directory."""
+    config = prepared.config
+    cores = plan_cores(own_cores(), config.rollout.workers, pin=_pins(config))
+    run.event("cluster", **dict(ray_info))
+    timeline = Timeline()
+    with run.lock(), _status(run):
+        sinks = make_sinks(config.logging, run.path, on_ray=True)
+        try:
+            with (
+                reward_addresses(config, cores, reporter) as addresses,
+                reporter.stage(
+                    "PPO" if _is_ppo(config) else "training", config.batch.steps
+                ) as stage,
+            ):
+                asyncio.run(
+                    _drive(
+                        prepared,
+                        run,
+                        [*sinks, stage],
+                        cores,
+                        addresses,
+                        timeline,
+                        state,
+                        checkpoint,
+                    )
+                )
+        finally:
+            for sink in sinks:
+                sink.close()
+            timeline.write(run.path / "timeline.json")
+        final, _ = run.latest_checkpoint()
+        publish_policy(final / "policy", run.path / "policy")
+
+
+async def _drive(
+    prepared: Prepared,
+    run: Run,
+    sinks: list[Sink],
+    cores: CorePlan,
+    addresses: list[str],
+    timeline: Timeline,
+    state: RunState | None,
+    checkpoint: Path | None,
+) -> None:
+    config = prepared.config
+    from learner.remote import RayLearner
+    from learner.settings import learner_settings
+
+    first = prepared.prompts.prompt(0)
+    learner = RayLearner(
+        learner_settings(
+            config,
+            canary_prompt=first.token_ids,
+            run_dir=str(run.path.absolute()),
+            resume_from=str(checkpoint.absolute()) if checkpoint else None,
+        ),
+        core=cores.learner[0] if len(cores.learner) == 1 else None,
+        threads=len(cores.learner) or 1,
+    )
+    pool = WorkerPool(
+        _worker_factory(prepared, cores, addresses, state),
+        PoolSettings(
+            start_timeout_s=config.rollout.start_timeout_s,
+            stall_timeout_s=config.rollout.stall_timeout_s,
+            weights_timeout_s=config.weights.timeout_s,
+            max_restarts=config.rollout.max_restarts,
+        ),
+        MonotonicClock(),
+        run.event,
+    )
+    controller = Controller(
+        loop_settings(config),
+        prepared.prompts,
+        learner,
+        pool,
+        run,
+        sinks,
+        MonotonicClock(),
+        timeline,
+        state=state,
+        wanted_workers=lambda: wanted_workers(run),
+    )
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, controller.request_stop)
+    try:
+        reached = await controller.run()
+    finally:
+        await pool.stop()
+        with contextlib.suppress(AccordError):  # it may be what failed; that is raised already
+            await asyncio.wait_for(learner.stop(), 5.0)
+    if reached.step < config.batch.steps:
+        raise KeyboardInterrupt
+
+
+def _worker_factory(
+    prepared: Prepared, cores: CorePlan, addresses: list[str], state: RunState | None
+) -> Any:
+    from actors.remote import WorkerSpec, make_worker_factory
+
+    config = prepared.config
+    rollout = config.rollout
+    spec = WorkerSpec(
+        engine=engine_settings(
+            config.model, rollout, prepared.stop_ids, config.data.max_prompt_tokens
+        ),
+        kind=rollout.engine,
+        # A resumed run must not sample again what it sampled before.
+        seed=config.run.seed + (state.step if state else 0),
+        transport=config.weights.transport,
+        make_scorer=_ClientMaker(
+            tuple(addresses), config.reward.deadline_s, prepared.tokenizer_fingerprint
+        ),
+        start_timeout_s=rollout.start_timeout_s,
+        weights_timeout_s=config.weights.timeout_s,
+        score_batch=config.reward.max_batch,
+    )
+    return make_worker_factory(
+        spec, num_cpus=rollout.cpus, num_gpus=rollout.gpus, cores=cores.worker
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _ClientMaker:
+    """Makes the reward client in the worker's process."""
+
+    addresses: tuple[str, ...]
+    deadline_s: float
+    tokenizer: str
+
+    def __call__(self) -> Any:
+        from reward_service.client import RewardClient
+
+        client = RewardClient(self.addresses, deadline_s=self.deadline_s, tokenizer=self.tokenizer)
+        client.connect()
+        return client
+
+
+@contextmanager
+def reward_addresses(
+    config: TrainConfig, cores: CorePlan, reporter: Reporter
+) -> Iterator[list[str]]:
+    """Addresses of the reward service: the one given, or one started here for the run."""
+    if config.reward.address:
+        from reward_service.client import RewardClient
+
+        client = RewardClient([config.reward.address])
+        client.connect()
+        client.close()
+        yield [config.reward.address]
+        return
+    from reward_service.remote import start_reward_service
+
+    core = cores.reward[0] if cores.reward else None
+    service = start_reward_service(config.reward, num_cpus=1, core=core)
+    try:
+        yield [service.address]
+    finally:
+        service.stop()
+
+
+def loop_settings(config: TrainConfig) -> LoopSettings:
+    return LoopSettings(
+        steps=config.batch.steps,
+        prompts_per_step=config.batch.prompts_per_step,
+        samples_per_prompt=config.batch.samples_per_prompt,
+        staleness_bound=config.staleness.bound,
+        workers=config.rollout.workers,
+        checkpoint_every=config.checkpoint.every,
+        keep_checkpoints=config.checkpoint.keep,
+    )
+
+
+def publish_policy(source: Path, target: Path) -> None:
+    """Copy the newest checkpoint's policy to ``policy/``, whole or not at all."""
+    staging = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+
+
+def parents(config: TrainConfig) -> dict[str, str]:
+    """Lineage: which models this run grew from."""
+    found = {"policy": config.model.path, **config.run.parents}
+    for source in config.reward.sources:
+        if source.type == "model":
+            found[f"reward/{source.name}"] = source.path
+    return found
+
+
+def _refuse_changes(before: TrainConfig, after: TrainConfig, path: str) -> None:
+    """On resume only what does not change the experiment may differ."""
+    free = {"logging", "cluster", "checkpoint"}
+    changed = []
+    for section in type(after).model_fields:
+        if section in free:
+            continue
+        old, new = getattr(before, section), getattr(after, section)
+        changed += [
+            f"{section}.{key}"
+            for key in type(new).model_fields
+            if getattr(old, key) != getattr(new, key)
+            and (section, key) not in {("batch", "steps"), ("rollout", "workers")}
+        ]
+    if changed:
+        raise UserError(
+            f"these settings cannot change on resume: {', '.join(changed)}",
+            where=path,
+            fix="start a new run from its policy/, or leave them out",
+        )
+
+
+@contextmanager
+def _status(run: Run) -> Iterator[None]:
+    """The manifest's status tells how the command ended."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.update_manifest(status="interrupted")
+        raise
+    except BaseException as problem:
+        run.event("run_failed", cause=str(problem))
+        run.update_manifest(status="failed")
+        raise
+    run.update_manifest(status="finished")
+
+
+def _pins(config: TrainConfig) -> bool:
+    """Cores can only be dealt out on a machine of our own."""
+    return config.cluster.pin_cores and config.cluster.address is None and not config.rollout.gpus
+
+
+def _is_ppo(config: TrainConfig) -> bool:
+    return config.algorithm.advantage == "gae"

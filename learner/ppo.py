@@ -1,0 +1,185 @@
+"""The learner: one step from scored rollouts to published weights. No Ray here.
+
+Weights of version v are those before step v; step v publishes version v + 1.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from cluster.contracts.errors import Fatal, UserError
+from cluster.contracts.metrics import Metric, last
+from cluster.contracts.records import StepInput, StepResult, WeightManifest
+from cluster.weights.transports import TRANSPORTS, Publisher
+from learner.assemble import build_kl_controller, build_networks, build_optimizers
+from learner.checkpoint import TrainerState, restore_state, save_state
+from learner.experience import Experience, build_experience
+from learner.measures import experience_metrics, sequence_kl
+from learner.optim import lr_factor, prepare_torch, set_lr
+from learner.publishing import canary, canary_tokens, host_arrays
+from learner.rollout_batch import RolloutBatch, read_batch
+from learner.rollout_writer import RolloutWriter
+from learner.settings import LearnerSettings
+from learner.update import PolicyUpdate
+
+
+class PPOLearner:
+    """PPO and its relatives (`algorithm.advantage` x `algorithm.loss`) on one device.
+
+    publisher: where weights go; None makes the one of `weights.transport`.
+    threads: of torch; 0 leaves them as the process was started.
+    """
+
+    def __init__(
+        self, settings: LearnerSettings, publisher: Publisher | None = None, threads: int = 0
+    ) -> None:
+        self.settings = settings
+        self._threads = threads
+        self._publisher = publisher
+        self._state: TrainerState | None = None
+        self._writer: RolloutWriter | None = None
+
+    def start(self) -> WeightManifest:
+        """Load models (or the checkpoint `resume_from`) and publish what training starts from.
+
+        Raises UserError for models or settings that cannot work.
+        """
+        settings = self.settings
+        prepare_torch(self._threads)
+        torch.manual_seed(settings.seed)
+        torch.use_deterministic_algorithms(settings.learner.deterministic)
+        networks, tokenizer = build_networks(settings)
+        self._state = TrainerState(
+            networks=networks,
+            tokenizer=tokenizer,
+            optimizers=build_optimizers(networks, settings.learner),
+            kl=build_kl_controller(settings),
+            version=0,
+            canary_ids=canary_tokens(networks.policy, settings.canary_prompt),
+        )
+        if settings.resume_from is not None:
+            self.restore(settings.resume_from)
+        if self._publisher is None:
+            self._publisher = _publisher(settings)
+        if settings.save_rollouts and settings.run_dir is not None:
+            self._writer = RolloutWriter(Path(settings.run_dir) / "rollouts")
+        return self._publish()
+
+    def step(self, batch: StepInput) -> StepResult:
+        """Train on the step's groups and publish the next version.
+
+        payloads: Arrow tables (or Arrow stream bytes) of `cluster.contracts.rollout_table`.
+        Raises Fatal for a step out of order, rollouts that break a promise (missing, twice, too
+        old, not finite) and updates that are not finite three times running.
+        """
+        began, cpu_began = time.perf_counter(), time.process_time()
+        state, settings = self.state, self.settings
+        if batch.step != state.version:
+            raise Fatal(f"step {batch.step} was asked of a learner at version {state.version}")
+        if self._writer is not None:
+            self._writer.flush()
+        tables = [_as_table(payload) for payload in batch.payloads]
+        rollouts = read_batch(tables, batch.group_ids, settings.batch.samples_per_prompt)
+        coef = state.kl.coef
+        experience = build_experience(rollouts, state.networks, settings, state.version, coef)
+        in_reward = settings.algorithm.kl.place == "reward"
+        metrics = experience_metrics(experience, coef, in_reward)
+        metrics.append(last("time/experience", time.perf_counter() - began))
+        metrics += self._update(experience, batch.step)
+        state.version += 1
+        publish_began = time.perf_counter()
+        manifest = self._publish()
+        metrics.append(last("time/publish", time.perf_counter() - publish_began))
+        if self._writer is not None:
+            self._writer.write(batch.step, rollouts.table)
+        wall = time.perf_counter() - began
+        metrics += _speed(rollouts, wall, time.process_time() - cpu_began)
+        return StepResult(
+            step=batch.step,
+            version=state.version,
+            metrics=tuple(metrics),
+            manifest=manifest,
+            trained_tokens=int(experience.loss_mask.sum()),
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Write policy/ and the trainer's state under `directory`; complete on return."""
+        if self._writer is not None:
+            self._writer.flush()
+        save_state(self.state, directory)
+
+    def restore(self, directory: str | Path) -> None:
+        """Take up exactly where `save` stood. Raises UserError where that is not possible."""
+        restore_state(self.state, directory)
+
+    def close(self) -> None:
+        """Finish writing rollouts and let go of published weights."""
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            if self._publisher is not None:
+                self._publisher.close()
+
+    @property
+    def state(self) -> TrainerState:
+        if self._state is None:
+            raise Fatal("the learner was used before it was started")
+        return self._state
+
+    def _update(self, experience: Experience, step: int) -> list[Metric]:
+        state, learner = self.state, self.settings.learner
+        factor = lr_factor(learner.schedule, step, self.settings.batch.steps, learner.warmup_steps)
+        rate = set_lr(state.optimizers.policy, factor)
+        if state.optimizers.value is not None:
+            set_lr(state.optimizers.value, factor)
+        value_only = state.networks.has_values and step < learner.value_warmup_steps
+        update = PolicyUpdate(state.networks, state.optimizers, self.settings)
+        metrics = update.train(experience, step, state.kl.coef, value_only)
+        kl = sequence_kl(experience)
+        if kl is not None and not value_only:
+            # The KL of the batch that was trained, however stale: what the coefficient acted on.
+            state.kl.update(kl, len(experience))
+        return [*metrics, last("policy/lr", 0.0 if value_only else rate)]
+
+    def _publish(self) -> WeightManifest:
+        if self._publisher is None:
+            raise Fatal("the learner was used before it was started")
+        state, settings = self.state, self.settings
+        policy, dtype = state.networks.policy, settings.rollout_dtype
+        arrays, dtypes = host_arrays(policy, dtype)
+        check = canary(policy, state.canary_ids, dtype, settings.canary_tolerance)
+        return self._publisher.publish(arrays, dtypes, state.version, check)
+
+
+def _publisher(settings: LearnerSettings) -> Publisher:
+    if settings.weights.transport == "disk" and settings.run_dir is None:
+        raise UserError(
+            "weights cannot go over a disk without a run directory",
+            where="weights.transport",
+            fix="set weights.transport = 'object_store', or run.dir",
+        )
+    make, _ = TRANSPORTS[settings.weights.transport]
+    return make(str(Path(settings.run_dir or "") / "weights"))
+
+
+def _as_table(payload: Any) -> pa.Table:
+    if isinstance(payload, pa.Table):
+        return payload
+    if isinstance(payload, bytes | bytearray | memoryview | pa.Buffer):
+        return pa.ipc.open_stream(pa.py_buffer(payload)).read_all()
+    raise Fatal(f"a payload is neither an Arrow table nor Arrow bytes: {type(payload).__name__}")
+
+
+def _speed(rollouts: RolloutBatch, wall: float, cpu: float) -> list[Metric]:
+    return [
+        last("time/step", wall),
+        last("perf/tokens_per_s", float(rollouts.lengths.sum()) / wall),
+        last("perf/learner_busy_s", wall),
+        last("perf/learner_cpu_s", cpu),
+    ]

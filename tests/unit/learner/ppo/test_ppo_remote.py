@@ -1,0 +1,125 @@
+"""The learner in a real Ray actor: results, errors as raised, deadlines, death, lost payloads."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import pytest
+import ray
+from ray.exceptions import RayError
+from transformers import AutoModelForCausalLM
+
+from cluster.contracts.errors import Fatal, Retryable, UserError
+from cluster.contracts.metrics import values
+from cluster.contracts.records import StepInput, WeightManifest
+from cluster.weights.manifest import verify_arrays
+from cluster.weights.object_store import ObjectStoreReceiver
+from learner.remote import RayLearner
+
+pytestmark = pytest.mark.slow
+T = TypeVar("T")
+GROUPS = (0, 1, 2, 3)
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    return asyncio.run(work)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    ray.init(
+        num_cpus=4,
+        include_dashboard=False,
+        object_store_memory=100 * 2**20,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def table(world: ModuleType, tiny: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    return world.table_of(world.make_groups(model, seed=1))
+
+
+def test_a_step_a_lost_payload_a_deadline_and_death(
+    world: ModuleType, tiny: Path, table: Any, tmp_path: Path
+) -> None:
+    core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    learner = RayLearner(world.make_settings(tiny), core=core)
+
+    async def live() -> tuple[WeightManifest, Any]:
+        started = await learner.start()
+        lost = await _lost_payload(table)
+        with pytest.raises(Retryable, match="lost with the worker"):
+            await learner.step(StepInput(step=0, group_ids=GROUPS, payloads=(lost,)))
+        good = StepInput(step=0, group_ids=GROUPS, payloads=([ray.put(table)],))
+        result = await learner.step(good)
+        with pytest.raises(Fatal, match="step 0 was asked of a learner at version 1"):
+            await learner.step(good)
+        await learner.save(str(tmp_path / "checkpoint"))
+        return started, result
+
+    started, result = _run(live())
+    assert (started.version, result.version) == (0, 1)
+    assert values(result.metrics)["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    verify_arrays(result.manifest, ObjectStoreReceiver().fetch(result.manifest))
+    assert (tmp_path / "checkpoint" / "policy" / "config.json").exists()
+
+    async def die() -> None:
+        os.kill(await _as_future(learner._actor.pid.remote()), signal.SIGKILL)
+        with pytest.raises(Fatal, match="process died while asked to save"):
+            await learner.save(str(tmp_path / "never"))
+        with pytest.raises(Fatal, match="is not running"):
+            await learner.save(str(tmp_path / "never"))
+        await learner.stop()
+
+    _run(die())
+
+
+def test_a_users_error_arrives_as_raised(world: ModuleType, tiny: Path) -> None:
+    learner = RayLearner(world.make_settings(tiny, learner={"processes": 2}))
+    with pytest.raises(UserError, match=r"learner\.processes") as caught:
+        _run(learner.start())
+    assert caught.value.fix == "set it to 1"
+    _run(learner.stop())
+
+
+def test_a_deadline_names_what_was_waited_for_and_ends_the_process(
+    world: ModuleType, tiny: Path
+) -> None:
+    learner = RayLearner(world.make_settings(tiny, learner={"start_timeout_s": 0.05}))
+    with pytest.raises(Fatal, match="for the learner to load its models; it was ended"):
+        _run(learner.start())
+    assert learner._actor is None
+
+
+class _Holder:
+    def put(self, table: Any) -> list[Any]:
+        return [ray.put(table)]
+
+
+async def _lost_payload(table: Any) -> list[Any]:
+    """A reference whose owner is dead, once Ray knows it."""
+    holder = ray.remote(_Holder).remote()
+    payload = await _as_future(holder.put.remote(table))
+    ray.kill(holder)
+    for _ in range(300):
+        try:
+            ray.get(payload[0], timeout=1)
+        except RayError:
+            return payload
+        await asyncio.sleep(0.1)
+    raise AssertionError("Ray still hands out an object 30 s after its owner was killed")
+
+
+async def _as_future(reference: Any) -> Any:
+    return await asyncio.wait_for(asyncio.wrap_future(reference.future()), 60)
