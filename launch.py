@@ -335,6 +335,8 @@ def _terminate(signum: int, frame: Any) -> None:
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 stopped by an error, 2 wrong input, 130 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
+    # Compute threads that spin while they wait starve the other processes of a small machine.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(standalone_mode=False)
     except UserError as problem:

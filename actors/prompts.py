@@ -225,6 +225,9 @@ def _messages_and_metadata(
     messages = _messages(row[column], column, where)
     used = {column, "rejected"} if column == "chosen" else {column}
     metadata = {str(name): value for name, value in row.items() if name not in used}
+    nested = metadata.get("metadata")
+    if isinstance(nested, dict):  # its entries count as columns of the row
+        metadata = {**metadata.pop("metadata"), **metadata}
     style = metadata.get("reward_model")  # verl keeps the label one level down
     if isinstance(style, dict) and "ground_truth" in style:
         metadata.setdefault("ground_truth", style["ground_truth"])

@@ -221,8 +221,9 @@ def _comparison(row: Row, where: str) -> Comparison:
         chosen, rejected = (_answer(row[name], name, where) for name in ("chosen", "rejected"))
     else:
         messages, chosen, rejected = _split_shared(row["chosen"], row["rejected"], where)
-    if not chosen.strip() or not rejected.strip():
-        raise UserError("an answer is empty", where=where, fix="leave the row out")
+    # One empty answer is a fact worth learning (the policy said nothing); two are a mistake.
+    if not chosen.strip() and not rejected.strip():
+        raise UserError("both answers are empty", where=where, fix="leave the row out")
     return Comparison(
         where=where,
         messages=messages,

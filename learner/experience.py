@@ -188,8 +188,7 @@ def token_rewards(
     penalty = torch.zeros_like(mask, dtype=torch.float32)
     if kl is not None and algorithm.kl.place == "reward":
         penalty = kl
-    coef = kl_coef if algorithm.kl.place == "reward" else 0.0
-    rewards = terminal_rewards(terminal.float(), penalty, mask, coef)
+    rewards = terminal_rewards(terminal.float(), penalty, mask, kl_coef)
     return whiten(rewards, mask, shift_mean=False) if algorithm.whiten_rewards else rewards
 
 
@@ -216,8 +215,12 @@ def _forward_passes(
     for chosen in plan_microbatches(batch.lengths.tolist(), budget):
         micro = make_microbatch(batch, chosen, device)
         seen, at = micro.rows, slice(0, micro.width)
-        out = policy_outputs(networks.policy, micro, settings.temperature, networks.compute_dtype)
-        prox[seen, at], entropy[seen, at] = out.logp, out.entropy
+        out = policy_outputs(
+            networks.policy, micro, settings.temperature, networks.compute_dtype, entropy=True
+        )
+        prox[seen, at] = out.logp
+        if out.entropy is not None:
+            entropy[seen, at] = out.entropy
         if ref is not None and networks.reference is not None:
             ref[seen, at] = policy_outputs(
                 networks.reference, micro, settings.temperature, networks.compute_dtype

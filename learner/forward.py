@@ -46,10 +46,11 @@ class Microbatch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PolicyOutputs:
-    """logp, entropy: float32 [b, width], zero at padding. hidden: [b, T, H], the trunk's output."""
+    """logp, entropy: float32 [b, width], zero at padding; entropy None where it was not asked for.
+    hidden: [b, T, H], the trunk's output."""
 
     logp: Tensor
-    entropy: Tensor
+    entropy: Tensor | None
     hidden: Tensor
 
 
@@ -125,18 +126,22 @@ def policy_outputs(
     micro: Microbatch,
     temperature: float,
     compute_dtype: str,
+    *,
+    entropy: bool = False,
     entropy_gradient: bool = False,
 ) -> PolicyOutputs:
-    """Log-probabilities and entropies of the answer tokens at `temperature`.
+    """Log-probabilities and, if wanted, entropies of the answer tokens at `temperature`.
 
     The head runs at answer positions only, in float32.
     """
     with compute_in(compute_dtype, micro.input_ids.device):
         hidden = hidden_states(policy, micro.input_ids, micro.attention_mask)
     chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, micro.sources)
-    logp, entropy = lm_head(policy).logprobs(
-        chosen, micro.labels, temperature, entropy=True, entropy_gradient=entropy_gradient
+    logp, spread = lm_head(policy).logprobs(
+        chosen, micro.labels, temperature, entropy=entropy, entropy_gradient=entropy_gradient
     )
-    if entropy is None:
-        raise AssertionError("the head was asked for entropies and gave none")
-    return PolicyOutputs(logp=micro.spread(logp), entropy=micro.spread(entropy), hidden=hidden)
+    return PolicyOutputs(
+        logp=micro.spread(logp),
+        entropy=None if spread is None else micro.spread(spread),
+        hidden=hidden,
+    )

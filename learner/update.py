@@ -190,6 +190,7 @@ class PolicyUpdate:
                 micro,
                 self.settings.temperature,
                 networks.compute_dtype,
+                entropy=algorithm.entropy_coef > 0,
                 entropy_gradient=algorithm.entropy_coef > 0,
             )
         loss = torch.zeros((), device=networks.device)
@@ -222,9 +223,12 @@ class PolicyUpdate:
             mean("policy/loss", float(policy.detach()), share),
             *_renamed(metrics_of(terms.metrics, "policy/")),
             _ratio_max(out.logp, prox, mask),
-            mean("policy/entropy", float(out.entropy.detach()[mask].sum()), float(mask.sum())),
         ]
-        if algorithm.entropy_coef > 0:
+        # Where the loss has no use for it, the entropy before the update spares a pass over [N, V].
+        entropy = _cut(experience.entropy, micro) if out.entropy is None else out.entropy
+        spread = float(entropy.detach()[mask].sum())
+        metrics.append(mean("policy/entropy", spread, float(mask.sum())))
+        if out.entropy is not None:
             loss = loss - algorithm.entropy_coef * self._reduce(out.entropy, mask, part)
         if algorithm.kl.place == "loss" and experience.ref_logp is not None:
             kl = self._reduce(self._kl_term(experience, micro, out.logp), mask, part)

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +28,7 @@ AGAIN = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED)
 USERS = (Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED)
 ATTEMPT_SHARE = 1 / 3  # of the deadline, for one attempt: a hung service leaves time to ask another
 SHORTEST_ATTEMPT_S = 1.0
+MAX_CAUSES = 3
 OPTIONS = (
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
@@ -53,6 +55,21 @@ class _Target:
             self.channel = grpc.secure_channel(address, client_credentials(tls), OPTIONS)
         self.rewards = reward_pb2_grpc.RewardServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
+
+
+@dataclass(slots=True)
+class _Call:
+    """One call over all its attempts: when it must end, and what failed so far and why."""
+
+    end: float
+    failed: set[str] = field(default_factory=set)
+    causes: list[str] = field(default_factory=list)
+
+    def note(self, address: str, error: Any) -> None:
+        self.failed.add(address)
+        cause = f"{_code(error).name}: {error.details()}"
+        if cause not in self.causes:
+            self.causes.append(cause)
 
 
 class RewardClient:
@@ -147,8 +164,7 @@ class RewardClient:
 
     def _score_chunk(self, items: Sequence[ScoreItem]) -> list[Score]:
         request = wire.encode_request(uuid.uuid4().hex, items)
-        end = time.monotonic() + self._deadline_s
-        failed: set[str] = set()
+        call = _Call(time.monotonic() + self._deadline_s)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(self._again),
             stop=tenacity.stop_before_delay(self._deadline_s),
@@ -156,9 +172,9 @@ class RewardClient:
             reraise=True,
         )
         try:
-            target, reply = retrying(self._attempt, request, end, failed)
+            target, reply = retrying(self._attempt, request, call)
         except grpc.RpcError as error:
-            raise self._failure(error, failed) from error
+            raise self._failure(error, call) from error
         return wire.decode_reply(
             reply,
             request_id=request.request_id,
@@ -167,16 +183,14 @@ class RewardClient:
             service=target.address,
         )
 
-    def _attempt(
-        self, request: pb.ScoreRequest, end: float, failed: set[str]
-    ) -> tuple[_Target, pb.ScoreResponse]:
-        left = max(0.001, end - time.monotonic())
+    def _attempt(self, request: pb.ScoreRequest, call: _Call) -> tuple[_Target, pb.ScoreResponse]:
+        left = max(0.001, call.end - time.monotonic())
         timeout = min(left, max(SHORTEST_ATTEMPT_S, self._deadline_s * ATTEMPT_SHARE))
-        target = self._choose(failed)
+        target = self._choose(call.failed)
         try:
             reply = target.rewards.Score(request, timeout=timeout, metadata=self._metadata)
-        except grpc.RpcError:
-            failed.add(target.address)
+        except grpc.RpcError as error:
+            call.note(target.address, error)
             raise
         except ValueError as error:  # what grpc raises for a call on a closed channel
             if self._closed:
@@ -202,14 +216,13 @@ class RewardClient:
     def _again(self, error: BaseException) -> bool:
         return isinstance(error, grpc.RpcError) and not self._closed and _code(error) in AGAIN
 
-    def _failure(self, error: Any, failed: set[str]) -> BadReward | RewardFailure:
-        service = f"the reward service at {', '.join(sorted(failed))}"
+    def _failure(self, error: Any, call: _Call) -> BadReward | RewardFailure:
+        service = f"the reward service at {', '.join(sorted(call.failed))}"
         if _code(error) in USERS:
             return BadReward(f"{service} refuses: {error.details()}")
         within = f" within {self._deadline_s:g} s" if _code(error) in AGAIN else ""
-        return RewardFailure(
-            f"{service} gave no score{within} ({_code(error).name}: {error.details()})"
-        )
+        causes = "; ".join(call.causes[:MAX_CAUSES])
+        return RewardFailure(f"{service} gave no score{within} ({causes})")
 
     def close(self) -> None:
         with self._lock:

@@ -189,6 +189,7 @@ def _fine_tune(job: _Job) -> None:
             max_tokens=128,
             eval_fraction=0.02,
             eval_every=200,
+            threads=1,
         ),
         logging=LoggingConfig(ray_metrics=False),
     )
@@ -288,6 +289,7 @@ def _learn_reward(job: _Job) -> None:
             eval_fraction=0.15,
             eval_every=100,
             weight_decay=0.01,
+            threads=1,
         ),
         logging=LoggingConfig(ray_metrics=False),
     )

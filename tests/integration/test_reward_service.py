@@ -192,38 +192,49 @@ def test_a_slow_service_is_a_failure_and_its_late_work_is_dropped(words: Words) 
 
 def test_a_replica_that_fails_is_left_out_of_the_next_try(words: Words) -> None:
     other = Words()
-    with start(words) as one, start(other) as two:
-        with RewardClient([one.address, two.address], deadline_s=10) as client:
-            client.connect()
-            one.stop(0)
-            for _ in range(6):
-                assert values(client.score([rollout("a b")])) == [2]
-            assert client.healthy() == {one.address: False, two.address: True}
+    with (
+        start(words) as one,
+        start(other) as two,
+        RewardClient([one.address, two.address], deadline_s=10) as client,
+    ):
+        client.connect()
+        one.stop(0)
+        for _ in range(6):
+            assert values(client.score([rollout("a b")])) == [2]
+        assert client.healthy() == {one.address: False, two.address: True}
     assert len(other.scored) == 6
 
 
 def test_replicas_share_the_work(words: Words) -> None:
     other = Words()
-    with start(words) as one, start(other) as two:
-        with RewardClient([one.address, two.address]) as client:
-            for _ in range(10):
-                client.score([rollout("a")])
+    with (
+        start(words) as one,
+        start(other) as two,
+        RewardClient([one.address, two.address]) as client,
+    ):
+        for _ in range(10):
+            client.score([rollout("a")])
     assert (len(words.scored), len(other.scored)) == (5, 5)
 
 
 def test_replicas_with_different_scorers_are_refused(words: Words) -> None:
-    with start(words) as one, start(Words("words/2")) as two:
-        with RewardClient([one.address, two.address]) as client:
-            with pytest.raises(UserError, match="replicas must be the same"):
-                client.connect()
+    with (
+        start(words) as one,
+        start(Words("words/2")) as two,
+        RewardClient([one.address, two.address]) as client,
+        pytest.raises(UserError, match="replicas must be the same"),
+    ):
+        client.connect()
 
 
 def test_nobody_listens() -> None:
     with start(Words()) as running:
         address = running.address
-    with RewardClient([address]) as client:
-        with pytest.raises(UserError, match=f"nobody listens at {address}"):
-            client.connect(timeout_s=0.5)
+    with (
+        RewardClient([address]) as client,
+        pytest.raises(UserError, match=f"nobody listens at {address}"),
+    ):
+        client.connect(timeout_s=0.5)
 
 
 def test_a_port_in_use_is_the_users_error(server: RunningServer) -> None:
@@ -263,21 +274,23 @@ def test_a_retry_during_scoring_joins_it(server: RunningServer, words: Words) ->
     assert words.scored == ["a b"]
 
 
-def test_a_scorers_error_reaches_the_run_with_its_text(
-    server: RunningServer, words: Words
-) -> None:
+def test_a_scorers_error_reaches_the_run_with_its_text(server: RunningServer, words: Words) -> None:
     words.error = BadReward("rewards.py:f returned nan for 'p7#0' \u2603")
-    with RewardClient([server.address]) as client:
-        with pytest.raises(BadReward, match="returned nan for 'p7#0' \u2603"):
-            client.score([rollout("a")])
+    with (
+        RewardClient([server.address]) as client,
+        pytest.raises(BadReward, match="returned nan for 'p7#0' \u2603"),
+    ):
+        client.score([rollout("a")])
     assert words.calls == 1  # never tried again
 
 
 def test_a_very_long_error_still_arrives(server: RunningServer, words: Words) -> None:
     words.error = BadReward("cause " + "\u2603" * 100_000)
-    with RewardClient([server.address], deadline_s=5) as client:
-        with pytest.raises(BadReward, match="cause"):
-            client.score([rollout("a")])
+    with (
+        RewardClient([server.address], deadline_s=5) as client,
+        pytest.raises(BadReward, match="cause"),
+    ):
+        client.score([rollout("a")])
 
 
 def test_a_users_function_over_the_wire(tmp_path: Path) -> None:
@@ -286,11 +299,16 @@ def test_a_users_function_over_the_wire(tmp_path: Path) -> None:
         "    return [float(c[0]['content'] == a) for c, a in zip(completions, answer)]\n"
     )
     source = FunctionSource(path=f"{tmp_path}/rewards.py:right")
-    with serve(RewardConfig(sources=[source])) as running:
-        with RewardClient([running.address]) as client:
-            assert values(client.score([rollout("4", answer="4"), rollout("5", answer="4")])) == [1, 0]
-            with pytest.raises(BadReward, match=r"takes 'answer', but the row of 'lone#0'"):
-                client.score([rollout("4", "lone")])
+    with (
+        serve(RewardConfig(sources=[source])) as running,
+        RewardClient([running.address]) as client,
+    ):
+        assert values(client.score([rollout("4", answer="4"), rollout("5", answer="4")])) == [
+            1,
+            0,
+        ]
+        with pytest.raises(BadReward, match=r"takes 'answer', but the row of 'lone#0'"):
+            client.score([rollout("4", "lone")])
 
 
 def test_a_service_can_be_a_source_of_another(server: RunningServer, words: Words) -> None:
@@ -323,9 +341,11 @@ def test_a_token_is_asked_for_everything_but_health(words: Words) -> None:
         with RewardClient([running.address], token="s3cret") as client:
             assert values(client.score([rollout("a")])) == [0]
         for wrong in (None, "s3cre", "s3cret2"):
-            with RewardClient([running.address], token=wrong) as client:
-                with pytest.raises(UserError, match="token is missing or wrong"):
-                    client.connect()
+            with (
+                RewardClient([running.address], token=wrong) as client,
+                pytest.raises(UserError, match="token is missing or wrong"),
+            ):
+                client.connect()
         channel, service = stub(running.address)
         with channel:
             request = wire.encode_request("r", wire.items_of([rollout("a")]))
@@ -363,9 +383,11 @@ def test_mutual_tls(tmp_path: Path) -> None:
         with RewardClient([running.address], tls=files) as client:
             assert values(client.score([rollout("a")])) == [0]
         for stranger in (TlsFiles(ca=files.ca), None):
-            with RewardClient([running.address], tls=stranger) as client:
-                with pytest.raises(UserError, match="nobody listens|does not speak"):
-                    client.connect(timeout_s=0.5)
+            with (
+                RewardClient([running.address], tls=stranger) as client,
+                pytest.raises(UserError, match=r"nobody listens|does not speak"),
+            ):
+                client.connect(timeout_s=0.5)
 
 
 def test_malformed_requests_are_refused(server: RunningServer, words: Words) -> None:
@@ -406,9 +428,7 @@ class Liar(reward_pb2_grpc.RewardServiceServicer):
 
     def Score(self, request: Any, context: Any) -> pb.ScoreResponse:
         scores = [pb.ItemScore(id=item.id, value=1.0) for item in request.items]
-        reply = pb.ScoreResponse(
-            request_id=request.request_id, scorer_version="v1", scores=scores
-        )
+        reply = pb.ScoreResponse(request_id=request.request_id, scorer_version="v1", scores=scores)
         self.change(reply)
         return reply
 
@@ -433,9 +453,11 @@ def test_a_service_that_answers_nonsense_is_refused_by_name(change: Any) -> None
     address = f"127.0.0.1:{foreign.add_insecure_port('127.0.0.1:0')}"
     foreign.start()
     try:
-        with RewardClient([address], deadline_s=5) as client:
-            with pytest.raises(BadReward, match=f"{address} answered"):
-                client.score([rollout("a")])
+        with (
+            RewardClient([address], deadline_s=5) as client,
+            pytest.raises(BadReward, match=f"{address} answered"),
+        ):
+            client.score([rollout("a")])
     finally:
         foreign.stop(0).wait(5)
 

@@ -22,7 +22,9 @@ from reward_service.replies import ReplyCache, RequestMismatch
 
 
 def items(*names: str) -> list[ScoreItem]:
-    return [ScoreItem(id=n, messages=({"role": "user", "content": "q"},), response=n) for n in names]
+    return [
+        ScoreItem(id=n, messages=({"role": "user", "content": "q"},), response=n) for n in names
+    ]
 
 
 def job(*names: str, deadline: float = 1e9) -> Job:

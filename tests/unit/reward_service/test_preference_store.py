@@ -161,7 +161,11 @@ def test_export_shape_and_report(store: PreferenceStore, tmp_path: Path) -> None
     assert row["prompt"] == [{"role": "user", "content": "ask i1 \u2603"}]
     assert row["chosen"] == [{"role": "assistant", "content": "no"}]
     assert row["rejected"] == [{"role": "assistant", "content": "yes"}]
-    assert (row["margin"], row["policy_version_rejected"], row["annotator"]) == (None, "run1/7", "ann")
+    assert (row["margin"], row["policy_version_rejected"], row["annotator"]) == (
+        None,
+        "run1/7",
+        "ann",
+    )
     export_preferences(store, tmp_path / "out.parquet")
     table = pq.read_table(tmp_path / "out.parquet").to_pylist()
     assert [entry["chosen"][0]["content"] for entry in table] == ["no", "yes"]
@@ -180,9 +184,7 @@ def test_an_empty_store_exports_an_empty_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [False, True])
-def test_export_and_import_lose_nothing(
-    store: PreferenceStore, tmp_path: Path, text: bool
-) -> None:
+def test_export_and_import_lose_nothing(store: PreferenceStore, tmp_path: Path, text: bool) -> None:
     if text:
         plain = ({"role": "text", "content": "plain prompt"},)
         store.add_items([item("i4", messages=plain, sampling_b={"top_p": 0.9})])
@@ -259,7 +261,7 @@ def test_one_annotator_labels_a_pair_once(tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": "x", "rejected": "y", "annotator": "ann"}
     turned = row | {"chosen": "y", "rejected": "x"}
     store = PreferenceStore(tmp_path / "p.db")
-    with pytest.raises(UserError, match="row 2: 'ann' labels item .* a second time"):
+    with pytest.raises(UserError, match=r"row 2: 'ann' labels item .* a second time"):
         import_jsonl(store, write(tmp_path / "in.jsonl", row, turned))
 
 

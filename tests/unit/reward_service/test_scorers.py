@@ -39,7 +39,9 @@ def test_repeated_share_by_hand() -> None:
 
 def test_rules_by_hand() -> None:
     rules = RulesScorer(
-        RulesSource(min_words=2, max_words=4, required=["^Hi"], forbidden=["sorry"], repetition=True)
+        RulesSource(
+            min_words=2, max_words=4, required=["^Hi"], forbidden=["sorry"], repetition=True
+        )
     )
     values = rules.score([chat("1", "Hi there"), chat("2", "so sorry"), chat("3", "x x x x x")])
     assert values[0] == Part(0.0)

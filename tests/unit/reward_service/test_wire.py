@@ -32,9 +32,7 @@ SCORES = [
 
 
 def decode(reply: pb.ScoreResponse) -> list[Score]:
-    return wire.decode_reply(
-        reply, request_id="r", ids=["a", "b"], version="v1", service="host:1"
-    )
+    return wire.decode_reply(reply, request_id="r", ids=["a", "b"], version="v1", service="host:1")
 
 
 def reply() -> pb.ScoreResponse:

@@ -1,0 +1,123 @@
+"""The gradient of one update against the loss written out with a plain model and autograd."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from cluster.contracts.metrics import values
+from learner.assemble import build_networks, build_optimizers
+from learner.experience import Experience, build_experience
+from learner.rollout_batch import read_batch
+from learner.update import PolicyUpdate
+
+COEF = 0.3
+CAP = 1.1
+
+
+def _stale(world: ModuleType, tiny: Path, **settings: Any) -> tuple[Experience, Any, Any]:
+    """Experience whose behaviour, proximal and reference policies are three different ones."""
+    made = world.make_settings(tiny, staleness={"cap": CAP}, **settings)
+    networks, _ = build_networks(made)
+    engine = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for size, model in ((0.05, networks.policy), (0.03, networks.reference)):
+            for p in model.parameters():
+                p.add_(size * torch.randn(p.shape, generator=generator))
+    batch = read_batch([world.table_of(world.make_groups(engine, seed=2))], [0, 1, 2, 3], 2)
+    return build_experience(batch, networks, made, 1, COEF), networks, made
+
+
+def _rows(policy: Any, experience: Experience) -> list[tuple[Tensor, Tensor]]:
+    """(log-probabilities, entropies) of each answer, with gradient, one row at a time."""
+    found = []
+    for i in range(len(experience)):
+        prompt = experience.batch.prompt_ids.row(i).tolist()
+        answer = experience.batch.response_ids.row(i).tolist()
+        logits = policy(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        every = logits.log_softmax(-1)
+        chosen = every.gather(-1, torch.tensor(answer)[:, None]).squeeze(-1)
+        found.append((chosen, -(every.exp() * every).sum(-1)))
+    return found
+
+
+def _loss(
+    policy: Any, experience: Experience, *, kl_in_loss: bool, entropy_coef: float, per_answer: bool
+) -> Tensor:
+    rows, total = _rows(policy, experience), torch.zeros(())
+    tokens = sum(len(logp) for logp, _ in rows)
+    assert experience.ref_logp is not None
+    for i, (logp, entropy) in enumerate(rows):
+        n = len(logp)
+        prox, mu = experience.prox_logp[i, :n], experience.behaviour_logp[i, :n]
+        advantage = experience.advantages[i, :n]
+        ratio = (logp - prox).exp()
+        surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
+        token = -(prox - mu).exp().clamp(max=CAP) * surrogate - entropy_coef * entropy
+        if kl_in_loss:
+            to_reference = 0.5 * (logp - experience.ref_logp[i, :n]).square()
+            token = token + COEF * (logp.detach() - mu).exp().clamp(max=CAP) * to_reference
+        total = total + (token.sum() / n / len(rows) if per_answer else token.sum() / tokens)
+    return total
+
+
+@pytest.mark.parametrize("per_answer", [False, True])
+@pytest.mark.parametrize("kl_in_loss", [False, True])
+def test_gradient_of_an_update_on_stale_samples(
+    world: ModuleType, tiny: Path, kl_in_loss: bool, per_answer: bool
+) -> None:
+    kl = {"place": "loss", "estimator": "k2"} if kl_in_loss else {}
+    algorithm = {
+        "advantage": "rloo",
+        "entropy_coef": 0.05,
+        "kl": kl,
+        "aggregate": "seq-mean-token-mean" if per_answer else "token-mean",
+    }
+    experience, networks, made = _stale(world, tiny, algorithm=algorithm)
+    assert float((experience.importance == CAP).float().mean()) > 0.05, "the cap must bite"
+    plain = copy.deepcopy(networks.policy)
+    _loss(
+        plain, experience, kl_in_loss=kl_in_loss, entropy_coef=0.05, per_answer=per_answer
+    ).backward()
+    grads = torch.cat([p.grad.flatten() for p in plain.parameters()])
+    optimizers = build_optimizers(networks, made.learner)
+    update = PolicyUpdate(networks, optimizers, made)
+    metrics = values(update.train(experience, 0, COEF))
+    assert metrics["policy/grad_norm"] == pytest.approx(float(grads.norm()), rel=1e-4)
+    # Adam's first step is lr * g / (|g| + eps): the sign of every gradient that is not tiny.
+    clipped = grads * min(1.0, 1.0 / float(grads.norm()))
+    step = torch.cat(
+        [
+            (q - p).flatten()
+            for p, q in zip(plain.parameters(), networks.policy.parameters(), strict=True)
+        ]
+    )
+    expected = -made.learner.lr * clipped / (clipped.abs() + made.learner.eps)
+    torch.testing.assert_close(step, expected, rtol=1e-2, atol=2e-5)
+
+
+def test_minibatches_cover_every_sample_once_and_differ_by_epoch_and_step(
+    world: ModuleType, tiny: Path
+) -> None:
+    made = {"epochs": 2, "minibatches": 3}
+    experience, networks, settings = _stale(
+        world, tiny, learner=made, algorithm={"advantage": "rloo"}
+    )
+    update = PolicyUpdate(networks, build_optimizers(networks, settings.learner), settings)
+    orders = []
+    for step in (0, 1):
+        parts = list(update._parts(experience, step))
+        for epoch in (parts[:3], parts[3:]):
+            assert sorted(row for part in epoch for row in part.rows) == list(range(8))
+            assert sorted(len(part.rows) for part in epoch) == [2, 3, 3]
+            assert sum(part.tokens for part in epoch) == int(experience.mask.sum())
+            orders.append([part.rows for part in epoch])
+    assert all(orders[0] != other for other in orders[1:])
