@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from cluster.contracts.metrics import Metric, last, mean, merge
 from learner.algorithms.preference_loss import bradley_terry
 from learner.batching import Sequence as TokenRow
 from learner.batching import pad_rows, plan_microbatches
-from learner.calibration import expected_calibration_error
 from learner.datasets import Comparison, hold_out, read_comparisons, read_demonstrations
+from learner.evaluation.calibration import confidences, ece, reliability
 from learner.fit import OnStep, fit, never
 from learner.loading import replace_directory
 from learner.models import load_sequence_classifier, load_tokenizer, reward_scores, stop_token_ids
@@ -35,6 +36,8 @@ from learner.sft import encode as encode_demonstration
 from learner.step import metrics_of
 
 GOLDEN_ROWS = 4
+CALIBRATION_BINS = 20
+"""Over [0, 1]; certainty is never under 0.5, so that 10 of them can hold pairs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ def train_reward_model(
     centre_rows: JSONL or Parquet of prompts with answers of the SFT policy (prompt + completion, or
     messages); their scores give the mean and spread that rewards are normalised with. None: the
     answers of the training pairs. Reports train/{loss,accuracy,margin,...} and, on held-out pairs,
-    rm/{loss,accuracy,margin,ece}. Stops and continues as `train_sft` does.
+    rm/{loss,accuracy,margin,ece}, whose calibration by bins goes to run_dir/reliability.json. Stops
+    and continues as `train_sft` does.
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
@@ -94,6 +98,8 @@ def train_reward_model(
         checkpoint=run_dir / "checkpoints",
     )
     write_summary(run_dir, result, rows=rows, held_out=eval_rows, too_long=long_train + long_held)
+    if eval_rows:
+        _write_reliability(run_dir, task, eval_rows)
     return _save(task, tokenizer, run_dir / "reward_model", eval_rows or rows, centre, rows)
 
 
@@ -143,7 +149,7 @@ class RewardTask:
             found.append(mean("rm/loss", float(terms.losses.sum()), len(part)))
             found += metrics_of(terms.metrics, "rm/")
             gaps += (chosen - rejected).tolist()
-        return [*merge(found).values(), last("rm/ece", expected_calibration_error(gaps))]
+        return [*merge(found).values(), last("rm/ece", ece(*confidences(gaps), CALIBRATION_BINS))]
 
     @torch.no_grad()
     def score_all(self, rows: Sequence[TokenRow]) -> list[float]:
@@ -169,6 +175,16 @@ class RewardTask:
                 fix="train it for longer or with a higher fit.lr, or give more answers",
             )
         return statistics.fmean(scores), spread
+
+
+def _write_reliability(run_dir: Path, task: RewardTask, rows: Sequence[PairRow]) -> None:
+    """How often the model is right at each certainty, as `learner.evaluation.calibration` says."""
+    sides = task.score_all([side for row in rows for side in (row.chosen, row.rejected)])
+    gaps = [chosen - rejected for chosen, rejected in zip(sides[::2], sides[1::2], strict=True)]
+    bins = [bucket.as_record() for bucket in reliability(*confidences(gaps), CALIBRATION_BINS)]
+    partial = run_dir / ".reliability.json.part"
+    partial.write_text(json.dumps(bins, indent=2) + "\n", encoding="utf-8")
+    partial.replace(run_dir / "reliability.json")
 
 
 def reward_padding_id(tokenizer: Any, ends: Sequence[int]) -> int:

@@ -190,8 +190,19 @@ def test_a_slow_service_is_a_failure_and_its_late_work_is_dropped(words: Words) 
         assert words.scored == ["first"]
 
 
-def test_a_replica_that_fails_is_left_out_of_the_next_try(words: Words) -> None:
+def test_a_replica_that_fails_is_left_out_of_the_next_try(
+    words: Words, monkeypatch: pytest.MonkeyPatch
+) -> None:
     other = Words()
+    tried: list[str] = []
+    choose = RewardClient._choose
+
+    def noted(client: RewardClient, failed: set[str]) -> Any:
+        target = choose(client, failed)
+        tried.append(target.address)
+        return target
+
+    monkeypatch.setattr(RewardClient, "_choose", noted)
     with (
         start(words) as one,
         start(other) as two,
@@ -199,8 +210,11 @@ def test_a_replica_that_fails_is_left_out_of_the_next_try(words: Words) -> None:
     ):
         client.connect()
         one.stop(0)
+        client._targets[1].busy = 5  # so that the dead one always looks like the better choice
         for _ in range(6):
+            tried.clear()
             assert values(client.score([rollout("a b")])) == [2]
+            assert tried == [one.address, two.address]
         assert client.healthy() == {one.address: False, two.address: True}
     assert len(other.scored) == 6
 

@@ -53,6 +53,7 @@ class ScriptedEngine:
         self.log: list[str] = []
         self.threads: set[int] = set()
         self.seeds: dict[str, int | None] = {}
+        self.steps_at_canary: threading.Semaphore | None = None
         self.canary_shift = 0.0
         self.break_step = ""
         self.closed = False
@@ -93,6 +94,8 @@ class ScriptedEngine:
 
     def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         self.log.append("canary")
+        if self.steps_at_canary is not None:
+            self.steps_at_canary.release()
         return [-1.0 + self.canary_shift] * (len(token_ids) - 1)
 
     def close(self) -> None:
@@ -316,11 +319,11 @@ def test_a_wrong_canary_makes_the_worker_unfit(
     bench.load(0)
     bench.engine.steps = threading.Semaphore(0)
     bench.worker.submit([work(0, first=1, samples=1)])
+    bench.engine.steps_at_canary = bench.engine.steps  # the next step is free once it has answered
     bench.engine.canary_shift = shift
     with pytest.raises(kind, match=words) as caught:
         bench.load(1)
     assert isinstance(caught.value, WeightMismatch) == (kind is WeightMismatch)
-    bench.engine.steps.release()
     with pytest.raises(kind, match=words):
         bench.worker.harvest(0.2)
     with pytest.raises(kind, match=words):

@@ -102,7 +102,7 @@ def test_what_is_wrong_with_a_demonstration(tmp_path: Path, rows: Any, message: 
         ({"prompt": [USER], "chosen": [USER, YES], "rejected": [NO]}, "one assistant message"),
         ({"chosen": [USER, YES], "rejected": [YES, NO]}, "the same conversation"),
         ({"chosen": "abc", "rejected": "xyz"}, "begin with the same text"),
-        ({"prompt": "a", "chosen": "b", "rejected": " "}, "an answer is empty"),
+        ({"prompt": "a", "chosen": "", "rejected": " "}, "both answers are empty"),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "`margin` must be"),
     ],
 )
@@ -144,3 +144,26 @@ def test_few_prompts_still_leave_both_sides_something(tmp_path: Path) -> None:
         train, held = hold_out(rows, fraction)
         assert (len(train), len(held)) == (1, 1)
     assert hold_out(rows, 0.0) == (rows, [])
+
+
+def test_a_datasets_name_is_loaded_by_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked: list[Any] = []
+
+    def load(name: str, split: str) -> Any:
+        asked.append((name, split))
+        return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    rows = read_demonstrations("datasets:owner/name", "test")
+    assert asked == [("owner/name", "test")]
+    assert [row.key for row in rows] == ["a", "b"]
+    assert rows[1].where == "datasets:owner/name (test), row 2"
+
+    def unreachable(name: str, split: str) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(UserError, match="cannot load split 'train': no network"):
+        read_demonstrations("datasets:owner/name")

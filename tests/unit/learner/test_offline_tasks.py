@@ -23,13 +23,13 @@ from cluster.contracts.config import (
     SftDataConfig,
 )
 from cluster.contracts.errors import UserError
-from learner.calibration import expected_calibration_error
-from learner.datasets import read_demonstrations
+from learner.batching import sequence
+from learner.datasets import read_comparisons, read_demonstrations
 from learner.dpo import DpoTask, train_dpo
 from learner.dpo import encode as encode_pair
 from learner.models import ValueModel, load_policy, load_reward_model, load_tokenizer, reward_scores
 from learner.reward_artifact import FILE
-from learner.reward_model import reward_padding_id, train_reward_model
+from learner.reward_model import PairRow, RewardTask, reward_padding_id, train_reward_model
 from learner.sft import encode, train_sft
 
 FAST = FitConfig(epochs=12, lr=3e-3, rows_per_step=16, tokens_per_microbatch=512, eval_every=1000)
@@ -144,6 +144,11 @@ def test_reward_model_learns_what_is_separable(reward_dir: Path) -> None:
     assert evaluation["rm/accuracy"] >= 0.95
     assert evaluation["rm/loss"] < 0.2
     assert 0 <= evaluation["rm/ece"] < 0.2
+    bins = json.loads((reward_dir.parent / "reliability.json").read_text())
+    held_out = json.loads((reward_dir.parent / "fit.json").read_text())["rows_held_out"]
+    assert sum(item["count"] for item in bins) == held_out
+    gap = sum(b["count"] * abs(b["mean_probability"] - b["frequency"]) for b in bins) / held_out
+    assert gap == pytest.approx(evaluation["rm/ece"], abs=1e-6)
     _, artifact = load_reward_model(reward_dir)
     assert artifact.centred_on == "answers of the starting policy"
     assert artifact.normalise(artifact.centre_mean + 2 * artifact.centre_std) == pytest.approx(2)
@@ -215,13 +220,18 @@ def test_padding_id_never_ends_an_answer(tiny_policy: Path) -> None:
         reward_padding_id(tokenizer, [end, pad])
 
 
-def test_calibration_by_hand() -> None:
+def test_calibration_by_hand(monkeypatch: pytest.MonkeyPatch, tiny_policy: Path) -> None:
     # Certainty 0.75 (gap log 3), right in 3 of 4; certainty 0.9 (gap log 9), right in 0 of 1.
-    gaps = [math.log(3)] * 3 + [-math.log(3), -math.log(9)]
-    assert expected_calibration_error(gaps) == pytest.approx((4 * 0.0 + 1 * 0.9) / 5)
-    assert expected_calibration_error([0.0]) == 0.0
-    assert expected_calibration_error([1000.0]) == pytest.approx(0.0)
-    assert math.isnan(expected_calibration_error([]))
+    gaps = torch.tensor([math.log(3)] * 3 + [-math.log(3), -math.log(9)])
+    config = RewardModelConfig(model=model(tiny_policy), data=PairsConfig(path="x"))
+    task = RewardTask(None, config, torch.device("cpu"))
+    monkeypatch.setattr(RewardTask, "pair_scores", lambda self, rows: (gaps, 0 * gaps))
+    row = sequence([5, 6], [False, True])
+    measured = task.evaluate([PairRow(row, row, 0.0)] * 5)
+    numbers = {metric.name: metric.value for metric in measured}
+    assert numbers["rm/ece"] == pytest.approx((4 * 0.0 + 1 * 0.9) / 5, abs=1e-6)
+    assert numbers["rm/accuracy"] == pytest.approx(0.6)
+    assert numbers["rm/margin"] == pytest.approx((2 * math.log(3) - math.log(9)) / 5)
 
 
 @pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
@@ -248,8 +258,6 @@ def test_dpo_starts_at_the_reference_and_learns(
 
 def test_dpo_log_probabilities_are_sums_over_the_answer(tiny_policy: Path, tmp_path: Path) -> None:
     config = DpoConfig(model=model(tiny_policy), data=PairsConfig(path=pairs_file(tmp_path, 3)))
-    from learner.datasets import read_comparisons
-
     tokenizer = load_tokenizer(tiny_policy)
     rows = [encode_pair(tokenizer, row) for row in read_comparisons(config.data.path)]
     task = DpoTask(load_policy(config.model), config, torch.device("cpu"))

@@ -233,18 +233,20 @@ def test_value_warmup_leaves_the_policy_and_trains_the_value(
     world: ModuleType, tiny: Path, tables: list[pa.Table]
 ) -> None:
     for own in ({}, OWN):
-        warm = {"learner": {"value_warmup_steps": 1}}
+        # Two steps: a head that starts at zero passes no gradient on in its first.
+        warm = {"learner": {"value_warmup_steps": 2}}
         learner, kept = _started(world, tiny, **_merged(own, warm))
         before = dict(kept.arrays)
         value = learner.state.networks.value
         assert value is not None
-        start = {name: p.detach().clone() for name, p in value.named_parameters()}
-        metrics = values(learner.step(_step(0, tables[0])).metrics)
-        assert all(np.array_equal(before[name], kept.arrays[name]) for name in before)
-        assert any(not torch.equal(start[name], p) for name, p in value.named_parameters())
-        assert "policy/loss" not in metrics
-        assert metrics["value/loss"] > 0
-        learner.step(_step(1, tables[1]))
+        for step in range(2):
+            start = {name: p.detach().clone() for name, p in value.named_parameters()}
+            metrics = values(learner.step(_step(step, tables[step])).metrics)
+            assert all(np.array_equal(before[name], kept.arrays[name]) for name in before)
+            assert any(not torch.equal(start[name], p) for name, p in value.named_parameters())
+            assert "policy/loss" not in metrics
+            assert metrics["value/loss"] > 0
+        learner.step(_step(2, tables[2]))
         assert any(not np.array_equal(before[name], kept.arrays[name]) for name in before)
 
 
