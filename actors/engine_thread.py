@@ -120,7 +120,8 @@ class EngineThread:
         finished = engine.step()
         self.busy_s += time.perf_counter() - began
         self.unfinished = engine.unfinished
-        self.gauges = getattr(engine, "counters", dict)()
+        if finished:
+            self.gauges = getattr(engine, "counters", dict)()
         for request_id, completion in finished:
             self.generated_tokens += len(completion.token_ids)
             self._on_finished(request_id, completion)

@@ -56,6 +56,7 @@ from cluster.stages.train import prepare, publish_policy, train_in_cluster
 
 MAX_PROMPT_TOKENS = 48
 MAX_ANSWER_TOKENS = 64
+ANSWERS_PER_PROMPT = 4  # compared as two pairs
 
 
 class QuickstartConfig(Section):
@@ -64,7 +65,7 @@ class QuickstartConfig(Section):
     seed: int = 0
     scale: float = 1.0
     demonstrations: int = 12000
-    preference_prompts: int = 1600
+    preference_prompts: int = 3200
     rl_prompts: int = 3000
     eval_prompts: int = 400
     ppo_steps: int = 45
@@ -199,10 +200,10 @@ def _fine_tune(job: _Job) -> None:
 
 
 def _collect_preferences(job: _Job) -> None:
-    """Two answers a prompt from the fine-tuned policy, by vLLM; simulated annotators compare them."""
+    """Answers of the fine-tuned policy, by vLLM; simulated annotators compare them in pairs."""
     with job.timed("preferences", ["sft"]) as detail:
         with job.reporter.stage("sampling answers with vLLM"):
-            answers = _sample(job, "preference", samples=2)
+            answers = _sample(job, "preference", samples=ANSWERS_PER_PROMPT)
         rows = "".join(json.dumps(answer_row(a), ensure_ascii=False) + "\n" for a in answers)
         write_text(job.path("data", "sft_answers.jsonl"), rows)
         store = open_store(job.path("preferences.db"), must_exist=False)

@@ -306,6 +306,10 @@ def test_the_rate_follows_the_schedule_by_learner_steps(
     assert seen == pytest.approx([5e-4, 1e-3, 1e-3])
     groups = learner.state.optimizers.policy.param_groups
     assert groups[-1]["lr"] == pytest.approx(1e-2)
+    own, _ = _started(world, tiny, **_merged({"learner": rates}, {"learner": OWN["learner"]}))
+    own.step(_step(0, tables[0]))
+    assert own.state.optimizers.value is not None
+    assert own.state.optimizers.value.param_groups[0]["lr"] == pytest.approx(3e-3 / 2)
 
 
 def test_settings_that_cannot_work_are_refused(world: ModuleType, tiny: Path) -> None:
@@ -371,6 +375,7 @@ def test_numbers_of_a_step_are_complete_and_finite(
     scores = tables[0].column("score").to_numpy()
     assert found["rewards/mean"] == pytest.approx(scores.mean())
     assert found["rewards/std"] == pytest.approx(scores.std(ddof=1))
+    assert found["rewards/zero_std_frac"] == 0.0
     ratio = np.mean([reason == "length" for reason in tables[0]["finish_reason"].to_pylist()])
     assert found["completions/clipped_ratio"] == pytest.approx(ratio)
     assert result.trained_tokens == sum(map(len, tables[0]["token_ids"].to_pylist()))
