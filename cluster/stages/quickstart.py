@@ -45,7 +45,7 @@ from cluster.contracts.config import (
 )
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import Rollout
-from cluster.placement import ray_cluster
+from cluster.placement import own_cores, ray_cluster
 from cluster.progress import Reporter, result
 from cluster.runs import Run, write_json, write_text
 from cluster.stages.evaluate import evaluate_in_cluster, headline
@@ -64,7 +64,7 @@ class QuickstartConfig(Section):
 
     seed: int = 0
     scale: float = 1.0
-    demonstrations: int = 12000
+    demonstrations: int = 24000
     preference_prompts: int = 3200
     rl_prompts: int = 3000
     eval_prompts: int = 400
@@ -184,13 +184,14 @@ def _fine_tune(job: _Job) -> None:
         data=SftDataConfig(path=str(job.path("data", "demonstrations.jsonl"))),
         fit=FitConfig(
             lr=4e-3,
-            rows_per_step=16,
+            rows_per_step=32,
+            tokens_per_microbatch=2048,
             schedule="linear",
             warmup_ratio=0.03,
             max_tokens=128,
             eval_fraction=0.02,
             eval_every=200,
-            threads=1,
+            threads=len(own_cores()),
         ),
         logging=LoggingConfig(ray_metrics=False),
     )
@@ -284,13 +285,14 @@ def _learn_reward(job: _Job) -> None:
         fit=FitConfig(
             lr=5e-4,
             epochs=2,
-            rows_per_step=16,
+            rows_per_step=32,
+            tokens_per_microbatch=2048,
             schedule="linear",
             max_tokens=128,
             eval_fraction=0.15,
             eval_every=100,
             weight_decay=0.01,
-            threads=1,
+            threads=len(own_cores()),
         ),
         logging=LoggingConfig(ray_metrics=False),
     )
@@ -312,7 +314,9 @@ def ppo_config(job: _Job) -> TrainConfig:
         batch=BatchConfig(prompts_per_step=32, samples_per_prompt=4, steps=job.config.ppo_steps),
         rollout=RolloutConfig(max_tokens=MAX_ANSWER_TOKENS),
         algorithm=AlgorithmConfig(missing_eos_penalty=1.0, kl=KLConfig(coef=job.config.kl_coef)),
-        learner=LearnerConfig(lr=3e-4, minibatches=2, value_path=reward_model),
+        learner=LearnerConfig(
+            lr=3e-4, minibatches=2, value_path=reward_model, reference_path=str(job.path("sft", "policy"))
+        ),
         checkpoint=CheckpointConfig(every=20),
     )
 
