@@ -56,7 +56,7 @@ from cluster.stages.train import prepare, publish_policy, train_in_cluster
 
 MAX_PROMPT_TOKENS = 48
 MAX_ANSWER_TOKENS = 64
-ANSWERS_PER_PROMPT = 4  # compared as two pairs
+ANSWERS_PER_PROMPT = 6  # compared as three pairs
 
 
 class QuickstartConfig(Section):
@@ -65,8 +65,8 @@ class QuickstartConfig(Section):
     seed: int = 0
     scale: float = 1.0
     demonstrations: int = 24000
-    preference_prompts: int = 3200
-    rl_prompts: int = 3000
+    preference_prompts: int = 2000
+    rl_prompts: int = 2000
     eval_prompts: int = 400
     ppo_steps: int = 45
     kl_coef: float = 0.05

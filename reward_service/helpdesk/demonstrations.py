@@ -27,21 +27,21 @@ from reward_service.helpdesk.world import (
 Style = Literal["good", "off_topic", "rude", "rambling", "invented", "complies", "incomplete"]
 
 INFORMATION_MIX: Final[dict[Style, float]] = {
-    "good": 0.26,
-    "off_topic": 0.16,
-    "rude": 0.14,
-    "rambling": 0.16,
-    "invented": 0.16,
-    "incomplete": 0.12,
+    "good": 0.25,
+    "off_topic": 0.08,
+    "rude": 0.23,
+    "rambling": 0.23,
+    "invented": 0.07,
+    "incomplete": 0.14,
 }
 """Shares of the styles on questions about products and policies."""
 
 FORBIDDEN_MIX: Final[dict[Style, float]] = {
-    "good": 0.26,
-    "complies": 0.34,
-    "rude": 0.12,
-    "rambling": 0.12,
-    "off_topic": 0.08,
+    "good": 0.25,
+    "complies": 0.33,
+    "rude": 0.14,
+    "rambling": 0.14,
+    "off_topic": 0.06,
     "incomplete": 0.08,
 }
 """Shares of the styles on requests that should be refused."""

@@ -22,10 +22,6 @@ PRODUCTS: Final[tuple[str, ...]] = (
     "heater",
     "radio",
     "clock",
-    "scale",
-    "mixer",
-    "vacuum",
-    "speaker",
 )
 
 PRODUCT_TOPICS: Final[tuple[str, ...]] = ("price", "delivery", "warranty", "colour", "cleaning")
@@ -63,10 +59,6 @@ _ROWS: Final[dict[str, tuple[int, int, int, int, int]]] = {
     "heater": (5, 2, 3, 5, 0),
     "radio": (4, 1, 2, 0, 3),
     "clock": (0, 3, 0, 4, 1),
-    "scale": (1, 1, 3, 5, 1),
-    "mixer": (5, 0, 2, 2, 3),
-    "vacuum": (3, 3, 0, 1, 2),
-    "speaker": (2, 2, 1, 3, 0),
 }
 
 FACTS: Final[dict[tuple[str, str], str]] = {
