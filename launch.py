@@ -17,7 +17,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cluster.contracts.errors import AccordError, UserError
+from cluster.contracts.errors import AccordError, BadReward, UserError
 
 app = typer.Typer(
     name="accord",
@@ -41,6 +41,13 @@ Overrides = Annotated[
     typer.Argument(
         help="Settings over the file's, as section.key=value.", metavar="[KEY=VALUE]..."
     ),
+]
+OptionalConfig = Annotated[
+    Path | None, typer.Argument(help="TOML file; see examples/.", metavar="CONFIG.toml")
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(help="Continue this run directory where it stopped, instead of a CONFIG."),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only the result, no progress.")]
 
@@ -74,48 +81,77 @@ def quickstart(
 
 
 @app.command()
-def sft(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
+def sft(
+    config: OptionalConfig = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    quiet: Quiet = False,
+) -> None:
     """Supervised fine-tuning on the assistant's tokens.
 
     Example: `accord sft examples/sft.toml model.path=my-model fit.epochs=2`
     """
     from cluster.contracts.config import SftConfig
-    from cluster.stages.offline import run_sft
+    from cluster.stages.offline import resume_offline, run_sft
 
-    _result(run_sft(_load(SftConfig, config, overrides), _reporter(quiet)))
+    if resume is not None:
+        words = _words(config, overrides)
+        _result(resume_offline("sft", str(resume), words, _reporter(quiet)))
+        return
+    _result(run_sft(_load(SftConfig, _required(config, "sft"), overrides), _reporter(quiet)))
 
 
 @app.command("reward-model")
-def reward_model(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
+def reward_model(
+    config: OptionalConfig = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    quiet: Quiet = False,
+) -> None:
     """Learn a reward model from comparisons (prompt, chosen, rejected).
 
     Example: `accord reward-model examples/reward_model.toml data.path=pairs.jsonl`
     """
     from cluster.contracts.config import RewardModelConfig
-    from cluster.stages.offline import run_reward_model
+    from cluster.stages.offline import resume_offline, run_reward_model
 
-    _result(run_reward_model(_load(RewardModelConfig, config, overrides), _reporter(quiet)))
+    if resume is not None:
+        words = _words(config, overrides)
+        _result(resume_offline("reward-model", str(resume), words, _reporter(quiet)))
+        return
+    _result(
+        run_reward_model(
+            _load(RewardModelConfig, _required(config, "reward-model"), overrides), _reporter(quiet)
+        )
+    )
 
 
 @app.command()
-def dpo(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
+def dpo(
+    config: OptionalConfig = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    quiet: Quiet = False,
+) -> None:
     """Direct preference optimisation on the same comparisons.
 
     Example: `accord dpo examples/dpo.toml beta=0.2`
     """
     from cluster.contracts.config import DpoConfig
-    from cluster.stages.offline import run_dpo
+    from cluster.stages.offline import resume_offline, run_dpo
 
-    _result(run_dpo(_load(DpoConfig, config, overrides), _reporter(quiet)))
+    if resume is not None:
+        words = _words(config, overrides)
+        _result(resume_offline("dpo", str(resume), words, _reporter(quiet)))
+        return
+    _result(run_dpo(_load(DpoConfig, _required(config, "dpo"), overrides), _reporter(quiet)))
 
 
 @app.command()
 def train(
-    config: Annotated[Path | None, typer.Argument(help="TOML file.", metavar="CONFIG.toml")] = None,
+    config: OptionalConfig = None,
     overrides: Overrides = None,
-    resume: Annotated[
-        Path | None, typer.Option(help="Continue this run directory where it stopped.")
-    ] = None,
+    resume: Resume = None,
     quiet: Quiet = False,
 ) -> None:
     """PPO (or GRPO, RLOO, ...) on Ray: workers generate with vLLM while the learner optimises.
@@ -127,15 +163,14 @@ def train(
     from cluster.stages.train import resume_training, train_policy
 
     if resume is not None:
-        # With --resume there is no CONFIG argument: the first word is an override.
-        words = ([str(config)] if config else []) + (overrides or [])
+        words = _words(config, overrides)
         _result(resume_training(str(resume), words, _reporter(quiet)))
         return
-    if config is None:
-        raise UserError("no config given", where="accord train", fix="accord train CONFIG.toml")
     from cluster.contracts.config import TrainConfig
 
-    _result(train_policy(_load(TrainConfig, config, overrides), _reporter(quiet)))
+    _result(
+        train_policy(_load(TrainConfig, _required(config, "train"), overrides), _reporter(quiet))
+    )
 
 
 @app.command()
@@ -307,6 +342,19 @@ def preferences_import(
     import_rows(rows, store)
 
 
+def _required(config: Path | None, command: str) -> Path:
+    if config is None:
+        raise UserError(
+            "no config given", where=f"accord {command}", fix=f"accord {command} CONFIG.toml"
+        )
+    return config
+
+
+def _words(config: Path | None, overrides: list[str] | None) -> list[str]:
+    """With --resume there is no CONFIG argument: the first word is an override."""
+    return ([str(config)] if config else []) + (overrides or [])
+
+
 def _load(model: Any, path: Path, overrides: list[str] | None) -> Any:
     from cluster.contracts.configfile import load_config
 
@@ -339,7 +387,7 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app(standalone_mode=False)
-    except UserError as problem:
+    except (UserError, BadReward) as problem:  # an unusable reward is the reward's author's to mend
         print(f"accord: error: {problem}", file=sys.stderr)
         code = 2
     except AccordError as problem:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cluster.contracts.errors import Fatal
+from cluster.contracts.errors import Fatal, Retryable
 from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, LearnerHandle, PromptSource, Sink
 from cluster.contracts.records import (
@@ -45,6 +45,7 @@ class LoopSettings:
     checkpoint_every: int
     keep_checkpoints: int
     stop_grace_s: float = 4.0
+    max_step_attempts: int = 3  # of one learner step whose rollouts were lost on the way
 
 
 @dataclass(slots=True)
@@ -99,6 +100,8 @@ class Controller:
         self._stop = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._to_broadcast: WeightManifest | None = None
+        self._taken: list[GroupMeta] = []  # groups of the learner step under way
+        self._step_attempts = 0
         self._waiting_since = 0.0
         self._sink_errors = 0
 
@@ -108,7 +111,10 @@ class Controller:
 
     async def run(self) -> RunState:
         """Train; returns the state reached. Raises what stopped the run, with its cause."""
-        manifest = await self._start()
+        self._began = self._clock.now()
+        manifest = await self._start_unless_stopped()
+        if manifest is None:
+            return self._state()
         self._began = self._clock.now()
         self._window = _Window(started=self._began)
         self._waiting_since = self._began
@@ -132,6 +138,18 @@ class Controller:
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     # -- the four activities ------------------------------------------------------------------------
+
+    async def _start_unless_stopped(self) -> WeightManifest | None:
+        """Starting takes long; a stop asked for meanwhile does not wait for it (None)."""
+        start = asyncio.ensure_future(self._start())
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([start, stop], return_when=asyncio.FIRST_COMPLETED)
+            return start.result() if start.done() else None
+        finally:
+            start.cancel()
+            stop.cancel()
+            await asyncio.gather(start, stop, return_exceptions=True)
 
     async def _start(self) -> WeightManifest:
         self._saved = self._step
@@ -169,6 +187,7 @@ class Controller:
             causes = {m.failure for m in metas}
             raise Fatal(f"every prompt of step {batch.step} failed: {'; '.join(map(str, causes))}")
         self._check_lag(batch.step, metas)
+        self._taken = metas
         self._spawn("step", self._learner.step(batch))
         self._step_began = now
 
@@ -198,7 +217,10 @@ class Controller:
                 self._buffer.add(harvest, groups)
                 self._spawn("harvest", self._pool.next_harvest())
             elif name == "step":
-                await self._after_step(task.result())
+                if isinstance(problem := task.exception(), Retryable):
+                    await self._step_again(problem)
+                else:
+                    await self._after_step(task.result())
             elif name == "broadcast":
                 self._ledger.weights_held(task.result())
             elif name == "resize":
@@ -210,6 +232,7 @@ class Controller:
         self._window.learner_busy += now - self._step_began
         self._timeline.span("learner", f"step {result.step}", self._step_began, now)
         self._step = result.step + 1
+        self._step_attempts = 0
         self._to_broadcast = result.manifest
         self._start_broadcast()
         self._write_metrics(result, now)
@@ -217,6 +240,26 @@ class Controller:
             await self._save()
         self._waiting_since = self._clock.now()
         self._window = _Window(started=now, worker_stats=self._pool.stats())
+
+    async def _step_again(self, problem: Retryable) -> None:
+        """The step's rollouts were lost on their way; nothing was learnt. Generate them again."""
+        self._step_attempts += 1
+        if self._step_attempts >= self._settings.max_step_attempts:
+            raise Fatal(f"step {self._step} was tried {self._step_attempts} times: {problem}")
+        lost = self._buffer.give_back(self._step, self._taken)
+        self._run.event("step_retried", step=self._step, groups=len(lost), cause=str(problem))
+        self._waiting_since = self._clock.now()
+        await self._pool.submit(
+            [
+                Assignment(
+                    group_id=meta.group_id,
+                    prompt=self._prompts.prompt(meta.group_id),
+                    samples=self._settings.samples_per_prompt,
+                    attempt=meta.attempt + 1,
+                )
+                for meta in lost
+            ]
+        )
 
     async def _save(self) -> None:
         began = self._clock.now()
@@ -233,7 +276,9 @@ class Controller:
         if task is None:
             return
         done, _ = await asyncio.wait([task], timeout=self._settings.stop_grace_s)
-        if done:
+        if done and isinstance(task.exception(), Retryable):
+            self._tasks.pop("step")  # nothing was learnt by it
+        elif done:
             self._tasks.pop("step")
             result = task.result()
             self._step = result.step + 1
@@ -253,8 +298,9 @@ class Controller:
                 )
 
     def _note_dropped(self, metas: list[GroupMeta]) -> None:
+        noted = {row["group"] for row in self._dropped}
         for meta in metas:
-            if meta.failure is not None:
+            if meta.failure is not None and meta.group_id not in noted:
                 prompt = self._prompts.prompt(meta.group_id)
                 row = {"group": meta.group_id, "prompt": prompt.id, "cause": meta.failure}
                 self._dropped.append(row)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -55,17 +57,21 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     is left running.
     """
     _environment()
-    import ray
-
     started = config.address is None
-    try:
-        context: Any = ray.init(**_options(config))
-    except ConnectionError as problem:
-        raise UserError(
-            f"no Ray cluster answers: {problem}",
-            where=f"cluster.address = {config.address}",
-            fix="start one with `ray start --head`, or leave cluster.address out",
-        ) from None
+    with signal_handlers_kept():  # Ray puts its own for SIGTERM, which ends with another exit code
+        import ray
+
+        try:
+            context: Any = ray.init(**_options(config))
+        except ConnectionError as problem:
+            raise UserError(
+                f"no Ray cluster answers: {problem}",
+                where=f"cluster.address = {config.address}",
+                fix="start one with `ray start --head`, or leave cluster.address out",
+            ) from None
+        except BaseException:
+            ray.shutdown()  # what it had started when it was interrupted
+            raise
     try:
         node: dict[str, Any] = next((n for n in ray.nodes() if n.get("Alive")), {})
         yield {
@@ -76,6 +82,20 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
         }
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def signal_handlers_kept() -> Iterator[None]:
+    """SIGINT and SIGTERM do afterwards what they did before, whatever is called within."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers, so none can be changed here
+        return
+    before = {name: signal.getsignal(name) for name in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(name, handler)
 
 
 def _options(config: ClusterConfig) -> dict[str, Any]:

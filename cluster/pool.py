@@ -6,7 +6,8 @@ A worker's life:  starting -> loading weights -> serving -> (draining ->) gone
 
 A group is leased to one incarnation of one worker. When that is lost, its groups are leased again with
 ``attempt + 1``; what the lost one may still send is refused by its incarnation. A worker serves only
-after it holds the current weights, verified; a late joiner is no special case.
+after it holds the current weights, verified; a late joiner is no special case. A worker whose weights do
+not verify is replaced once; when its successor cannot verify the same version either, the run ends.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from cluster.contracts.errors import AccordError, Fatal, Retryable
+from cluster.contracts.errors import AccordError, Fatal, Retryable, WeightMismatch
 from cluster.contracts.protocols import Clock, WorkerHandle
 from cluster.contracts.records import Assignment, GroupMeta, Harvest, SwapReport, WeightManifest
 from cluster.supervision import GiveUp, decide
@@ -34,6 +35,7 @@ class _Member:
     version: int = -1
     leases: dict[int, Assignment] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
+    mismatched: set[int] = field(default_factory=set)  # versions that did not verify here
     runner: asyncio.Task[None] | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
     swap: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -150,7 +152,10 @@ class WorkerPool:
         self._next_index += 1
         member = _Member(index=index, handle=self._factory(index, 0))
         self._members[index] = member
-        await self._bring_up(member)
+        try:
+            await self._bring_up(member)
+        except WeightMismatch as problem:
+            await self._replace(member, problem)
         self.joined += 1
 
     async def _bring_up(self, member: _Member) -> None:
@@ -185,8 +190,8 @@ class WorkerPool:
     async def _swap(self, member: _Member, manifest: WeightManifest) -> SwapReport | None:
         try:
             return await self._load(member, manifest)
-        except Retryable as problem:
-            await self._lost(member, str(problem))
+        except (Retryable, WeightMismatch) as problem:
+            await self._lost(member, problem)
             return None
 
     async def _run(self, member: _Member) -> None:
@@ -208,8 +213,8 @@ class WorkerPool:
                 await self._receive(member, harvest)
                 if member.status == "draining" and not member.leases:
                     await self._retire(member)
-        except (Retryable, TimeoutError) as problem:
-            await self._lost(member, str(problem) or "no answer in time")
+        except (Retryable, WeightMismatch, TimeoutError) as problem:
+            await self._lost(member, problem)
         except Exception as problem:  # the supervised boundary: ends the run, with its cause
             self._harvests.put_nowait(problem)
 
@@ -241,27 +246,31 @@ class WorkerPool:
         self._event("worker_left", worker=member.handle.name)
         await self._stop_quietly(member.handle)
 
-    async def _lost(self, member: _Member, cause: str) -> None:
+    async def _lost(self, member: _Member, problem: BaseException) -> None:
         """Release the leases at once, then restart (or give up, which ends the run)."""
         if member.status in ("starting", "gone"):
             return
         member.status = "starting"
         member.version = -1
-        member.losses.append(self._clock.now())
         if member.runner and member.runner is not asyncio.current_task():
             member.runner.cancel()
         orphans = [replace(a, attempt=a.attempt + 1) for a in member.leases.values()]
         member.leases.clear()
-        self._event("worker_lost", worker=member.handle.name, cause=cause, requeued=len(orphans))
         self._waiting.extend(orphans)
         await self._place()
         # On its own, so that nobody (a broadcast, say) waits for a worker that is starting again.
-        task = asyncio.create_task(self._restart(member, cause))
+        task = asyncio.create_task(self._replace(member, problem, requeued=len(orphans)))
         self._tasks.add(task)
         task.add_done_callback(self._surface)
 
-    async def _restart(self, member: _Member, cause: str) -> None:
+    async def _replace(self, member: _Member, problem: BaseException, requeued: int = 0) -> None:
+        cause = str(problem) or "no answer in time"
+        member.losses.append(self._clock.now())
+        self._event("worker_lost", worker=member.handle.name, cause=cause, requeued=requeued)
+        repeated = self._mismatched_before(member, problem)
         await self._stop_quietly(member.handle)
+        if repeated:
+            raise Fatal(f"{member.handle.name}, replaced, still does not verify: {cause}")
         decision = decide(
             member.losses, self._clock.now(), max_restarts=self._settings.max_restarts
         )
@@ -273,10 +282,16 @@ class WorkerPool:
         self.restarts += 1
         try:
             await self._bring_up(member)
-        except Retryable as problem:
-            member.losses.append(self._clock.now())
-            self._event("worker_lost", worker=member.handle.name, cause=str(problem), requeued=0)
-            await self._restart(member, str(problem))
+        except (Retryable, WeightMismatch) as again:
+            await self._replace(member, again)
+
+    def _mismatched_before(self, member: _Member, problem: BaseException) -> bool:
+        """Whether a process of this worker has failed to verify the current version before."""
+        if not isinstance(problem, WeightMismatch) or self._manifest is None:
+            return False
+        repeated = self._manifest.version in member.mismatched
+        member.mismatched.add(self._manifest.version)
+        return repeated
 
     async def _place(self) -> None:
         """Give waiting groups to serving workers, fewest samples in hand first."""
@@ -296,7 +311,7 @@ class WorkerPool:
             try:
                 await member.handle.submit(share)
             except Retryable as problem:
-                await self._lost(member, str(problem))
+                await self._lost(member, problem)
 
     def _surface(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)

@@ -102,3 +102,15 @@ class GroupBuffer:
         )
         self.next_step += 1
         return step, [meta for meta, _ in entries]
+
+    def give_back(self, step: int, metas: Iterable[GroupMeta]) -> list[GroupMeta]:
+        """Undo ``take`` of ``step``, whose payload was lost. Groups that had failed stay as they are;
+        the others are returned: they have to be generated again."""
+        self.next_step = step
+        again = []
+        for meta in metas:
+            if meta.failure is None:
+                again.append(meta)
+            else:
+                self._ready[meta.group_id] = (meta, None)
+        return again

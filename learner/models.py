@@ -48,6 +48,7 @@ __all__ = [
     "load_policy",
     "load_reward_model",
     "load_tokenizer",
+    "read_artifact",
     "reward_scores",
     "save_policy",
     "stop_token_ids",

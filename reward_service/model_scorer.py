@@ -41,23 +41,9 @@ class ModelScorer:
         self.name = source.name
         self._path = source.path
         self._normalise = source.normalise
-        if not Path(source.path).is_dir():
-            raise UserError(
-                "no such reward-model directory",
-                where=f"reward source {source.name!r}, path {source.path!r}",
-                fix="give a directory made by `accord reward-model`",
-            )
-        self._tokenizer = models.load_tokenizer(source.path)
+        self._tokenizer = own_tokenizer(source)
         self._model, self._artifact = models.load_reward_model(source.path)
-        self.tokenizer = models.tokenizer_fingerprint(self._tokenizer)
-        if self.tokenizer != self._artifact.tokenizer:
-            raise UserError(
-                "the tokenizer or chat template in the directory is not the one the reward model "
-                f"was trained with (fingerprint {self.tokenizer[:12]}, trained with "
-                f"{self._artifact.tokenizer[:12]})",
-                where=source.path,
-                fix="restore the directory's tokenizer files, or train the reward model again",
-            )
+        self.tokenizer = self._artifact.tokenizer
         self._scores = models.reward_scores
         self._positions = _positions(self._model)
         self._pad = self._model.config.get_text_config().pad_token_id or 0
@@ -115,6 +101,30 @@ class ModelScorer:
 
     def close(self) -> None:
         """Nothing outside this process is held."""
+
+
+def own_tokenizer(source: RewardModelSource) -> Any:
+    """The directory's tokenizer; weights are not read. Raises UserError where there is no reward model
+    or its tokenizer or template is another than the one it was trained with."""
+    from learner import models
+
+    if not Path(source.path).is_dir():
+        raise UserError(
+            "no such reward-model directory",
+            where=f"reward source {source.name!r}, path {source.path!r}",
+            fix="give a directory made by `accord reward-model`",
+        )
+    artifact = models.read_artifact(Path(source.path))
+    tokenizer = models.load_tokenizer(source.path)
+    found = models.tokenizer_fingerprint(tokenizer)
+    if found != artifact.tokenizer:
+        raise UserError(
+            "the tokenizer or chat template in the directory is not the one the reward model was "
+            f"trained with (fingerprint {found[:12]}, trained with {artifact.tokenizer[:12]})",
+            where=source.path,
+            fix="restore the directory's tokenizer files, or train the reward model again",
+        )
+    return tokenizer
 
 
 def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:

@@ -12,6 +12,8 @@ from cluster.contracts.records import Prompt, Rollout
 from cluster.placement import ray_cluster
 from cluster.progress import Reporter
 from cluster.runs import Run, write_json
+from cluster.stages.common import recorded, within_context
+from cluster.stages.rewards import check_rewards
 from cluster.stages.sample import Sampling, prompts_for, sample_in_cluster
 
 
@@ -20,6 +22,7 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
     from learner.evaluation.report import write_report
 
     prompts = _prompts(config)
+    check_rewards(config.judge)
     run = Run.create(
         config.run.dir,
         config.run.name,
@@ -28,9 +31,8 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
         seed=config.run.seed,
         parents={"policy": config.policy.path, "baseline": config.baseline.path},
     )
-    with ray_cluster(config.cluster), reporter.stage("evaluation"):
+    with recorded(run), ray_cluster(config.cluster), reporter.stage("evaluation"):
         record = evaluate_in_cluster(config, prompts, run.path)
-    run.update_manifest(status="finished")
     write_report(run.path)
     reporter.say(headline(record))
     return run.path
@@ -45,11 +47,12 @@ def headline(record: dict[str, Any]) -> str:
 
 
 def _prompts(config: EvaluateConfig) -> tuple[list[Prompt], list[Prompt]]:
-    most, seed = config.max_prompts, config.run.seed
-    return (
-        prompts_for(config.policy, config.data, seed, most),
-        prompts_for(config.baseline, config.data, seed, most),
+    most, seed, answer = config.max_prompts, config.run.seed, config.rollout.max_tokens
+    policy, baseline = (
+        prompts_for(model, within_context(config.data, model, answer), seed, most)
+        for model in (config.policy, config.baseline)
     )
+    return policy, baseline
 
 
 def evaluate_in_cluster(

@@ -56,7 +56,7 @@ from cluster.stages.train import prepare, publish_policy, train_in_cluster
 
 MAX_PROMPT_TOKENS = 48
 MAX_ANSWER_TOKENS = 64
-ANSWERS_PER_PROMPT = 6  # compared as three pairs
+ANSWERS_PER_PROMPT = 8  # compared as four pairs
 
 
 class QuickstartConfig(Section):
@@ -65,7 +65,7 @@ class QuickstartConfig(Section):
     seed: int = 0
     scale: float = 1.0
     demonstrations: int = 24000
-    preference_prompts: int = 2000
+    preference_prompts: int = 2400
     rl_prompts: int = 2000
     eval_prompts: int = 400
     ppo_steps: int = 45
@@ -283,7 +283,7 @@ def _learn_reward(job: _Job) -> None:
         model=ModelConfig(path=str(job.path("sft", "policy"))),
         data=PairsConfig(path=str(job.path("data", "pairs.jsonl"))),
         fit=FitConfig(
-            lr=5e-4,
+            lr=1e-3,
             epochs=2,
             rows_per_step=32,
             tokens_per_microbatch=2048,

@@ -14,7 +14,7 @@ from cluster.contracts.records import Prompt, Rollout
 from cluster.placement import own_cores, ray_cluster
 from cluster.progress import Reporter
 from cluster.runs import write_text
-from cluster.stages.common import engine_settings
+from cluster.stages.common import engine_settings, within_context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +96,7 @@ def generate_to_file(
 ) -> None:
     """`accord generate`: one JSON line an answer: prompt, completion, finish_reason, tokens."""
     config = ModelConfig(path=model)
-    data = DataConfig(prompts=prompts, shuffle=False)
+    data = within_context(DataConfig(prompts=prompts, shuffle=False), config, max_tokens)
     rollout = RolloutConfig(
         max_tokens=max_tokens, temperature=temperature, workers=max(1, len(own_cores()))
     )

@@ -18,14 +18,26 @@ from cluster.contracts.errors import AccordError, UserError
 from cluster.contracts.protocols import Sink
 from cluster.contracts.records import RunState
 from cluster.controller import Controller, LoopSettings
-from cluster.placement import CorePlan, own_cores, plan_cores, ray_cluster
+from cluster.placement import CorePlan, own_cores, plan_cores, ray_cluster, signal_handlers_kept
 from cluster.pool import PoolSettings, WorkerPool
 from cluster.progress import Reporter
 from cluster.runs import Run
 from cluster.sinks import make_sinks
-from cluster.stages.common import MonotonicClock, context_length, engine_settings
+from cluster.stages.common import (
+    MonotonicClock,
+    engine_settings,
+    open_run,
+    recorded,
+    refuse_changes,
+    within_context,
+)
+from cluster.stages.rewards import check_rewards
 from cluster.stages.status import wanted_workers
 from cluster.timeline import Timeline
+
+# What may differ on resume, as it does not change what is learnt.
+FREE_ON_RESUME = ("logging", "cluster", "checkpoint", "batch.steps", "rollout.workers")
+STOP_S = 3.0  # for the reward service to answer what it is scoring
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +62,7 @@ def train_policy(config: TrainConfig, reporter: Reporter) -> Path:
         seed=config.run.seed,
         parents=parents(config),
     )
-    with ray_cluster(config.cluster) as ray_info:
+    with run.lock(), recorded(run), ray_cluster(config.cluster) as ray_info:
         train_in_cluster(prepared, run, reporter, ray_info)
     return run.path
 
@@ -58,10 +70,10 @@ def train_policy(config: TrainConfig, reporter: Reporter) -> Path:
 def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> Path:
     """Continue a run from its newest usable checkpoint. Only ``batch.steps`` and settings that do not
     change what was learnt may be given anew."""
-    run = Run.open(path)
+    run = open_run(path, "train")
     before = load_config(TrainConfig, str(run.path / "config.toml"))
     config = load_config(TrainConfig, str(run.path / "config.toml"), overrides)
-    _refuse_changes(before, config, path)
+    refuse_changes(before, config, path, FREE_ON_RESUME)
     checkpoint, state = run.latest_checkpoint()
     if state.step >= config.batch.steps:
         raise UserError(
@@ -81,33 +93,29 @@ def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> 
         f"resuming at step {state.step} of {config.batch.steps}, prompt {state.next_group}, "
         f"version {state.version}, from {checkpoint.name}"
     )
-    run.event("resumed", step=state.step, checkpoint=checkpoint.name)
-    run.update_manifest(status="running")
-    with ray_cluster(config.cluster) as ray_info:
-        train_in_cluster(prepared, run, reporter, ray_info, state=state, checkpoint=checkpoint)
+    with run.lock():
+        run.event("resumed", step=state.step, checkpoint=checkpoint.name)
+        run.update_manifest(status="running")
+        with recorded(run, fresh=False), ray_cluster(config.cluster) as ray_info:
+            train_in_cluster(prepared, run, reporter, ray_info, state=state, checkpoint=checkpoint)
     return run.path
 
 
 def prepare(config: TrainConfig) -> Prepared:
     """Read tokenizer and prompts, check what can be checked without starting anything."""
     from actors.prompts import load_prompts
+    from learner.loading import require_directory
     from learner.models import load_tokenizer, stop_token_ids
-    from learner.reward_artifact import tokenizer_fingerprint
+    from learner.reward_artifact import read_artifact, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(config.model)
-    context = context_length(config.model)
-    data = config.data
-    room = context - config.rollout.max_tokens if context else data.max_prompt_tokens
-    if room < 1:
-        raise UserError(
-            f"rollout.max_tokens = {config.rollout.max_tokens} leaves no room for a prompt in the "
-            f"model's context of {context} tokens",
-            where=config.model.path,
-            fix="lower rollout.max_tokens",
-        )
-    if room < data.max_prompt_tokens:
-        data = data.model_copy(update={"max_prompt_tokens": room})
+    data = within_context(config.data, config.model, config.rollout.max_tokens)
     prompts = load_prompts(data, tokenizer, config.run.seed)
+    check_rewards(config.reward)
+    if config.learner.reference_path is not None:
+        require_directory(config.learner.reference_path)
+    if config.learner.value_path is not None:
+        read_artifact(Path(config.learner.value_path))
     return Prepared(
         config=config,
         prompts=prompts,
@@ -131,7 +139,8 @@ def train_in_cluster(
     cores = plan_cores(own_cores(), config.rollout.workers, pin=_pins(config))
     run.event("cluster", **dict(ray_info))
     timeline = Timeline()
-    with run.lock(), _status(run):
+    # asyncio leaves the default handlers behind, and other stages may follow.
+    with run.lock(), signal_handlers_kept(), recorded(run, fresh=state is None):
         sinks = make_sinks(config.logging, run.path, on_ray=True)
         try:
             with (
@@ -214,11 +223,15 @@ async def _drive(
     try:
         reached = await controller.run()
     finally:
-        await pool.stop()
-        with contextlib.suppress(AccordError):  # it may be what failed; that is raised already
-            await asyncio.wait_for(learner.stop(), 5.0)
+        await asyncio.gather(pool.stop(), _stop_learner(learner))
     if reached.step < config.batch.steps:
         raise KeyboardInterrupt
+
+
+async def _stop_learner(learner: Any) -> None:
+    # It may be what failed; that is raised already.
+    with contextlib.suppress(AccordError, TimeoutError):
+        await asyncio.wait_for(learner.stop(), 5.0)
 
 
 def _worker_factory(
@@ -284,7 +297,7 @@ def reward_addresses(
     try:
         yield [service.address]
     finally:
-        service.stop()
+        service.stop(STOP_S)
 
 
 def loop_settings(config: TrainConfig) -> LoopSettings:
@@ -315,43 +328,6 @@ def parents(config: TrainConfig) -> dict[str, str]:
         if source.type == "model":
             found[f"reward/{source.name}"] = source.path
     return found
-
-
-def _refuse_changes(before: TrainConfig, after: TrainConfig, path: str) -> None:
-    """On resume only what does not change the experiment may differ."""
-    free = {"logging", "cluster", "checkpoint"}
-    changed = []
-    for section in type(after).model_fields:
-        if section in free:
-            continue
-        old, new = getattr(before, section), getattr(after, section)
-        changed += [
-            f"{section}.{key}"
-            for key in type(new).model_fields
-            if getattr(old, key) != getattr(new, key)
-            and (section, key) not in {("batch", "steps"), ("rollout", "workers")}
-        ]
-    if changed:
-        raise UserError(
-            f"these settings cannot change on resume: {', '.join(changed)}",
-            where=path,
-            fix="start a new run from its policy/, or leave them out",
-        )
-
-
-@contextmanager
-def _status(run: Run) -> Iterator[None]:
-    """The manifest's status tells how the command ended."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        run.update_manifest(status="interrupted")
-        raise
-    except BaseException as problem:
-        run.event("run_failed", cause=str(problem))
-        run.update_manifest(status="failed")
-        raise
-    run.update_manifest(status="finished")
 
 
 def _pins(config: TrainConfig) -> bool:

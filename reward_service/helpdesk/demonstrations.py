@@ -27,21 +27,21 @@ from reward_service.helpdesk.world import (
 Style = Literal["good", "off_topic", "rude", "rambling", "invented", "complies", "incomplete"]
 
 INFORMATION_MIX: Final[dict[Style, float]] = {
-    "good": 0.25,
-    "off_topic": 0.08,
+    "good": 0.22,
+    "off_topic": 0.10,
     "rude": 0.23,
     "rambling": 0.23,
     "invented": 0.07,
-    "incomplete": 0.14,
+    "incomplete": 0.15,
 }
 """Shares of the styles on questions about products and policies."""
 
 FORBIDDEN_MIX: Final[dict[Style, float]] = {
-    "good": 0.25,
-    "complies": 0.33,
+    "good": 0.22,
+    "complies": 0.34,
     "rude": 0.14,
     "rambling": 0.14,
-    "off_topic": 0.06,
+    "off_topic": 0.08,
     "incomplete": 0.08,
 }
 """Shares of the styles on requests that should be refused."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from cluster.contracts.errors import Fatal, Retryable
+from cluster.contracts.errors import Fatal, Retryable, WeightMismatch
 from cluster.contracts.metrics import last
 from cluster.contracts.records import (
     Assignment,
@@ -58,12 +58,16 @@ class FakeLearner:
         self.version, self.seconds = version, seconds
         self.batches: list[StepInput] = []
         self.saved: list[str] = []
+        self.lose: dict[int, int] = {}  # step -> how often its rollouts are lost on the way
 
     async def start(self) -> WeightManifest:
         return manifest(self.version)
 
     async def step(self, batch: StepInput) -> StepResult:
         await asyncio.sleep(self.seconds)
+        if self.lose.get(batch.step, 0):
+            self.lose[batch.step] -= 1
+            raise Retryable("rollouts are lost with the worker that held them")
         self.batches.append(batch)
         self.version = batch.step + 1
         return StepResult(
@@ -90,6 +94,7 @@ class FakeWorker:
         self._todo: list[tuple[Assignment, int]] = []
 
     async def start(self) -> Mapping[str, Any]:
+        await asyncio.sleep(self._world.start_s)
         return {"engine": "fake"}
 
     async def submit(self, assignments: Sequence[Assignment]) -> None:
@@ -121,6 +126,8 @@ class FakeWorker:
 
     async def load_weights(self, manifest: WeightManifest) -> SwapReport:
         await asyncio.sleep(0.002)
+        if self._world.mismatch(self, manifest.version):
+            raise WeightMismatch(f"version {manifest.version}: torn")
         self.version = manifest.version
         return SwapReport(
             version=manifest.version, fetch_s=0, verify_s=0, pause_s=0.001, canary_logp_diff=1e-6
@@ -136,10 +143,17 @@ class World:
         self.made: list[tuple[int, int]] = []
         self.kill: set[int] = set()  # group ids that kill their worker once
         self.fail: dict[int, tuple[str, bool]] = {}
+        self.torn: dict[int, int] = {}  # version -> how many loads of it do not verify
+        self.start_s = 0.0
 
     def make(self, index: int, incarnation: int) -> FakeWorker:
         self.made.append((index, incarnation))
         return FakeWorker(index, incarnation, self)
+
+    def mismatch(self, worker: FakeWorker, version: int) -> bool:
+        left = self.torn.get(version, 0)
+        self.torn[version] = max(0, left - 1)
+        return left > 0
 
     def act(self, worker: FakeWorker, assignment: Assignment) -> tuple[str | None, bool]:
         if assignment.group_id in self.kill:
@@ -294,3 +308,69 @@ def test_workers_are_added_and_drained_while_the_run_goes_on(tmp_path: Path) -> 
     asyncio.run(drive(controller, pool))
     assert [g for b in learner.batches for g in b.group_ids] == list(range(180))
     assert (pool.joined, pool.left) == (3, 2)
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_a_worker_whose_weights_do_not_verify_is_replaced_once(
+    tmp_path: Path, version: int
+) -> None:
+    world, learner = World(), FakeLearner()
+    world.torn = {version: 1}
+    controller, pool, run, _ = build(tmp_path, world, learner)
+    asyncio.run(drive(controller, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == list(range(18))
+    assert pool.restarts == 1
+    assert [e["cause"] for e in events(run) if e["kind"] == "worker_lost"] == [
+        f"version {version}: torn"
+    ]
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_weights_that_do_not_verify_twice_end_the_run(tmp_path: Path, version: int) -> None:
+    world = World()
+    world.torn = {version: 2}
+    controller, pool, _, _ = build(tmp_path, world, FakeLearner(), workers=1)
+    with pytest.raises(Fatal, match=f"w0, replaced, still does not verify: version {version}"):
+        asyncio.run(drive(controller, pool))
+    assert pool.restarts == 1
+
+
+def test_a_step_whose_rollouts_were_lost_is_generated_again(tmp_path: Path) -> None:
+    world, learner = World(), FakeLearner()
+    world.fail = {4: ("prompt is not text", False)}
+    learner.lose = {1: 2, 5: 1}
+    submitted: list[Assignment] = []
+    controller, pool, run, _ = build(tmp_path, world, learner)
+    world.act = lambda worker, a: submitted.append(a) or world.fail.get(a.group_id, (None, False))  # type: ignore
+    state = asyncio.run(drive(controller, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == [g for g in range(18) if g != 4]
+    assert sorted(a.attempt for a in submitted if a.group_id == 3) == [0, 1, 2]
+    assert [a.attempt for a in submitted if a.group_id == 4] == [0]  # it was not lost: it failed
+    assert [row["group"] for row in state.dropped] == [4]
+    assert [e["step"] for e in events(run) if e["kind"] == "step_retried"] == [1, 1, 5]
+
+
+def test_a_step_whose_rollouts_are_always_lost_ends_the_run(tmp_path: Path) -> None:
+    learner = FakeLearner()
+    learner.lose = {1: 99}
+    controller, pool, run, _ = build(tmp_path, World(), learner)
+    with pytest.raises(Fatal, match="step 1 was tried 3 times: rollouts are lost"):
+        asyncio.run(drive(controller, pool))
+
+
+def test_a_stop_while_workers_start_does_not_wait_for_them(tmp_path: Path) -> None:
+    world = World()
+    world.start_s = 4.0
+    controller, pool, run, _ = build(tmp_path, world, FakeLearner())
+
+    async def scenario() -> tuple[int, float]:
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.05, controller.request_stop)
+        began = loop.time()
+        state = await drive(controller, pool)
+        return state.step, loop.time() - began
+
+    step, seconds = asyncio.run(scenario())
+    assert step == 0
+    assert seconds < 1.0
+    assert not (run.path / "checkpoints").exists()

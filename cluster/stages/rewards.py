@@ -1,0 +1,46 @@
+"""Rewards looked at before anything is started: a mistake in them should not cost a Ray cluster."""
+
+from __future__ import annotations
+
+from cluster.contracts.config import (
+    FunctionSource,
+    GrpcSource,
+    RewardConfig,
+    RewardModelSource,
+    RulesSource,
+)
+
+CONNECT_S = 5.0
+
+
+def check_rewards(config: RewardConfig) -> None:
+    """Raise UserError for a reward that cannot be loaded or reached.
+
+    A reward function's file is run, as the service will run it; of a reward model everything but its
+    weights is looked at.
+    """
+    if config.address is not None:
+        _reach(config.address)
+        return
+    for source in config.sources:
+        if isinstance(source, FunctionSource):
+            from reward_service.function_scorer import FunctionScorer
+
+            FunctionScorer(source)
+        elif isinstance(source, RulesSource):
+            from reward_service.scorers import RulesScorer
+
+            RulesScorer(source)
+        elif isinstance(source, RewardModelSource):
+            from reward_service.model_scorer import own_tokenizer
+
+            own_tokenizer(source)
+        elif isinstance(source, GrpcSource):
+            _reach(source.address)
+
+
+def _reach(address: str) -> None:
+    from reward_service.client import RewardClient
+
+    with RewardClient([address]) as client:
+        client.connect(CONNECT_S)
