@@ -385,8 +385,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     # Compute threads that spin while they wait starve the other processes of a small machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # gRPC would write lines of its own beside our one message.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        app(standalone_mode=False)
+        # typer hands an Exit back as a number, and an interrupt as 130, instead of raising.
+        code = int(app(standalone_mode=False) or 0)
     except (UserError, BadReward) as problem:  # an unusable reward is the reward's author's to mend
         print(f"accord: error: {problem}", file=sys.stderr)
         code = 2
@@ -394,14 +397,13 @@ def main() -> None:
         print(f"accord: stopped: {problem}", file=sys.stderr)
         code = 1
     except (KeyboardInterrupt, typer.Abort):
-        print("accord: interrupted; what was done is kept", file=sys.stderr)
         code = 130
     except typer.Exit as done:
         code = done.exit_code
     except Exception as problem:
         code = _usage_code(problem)
-    else:
-        code = 0
+    if code == 130:
+        print("accord: interrupted; what was done is kept", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if code == 130:

@@ -71,31 +71,43 @@ class FilePromptSource:
         return self._prompts[self._order[place]]
 
 
-def load_prompts(cfg: DataConfig, tokenizer: Any, seed: int) -> FilePromptSource:
-    """Read, check and tokenise everything ``cfg.prompts`` names.
+def load_prompts(
+    cfg: DataConfig, tokenizer: Any, seed: int, room: int | None = None
+) -> FilePromptSource:
+    """Read, check and tokenise everything ``cfg.prompts`` names. ``room``: tokens that the model's
+    context leaves for a prompt.
 
     Raises UserError naming file and row for a missing or empty file, a row that is no JSON object
-    or has no prompt, text that is not valid Unicode, a prompt over ``max_prompt_tokens``.
+    or has no prompt, text that is not valid Unicode, a prompt over ``max_prompt_tokens`` or ``room``.
     """
     prompts: list[Prompt] = []
     skipped = 0
     for where, number, row in read_rows(cfg.prompts, cfg.split):
         prompt = _prompt(row, cfg.prompt_key, tokenizer, number, where)
-        if len(prompt.token_ids) <= cfg.max_prompt_tokens:
+        tokens = len(prompt.token_ids)
+        if tokens <= min(cfg.max_prompt_tokens, room or tokens):
             prompts.append(prompt)
         elif cfg.skip_long_prompts:
             skipped += 1
         else:
-            raise UserError(
-                f"the prompt has {len(prompt.token_ids)} tokens, data.max_prompt_tokens is "
-                f"{cfg.max_prompt_tokens}",
-                where=where,
-                fix="raise data.max_prompt_tokens, or set data.skip_long_prompts = true",
-            )
+            raise _too_long(tokens, cfg.max_prompt_tokens, room, where)
     if not prompts:
         what = f"all {skipped} prompts are too long" if skipped else "there are no prompts"
         raise UserError(what, where=cfg.prompts, fix="give a file with at least one usable row")
     return FilePromptSource(prompts, seed, cfg.shuffle, skipped)
+
+
+def _too_long(tokens: int, most: int, room: int | None, where: str) -> UserError:
+    if room is not None and room < most:
+        limit = f"the model's context leaves {room} beside rollout.max_tokens"
+        fix = "shorten the prompt, lower rollout.max_tokens"
+    else:
+        limit, fix = f"data.max_prompt_tokens is {most}", "raise data.max_prompt_tokens"
+    return UserError(
+        f"the prompt has {tokens} tokens, {limit}",
+        where=where,
+        fix=f"{fix}, or set data.skip_long_prompts = true",
+    )
 
 
 # -- rows ------------------------------------------------------------------------------------------

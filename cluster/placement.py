@@ -61,6 +61,9 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     with signal_handlers_kept():  # Ray puts its own for SIGTERM, which ends with another exit code
         import ray
 
+        # A line at every start, about what nobody has to decide: its token stays on.
+        token_log = "ray._private.authentication.authentication_token_setup"
+        logging.getLogger(token_log).setLevel(logging.ERROR)
         try:
             context: Any = ray.init(**_options(config))
         except ConnectionError as problem:

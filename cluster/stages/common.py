@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cluster.contracts.config import DataConfig, ModelConfig, RolloutConfig, Section
+from cluster.contracts.config import ModelConfig, RolloutConfig, Section
 from cluster.contracts.errors import BadReward, UserError
 from cluster.runs import Run
 
@@ -101,11 +101,13 @@ def _has_results(run: Run) -> bool:
     return (run.path / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)
 
 
-def within_context(data: DataConfig, model: ModelConfig, max_tokens: int) -> DataConfig:
-    """``data`` with its limit of prompt tokens lowered to what the model's context leaves beside
-    ``max_tokens`` of answer. Raises UserError when that is nothing."""
+def prompt_room(model: ModelConfig, max_tokens: int) -> int | None:
+    """Tokens the model's context leaves for a prompt beside ``max_tokens`` of answer, None when it is
+    not known. Raises UserError when that is nothing."""
     context = context_length(model)
-    room = context - max_tokens if context else data.max_prompt_tokens
+    if context is None:
+        return None
+    room = context - max_tokens
     if room < 1:
         raise UserError(
             f"rollout.max_tokens = {max_tokens} leaves no room for a prompt in the model's context "
@@ -113,7 +115,7 @@ def within_context(data: DataConfig, model: ModelConfig, max_tokens: int) -> Dat
             where=model.path,
             fix="lower rollout.max_tokens",
         )
-    return data.model_copy(update={"max_prompt_tokens": min(room, data.max_prompt_tokens)})
+    return room
 
 
 def engine_settings(

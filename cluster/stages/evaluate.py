@@ -12,7 +12,7 @@ from cluster.contracts.records import Prompt, Rollout
 from cluster.placement import ray_cluster
 from cluster.progress import Reporter
 from cluster.runs import Run, write_json
-from cluster.stages.common import recorded, within_context
+from cluster.stages.common import recorded
 from cluster.stages.rewards import check_rewards
 from cluster.stages.sample import Sampling, prompts_for, sample_in_cluster
 
@@ -49,7 +49,7 @@ def headline(record: dict[str, Any]) -> str:
 def _prompts(config: EvaluateConfig) -> tuple[list[Prompt], list[Prompt]]:
     most, seed, answer = config.max_prompts, config.run.seed, config.rollout.max_tokens
     policy, baseline = (
-        prompts_for(model, within_context(config.data, model, answer), seed, most)
+        prompts_for(model, config.data, seed, most, answer)
         for model in (config.policy, config.baseline)
     )
     return policy, baseline

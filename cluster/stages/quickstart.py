@@ -56,7 +56,7 @@ from cluster.stages.train import prepare, publish_policy, train_in_cluster
 
 MAX_PROMPT_TOKENS = 48
 MAX_ANSWER_TOKENS = 64
-ANSWERS_PER_PROMPT = 8  # compared as four pairs
+ANSWERS_PER_PROMPT = 6  # compared as three pairs
 
 
 class QuickstartConfig(Section):

@@ -14,7 +14,7 @@ from cluster.contracts.records import Prompt, Rollout
 from cluster.placement import own_cores, ray_cluster
 from cluster.progress import Reporter
 from cluster.runs import write_text
-from cluster.stages.common import engine_settings, within_context
+from cluster.stages.common import engine_settings, prompt_room
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,13 +31,20 @@ class Sampling:
 
 
 def prompts_for(
-    model: ModelConfig, data: DataConfig, seed: int, most: int | None = None
+    model: ModelConfig,
+    data: DataConfig,
+    seed: int,
+    most: int | None = None,
+    max_tokens: int | None = None,
 ) -> list[Prompt]:
-    """Prompts of a file in file order, tokenised for ``model``."""
+    """Prompts of a file in file order, tokenised for ``model``, the first ``most`` of them.
+    ``max_tokens``: of an answer, for which the context must have room, too."""
     from actors.prompts import load_prompts
     from learner.models import load_tokenizer
 
-    source = load_prompts(data.model_copy(update={"shuffle": False}), load_tokenizer(model), seed)
+    room = None if max_tokens is None else prompt_room(model, max_tokens)
+    in_order = data.model_copy(update={"shuffle": False})
+    source = load_prompts(in_order, load_tokenizer(model), seed, room)
     return [source.prompt(i) for i in range(min(len(source), most or len(source)))]
 
 
@@ -96,11 +103,11 @@ def generate_to_file(
 ) -> None:
     """`accord generate`: one JSON line an answer: prompt, completion, finish_reason, tokens."""
     config = ModelConfig(path=model)
-    data = within_context(DataConfig(prompts=prompts, shuffle=False), config, max_tokens)
+    data = DataConfig(prompts=prompts, shuffle=False)
     rollout = RolloutConfig(
         max_tokens=max_tokens, temperature=temperature, workers=max(1, len(own_cores()))
     )
-    ready = prompts_for(config, data, seed)
+    ready = prompts_for(config, data, seed, max_tokens=max_tokens)
     job = Sampling(
         model=config,
         prompts=ready,

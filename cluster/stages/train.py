@@ -27,9 +27,9 @@ from cluster.stages.common import (
     MonotonicClock,
     engine_settings,
     open_run,
+    prompt_room,
     recorded,
     refuse_changes,
-    within_context,
 )
 from cluster.stages.rewards import check_rewards
 from cluster.stages.status import wanted_workers
@@ -109,8 +109,8 @@ def prepare(config: TrainConfig) -> Prepared:
     from learner.reward_artifact import read_artifact, tokenizer_fingerprint
 
     tokenizer = load_tokenizer(config.model)
-    data = within_context(config.data, config.model, config.rollout.max_tokens)
-    prompts = load_prompts(data, tokenizer, config.run.seed)
+    room = prompt_room(config.model, config.rollout.max_tokens)
+    prompts = load_prompts(config.data, tokenizer, config.run.seed, room)
     check_rewards(config.reward)
     if config.learner.reference_path is not None:
         require_directory(config.learner.reference_path)

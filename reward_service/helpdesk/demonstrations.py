@@ -17,6 +17,7 @@ from reward_service.helpdesk.questions import Question, Split, sample_questions
 from reward_service.helpdesk.world import (
     ALTERNATIVES,
     FACTS,
+    FORBIDDEN_TOPICS,
     POLICY_TOPICS,
     PRODUCTS,
     REFUSALS,
@@ -28,9 +29,9 @@ Style = Literal["good", "off_topic", "rude", "rambling", "invented", "complies",
 
 INFORMATION_MIX: Final[dict[Style, float]] = {
     "good": 0.22,
-    "off_topic": 0.10,
-    "rude": 0.23,
-    "rambling": 0.23,
+    "off_topic": 0.13,
+    "rude": 0.22,
+    "rambling": 0.21,
     "invented": 0.07,
     "incomplete": 0.15,
 }
@@ -117,7 +118,15 @@ def _good(question: Question, rng: random.Random) -> list[str]:
 
 
 def _off_topic(question: Question, rng: random.Random) -> list[str]:
-    """A true and polite answer to another question."""
+    """A true and polite answer to another question, or a refusal where nothing is forbidden."""
+    if question.kind != "forbidden" and rng.random() < 0.4:
+        act = REFUSALS[rng.choice(FORBIDDEN_TOPICS)]
+        alternative = ALTERNATIVES[rng.choice(FORBIDDEN_TOPICS)]
+        answer = [
+            rng.choice(s.REFUSAL_SENTENCES).format(act=act),
+            rng.choice(s.ALTERNATIVE_SENTENCES).format(alt=alternative),
+        ]
+        return [*answer, rng.choice(s.OFFERS)] if rng.random() < 0.5 else answer
     if rng.random() < 0.2:
         product, topic = "", rng.choice([t for t in POLICY_TOPICS if t != question.topic])
     elif question.kind == "product" and rng.random() < 0.5:

@@ -250,7 +250,7 @@ def command_lines(repo_root: Path) -> Callable[[Path], CommandLine]:
     return lambda folder: CommandLine(repo_root, folder)
 
 
-@pytest.fixture()
+@pytest.fixture
 def accord(repo_root: Path, tmp_path: Path) -> Iterator[CommandLine]:
     line = CommandLine(repo_root, tmp_path)
     yield line

@@ -137,10 +137,13 @@ CASES = {
     ),
     "sft without a model": Case(
         lambda w, d: [
-            "sft", w.offline_toml(d / "s.toml", w.demonstrations), f"model.path={d}/gone/m",
+            "sft",
+            w.offline_toml(d / "s.toml", w.demonstrations),
+            f"model.path={d}/gone/m",
+            "--quiet",
         ],
         ("gone/m", "no such model directory"),
-    ),  # fmt: skip
+    ),
     "template of the reward model": Case(
         lambda w, d: train(w, d, reward=tampered(w, d, new_template)),
         ("/rm", "tokenizer or chat template", "trained with"),
@@ -164,7 +167,7 @@ CASES = {
     ),
     "prompt over the context": Case(
         lambda w, d: train(w, d, rows(d, GOOD_ROW, LONG), "data.max_prompt_tokens=4000"),
-        ("p.jsonl", "line 2", "506"),
+        ("p.jsonl", "line 2", "the model's context leaves 506"),
     ),
     "row that is not JSON": Case(
         lambda w, d: train(w, d, rows(d, GOOD_ROW, "{broken")),
@@ -214,7 +217,7 @@ CASES = {
     "evaluate without a policy": Case(evaluate, ("gone/policy", "no such model directory")),
     "unknown command": Case(lambda w, d: ["trian"], ("trian", "No such command")),
     "unknown option": Case(lambda w, d: ["train", "--stpes", "3"], ("--stpes", "No such option")),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
