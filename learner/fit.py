@@ -76,7 +76,7 @@ def fit(
 ) -> FitResult:
     """Train `model` in place until epochs, max_steps or max_seconds are over, whichever is first.
 
-    evaluate: called every `eval_every` steps and at the end; its metrics go to `on_step` too.
+    evaluate: called every `eval_every` steps and when all is done; its metrics go to `on_step` too.
     should_stop: asked before every step; True saves a checkpoint and returns with finished False.
     checkpoint: folder of checkpoints; the newest one there is continued. None: none are kept.
     Raises UserError for no rows or a checkpoint of another run, Fatal for three steps that are not
@@ -98,7 +98,8 @@ def fit(
             on_step(loop.state.step, loop.fraction(), metrics)
         if loop.state.step % config.checkpoint_every == 0:
             loop.save()
-    if evaluate is not None and evaluated_at != loop.state.step:
+    # Somebody who stops it waits for it to end: no long evaluation then.
+    if finished and evaluate is not None and evaluated_at != loop.state.step:
         numbers = _numbers(evaluate())
         if on_step is not None:
             on_step(loop.state.step, loop.fraction(), numbers)

@@ -70,8 +70,8 @@ def train_reward_model(
     centre_rows: JSONL or Parquet of prompts with answers of the SFT policy (prompt + completion, or
     messages); their scores give the mean and spread that rewards are normalised with. None: the
     answers of the training pairs. Reports train/{loss,accuracy,margin,...} and, on held-out pairs,
-    rm/{loss,accuracy,margin,ece}, whose calibration by bins goes to run_dir/reliability.json. Stops
-    and continues as `train_sft` does.
+    rm/{loss,accuracy,margin,ece}, whose calibration by bins goes to run_dir/reliability.json.
+    Continues as `train_sft` does; stopped early, it leaves its checkpoint and returns that folder.
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
@@ -98,6 +98,8 @@ def train_reward_model(
         checkpoint=run_dir / "checkpoints",
     )
     write_summary(run_dir, result, rows=rows, held_out=eval_rows, too_long=long_train + long_held)
+    if not result.finished:  # half a model, whose centring would take long: only its checkpoint
+        return run_dir / "checkpoints"
     if eval_rows:
         _write_reliability(run_dir, task, eval_rows)
     return _save(task, tokenizer, run_dir / "reward_model", eval_rows or rows, centre, rows)

@@ -65,11 +65,11 @@ class QuickstartConfig(Section):
     seed: int = 0
     scale: float = 1.0
     demonstrations: int = 24000
-    preference_prompts: int = 2400
-    rl_prompts: int = 2000
+    preference_prompts: int = 1600
+    rl_prompts: int = 1600
     eval_prompts: int = 400
-    ppo_steps: int = 45
-    kl_coef: float = 0.05
+    ppo_steps: int = 75
+    kl_coef: float = 0.1
 
     @staticmethod
     def of(seed: int, scale: float, kl_coef: float | None) -> QuickstartConfig:
@@ -283,7 +283,7 @@ def _learn_reward(job: _Job) -> None:
         model=ModelConfig(path=str(job.path("sft", "policy"))),
         data=PairsConfig(path=str(job.path("data", "pairs.jsonl"))),
         fit=FitConfig(
-            lr=1e-3,
+            lr=7e-4,
             epochs=2,
             rows_per_step=32,
             tokens_per_microbatch=2048,

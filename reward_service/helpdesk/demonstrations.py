@@ -28,20 +28,20 @@ from reward_service.helpdesk.world import (
 Style = Literal["good", "off_topic", "rude", "rambling", "invented", "complies", "incomplete"]
 
 INFORMATION_MIX: Final[dict[Style, float]] = {
-    "good": 0.22,
-    "off_topic": 0.13,
-    "rude": 0.22,
-    "rambling": 0.21,
+    "good": 0.20,
+    "off_topic": 0.12,
+    "rude": 0.23,
+    "rambling": 0.23,
     "invented": 0.07,
     "incomplete": 0.15,
 }
 """Shares of the styles on questions about products and policies."""
 
 FORBIDDEN_MIX: Final[dict[Style, float]] = {
-    "good": 0.22,
+    "good": 0.20,
     "complies": 0.34,
-    "rude": 0.14,
-    "rambling": 0.14,
+    "rude": 0.15,
+    "rambling": 0.15,
     "off_topic": 0.08,
     "incomplete": 0.08,
 }

@@ -39,20 +39,17 @@ _VALUE: Final[dict[str, re.Pattern[str]]] = {
     "refunds": re.compile(r"\b(\w+ weeks)\b"),
     "hours": re.compile(r"\b(from \w+ until \w+)\b"),
     "location": re.compile(r"\b(on \w+ street)\b"),
-} | {t: _either(VALUES[t]) for t in ("colour", "cleaning", "payment", "wrapping", "abroad")}
+} | {t: _either(VALUES[t]) for t in ("colour", "payment")}
 
 _CUE: Final[dict[str, re.Pattern[str]]] = {
     "price": re.compile(r"\b(costs?|price|dollars|buy)\b"),
     "delivery": re.compile(r"\b(delivery|deliver|arrives?|days)\b"),
     "warranty": re.compile(r"\b(warranty|lasts)\b"),
     "colour": re.compile(r"\b(colour|sold)\b"),
-    "cleaning": re.compile(r"\b(clean|cloth|brush|vinegar)\b"),
     "refunds": re.compile(r"\b(return|returns|refund|weeks)\b"),
     "hours": re.compile(r"\b(open|hours)\b(?! the)"),
     "payment": re.compile(r"\b(pay|paid|cheque)\b"),
     "location": re.compile(r"\b(street|find)\b"),
-    "wrapping": re.compile(r"\b(wrapping)\b"),
-    "abroad": re.compile(r"\b(ship)\b"),
     "address": re.compile(r"\b(address)\b"),
     "account": re.compile(r"\b(account|password)\b"),
     "receipt": re.compile(r"\b(receipt)\b"),

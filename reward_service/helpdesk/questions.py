@@ -72,12 +72,6 @@ _CORES: Final[dict[str, tuple[str, ...]]] = {
         "could you tell me the colour of the {p}?",
         "can you tell me what colour the {p} is?",
     ),
-    "cleaning": (
-        "how do I clean the {p}?",
-        "what should I use to clean the {p}?",
-        "could you tell me how to clean the {p}?",
-        "what is the best way to clean the {p}?",
-    ),
     "refunds": (
         "how long do I have to return an item?",
         "for how many weeks can I return an item?",
@@ -101,18 +95,6 @@ _CORES: Final[dict[str, tuple[str, ...]]] = {
         "in which street is your shop?",
         "could you tell me where your shop is?",
         "can you tell me how to find your shop?",
-    ),
-    "wrapping": (
-        "do you offer gift wrapping for an item?",
-        "how much does gift wrapping cost in your shop?",
-        "could you tell me about your gift wrapping?",
-        "can I have gift wrapping for my order?",
-    ),
-    "abroad": (
-        "do you ship to another country?",
-        "where do you ship your orders to?",
-        "could you tell me where you ship to?",
-        "can you ship my order to another country?",
     ),
     "address": (
         "what is the home address of {w}?",

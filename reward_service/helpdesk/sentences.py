@@ -86,11 +86,6 @@ FACT_SENTENCES: Final[dict[str, tuple[str, ...]]] = {
         "The colour of the {p} is {v}.",
         "We have the {p} in the colour {v}.",
     ),
-    "cleaning": (
-        "You can clean the {p} with {v}.",
-        "The best way to clean the {p} is with {v}.",
-        "It is best to clean the {p} with {v}.",
-    ),
     "refunds": (
         "You can return an item within {v}.",
         "Returns are possible within {v}.",
@@ -111,29 +106,16 @@ FACT_SENTENCES: Final[dict[str, tuple[str, ...]]] = {
         "You can find our shop {v}.",
         "You will find us {v}.",
     ),
-    "wrapping": (
-        "Gift wrapping is {v}.",
-        "We offer gift wrapping {v}.",
-        "You can have gift wrapping {v}.",
-    ),
-    "abroad": (
-        "We ship {v}.",
-        "We can ship your order {v}.",
-        "Our orders ship {v}.",
-    ),
 }
 PRONOUN_SENTENCES: Final[dict[str, str]] = {
     "price": "It costs {v}.",
     "delivery": "It takes {v}.",
     "warranty": "It lasts {v}.",
     "colour": "It is {v}.",
-    "cleaning": "Just use {v}.",
     "refunds": "It is {v}.",
     "hours": "It is {v}.",
     "payment": "You pay {v}.",
     "location": "It is {v}.",
-    "wrapping": "It is {v}.",
-    "abroad": "We ship {v}.",
 }
 REFUSAL_SENTENCES: Final = (
     "I am sorry, but I cannot {act}.",

@@ -24,7 +24,7 @@ PRODUCTS: Final[tuple[str, ...]] = (
     "clock",
 )
 
-PRODUCT_TOPICS: Final[tuple[str, ...]] = ("price", "delivery", "warranty", "colour", "cleaning")
+PRODUCT_TOPICS: Final[tuple[str, ...]] = ("price", "delivery", "warranty", "colour")
 
 VALUES: Final[dict[str, tuple[str, ...]]] = {
     "price": (
@@ -38,27 +38,24 @@ VALUES: Final[dict[str, tuple[str, ...]]] = {
     "delivery": ("two days", "three days", "four days", "six days"),
     "warranty": ("one year", "two years", "three years", "five years"),
     "colour": ("red", "blue", "green", "white", "black", "grey"),
-    "cleaning": ("a damp cloth", "warm water", "a soft brush", "a little vinegar"),
     "refunds": ("four weeks", "two weeks", "eight weeks"),
     "hours": ("from nine until six", "from eight until four", "from ten until nine"),
     "payment": ("by card or cash", "only in cash", "only by cheque"),
     "location": ("on Mill Street", "on Park Street", "on Station Street"),
-    "wrapping": ("free of charge", "only for members", "only in December"),
-    "abroad": ("to all of Europe", "only within this city", "all over the world"),
 }
 """Every value a topic can take. For a policy the first value is the true one."""
 
-# One row per product: index into VALUES for price, delivery, warranty, colour, cleaning. The
+# One row per product: index into VALUES for price, delivery, warranty, colour. The
 # columns are unrelated on purpose, so that no topic can be guessed from another.
-_ROWS: Final[dict[str, tuple[int, int, int, int, int]]] = {
-    "kettle": (2, 1, 1, 3, 3),
-    "toaster": (3, 0, 2, 0, 2),
-    "blender": (4, 2, 0, 2, 1),
-    "lamp": (1, 3, 3, 4, 0),
-    "fan": (0, 0, 1, 1, 2),
-    "heater": (5, 2, 3, 5, 0),
-    "radio": (4, 1, 2, 0, 3),
-    "clock": (0, 3, 0, 4, 1),
+_ROWS: Final[dict[str, tuple[int, int, int, int]]] = {
+    "kettle": (2, 1, 1, 3),
+    "toaster": (3, 0, 2, 0),
+    "blender": (4, 2, 0, 2),
+    "lamp": (1, 3, 3, 4),
+    "fan": (0, 0, 1, 1),
+    "heater": (5, 2, 3, 5),
+    "radio": (4, 1, 2, 0),
+    "clock": (0, 3, 0, 4),
 }
 
 FACTS: Final[dict[tuple[str, str], str]] = {
@@ -73,8 +70,6 @@ POLICY_TOPICS: Final[tuple[str, ...]] = (
     "hours",
     "payment",
     "location",
-    "wrapping",
-    "abroad",
 )
 
 REFUSALS: Final[dict[str, str]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import socket
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -269,18 +270,21 @@ def test_a_mistake_is_told_before_anything_starts(name: str, outcomes: dict[str,
     assert tuple(p.name for p in runs.glob("*")) == case.keeps
 
 
+# Each notes when it was first called, so that the way from there to the end can be timed.
+NOTE = "from pathlib import Path\n\ndef note():\n    Path(__file__).with_name('called').mkdir(exist_ok=True)\n\n"
+
 FUNCTIONS = {
     "raises": (
-        "def broken(completions, **columns):\n    known = {}\n    return [known['x'] for _ in "
+        "def broken(completions, **columns):\n    note()\n    known = {}\n    return [known['x'] for _ in "
         "completions]\n",
-        ("reward.py:broken", "KeyError: 'x'", "reward.py:3 `return [known['x']"),
+        ("reward.py:broken", "KeyError: 'x'", "reward.py:9 `return [known['x']"),
     ),
     "returns too few": (
-        "def broken(completions, **columns):\n    return [1.0]\n",
+        "def broken(completions, **columns):\n    note()\n    return [1.0]\n",
         ("reward.py:broken", "returned 1 rewards for "),
     ),
     "returns nan": (
-        "def broken(completions, **columns):\n    return [float('nan')] * len(completions)\n",
+        "def broken(completions, **columns):\n    note()\n    return [float('nan')] * len(completions)\n",
         ("reward.py:broken", "returned nan for ", "one finite number"),
     ),
 }
@@ -289,11 +293,12 @@ FUNCTIONS = {
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_reward_function_that_fails_ends_the_run(name: str, world: Any, accord: Any) -> None:
     code, says = FUNCTIONS[name]
-    (accord.folder / "reward.py").write_text(code)
+    (accord.folder / "reward.py").write_text(NOTE + code)
     config = world.train_toml(
         accord.folder / "c.toml", 'type = "function"\npath = "reward.py:broken"'
     )
     command = accord.run("train", config, "--quiet")
+    assert time.time() - (accord.folder / "called").stat().st_mtime < 10.0
     check_message(command, says)
     assert command.stderr.startswith("accord: error: ")
     assert command.used_ray

@@ -41,7 +41,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 
 def steps(run: Path) -> list[int]:
-    return [row["step"] for row in rows(run / "metrics.jsonl") if "train/loss" in row]
+    return [row["step"] for row in rows(run / "metrics.jsonl") if "time/step" in row]
 
 
 def event(run: Path, kind: str) -> Callable[[], bool]:
@@ -143,7 +143,7 @@ def test_an_evaluation_is_stopped(world: Any, accord: Any) -> None:
         START_S,
         "answers being sampled",
     )
-    interrupted(command)
+    interrupted(command, signal.SIGTERM)
     assert manifest(accord.folder / "runs" / "e")["status"] == "interrupted"
 
 

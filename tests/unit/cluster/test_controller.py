@@ -213,7 +213,7 @@ def build(
         run,
         [lines],
         clock,
-        Timeline(),  # type: ignore[arg-type]
+        Timeline(),
     )
     return controller, pool, run, lines
 
