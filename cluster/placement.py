@@ -46,7 +46,9 @@ def plan_cores(cores: list[int], workers: int, *, pin: bool) -> CorePlan:
 
 def own_cores() -> list[int]:
     """The cores this process may use."""
-    return sorted(os.sched_getaffinity(0))
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
 
 
 @contextmanager

@@ -88,7 +88,7 @@ class WorkerPool:
         """Add workers, or drain the newest ones, until ``count`` are wanted."""
         wanted = [m for m in self._members.values() if m.status in ("starting", "serving")]
         if count > len(wanted):
-            await asyncio.gather(*(self._join() for _ in range(count - len(wanted))))
+            await asyncio.gather(*(self._try_join() for _ in range(count - len(wanted))))
         for member in sorted(wanted, key=lambda m: -m.index)[: max(0, len(wanted) - count)]:
             member.status = "draining"
             self._event("worker_draining", worker=member.handle.name, leases=len(member.leases))
@@ -146,6 +146,17 @@ class WorkerPool:
         return summed
 
     # -- life of a member -------------------------------------------------------------------------
+
+    async def _try_join(self) -> None:
+        """A worker that was asked for in addition and cannot start must not end the run."""
+        index = self._next_index
+        try:
+            await self._join()
+        except (AccordError, TimeoutError) as problem:
+            member = self._members[index]
+            member.status = "gone"
+            self._event("worker_not_joined", worker=member.handle.name, cause=str(problem))
+            await self._stop_quietly(member.handle)
 
     async def _join(self) -> None:
         index = self._next_index
@@ -250,7 +261,8 @@ class WorkerPool:
         """Release the leases at once, then restart (or give up, which ends the run)."""
         if member.status in ("starting", "gone"):
             return
-        member.status = "starting"
+        leaving = member.status == "draining"
+        member.status = "gone" if leaving else "starting"
         member.version = -1
         if member.runner and member.runner is not asyncio.current_task():
             member.runner.cancel()
@@ -258,6 +270,11 @@ class WorkerPool:
         member.leases.clear()
         self._waiting.extend(orphans)
         await self._place()
+        if leaving:
+            self.left += 1
+            self._event("worker_left", worker=member.handle.name, cause=str(problem))
+            await self._stop_quietly(member.handle)
+            return
         # On its own, so that nobody (a broadcast, say) waits for a worker that is starting again.
         task = asyncio.create_task(self._replace(member, problem, requeued=len(orphans)))
         self._tasks.add(task)

@@ -49,7 +49,7 @@ class Run:
             raise UserError(
                 "the run directory exists",
                 where=str(path),
-                fix=f"choose another run.name, remove it, or continue it: accord {command} --resume {path}",
+                fix="choose another run.name or remove it" + _how_to_continue(command, path),
             ) from None
         except OSError as problem:
             raise UserError(
@@ -180,6 +180,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
+
+
+def _how_to_continue(command: str, path: Path) -> str:
+    if command not in ("train", "sft", "reward-model", "dpo"):
+        return ""
+    return f", or continue it: accord {command} --resume {path}"
 
 
 def _manifest(command: str, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:

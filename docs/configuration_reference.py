@@ -67,7 +67,9 @@ def _table(model: type[BaseModel], names: list[str]) -> str:
     rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
     for name in names:
         field = model.model_fields[name]
-        default = "required" if field.default is PydanticUndefined else f"`{_default(field.default)}`"
+        default = (
+            "required" if field.default is PydanticUndefined else f"`{_default(field.default)}`"
+        )
         if field.default_factory is not None:
             default = "`empty`"
         rows.append(

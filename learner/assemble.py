@@ -86,12 +86,6 @@ def build_kl_controller(settings: LearnerSettings) -> FixedKL | AdaptiveKL:
 
 
 def _device(learner: LearnerConfig) -> torch.device:
-    if learner.processes > 1:
-        raise UserError(
-            f"this learner is one process, {learner.processes} were asked for",
-            where="learner.processes",
-            fix="set it to 1",
-        )
     if learner.gpus == 0:
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -69,7 +69,10 @@ class PolicyUpdate:
             "eps_high": algorithm.clip_high,
             "dual_clip": algorithm.dual_clip,
         }
-        self._options = {key: given[key] for key in POLICY_LOSS_OPTIONS[name]}
+        # What is not set is the loss's own default: sensible limits differ a lot between losses.
+        self._options = {
+            key: value for key in POLICY_LOSS_OPTIONS[name] if (value := given[key]) is not None
+        }
         self._forward_s = 0.0
 
     def train(

@@ -68,9 +68,6 @@ class RolloutConfig(Section):
     )
     max_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
     max_running: int = Field(64, ge=1, description="Sequences decoded at once by one worker.")
-    queue_groups: int = Field(
-        0, ge=0, description="Groups a worker may hold; 0: enough to keep `max_running` full."
-    )
     kv_cache_mb: int = Field(64, ge=8, description="Key-value cache of a CPU engine, MiB.")
     gpu_memory_fraction: float = Field(
         0.45, gt=0, le=0.95, description="Part of a GPU's memory for its engine."
@@ -188,9 +185,15 @@ class AlgorithmConfig(Section):
     loss: Literal["ppo", "reinforce", "cispo", "gspo"] = "ppo"
     gamma: float = Field(1.0, gt=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
-    clip_low: float = Field(0.2, gt=0)
-    clip_high: float = Field(0.2, gt=0)
-    dual_clip: float | None = Field(None, gt=1)
+    clip_low: float | None = Field(
+        None, gt=0, description="Ratio clipped below 1 - this; None: the loss's own (ppo 0.2)."
+    )
+    clip_high: float | None = Field(
+        None, gt=0, description="Ratio clipped above 1 + this; None: the loss's own (ppo 0.2)."
+    )
+    dual_clip: float | None = Field(
+        None, gt=1, description="ppo only: bound of the loss where the advantage is negative."
+    )
     clip_value: float = Field(0.2, gt=0)
     value_coef: float = Field(0.1, ge=0)
     entropy_coef: float = Field(0.0, ge=0)
@@ -233,9 +236,8 @@ class LearnerConfig(Section):
     )
     gradient_checkpointing: bool = False
     deterministic: bool = Field(False, description="Deterministic kernels (slower).")
-    processes: int = Field(1, ge=1, description="Learner processes, one a GPU.")
     cpus: float = Field(1, gt=0)
-    gpus: float = Field(0, ge=0, description="GPUs of one learner process.")
+    gpus: float = Field(0, ge=0, description="GPUs of the learner.")
     start_timeout_s: float = Field(180, gt=0)
     step_timeout_s: float = Field(1800, gt=0)
 
@@ -273,14 +275,13 @@ class ClusterConfig(Section):
         description="Ray cluster to join ('auto', host:port); None: start one on this machine.",
     )
     num_cpus: int | None = Field(
-        None, ge=1, description="CPUs of a started cluster; None: all, at least 4 logical."
+        None, ge=1, description="Logical CPUs of a started cluster; None: one a core, at least 8."
     )
     object_store_mb: int = Field(256, ge=80, description="Object store of a started cluster.")
     dashboard: bool = Field(False, description="Start the Ray dashboard with a started cluster.")
     pin_cores: bool = Field(
         True, description="On one machine with few cores: each role keeps to its own core."
     )
-    start_timeout_s: float = Field(60, gt=0)
 
 
 class TrainConfig(Section):
@@ -327,6 +328,14 @@ def train_problems(config: TrainConfig) -> list[str]:
     if algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1" and algorithm.kl.coef > 0:
         found.append(
             "algorithm.kl.estimator = 'k1' has no useful gradient in the loss: use 'k3+' or 'k2'"
+        )
+    if algorithm.dual_clip is not None and algorithm.loss != "ppo":
+        found.append(
+            f"algorithm.dual_clip belongs to algorithm.loss = 'ppo', not {algorithm.loss!r}"
+        )
+    if algorithm.loss == "reinforce" and (algorithm.clip_low or algorithm.clip_high):
+        found.append(
+            "algorithm.clip_low and clip_high do nothing with algorithm.loss = 'reinforce'"
         )
     samples = batch.prompts_per_step * batch.samples_per_prompt
     if config.learner.minibatches > samples:

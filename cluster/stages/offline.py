@@ -23,6 +23,7 @@ CENTRE_ROWS = "centre_rows.txt"  # where the rows lie on which the reward model 
 OfflineConfig = SftConfig | RewardModelConfig | DpoConfig
 OnStep = Callable[[int, float, Mapping[str, float]], None]
 C = TypeVar("C", SftConfig, RewardModelConfig, DpoConfig)
+P = TypeVar("P", RewardModelConfig, DpoConfig)
 
 
 def resume_offline(
@@ -64,6 +65,20 @@ def run_sft(config: SftConfig, reporter: Reporter, *, resumed: Run | None = None
     )  # fmt: skip
 
 
+def with_pairs(config: P, run: Run) -> P:
+    """A preference store as data: its pairs are written into the run, which then trains on them."""
+    if not config.data.path.endswith(".db"):
+        return config
+    from cluster.stages.preferences import open_store
+    from reward_service.preferences.exchange import export_preferences
+
+    pairs = run.path / "pairs.jsonl"
+    if not pairs.is_file():
+        export_preferences(open_store(Path(config.data.path), must_exist=True), pairs)
+    data = config.data.model_copy(update={"path": str(pairs)})
+    return config.model_copy(update={"data": data})
+
+
 def run_reward_model(
     config: RewardModelConfig,
     reporter: Reporter,
@@ -77,7 +92,7 @@ def run_reward_model(
     def train(run: Run, progress: OnStep, stop: Callable[[], bool]) -> Path:
         if centre_rows is not None:
             write_text(run.path / CENTRE_ROWS, f"{centre_rows.absolute()}\n")
-        return train_reward_model(config, run.path, progress, centre_rows, stop)
+        return train_reward_model(with_pairs(config, run), run.path, progress, centre_rows, stop)
 
     return _run("reward-model", "reward model", config, reporter, resumed, train)
 
@@ -88,7 +103,9 @@ def run_dpo(config: DpoConfig, reporter: Reporter, *, resumed: Run | None = None
 
     return _run(
         "dpo", "DPO", config, reporter, resumed,
-        lambda run, progress, stop: train_dpo(config, run.path, progress, stop),
+        lambda run, progress, stop: train_dpo(
+            with_pairs(config, run), run.path, progress, stop
+        ),
     )  # fmt: skip
 
 

@@ -126,6 +126,8 @@ def quickstart(
     """Run the whole loop; prints where the report is and how to talk to the result."""
     began = time.monotonic()
     config = QuickstartConfig.of(seed, scale, kl_coef)
+    if not name and not Path(directory, "quickstart").exists():
+        name = "quickstart"  # the name that examples/ refer to; later runs are named by their time
     run = Run.create(directory, name, "quickstart", config, seed=seed)
     job = _Job(config, run, reporter)
     try:
@@ -244,7 +246,7 @@ def _annotate(job: _Job, store: Any, answers: Sequence[Rollout]) -> None:
         if first.text == second.text:
             continue
         item = PreferenceItem(
-            id=derived_id(job.run.path.name, first.prompt.id, first.text, second.text),
+            id=derived_id(first.prompt.id, number),
             messages=first.prompt.messages,
             answer_a=first.text,
             answer_b=second.text,
@@ -315,7 +317,10 @@ def ppo_config(job: _Job) -> TrainConfig:
         rollout=RolloutConfig(max_tokens=MAX_ANSWER_TOKENS),
         algorithm=AlgorithmConfig(missing_eos_penalty=1.0, kl=KLConfig(coef=job.config.kl_coef)),
         learner=LearnerConfig(
-            lr=3e-4, minibatches=2, value_path=reward_model, reference_path=str(job.path("sft", "policy"))
+            lr=3e-4,
+            minibatches=2,
+            value_path=reward_model,
+            reference_path=str(job.path("sft", "policy")),
         ),
         checkpoint=CheckpointConfig(every=20),
     )

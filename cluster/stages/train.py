@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import secrets
 import shutil
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +64,11 @@ def train_policy(config: TrainConfig, reporter: Reporter) -> Path:
         seed=config.run.seed,
         parents=parents(config),
     )
+    if prepared.prompts.skipped:
+        reporter.say(f"left out {prepared.prompts.skipped} prompts longer than allowed")
     with run.lock(), recorded(run), ray_cluster(config.cluster) as ray_info:
         train_in_cluster(prepared, run, reporter, ray_info)
+    _report(run, reporter)
     return run.path
 
 
@@ -98,7 +103,14 @@ def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> 
         run.update_manifest(status="running")
         with recorded(run, fresh=False), ray_cluster(config.cluster) as ray_info:
             train_in_cluster(prepared, run, reporter, ray_info, state=state, checkpoint=checkpoint)
+    _report(run, reporter)
     return run.path
+
+
+def _report(run: Run, reporter: Reporter) -> None:
+    from learner.evaluation.report import write_report
+
+    reporter.say(f"report: {write_report(run.path)}")
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -144,7 +156,7 @@ def train_in_cluster(
         sinks = make_sinks(config.logging, run.path, on_ray=True)
         try:
             with (
-                reward_addresses(config, cores, reporter) as addresses,
+                reward_addresses(config, cores) as addresses,
                 reporter.stage(
                     "PPO" if _is_ppo(config) else "training", config.batch.steps
                 ) as stage,
@@ -153,6 +165,7 @@ def train_in_cluster(
                     _drive(
                         prepared,
                         run,
+                        _announcing(run, reporter),
                         [*sinks, stage],
                         cores,
                         addresses,
@@ -172,9 +185,10 @@ def train_in_cluster(
 async def _drive(
     prepared: Prepared,
     run: Run,
+    event: Callable[..., None],
     sinks: list[Sink],
     cores: CorePlan,
-    addresses: list[str],
+    addresses: RewardAddresses,
     timeline: Timeline,
     state: RunState | None,
     checkpoint: Path | None,
@@ -203,7 +217,7 @@ async def _drive(
             max_restarts=config.rollout.max_restarts,
         ),
         MonotonicClock(),
-        run.event,
+        event,
     )
     controller = Controller(
         loop_settings(config),
@@ -234,8 +248,21 @@ async def _stop_learner(learner: Any) -> None:
         await asyncio.wait_for(learner.stop(), 5.0)
 
 
+def _announcing(run: Run, reporter: Reporter) -> Callable[..., None]:
+    """Events go to events.jsonl; what a person should know at once is said, too."""
+
+    def event(kind: str, **detail: Any) -> None:
+        run.event(kind, **detail)
+        if kind == "worker_serving" and detail.get("note"):
+            reporter.say(str(detail["note"]))
+        elif kind in ("worker_lost", "worker_not_joined"):
+            reporter.say(f"{detail['worker']}: {detail['cause']}")
+
+    return event
+
+
 def _worker_factory(
-    prepared: Prepared, cores: CorePlan, addresses: list[str], state: RunState | None
+    prepared: Prepared, cores: CorePlan, addresses: RewardAddresses, state: RunState | None
 ) -> Any:
     from actors.remote import WorkerSpec, make_worker_factory
 
@@ -250,7 +277,7 @@ def _worker_factory(
         seed=config.run.seed + (state.step if state else 0),
         transport=config.weights.transport,
         make_scorer=_ClientMaker(
-            tuple(addresses), config.reward.deadline_s, prepared.tokenizer_fingerprint
+            addresses, config.reward.deadline_s, prepared.tokenizer_fingerprint
         ),
         start_timeout_s=rollout.start_timeout_s,
         weights_timeout_s=config.weights.timeout_s,
@@ -262,40 +289,61 @@ def _worker_factory(
 
 
 @dataclass(frozen=True, slots=True)
+class RewardAddresses:
+    """Where rewards are served, and the bearer token for it (kept out of every repr and log)."""
+
+    addresses: tuple[str, ...]
+    token: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
 class _ClientMaker:
     """Makes the reward client in the worker's process."""
 
-    addresses: tuple[str, ...]
+    addresses: RewardAddresses
     deadline_s: float
     tokenizer: str
 
     def __call__(self) -> Any:
         from reward_service.client import RewardClient
 
-        client = RewardClient(self.addresses, deadline_s=self.deadline_s, tokenizer=self.tokenizer)
+        client = RewardClient(
+            self.addresses.addresses,
+            deadline_s=self.deadline_s,
+            token=self.addresses.token,
+            tokenizer=self.tokenizer,
+        )
         client.connect()
         return client
 
 
 @contextmanager
-def reward_addresses(
-    config: TrainConfig, cores: CorePlan, reporter: Reporter
-) -> Iterator[list[str]]:
-    """Addresses of the reward service: the one given, or one started here for the run."""
+def reward_addresses(config: TrainConfig, cores: CorePlan) -> Iterator[RewardAddresses]:
+    """The reward service that was given, or one started here for the run.
+
+    A service elsewhere gets the token in the variable ACCORD_REWARD_TOKEN. One started here listens
+    on loopback; on a cluster that was joined, where workers may sit on other machines, on its
+    node's address with a token made for this run.
+    """
     if config.reward.address:
         from reward_service.client import RewardClient
 
-        client = RewardClient([config.reward.address])
+        token = os.environ.get("ACCORD_REWARD_TOKEN")
+        client = RewardClient([config.reward.address], token=token)
         client.connect()
         client.close()
-        yield [config.reward.address]
+        yield RewardAddresses((config.reward.address,), token)
         return
     from reward_service.remote import start_reward_service
 
     core = cores.reward[0] if cores.reward else None
-    service = start_reward_service(config.reward, num_cpus=1, core=core)
+    joined = config.cluster.address is not None
+    token = secrets.token_urlsafe(32) if joined else None
+    service = start_reward_service(
+        config.reward, num_cpus=1, core=core, reach="cluster" if joined else "machine", token=token
+    )
     try:
-        yield [service.address]
+        yield RewardAddresses((service.address,), token)
     finally:
         service.stop(STOP_S)
 

@@ -23,7 +23,10 @@ def problem(*overrides: str) -> str:
     [
         ("batch.setps=3", "unknown key batch.setps: did you mean batch.steps?"),
         ("lerner.lr=1", "unknown key lerner: did you mean learner?"),
-        ("algorithm.kl.tagret=3", "unknown key algorithm.kl.tagret: did you mean algorithm.kl.target?"),
+        (
+            "algorithm.kl.tagret=3",
+            "unknown key algorithm.kl.tagret: did you mean algorithm.kl.target?",
+        ),
     ],
 )
 def test_a_misspelt_key_names_the_nearest(override: str, hint: str) -> None:
