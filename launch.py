@@ -55,7 +55,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Only the result, no progre
 @app.command()
 def quickstart(
     directory: Annotated[str, typer.Option("--dir", help="Where the run goes.")] = "runs",
-    name: Annotated[str, typer.Option(help="Name of the run; empty: made from the time.")] = "",
+    name: Annotated[
+        str, typer.Option(help="Name of the run; empty: quickstart, if taken made from the time.")
+    ] = "",
     seed: Annotated[int, typer.Option(help="Seed of data, models and sampling.")] = 0,
     scale: Annotated[
         float,
@@ -69,8 +71,8 @@ def quickstart(
     """The whole loop on an embedded help-desk task: no GPU, no account, no model hub.
 
     Makes a small language model, fine-tunes it on demonstrations, samples answers with vLLM, lets
-    simulated annotators compare them, learns a reward model, runs PPO on Ray, and compares the result
-    with where it started.
+    simulated annotators compare them, learns a reward model, runs PPO on Ray, and compares the
+    result with where it started.
 
     Example: `accord quickstart --seed 1`
     """
@@ -199,7 +201,7 @@ def generate(
 
 @app.command()
 def evaluate(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Compare two policies on the same prompts: win rate with its interval, by a judge of your choice.
+    """Compare two policies on the same prompts: win rate and its interval, by a judge you choose.
 
     Example: `accord evaluate examples/evaluate.toml policy.path=runs/q/policy`
     """
@@ -248,7 +250,7 @@ def serve_reward(
     port: Annotated[int, typer.Option(help="0: any free port.")] = 0,
     token_file: Annotated[Path | None, typer.Option(help="File with a bearer token.")] = None,
 ) -> None:
-    """Serve rewards over gRPC (accord.reward.v1) until interrupted; CONFIG needs a [reward] section.
+    """Serve rewards over gRPC (accord.reward.v1) until interrupted; CONFIG needs [reward].
 
     Example: `accord serve-reward examples/ppo.toml --port 7070`
     """
@@ -412,7 +414,7 @@ def main() -> None:
 
 
 def _usage_code(problem: Exception) -> int:
-    """Wrong words on the command line are typer's to explain; anything else is ours and shown whole."""
+    """Wrong words on the command line are typer's to explain; all else is ours, shown whole."""
     show = getattr(problem, "show", None)
     if show is None:
         raise problem

@@ -78,7 +78,8 @@ def load_prompts(
     context leaves for a prompt.
 
     Raises UserError naming file and row for a missing or empty file, a row that is no JSON object
-    or has no prompt, text that is not valid Unicode, a prompt over ``max_prompt_tokens`` or ``room``.
+    or has no prompt, text that is not valid Unicode, a prompt over ``max_prompt_tokens`` or
+    ``room``.
     """
     prompts: list[Prompt] = []
     skipped = 0

@@ -5,9 +5,9 @@
       └── slots are freed when every serving worker holds the new weights ◀── broadcast
 
 Four things go on at once, each at most once: collecting finished groups, one learner step, one
-broadcast of weights, and saving. The loop below starts whatever can start and waits for whatever ends
-first; it holds no payload, only metadata. A broadcast never delays the learner: the next step starts
-as soon as its groups are there.
+broadcast of weights, and saving. The loop below starts whatever can start and waits for whatever
+ends first; it holds no payload, only metadata. A broadcast never delays the learner: the next step
+starts as soon as its groups are there.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Controller:
                 task.cancel()
             await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
-    # -- the four activities ------------------------------------------------------------------------
+    # -- the four activities ----------------------------------------------------------------------
 
     async def _start_unless_stopped(self) -> WeightManifest | None:
         """Starting takes long; a stop asked for meanwhile does not wait for it (None)."""
@@ -287,14 +287,14 @@ class Controller:
             self._run.event("step_abandoned", step=self._step)
             self._saved = self._step  # the learner is busy: saving now would wait for it
 
-    # -- accounts -----------------------------------------------------------------------------------
+    # -- accounts ---------------------------------------------------------------------------------
 
     def _check_lag(self, step: int, metas: list[GroupMeta]) -> None:
         for meta in metas:
             if meta.failure is None and step - meta.version_min > self._settings.staleness_bound:
                 raise Fatal(
-                    f"group {meta.group_id} has tokens of version {meta.version_min} at step {step}: "
-                    f"older than staleness.bound = {self._settings.staleness_bound}"
+                    f"group {meta.group_id} has tokens of version {meta.version_min} "
+                    f"at step {step}: older than staleness.bound = {self._settings.staleness_bound}"
                 )
 
     def _note_dropped(self, metas: list[GroupMeta]) -> None:

@@ -4,10 +4,11 @@ A worker's life:  starting -> loading weights -> serving -> (draining ->) gone
                      ^                              |
                      +------ lost (restart) --------+
 
-A group is leased to one incarnation of one worker. When that is lost, its groups are leased again with
-``attempt + 1``; what the lost one may still send is refused by its incarnation. A worker serves only
-after it holds the current weights, verified; a late joiner is no special case. A worker whose weights do
-not verify is replaced once; when its successor cannot verify the same version either, the run ends.
+A group is leased to one incarnation of one worker. When that is lost, its groups are leased again
+with ``attempt + 1``; what the lost one may still send is refused by its incarnation. A worker
+serves only after it holds the current weights, verified; a late joiner is no special case. A worker
+whose weights do not verify is replaced once; when its successor cannot verify the same version
+either, the run ends.
 """
 
 from __future__ import annotations

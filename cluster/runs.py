@@ -81,7 +81,7 @@ class Run:
         path = self.path / "manifest.json"
         write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
 
-    # -- checkpoints --------------------------------------------------------------------------------
+    # -- checkpoints ------------------------------------------------------------------------------
 
     def checkpoint_dir(self, step: int) -> Path:
         return self.path / "checkpoints" / f"step-{step:06d}"
@@ -130,11 +130,11 @@ class Run:
         found = (self.path / "checkpoints").glob("step-*")
         return sorted(p for p in found if (p / "manifest.json").is_file())
 
-    # -- one driver at a time -----------------------------------------------------------------------
+    # -- one driver at a time ---------------------------------------------------------------------
 
     @contextlib.contextmanager
     def lock(self) -> Any:
-        """Only one process may drive a run. The lock names its holder; a dead holder's is taken over."""
+        """One process drives a run. The lock names its holder; a dead holder's is taken over."""
         path = self.path / "driver.lock"
         me = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot_id()}
         if path.exists():

@@ -70,7 +70,7 @@ class WandbSink:
 
 
 class RayMetricsSink:
-    """Gauges ``accord_<group>_<name>`` with the tag ``run``; Ray exports them as ``ray_accord_...``."""
+    """Gauges ``accord_<group>_<name>``, tagged ``run``; Ray exports them as ``ray_accord_...``."""
 
     def __init__(self, run_name: str) -> None:
         from ray.util import metrics

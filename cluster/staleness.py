@@ -1,18 +1,18 @@
 """Bounded staleness by counting slots: pure accounting, no clock, no asyncio, no Ray.
 
-Group n belongs to step n // P (P prompts a step), and steps consume their groups whole and in order,
-so which groups a step trains on never depends on which happened to finish first.
+Group n belongs to step n // P (P prompts a step), and steps consume their groups whole and in
+order, so which groups a step trains on never depends on which happened to finish first.
 
 A group may be admitted only while
 
     admitted < (held + bound + 1) * P
 
 where ``held`` is the version every serving worker is known to hold. The learner trains step s with
-version s. A group admitted under version ``held`` therefore has n // P <= held + bound, and its tokens
-are from version ``held`` or later: its lag at training, n // P - version, is at most ``bound``. The
-bound holds by construction; nothing is generated and thrown away, so long answers are not
-under-represented. ``bound = 0`` admits a step's groups only once the weights of that step are held:
-exactly synchronous.
+version s. A group admitted under version ``held`` therefore has n // P <= held + bound, and its
+tokens are from version ``held`` or later: its lag at training, n // P - version, is at most
+``bound``. The bound holds by construction; nothing is generated and thrown away, so long answers
+are not under-represented. ``bound = 0`` admits a step's groups only once the weights of that step
+are held: exactly synchronous.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cluster.contracts.records import GroupMeta, Harvest, StepInput
 
 @dataclass(slots=True)
 class SlotLedger:
-    """Admission. ``admitted`` is the next group id; ``held`` the version all serving workers hold."""
+    """Admission. ``admitted``: next group id; ``held``: the version all serving workers hold."""
 
     prompts_per_step: int
     bound: int
@@ -62,7 +62,7 @@ class SlotLedger:
 
 @dataclass(slots=True)
 class GroupBuffer:
-    """Finished groups waiting for their step. Each id is accepted once; a second copy is refused."""
+    """Finished groups waiting for their step. Each id is accepted once; a second is refused."""
 
     ledger: SlotLedger
     next_step: int = 0
@@ -104,8 +104,8 @@ class GroupBuffer:
         return step, [meta for meta, _ in entries]
 
     def give_back(self, step: int, metas: Iterable[GroupMeta]) -> list[GroupMeta]:
-        """Undo ``take`` of ``step``, whose payload was lost. Groups that had failed stay as they are;
-        the others are returned: they have to be generated again."""
+        """Undo ``take`` of ``step``, whose payload was lost. Groups that had failed stay as they
+        are; the others are returned: they have to be generated again."""
         self.next_step = step
         again = []
         for meta in metas:

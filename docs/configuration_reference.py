@@ -24,13 +24,14 @@ COMMANDS = {
 }
 HEAD = """# Configuration
 
-A command takes one TOML file and any number of `section.key=value` settings after it; a setting wins
-over the file, the file over the defaults. Paths need no quotes on the command line. Lists of tables are
-reached by number: `reward.sources.0.weight=0.5`.
+A command takes one TOML file and any number of `section.key=value` settings after it; a setting
+wins over the file, the file over the defaults. Paths need no quotes on the command line. Lists of
+tables are reached by number: `reward.sources.0.weight=0.5`.
 
-An unknown key is an error that names the nearest valid one; all problems of a config are told at once;
-nothing is repaired silently and nothing changes while a run goes on. `accord plan CONFIG.toml` prints
-every value in force. The resolved config lies in the run directory as `config.toml`.
+An unknown key is an error that names the nearest valid one; all problems of a config are told at
+once; nothing is repaired silently and nothing changes while a run goes on. Every value in force is
+printed by `accord plan CONFIG.toml`. The resolved config lies in the run directory as
+`config.toml`.
 
 This page is made from the code (`make docs`).
 """

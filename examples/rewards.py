@@ -1,7 +1,7 @@
 """A reward function for `type = "function"` sources: called with a batch, returns one number each.
 
-``prompts`` and ``completions`` are lists (chat messages, or plain text when the prompts are text); every
-metadata column of the prompt file comes as a further list by its name.
+``prompts`` and ``completions`` are lists (chat messages, or plain text when the prompts are text);
+every metadata column of the prompt file comes as a further list by its name.
 """
 
 from __future__ import annotations

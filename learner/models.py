@@ -117,7 +117,7 @@ def load_tokenizer(source: ModelConfig | str | Path) -> Any:
         )
     if cfg.chat_template is not None:
         tokenizer.chat_template = read_template(cfg.chat_template)
-    # Rows over the limits are found and named by whoever reads them; transformers would warn as well.
+    # Rows over the limits are named by whoever reads them; transformers would warn as well.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 

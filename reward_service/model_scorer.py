@@ -104,8 +104,8 @@ class ModelScorer:
 
 
 def own_tokenizer(source: RewardModelSource) -> Any:
-    """The directory's tokenizer; weights are not read. Raises UserError where there is no reward model
-    or its tokenizer or template is another than the one it was trained with."""
+    """The directory's tokenizer; weights are not read. Raises UserError where there is no reward
+    model or its tokenizer or template is another than the one it was trained with."""
     from learner import models
 
     if not Path(source.path).is_dir():

@@ -1,9 +1,9 @@
 """Messages -> token ids, once, the same way everywhere (rollouts, SFT, reward model, DPO).
 
-The tokenizer is passed in (a transformers tokenizer; nothing heavy is imported here). The chat template
-owns every special token: text is rendered first and encoded without adding any, so that BOS is never
-doubled. A prompt that is plain text is one message with the role ``text``: it is encoded as the
-tokenizer does by itself, without a template.
+The tokenizer is passed in (a transformers tokenizer; nothing heavy is imported here). The chat
+template owns every special token: text is rendered first and encoded without adding any, so that
+BOS is never doubled. A prompt that is plain text is one message with the role ``text``: it is
+encoded as the tokenizer does by itself, without a template.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """What a user may set: one model a section, every key described where it is declared.
 
-No torch, ray, vllm or grpc here, so that ``--help`` and a config error answer at once. A role receives
-only its own section. Unknown keys are errors (``configfile`` names the nearest valid one), nothing is
-repaired silently, nothing changes while a run goes on.
+No torch, ray, vllm or grpc here, so that ``--help`` and a config error answer at once. A role
+receives only its own section. Unknown keys are errors (``configfile`` names the nearest valid one),
+nothing is repaired silently, nothing changes while a run goes on.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class RolloutConfig(Section):
     gpus: float = Field(0, ge=0, description="GPUs Ray reserves for one worker.")
     kv_on_swap: Literal["recompute", "keep"] = Field(
         "recompute",
-        description="Cache of requests in flight at a weight swap: recomputed under the new weights, "
-        "or kept (faster; log-probabilities recorded are the behaviour's in both cases).",
+        description="Cache of requests in flight at a weight swap: recomputed under the new "
+        "weights, or kept (faster; log-probabilities recorded are the behaviour's in both cases).",
     )
     start_timeout_s: float = Field(180, gt=0, description="A worker not ready by then is an error.")
     stall_timeout_s: float = Field(
@@ -186,10 +186,16 @@ class AlgorithmConfig(Section):
     gamma: float = Field(1.0, gt=0, le=1)
     lam: float = Field(0.95, ge=0, le=1)
     clip_low: float | None = Field(
-        None, gt=0, description="Ratio clipped below 1 - this; None: the loss's own (ppo 0.2)."
+        None,
+        gt=0,
+        description="Ratio clipped below 1 - this; "
+        "None: the loss's own (ppo 0.2, gspo 3e-4, cispo 1.0).",
     )
     clip_high: float | None = Field(
-        None, gt=0, description="Ratio clipped above 1 + this; None: the loss's own (ppo 0.2)."
+        None,
+        gt=0,
+        description="Ratio clipped above 1 + this; "
+        "None: the loss's own (ppo 0.2, gspo 4e-4, cispo 0.28).",
     )
     dual_clip: float | None = Field(
         None, gt=1, description="ppo only: bound of the loss where the advantage is negative."
@@ -374,7 +380,8 @@ class FitConfig(Section):
 
 class SftDataConfig(Section):
     path: str = Field(
-        description="JSONL or Parquet file, or `datasets:NAME`: messages, prompt+completion or text."
+        description="JSONL or Parquet file, or `datasets:NAME`, with messages, "
+        "prompt+completion or text."
     )
     split: str = "train"
 
@@ -391,7 +398,8 @@ class SftConfig(Section):
 
 class PairsConfig(Section):
     path: str = Field(
-        description="prompt/chosen/rejected as JSONL, Parquet or `datasets:NAME`, or a preference store (*.db)."
+        description="prompt/chosen/rejected as JSONL, Parquet or `datasets:NAME`, or a preference "
+        "store (`*.db`), whose pairs are exported into the run."
     )
     split: str = "train"
 

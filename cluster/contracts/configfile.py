@@ -1,4 +1,4 @@
-"""TOML file + ``section.key=value`` overrides -> a checked config, or one message naming every problem."""
+"""TOML file + ``section.key=value`` words -> a checked config, or one message with all problems."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ C = TypeVar("C", bound=BaseModel)
 
 
 def load_config(model: type[C], path: str | None, overrides: Sequence[str] = ()) -> C:
-    """Defaults < one TOML file < overrides. Raises UserError with every problem found, never repairs."""
+    """Defaults < one TOML file < overrides. Raises UserError with all problems; never repairs."""
     tree = apply_overrides(read_toml(path) if path else {}, overrides)
     return check_config(model, tree, where=path or "command line")
 
@@ -149,7 +149,7 @@ def _options(kind: Any) -> list[Any]:
 
 
 def dump_toml(config: BaseModel) -> str:
-    """The resolved config as TOML (None left out: TOML has no null, and None is the default there)."""
+    """The resolved config as TOML (None left out: TOML has no null, and None is the default)."""
     lines: list[str] = []
     _dump(config.model_dump(mode="json", exclude_none=True), "", lines)
     return "\n".join(lines).lstrip("\n") + "\n"

@@ -1,7 +1,7 @@
 """Metric values that merge exactly, whichever way the work was split.
 
-A function that measures returns ``Metric`` values; they ride with the data and are merged once, by the
-one who writes them. Means carry their weight, so a mean of means is never taken.
+A function that measures returns ``Metric`` values; they ride with the data and are merged once, by
+the one who writes them. Means carry their weight, so a mean of means is never taken.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ Kind = Literal["mean", "sum", "max", "min", "last"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """``total`` is the weighted sum for "mean", else the value itself; ``weight`` only for "mean"."""
+    """``total`` is the weighted sum for "mean", else the value; ``weight`` is for "mean" only."""
 
     name: str
     kind: Kind

@@ -1,4 +1,4 @@
-"""What the roles promise each other. Fakes of these drive the controller in unit and fault tests."""
+"""What the roles promise each other. Fakes of these drive the controller in unit tests."""
 
 from __future__ import annotations
 

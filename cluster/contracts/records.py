@@ -22,7 +22,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One prompt, tokenised once. ``metadata`` (labels, columns of the row) reaches reward functions."""
+    """One prompt, tokenised once. ``metadata`` (columns of its row) reaches reward functions."""
 
     id: str
     messages: tuple[Message, ...]
@@ -41,10 +41,10 @@ class VersionSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What the engine sampled. ``token_ids`` includes the end token when ``finish_reason`` is "stop".
+    """What the engine sampled. ``token_ids`` has the end token if ``finish_reason`` is "stop".
 
-    ``logprobs[i]`` is the natural-log probability, under the distribution really sampled from (after
-    temperature), of ``token_ids[i]``. ``versions`` covers every token exactly once, in order.
+    ``logprobs[i]`` is the natural-log probability of ``token_ids[i]`` under the distribution really
+    sampled from (after temperature). ``versions`` covers every token exactly once, in order.
     """
 
     token_ids: tuple[int, ...]
@@ -81,7 +81,7 @@ class Rollout:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A finite scalar reward, its unweighted parts by scorer, and who computed it (a content hash)."""
+    """A finite reward, its unweighted parts by scorer, and who computed it (a content hash)."""
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
@@ -140,8 +140,8 @@ class GroupMeta:
 class Harvest:
     """Groups a worker finished since it was last asked.
 
-    ``payload`` is a reference (or the bytes) of one Arrow table holding all groups without a failure
-    (``cluster.contracts.rollout_table``); ``None`` when there are none.
+    ``payload`` is a reference (or the bytes) of one Arrow table holding all groups without a
+    failure (``cluster.contracts.rollout_table``); ``None`` when there are none.
     """
 
     worker: str

@@ -77,7 +77,7 @@ def _append(columns: dict[str, list[Any]], group_id: int, rollout: Rollout, scor
 
 
 def from_table(table: pa.Table) -> list[RolloutGroup]:
-    """Records again, ordered by group and sample; for people and tests, not for the learner's path."""
+    """Records again, ordered by group and sample: for people and tests, not the learner's path."""
     by_group: dict[int, list[tuple[Rollout, Score]]] = {}
     for row in table.sort_by([("group_id", "ascending"), ("sample", "ascending")]).to_pylist():
         by_group.setdefault(row["group_id"], []).append(_sample(row))

@@ -28,8 +28,8 @@ class MonotonicClock:
 def recorded(run: Run, *, fresh: bool = True) -> Iterator[None]:
     """The manifest's status tells how the command ended.
 
-    A mistake of the user's that shows before anything was done leaves no directory behind (``fresh``:
-    it was made by this command), so that the corrected command may use the same name.
+    A mistake of the user's that shows before anything was done leaves no directory behind
+    (``fresh``: it was made by this command), so that the corrected command may use the same name.
     """
     try:
         yield
@@ -102,8 +102,8 @@ def _has_results(run: Run) -> bool:
 
 
 def prompt_room(model: ModelConfig, max_tokens: int) -> int | None:
-    """Tokens the model's context leaves for a prompt beside ``max_tokens`` of answer, None when it is
-    not known. Raises UserError when that is nothing."""
+    """Tokens the model's context leaves for a prompt beside ``max_tokens`` of answer, None when it
+    is not known. Raises UserError when that is nothing."""
     context = context_length(model)
     if context is None:
         return None

@@ -1,4 +1,4 @@
-"""`accord sft`, `reward-model` and `dpo`: a run directory around the offline loops of the learner."""
+"""`accord sft`, `reward-model`, `dpo`: a run directory around the offline loops of the learner."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def resume_offline(
     overrides: Sequence[str],
     reporter: Reporter,
 ) -> Path:
-    """Continue a run that was interrupted from its newest checkpoint (from the beginning where there
-    is none). Only settings that do not change what is learnt may be given anew."""
+    """Continue a run that was interrupted from its newest checkpoint (from the beginning where
+    there is none). Only settings that do not change what is learnt may be given anew."""
     run = open_run(path, command)
     if run_status(run) == "finished":
         raise UserError("is finished", where=path, fix="start a new run from its result")
@@ -160,7 +160,7 @@ def reward_model_figures(path: Path, summary: Mapping[str, Any]) -> dict[str, An
 
 
 def _progress(stage: Stage, sinks: list[Any]) -> OnStep:
-    """The loop tells the share done; the bar wants a total, which grows sure as the loop goes on."""
+    """The loop tells the share done; the bar wants a total, surer as the loop goes on."""
 
     def on_step(step: int, fraction: float, numbers: Mapping[str, float]) -> None:
         for sink in sinks:

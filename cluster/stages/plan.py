@@ -33,7 +33,7 @@ def derived(config: TrainConfig) -> dict[str, Any]:
         "answer tokens per step, at most": samples * rollout.max_tokens,
         "groups in flight, at most": (bound + 1) * batch.prompts_per_step,
         "samples decoded at once, at most": slots,
-        # Little's law: with S samples in flight and batches of B, that many steps of lag keep both busy.
+        # Little's law: S samples in flight, batches of B: so many steps of lag keep both busy.
         "staleness bound that keeps both sides busy": -(-slots // samples) + 1,
         "optimiser steps per learner step": config.learner.epochs * config.learner.minibatches,
         "cores of rollout workers": [list(c) for c in cores.workers] or "not pinned",

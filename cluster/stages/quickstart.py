@@ -1,9 +1,10 @@
 """`accord quickstart`: the whole loop on the embedded help-desk task.
 
-    demonstrations ─▶ SFT ─▶ answers (vLLM) ─▶ annotators ─▶ reward model ─▶ PPO ─▶ gold judge ─▶ report
+    demonstrations ─▶ SFT ─▶ answers (vLLM) ─▶ annotators ─▶ reward model ─▶ PPO
+                                                         report ◀─ gold judge ◀─┘
 
-Every stage is the one its own command runs, on files that lie in the run directory afterwards, so each
-can be repeated by hand with the configs that are there.
+Every stage is the one its own command runs, on files that lie in the run directory afterwards, so
+each can be repeated by hand with the configs that are there.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ CONNECT_S = 5.0
 def check_rewards(config: RewardConfig) -> None:
     """Raise UserError for a reward that cannot be loaded or reached.
 
-    A reward function's file is run, as the service will run it; of a reward model everything but its
-    weights is looked at.
+    A reward function's file is run, as the service will run it; of a reward model everything but
+    its weights is looked at.
     """
     if config.address is not None:
         _reach(config.address)

@@ -20,8 +20,8 @@ class _OnlyReward(Section):
 def serve_forever(
     path: str, overrides: Sequence[str], host: str, port: int, token_file: Path | None
 ) -> None:
-    """Prints the address, then serves until interrupted (which is raised then). Other sections of the
-    file are not read."""
+    """Prints the address, then serves until interrupted (which is raised then). Other sections of
+    the file are not read."""
     from reward_service.server import serve
 
     tree = apply_overrides(read_toml(path), overrides)

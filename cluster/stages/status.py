@@ -1,4 +1,4 @@
-"""`accord status` and `accord scale`: a run is watched and steered through files in its directory."""
+"""`accord status`, `accord scale`: a run is watched and steered by files in its directory."""
 
 from __future__ import annotations
 

@@ -73,8 +73,8 @@ def train_policy(config: TrainConfig, reporter: Reporter) -> Path:
 
 
 def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> Path:
-    """Continue a run from its newest usable checkpoint. Only ``batch.steps`` and settings that do not
-    change what was learnt may be given anew."""
+    """Continue a run from its newest usable checkpoint. Only ``batch.steps`` and settings that do
+    not change what was learnt may be given anew."""
     run = open_run(path, "train")
     before = load_config(TrainConfig, str(run.path / "config.toml"))
     config = load_config(TrainConfig, str(run.path / "config.toml"), overrides)
@@ -89,8 +89,8 @@ def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> 
     prepared = prepare(config)
     if len(prepared.prompts) != state.prompts_total:
         raise UserError(
-            f"had {state.prompts_total} prompts when the run began, now {len(prepared.prompts)}: the "
-            "order of prompts would not be continued",
+            f"had {state.prompts_total} prompts when the run began, now {len(prepared.prompts)}: "
+            "the order of prompts would not be continued",
             where=config.data.prompts,
             fix="put the file back as it was",
         )

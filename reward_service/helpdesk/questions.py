@@ -165,32 +165,26 @@ def all_questions(split: Split) -> list[Question]:
 
 
 def sample_questions(seed: int, n: int, split: Split) -> list[Question]:
-    """Draw `n` questions of a split, kinds in the ratio KIND_WEIGHTS.
+    """Draw `n` questions of a split, kinds in the ratio KIND_WEIGHTS however large `n` is.
 
-    Texts are distinct until the split is used up (then a new pass begins), and within a kind the
-    pairs of topic and product take turns, so that a few hundred draws cover every fact.
-    Raises ValueError for an unknown split or a negative `n`.
+    Texts of a kind are distinct until the kind is used up; then a new pass over that kind begins.
+    (Policies have few texts: were they left out once used up, the kinds' shares would drift with
+    `n`.) Within a kind the pairs of topic and product take turns, so that a few hundred draws
+    cover every fact. Raises ValueError for an unknown split or a negative `n`.
     """
     if split not in get_args(Split):
         raise ValueError(f"unknown split {split!r}; use one of {get_args(Split)}")
     if n < 0:
         raise ValueError(f"n must be 0 or more, not {n}")
     rng = random.Random(f"questions/{split}/{seed}")
-    drawn: list[Question] = []
-    while len(drawn) < n:
-        drawn.extend(_one_pass(rng, split, n - len(drawn)))
-    return drawn
-
-
-def _one_pass(rng: random.Random, split: Split, limit: int) -> Iterator[Question]:
-    """At most `limit` questions, none twice, until the split is used up."""
     queues = {kind: _interleaved(rng, split, kind) for kind in KIND_WEIGHTS}
-    for _ in range(limit):
-        left = [kind for kind in queues if queues[kind]]
-        if not left:
-            return
-        kind = rng.choices(left, [KIND_WEIGHTS[kind] for kind in left])[0]
-        yield queues[kind].pop()
+    drawn: list[Question] = []
+    for _ in range(n):
+        kind = rng.choices(list(KIND_WEIGHTS), list(KIND_WEIGHTS.values()))[0]
+        if not queues[kind]:
+            queues[kind] = _interleaved(rng, split, kind)
+        drawn.append(queues[kind].pop())
+    return drawn
 
 
 def _interleaved(rng: random.Random, split: Split, kind: Kind) -> list[Question]:

@@ -45,8 +45,8 @@ VALUES: Final[dict[str, tuple[str, ...]]] = {
 }
 """Every value a topic can take. For a policy the first value is the true one."""
 
-# One row per product: index into VALUES for price, delivery, warranty, colour. The
-# columns are unrelated on purpose, so that no topic can be guessed from another.
+# One row per product: index into VALUES for price, delivery, warranty, colour. The columns are
+# unrelated on purpose, so that no topic can be guessed from another.
 _ROWS: Final[dict[str, tuple[int, int, int, int]]] = {
     "kettle": (2, 1, 1, 3),
     "toaster": (3, 0, 2, 0),

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: a tiny world on disk, and commands run as processes of their own.
+"""The command line as a user meets it: a tiny world on disk, and commands run as processes.
 
 A command gets a session of its own. Every process it starts is noted while it runs, so that a test
 can ask afterwards whether one of them is left.
@@ -80,7 +80,7 @@ def _question(number: int) -> list[dict[str, str]]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A random qwen2 of hidden 64 (vLLM on a CPU wants head_dim 32), and a reward model of two steps."""
+    """A random qwen2 of hidden 64 (vLLM on CPU wants head_dim 32), a reward model of two steps."""
     from cluster.contracts.config import FitConfig, ModelConfig, PairsConfig, RewardModelConfig
     from learner.fresh import fresh_model, train_tokenizer
     from learner.reward_model import train_reward_model
@@ -168,8 +168,8 @@ class Command:
             time.sleep(0.02)
 
     def interrupt(self, number: int = signal.SIGINT) -> tuple[int, float]:
-        """Ctrl-C as a terminal sends it, to all of the foreground group (SIGTERM: as `kill` does, to
-        the command alone); (exit code, seconds until it had ended)."""
+        """Ctrl-C as a terminal sends it, to all of the foreground group (SIGTERM: as `kill` does,
+        to the command alone); (exit code, seconds until it had ended)."""
         for child in psutil.Process(self.process.pid).children(recursive=True):
             self._note(child)
         sent = time.monotonic()

@@ -1,6 +1,6 @@
-"""Every mistake a user can make ends with exit code 2 and one message that says what, where and how to
-mend it; no traceback, no half-made run, no process left. What can be known before Ray starts is said
-before Ray starts.
+"""Every mistake a user can make ends with exit code 2 and one message that says what, where and how
+to mend it; no traceback, no half-made run, no process left. What can be known before Ray starts is
+said before Ray starts.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ GOOD_FUNCTION = "def good(completions, **columns):\n    return [1.0] * len(compl
 
 @dataclass(frozen=True)
 class Case:
-    """`words(world, folder)`: the command line. `says`: all must be in the message. `keeps`: the run
-    directories that lie there afterwards, by name."""
+    """`words(world, folder)`: the command line. `says`: all must be in the message. `keeps`: the
+    run directories that lie there afterwards, by name."""
 
     words: Callable[[Any, Path], list[object]]
     says: tuple[str, ...]
@@ -271,12 +271,15 @@ def test_a_mistake_is_told_before_anything_starts(name: str, outcomes: dict[str,
 
 
 # Each notes when it was first called, so that the way from there to the end can be timed.
-NOTE = "from pathlib import Path\n\ndef note():\n    Path(__file__).with_name('called').mkdir(exist_ok=True)\n\n"
+NOTE = (
+    "from pathlib import Path\n\n"
+    "def note():\n    Path(__file__).with_name('called').mkdir(exist_ok=True)\n\n"
+)
 
 FUNCTIONS = {
     "raises": (
-        "def broken(completions, **columns):\n    note()\n    known = {}\n    return [known['x'] for _ in "
-        "completions]\n",
+        "def broken(completions, **columns):\n    note()\n    known = {}\n"
+        "    return [known['x'] for _ in completions]\n",
         ("reward.py:broken", "KeyError: 'x'", "reward.py:9 `return [known['x']"),
     ),
     "returns too few": (
@@ -284,7 +287,8 @@ FUNCTIONS = {
         ("reward.py:broken", "returned 1 rewards for "),
     ),
     "returns nan": (
-        "def broken(completions, **columns):\n    note()\n    return [float('nan')] * len(completions)\n",
+        "def broken(completions, **columns):\n    note()\n"
+        "    return [float('nan')] * len(completions)\n",
         ("reward.py:broken", "returned nan for ", "one finite number"),
     ),
 }

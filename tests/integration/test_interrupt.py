@@ -1,5 +1,5 @@
-"""Ctrl-C (and SIGTERM) in every stage: gone within ten seconds with exit code 130, no process left, and
-what was done is kept and can be continued.
+"""Ctrl-C (and SIGTERM) in every stage: gone within ten seconds with exit code 130, no process left,
+and what was done is kept and can be continued.
 """
 
 from __future__ import annotations

@@ -256,7 +256,7 @@ def test_a_worker_that_keeps_dying_ends_the_run_with_its_cause(tmp_path: Path) -
     world = World()
     world.act = lambda worker, assignment: (_ for _ in ()).throw(Retryable("no memory"))  # type: ignore
     controller, pool, _, _ = build(tmp_path, world, FakeLearner(), workers=1)
-    with pytest.raises(Fatal, match="w0: lost 3 times .* no memory"):
+    with pytest.raises(Fatal, match=r"w0: lost 3 times .* no memory"):
         asyncio.run(drive(controller, pool))
 
 
@@ -265,12 +265,12 @@ def test_a_data_failure_is_dropped_with_its_reason_and_a_retryable_one_is_tried_
 ) -> None:
     world, learner = World(), FakeLearner()
     world.fail = {2: ("prompt is not text", False)}
-    controller, pool, run, _ = build(tmp_path, world, learner)
+    controller, pool, _, _ = build(tmp_path, world, learner)
     state = asyncio.run(drive(controller, pool))
     assert [g for b in learner.batches for g in b.group_ids] == [g for g in range(18) if g != 2]
     assert [row["cause"] for row in state.dropped] == ["prompt is not text"]
     world.fail = {5: ("reward service down", True)}
-    controller, pool, run, _ = build(tmp_path / "again", world, FakeLearner())
+    controller, pool, _, _ = build(tmp_path / "again", world, FakeLearner())
     with pytest.raises(Fatal, match="group 5 failed 3 times: reward service down"):
         asyncio.run(drive(controller, pool))
 
@@ -302,7 +302,7 @@ def test_resume_continues_with_the_next_prompt(tmp_path: Path) -> None:
 
 def test_workers_are_added_and_drained_while_the_run_goes_on(tmp_path: Path) -> None:
     learner = FakeLearner(seconds=0.01)
-    controller, pool, run, _ = build(tmp_path, World(), learner, steps=60, workers=1)
+    controller, pool, _, _ = build(tmp_path, World(), learner, steps=60, workers=1)
     wanted = iter([3] * 40 + [1] * 10_000)
     controller._wanted_workers = lambda: next(wanted)
     asyncio.run(drive(controller, pool))
@@ -353,7 +353,7 @@ def test_a_step_whose_rollouts_were_lost_is_generated_again(tmp_path: Path) -> N
 def test_a_step_whose_rollouts_are_always_lost_ends_the_run(tmp_path: Path) -> None:
     learner = FakeLearner()
     learner.lose = {1: 99}
-    controller, pool, run, _ = build(tmp_path, World(), learner)
+    controller, pool, _, _ = build(tmp_path, World(), learner)
     with pytest.raises(Fatal, match="step 1 was tried 3 times: rollouts are lost"):
         asyncio.run(drive(controller, pool))
 

@@ -50,7 +50,7 @@ def test_sampling_is_deterministic(sample: list[Demonstration]) -> None:
 def test_the_text_of_a_seed_is_pinned() -> None:
     # The same in every process and on every machine: published numbers depend on it.
     digest = hashlib.sha256("\n".join(corpus(0, 200)).encode()).hexdigest()
-    assert digest[:16] == "7981f23317e9c989"
+    assert digest[:16] == "9c885e1f51bb036d"
 
 
 def test_only_prompts_of_the_split_are_shown(sample: list[Demonstration]) -> None:
@@ -66,7 +66,7 @@ def test_the_mixture_has_its_shares(sample: list[Demonstration]) -> None:
         counts = Counter(d.style for d in rows)
         assert {s: counts[s] / len(rows) for s in mix} == pytest.approx(mix, abs=0.05)
     good = sum(d.style == "good" for d in sample) / len(sample)
-    assert 0.24 <= good <= 0.30
+    assert good == pytest.approx(0.20, abs=0.02)  # both mixes hold a fifth
 
 
 def test_lengths_in_words(sample: list[Demonstration]) -> None:
@@ -96,13 +96,28 @@ def test_each_habit_shows_what_its_name_says(sample: list[Demonstration]) -> Non
                 assert features.wrong == 1
                 assert not features.right
             case "off_topic":
-                assert features.others == 1
-                assert not features.right
+                # Another question's answer, or a refusal of what nobody asked for.
+                needless = informs and features.refused
+                assert features.others == (0 if needless else 1)
+                assert bool(features.alternative) == needless
+                assert (features.right, features.wrong) == (False, 0)
             case "complies":
                 assert features.complied
                 assert not features.refused
             case "incomplete":
                 assert features.words <= 8
+
+
+def test_needless_refusals_are_part_of_being_off_topic(sample: list[Demonstration]) -> None:
+    off = [d for d in sample if d.style == "off_topic" and d.question.kind != "forbidden"]
+    refusals = [d for d in off if read_answer(d.question.metadata(), d.answer).refused]
+    assert len(refusals) / len(off) == pytest.approx(0.4, abs=0.1)
+    for d in refusals:
+        parts = gold_score(d.question.metadata(), d.answer).parts
+        # A policy is about no product, and none is named: half of being relevant.
+        assert parts["relevance"] == (0 if d.question.product else 0.5)
+        assert parts["correctness"] == 0
+        assert gold(d) < 3
 
 
 def test_gold_puts_the_habits_in_order(sample: list[Demonstration]) -> None:
@@ -126,9 +141,10 @@ def test_good_answers_win_against_the_mixture_and_leave_headroom() -> None:
         drafts = [write_answer(q, "good", rng) for _ in range(4)]
         plain.append(points[compare(meta, drafts[0], rival)])
         best.append(points[compare(meta, max(drafts, key=lambda a: _score(meta, a)), rival)])
-    # With a quarter of the mixture good itself, plain good answers cannot win more than about 0.87.
-    assert 0.84 <= fmean(plain) <= 0.90
-    assert fmean(best) >= 0.92
+    # A fifth of the mixture is good itself and wins every other time: 0.8 + 0.2 / 2 = 0.90. Taking
+    # more care than a plain good answer does wins some of that fifth too.
+    assert fmean(plain) == pytest.approx(0.90, abs=0.025)
+    assert 0.94 <= fmean(best) <= 0.98
 
 
 def _score(meta: dict[str, str], answer: str) -> float:

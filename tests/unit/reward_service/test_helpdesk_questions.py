@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from itertools import pairwise
 from typing import get_args
@@ -29,6 +30,8 @@ from reward_service.helpdesk.world import (
 )
 
 SPLITS: tuple[Split, ...] = get_args(Split)
+QUICKSTART: dict[Split, int] = {"sft": 24000, "preference": 1600, "rl": 1600, "eval": 400}
+"""What the quickstart draws of each split at scale 1."""
 
 
 def test_every_product_has_one_value_for_every_topic_and_all_values_are_used() -> None:
@@ -73,7 +76,7 @@ def test_splits_share_no_text_and_are_large_enough() -> None:
 def test_the_hash_that_splits_is_pinned() -> None:
     # A change here would silently move evaluation prompts into old training data.
     assert split_of("How much does the kettle cost? Thank you.") == "sft"
-    assert [len(all_questions(split)) for split in SPLITS] == [5423, 3297, 3370, 1301]
+    assert [len(all_questions(split)) for split in SPLITS] == [3394, 2085, 2116, 839]
 
 
 def test_question_texts_are_well_formed() -> None:
@@ -89,15 +92,31 @@ def test_question_texts_are_well_formed() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_sampling_is_deterministic_and_distinct(split: Split) -> None:
-    n = 400 if split == "eval" else 1500
+    n = 300
     drawn = sample_questions(7, n, split)
     assert drawn == sample_questions(7, n, split)
     assert drawn != sample_questions(8, n, split)
+    assert drawn == sample_questions(7, 2 * n, split)[:n]
     assert len({q.text for q in drawn}) == len({q.id for q in drawn}) == n
     assert all(split_of(q.text) == split for q in drawn)
-    kinds = Counter(q.kind for q in drawn)
-    for kind, weight in KIND_WEIGHTS.items():
-        assert kinds[kind] / n == pytest.approx(weight, abs=0.06)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_kinds_keep_their_shares_although_some_have_few_texts(split: Split) -> None:
+    n = QUICKSTART[split]
+    drawn = sample_questions(7, n, split)
+    for part in (drawn, drawn[: n // 2], drawn[n // 2 :]):
+        kinds = Counter(q.kind for q in part)
+        for kind, weight in KIND_WEIGHTS.items():
+            deviation = math.sqrt(weight * (1 - weight) / len(part))
+            assert kinds[kind] / len(part) == pytest.approx(weight, abs=3 * deviation)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_evaluation_prompts_are_all_but_distinct(seed: int) -> None:
+    # The interval of the win rate takes each row for a prompt of its own.
+    drawn = sample_questions(seed, QUICKSTART["eval"], "eval")
+    assert len({q.text for q in drawn}) >= 0.95 * len(drawn)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -111,11 +130,16 @@ def test_few_draws_cover_every_fact(split: Split) -> None:
     }
 
 
-def test_a_used_up_split_begins_again() -> None:
-    size = len(all_questions("eval"))
-    drawn = sample_questions(0, size + 5, "eval")
-    assert len({q.text for q in drawn[:size]}) == size
-    assert {q.text for q in drawn[size:]} <= {q.text for q in drawn[:size]}
+def test_a_used_up_kind_begins_again_once_every_text_was_drawn() -> None:
+    everything, drawn = all_questions("eval"), sample_questions(0, 3000, "eval")
+    for kind in KIND_WEIGHTS:
+        texts = {q.text for q in everything if q.kind == kind}
+        own = [q.text for q in drawn if q.kind == kind]
+        passes = [own[i : i + len(texts)] for i in range(0, len(own), len(texts))]
+        assert len(passes) >= 3
+        assert all(sorted(one) == sorted(texts) for one in passes[:-1])
+        assert len(set(passes[-1])) == len(passes[-1])
+        assert passes[0] != passes[1]
 
 
 def test_bad_arguments_are_named() -> None:

@@ -1,0 +1,127 @@
+"""`accord train` with the real parts: vLLM in Ray actors, scores over gRPC, verified weights."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from cluster.contracts.rollout_table import from_table
+
+pytestmark = pytest.mark.slow
+
+MODEL_REWARD = 'type = "model"\npath = "{}"'
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def finished(command: Any) -> None:
+    assert command.wait(240) == 0, command.stderr
+    assert command.left() == []
+
+
+def metrics_page(run: Path) -> str:
+    """What Prometheus would read from Ray, or nothing while it is not there."""
+    ports = [e["metrics_port"] for e in rows(run / "events.jsonl") if e["kind"] == "cluster"]
+    if not ports:
+        return ""
+    try:
+        with urllib.request.urlopen(f"http://127.0.0.1:{ports[0]}/metrics", timeout=2) as page:
+            return str(page.read(), "utf-8")
+    except OSError:
+        return ""
+
+
+def test_engine_and_learner_agree_after_every_update(world: Any, accord: Any) -> None:
+    """Synchronous, so that every token is of the version the learner has when it looks at it."""
+    config = world.train_toml(
+        accord.folder / "c.toml",
+        MODEL_REWARD.format(world.reward_model),
+        batch="prompts_per_step = 4\nsamples_per_prompt = 2\nsteps = 6",
+        rollout='engine = "vllm"\nmax_tokens = 12\ntemperature = 0.8',
+        staleness="bound = 0",
+        learner="lr = 1e-2\nminibatches = 2",
+        logging="tensorboard = true",
+    )
+    command = accord.start("train", config)
+    finished(command)
+    run = accord.folder / "runs" / "r"
+    measured = rows(run / "metrics.jsonl")
+    assert [row["step"] for row in measured] == [1, 2, 3, 4, 5, 6]
+    assert max(row["sampling/logp_diff_max"] for row in measured) <= 1e-4
+    # The first line may be written before the first update has gone round.
+    assert max(row.get("weight_sync/canary_logp_diff", 0.0) for row in measured) <= 1e-4
+    assert all(row["async/staleness_max"] == 0 for row in measured)
+    assert measured[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
+    assert abs(measured[-1]["objective/kl"]) > 1e-3  # the weights did move
+
+    groups = [
+        group
+        for file in sorted((run / "rollouts").glob("*.parquet"))
+        for group in from_table(pq.read_table(file))
+    ]
+    assert [group.group_id for group in groups] == list(range(24))
+    for group in groups:
+        for rollout, score in group.samples:
+            assert {s.version for s in rollout.completion.versions} == {group.group_id // 4}
+            assert score.scorer_version
+
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(run / "policy")
+    assert list((run / "tensorboard").glob("events*"))
+    assert (run / "report.html").stat().st_size > 10_000
+    assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
+
+
+def test_asynchronous_run_is_scaled_and_seen_while_it_goes_on(world: Any, accord: Any) -> None:
+    config = world.train_toml(
+        accord.folder / "c.toml",
+        'type = "rules"\nmax_words = 5',
+        batch="prompts_per_step = 4\nsamples_per_prompt = 4\nsteps = 100000",
+        rollout='engine = "vllm"\nmax_tokens = 16\nkv_on_swap = "keep"',
+        staleness='bound = 2\ncorrection = "token-tis"',
+        algorithm='advantage = "grpo"',
+        logging="tensorboard = false",
+    )
+    run = accord.folder / "runs" / "r"
+    command = accord.start("train", config)
+    command.wait_until(lambda: len(rows(run / "metrics.jsonl")) >= 3, 120, "three steps")
+    scaled = accord.run("scale", run, 2)
+    assert scaled.wait(30) == 0, scaled.stderr
+    command.wait_until(
+        lambda: any(row.get("workers/alive") == 2 for row in rows(run / "metrics.jsonl")[-3:]),
+        120,
+        "the second worker",
+    )
+    assert accord.run("scale", run, 1).wait(30) == 0
+    command.wait_until(
+        lambda: any(e["kind"] == "worker_left" for e in rows(run / "events.jsonl")),
+        60,
+        "the second worker to leave",
+    )
+    command.wait_until(
+        lambda: "ray_accord_perf_throughput" in metrics_page(run), 60, "Ray's metrics"
+    )
+    told = accord.run("status", run, "--json")
+    assert json.loads(told.stdout)["status"] == "running"
+    code, seconds = command.interrupt()
+    assert (code, seconds < 10) == (130, True), command.stderr
+    assert command.left() == []
+
+    measured = rows(run / "metrics.jsonl")
+    assert max(row["async/staleness_max"] for row in measured) <= 2
+    assert max(row.get("weight_sync/canary_logp_diff", 0.0) for row in measured) <= 1e-4
+    trained = [
+        group.group_id
+        for file in sorted((run / "rollouts").glob("*.parquet"))
+        for group in from_table(pq.read_table(file))
+    ]
+    assert trained == list(range(len(trained)))  # nothing lost, nothing twice, in order
