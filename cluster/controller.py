@@ -35,6 +35,9 @@ from cluster.staleness import GroupBuffer, SlotLedger
 from cluster.timeline import Timeline
 
 
+RESIZE_PAUSE_S = 60.0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopSettings:
     steps: int
@@ -104,6 +107,8 @@ class Controller:
         self._step_attempts = 0
         self._waiting_since = 0.0
         self._sink_errors = 0
+        self._resized_to: int | None = None
+        self._resize_again_at = 0.0
 
     def request_stop(self) -> None:
         """Finish what is cheap to finish, keep everything done, and return."""
@@ -375,7 +380,15 @@ class Controller:
     def _follow_wanted_workers(self) -> None:
         wanted = self._wanted_workers()
         have = self._pool.count("starting", "serving")
-        if wanted is not None and wanted != have and "resize" not in self._tasks:
+        now = self._clock.now()
+        if (
+            wanted is not None
+            and wanted != have
+            and "resize" not in self._tasks
+            # What could not be had is asked for again after a while, or when another number is.
+            and (wanted != self._resized_to or now >= self._resize_again_at)
+        ):
+            self._resized_to, self._resize_again_at = wanted, now + RESIZE_PAUSE_S
             self._run.event("resize", have=have, wanted=wanted)
             self._spawn("resize", self._pool.resize(wanted))
 

@@ -57,7 +57,7 @@ from cluster.stages.train import prepare, publish_policy, train_in_cluster
 
 MAX_PROMPT_TOKENS = 48
 MAX_ANSWER_TOKENS = 64
-ANSWERS_PER_PROMPT = 6  # compared as three pairs
+ANSWERS_PER_PROMPT = 6
 
 
 class QuickstartConfig(Section):
@@ -70,7 +70,7 @@ class QuickstartConfig(Section):
     rl_prompts: int = 1600
     eval_prompts: int = 400
     ppo_steps: int = 75
-    kl_coef: float = 0.1
+    kl_coef: float = 0.08
 
     @staticmethod
     def of(seed: int, scale: float, kl_coef: float | None) -> QuickstartConfig:
@@ -235,6 +235,27 @@ def _sample(job: _Job, split: str, samples: int) -> list[Rollout]:
     return sample_in_cluster([sampling])[0]
 
 
+def _pairs(answers: Sequence[Rollout]) -> Iterator[tuple[Rollout, Rollout]]:
+    """Of each prompt's answers two pairs, and one answer against an answer to another prompt.
+
+    Within one prompt nearly every answer is about the question, so comparisons among them hardly
+    teach a reward model to read it: it then pays for any pleasant answer to any question, and PPO
+    finds that out. After Liu et al. 2024, "RRM: Robust Reward Model Training".
+    """
+    groups = [
+        answers[i : i + ANSWERS_PER_PROMPT] for i in range(0, len(answers), ANSWERS_PER_PROMPT)
+    ]
+    for place, own in enumerate(groups):
+        other = groups[(place + len(groups) // 2) % len(groups)]
+        yield own[0], own[1]
+        yield own[2], own[3]
+        yield own[4], other[5]
+
+
+def _mismatched(first: Rollout, second: Rollout) -> bool:
+    return first.prompt.id != second.prompt.id
+
+
 def _annotate(job: _Job, store: Any, answers: Sequence[Rollout]) -> None:
     """Each pair goes to one annotator, every fifth to two (so that agreement can be measured)."""
     from reward_service.helpdesk.annotators import ANNOTATORS, label_pair
@@ -243,7 +264,7 @@ def _annotate(job: _Job, store: Any, answers: Sequence[Rollout]) -> None:
 
     rng, now = random.Random(job.config.seed), utc_now()
     items, labels = [], []
-    for number, (first, second) in enumerate(zip(answers[::2], answers[1::2], strict=True)):
+    for number, (first, second) in enumerate(_pairs(answers)):
         if first.text == second.text:
             continue
         item = PreferenceItem(
@@ -251,7 +272,7 @@ def _annotate(job: _Job, store: Any, answers: Sequence[Rollout]) -> None:
             messages=first.prompt.messages,
             answer_a=first.text,
             answer_b=second.text,
-            source="quickstart/sft",
+            source="quickstart/mismatched" if _mismatched(first, second) else "quickstart/sft",
             license="Apache-2.0",
             created_at=now,
             policy_version_a="sft",
@@ -318,8 +339,9 @@ def ppo_config(job: _Job) -> TrainConfig:
         rollout=RolloutConfig(max_tokens=MAX_ANSWER_TOKENS),
         algorithm=AlgorithmConfig(missing_eos_penalty=1.0, kl=KLConfig(coef=job.config.kl_coef)),
         learner=LearnerConfig(
-            lr=3e-4,
-            minibatches=2,
+            lr=4e-4,
+            warmup_steps=8,
+            minibatches=4,
             value_path=reward_model,
             reference_path=str(job.path("sft", "policy")),
         ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from cluster.contracts.config import (
     FunctionSource,
     GrpcSource,
@@ -20,7 +22,7 @@ def check_rewards(config: RewardConfig) -> None:
     its weights is looked at.
     """
     if config.address is not None:
-        _reach(config.address)
+        _reach(config.address, reward_token())
         return
     for source in config.sources:
         if isinstance(source, FunctionSource):
@@ -36,11 +38,16 @@ def check_rewards(config: RewardConfig) -> None:
 
             own_tokenizer(source)
         elif isinstance(source, GrpcSource):
-            _reach(source.address)
+            _reach(source.address, None)
 
 
-def _reach(address: str) -> None:
+def reward_token() -> str | None:
+    """Bearer token of the service at ``reward.address``; secrets come from the environment only."""
+    return os.environ.get("ACCORD_REWARD_TOKEN")
+
+
+def _reach(address: str, token: str | None) -> None:
     from reward_service.client import RewardClient
 
-    with RewardClient([address]) as client:
+    with RewardClient([address], token=token) as client:
         client.connect(CONNECT_S)

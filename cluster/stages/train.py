@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import secrets
 import shutil
 import signal
@@ -33,7 +32,7 @@ from cluster.stages.common import (
     recorded,
     refuse_changes,
 )
-from cluster.stages.rewards import check_rewards
+from cluster.stages.rewards import check_rewards, reward_token
 from cluster.stages.status import wanted_workers
 from cluster.timeline import Timeline
 
@@ -328,7 +327,7 @@ def reward_addresses(config: TrainConfig, cores: CorePlan) -> Iterator[RewardAdd
     if config.reward.address:
         from reward_service.client import RewardClient
 
-        token = os.environ.get("ACCORD_REWARD_TOKEN")
+        token = reward_token()
         client = RewardClient([config.reward.address], token=token)
         client.connect()
         client.close()

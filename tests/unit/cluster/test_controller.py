@@ -374,3 +374,27 @@ def test_a_stop_while_workers_start_does_not_wait_for_them(tmp_path: Path) -> No
     assert step == 0
     assert seconds < 1.0
     assert not (run.path / "checkpoints").exists()
+
+
+def test_a_worker_that_cannot_join_leaves_the_run_going_and_is_not_retried_at_once(
+    tmp_path: Path,
+) -> None:
+    world, learner = World(), FakeLearner(seconds=0.005)
+    controller, pool, run, _ = build(tmp_path, world, learner, steps=40, workers=1)
+
+    def make(index: int, incarnation: int) -> FakeWorker:
+        worker = FakeWorker(index, incarnation, world)
+        if index > 0:
+
+            async def start() -> Mapping[str, Any]:
+                raise Fatal("no CPU is free")
+
+            worker.start = start  # type: ignore[method-assign]
+        return worker
+
+    pool._factory = make
+    controller._wanted_workers = lambda: 2
+    asyncio.run(drive(controller, pool))
+    assert len(learner.batches) == 40
+    failed = [e for e in events(run) if e["kind"] == "worker_not_joined"]
+    assert [e["cause"] for e in failed] == ["no CPU is free"]
