@@ -34,7 +34,6 @@ from cluster.runs import Run
 from cluster.staleness import GroupBuffer, SlotLedger
 from cluster.timeline import Timeline
 
-
 RESIZE_PAUSE_S = 60.0
 
 
