@@ -49,6 +49,7 @@ from cluster.contracts.records import Rollout
 from cluster.placement import own_cores, ray_cluster
 from cluster.progress import Reporter, result
 from cluster.runs import Run, write_json, write_text
+from cluster.stages.common import recorded
 from cluster.stages.evaluate import evaluate_in_cluster, headline
 from cluster.stages.offline import run_reward_model, run_sft
 from cluster.stages.preferences import open_store, statistics
@@ -131,7 +132,7 @@ def quickstart(
         name = "quickstart"  # the name that examples/ refer to; later runs are named by their time
     run = Run.create(directory, name, "quickstart", config, seed=seed)
     job = _Job(config, run, reporter)
-    try:
+    with recorded(run):
         _make_data(job)
         _fine_tune(job)
         with ray_cluster(ClusterConfig()) as ray_info:
@@ -139,14 +140,6 @@ def quickstart(
             _learn_reward(job)
             _reinforce(job, ray_info)
             record = _evaluate(job)
-    except KeyboardInterrupt:
-        run.update_manifest(status="interrupted")
-        raise
-    except BaseException as problem:
-        run.update_manifest(status="failed")
-        run.event("run_failed", cause=str(problem))
-        raise
-    run.update_manifest(status="finished", seconds=round(time.monotonic() - began, 1))
     report = _report(job)
     reporter.say(headline(record))
     reporter.say(f"whole loop: {time.monotonic() - began:.0f} s")
