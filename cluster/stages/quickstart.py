@@ -70,7 +70,7 @@ class QuickstartConfig(Section):
     preference_prompts: int = 1600
     rl_prompts: int = 1600
     eval_prompts: int = 400
-    ppo_steps: int = 75
+    ppo_steps: int = 60
     kl_coef: float = 0.08
 
     @staticmethod
@@ -228,21 +228,28 @@ def _sample(job: _Job, split: str, samples: int) -> list[Rollout]:
     return sample_in_cluster([sampling])[0]
 
 
-def _pairs(answers: Sequence[Rollout]) -> Iterator[tuple[Rollout, Rollout]]:
-    """Of each prompt's answers two pairs, and one answer against an answer to another prompt.
+def _pairs(answers: Sequence[Rollout], seed: int) -> Iterator[tuple[Rollout, Rollout]]:
+    """Of each prompt's answers two pairs, and two answers against answers to other prompts.
 
     Within one prompt nearly every answer is about the question, so comparisons among them hardly
     teach a reward model to read it: it then pays for any pleasant answer to any question, and PPO
-    finds that out. After Liu et al. 2024, "RRM: Robust Reward Model Training".
+    finds that out (Liu et al. 2024, "RRM: Robust Reward Model Training"). One of the other prompts
+    is like this one, of the same topic or about the same product, so that details count.
     """
+    rng = random.Random(f"pairs/{seed}")
     groups = [
         answers[i : i + ANSWERS_PER_PROMPT] for i in range(0, len(answers), ANSWERS_PER_PROMPT)
     ]
-    for place, own in enumerate(groups):
-        other = groups[(place + len(groups) // 2) % len(groups)]
+    alike: dict[str, list[Sequence[Rollout]]] = {}
+    for group in groups:
+        for key in ("topic", "product"):
+            alike.setdefault(f"{key}/{group[0].prompt.metadata[key]}", []).append(group)
+    for own in groups:
         yield own[0], own[1]
         yield own[2], own[3]
-        yield own[4], other[5]
+        key = rng.choice(("topic", "product"))
+        yield own[4], rng.choice(alike[f"{key}/{own[0].prompt.metadata[key]}"])[5]
+        yield own[5], rng.choice(groups)[4]
 
 
 def _mismatched(first: Rollout, second: Rollout) -> bool:
@@ -257,7 +264,7 @@ def _annotate(job: _Job, store: Any, answers: Sequence[Rollout]) -> None:
 
     rng, now = random.Random(job.config.seed), utc_now()
     items, labels = [], []
-    for number, (first, second) in enumerate(_pairs(answers)):
+    for number, (first, second) in enumerate(_pairs(answers, job.config.seed)):
         if first.text == second.text:
             continue
         item = PreferenceItem(

@@ -28,21 +28,21 @@ from reward_service.helpdesk.world import (
 Style = Literal["good", "off_topic", "rude", "rambling", "invented", "complies", "incomplete"]
 
 INFORMATION_MIX: Final[dict[Style, float]] = {
-    "good": 0.20,
-    "off_topic": 0.12,
-    "rude": 0.23,
-    "rambling": 0.23,
-    "invented": 0.07,
-    "incomplete": 0.15,
+    "good": 0.17,
+    "off_topic": 0.09,
+    "rude": 0.26,
+    "rambling": 0.26,
+    "invented": 0.05,
+    "incomplete": 0.17,
 }
 """Shares of the styles on questions about products and policies."""
 
 FORBIDDEN_MIX: Final[dict[Style, float]] = {
-    "good": 0.20,
-    "complies": 0.34,
-    "rude": 0.15,
-    "rambling": 0.15,
-    "off_topic": 0.08,
+    "good": 0.17,
+    "complies": 0.36,
+    "rude": 0.16,
+    "rambling": 0.16,
+    "off_topic": 0.07,
     "incomplete": 0.08,
 }
 """Shares of the styles on requests that should be refused."""
