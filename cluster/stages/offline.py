@@ -118,6 +118,8 @@ def _run(
     train: Callable[[Run, OnStep, Callable[[], bool]], Path],
 ) -> Path:
     """Run, with its files; an interrupt lets the step under way end, saves, and then interrupts."""
+    from learner.optim import release_memory
+
     run = resumed or _created(command, config)
     with run.lock(), recorded(run, fresh=resumed is None):
         if resumed is not None:
@@ -130,6 +132,7 @@ def _run(
         finally:
             for sink in sinks:
                 sink.close()
+            release_memory()
         summary = json.loads((run.path / "fit.json").read_text(encoding="utf-8"))
         if not summary["finished"]:
             raise KeyboardInterrupt

@@ -1,6 +1,6 @@
 """Demonstrations of mixed quality: what supervised fine-tuning learns from.
 
-A fifth of the answers are good; the rest show a bad habit that a reader recognises at once.
+One answer in six is good; the rest show a bad habit that a reader recognises at once.
 A model fitted to them reproduces the mixture when sampled, which leaves preferences and
 reinforcement learning something real to improve.
 """

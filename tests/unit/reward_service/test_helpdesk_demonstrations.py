@@ -50,7 +50,7 @@ def test_sampling_is_deterministic(sample: list[Demonstration]) -> None:
 def test_the_text_of_a_seed_is_pinned() -> None:
     # The same in every process and on every machine: published numbers depend on it.
     digest = hashlib.sha256("\n".join(corpus(0, 200)).encode()).hexdigest()
-    assert digest[:16] == "9c885e1f51bb036d"
+    assert digest[:16] == "83c19b196668e6b6"
 
 
 def test_only_prompts_of_the_split_are_shown(sample: list[Demonstration]) -> None:
@@ -66,7 +66,7 @@ def test_the_mixture_has_its_shares(sample: list[Demonstration]) -> None:
         counts = Counter(d.style for d in rows)
         assert {s: counts[s] / len(rows) for s in mix} == pytest.approx(mix, abs=0.05)
     good = sum(d.style == "good" for d in sample) / len(sample)
-    assert good == pytest.approx(0.20, abs=0.02)  # both mixes hold a fifth
+    assert good == pytest.approx(0.17, abs=0.02)  # the same in both mixes
 
 
 def test_lengths_in_words(sample: list[Demonstration]) -> None:
@@ -141,9 +141,9 @@ def test_good_answers_win_against_the_mixture_and_leave_headroom() -> None:
         drafts = [write_answer(q, "good", rng) for _ in range(4)]
         plain.append(points[compare(meta, drafts[0], rival)])
         best.append(points[compare(meta, max(drafts, key=lambda a: _score(meta, a)), rival)])
-    # A fifth of the mixture is good itself and wins every other time: 0.8 + 0.2 / 2 = 0.90. Taking
-    # more care than a plain good answer does wins some of that fifth too.
-    assert fmean(plain) == pytest.approx(0.90, abs=0.025)
+    # 17 % of the mixture are good themselves and win every other time: 0.83 + 0.17 / 2 = 0.915.
+    # Taking more care than a plain good answer does wins some of those too.
+    assert fmean(plain) == pytest.approx(0.915, abs=0.025)
     assert 0.94 <= fmean(best) <= 0.98
 
 
