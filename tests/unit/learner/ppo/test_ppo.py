@@ -314,7 +314,6 @@ def test_the_rate_follows_the_schedule_by_learner_steps(
 
 def test_settings_that_cannot_work_are_refused(world: ModuleType, tiny: Path) -> None:
     cases: list[dict[str, Any]] = [
-        {"learner": {"processes": 2}},
         {"learner": {"value_model": "shared", "value_path": str(tiny)}},
         {"learner": {"value_path": str(tiny)}},
         {"learner": {"reference_path": "/nowhere/at/all"}},
