@@ -86,10 +86,10 @@ def test_a_step_a_lost_payload_a_deadline_and_death(
 
 
 def test_a_users_error_arrives_as_raised(world: ModuleType, tiny: Path) -> None:
-    learner = RayLearner(world.make_settings(tiny, learner={"processes": 2}))
-    with pytest.raises(UserError, match=r"learner\.processes") as caught:
+    learner = RayLearner(world.make_settings(tiny, learner={"reference_path": "/nowhere/at/all"}))
+    with pytest.raises(UserError, match="no such model directory") as caught:
         _run(learner.start())
-    assert caught.value.fix == "set it to 1"
+    assert caught.value.where == "/nowhere/at/all"
     _run(learner.stop())
 
 
