@@ -164,7 +164,7 @@ def train_in_cluster(
                     _drive(
                         prepared,
                         run,
-                        _announcing(run, reporter),
+                        reporter,
                         [*sinks, stage],
                         cores,
                         addresses,
@@ -184,7 +184,7 @@ def train_in_cluster(
 async def _drive(
     prepared: Prepared,
     run: Run,
-    event: Callable[..., None],
+    reporter: Reporter,
     sinks: list[Sink],
     cores: CorePlan,
     addresses: RewardAddresses,
@@ -216,7 +216,7 @@ async def _drive(
             max_restarts=config.rollout.max_restarts,
         ),
         MonotonicClock(),
-        event,
+        _announcing(run, reporter),
     )
     controller = Controller(
         loop_settings(config),
@@ -238,6 +238,11 @@ async def _drive(
     finally:
         await asyncio.gather(pool.stop(), _stop_learner(learner))
     if reached.step < config.batch.steps:
+        if reached.step and not run.checkpoint_dir(reached.step).is_dir():
+            reporter.say(
+                f"the learner was in the middle of a step, so nothing after the last checkpoint "
+                f"could be saved; {reached.step} steps had been done"
+            )
         raise KeyboardInterrupt
 
 
