@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from cluster.contracts.config import ClusterConfig
 from cluster.contracts.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+LEFTOVERS_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,12 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     """
     _environment()
     started = config.address is None
+    with _leftovers_ended() if started else nullcontext(), _joined(config) as info:
+        yield info | {"started": started}
+
+
+@contextmanager
+def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     with signal_handlers_kept():  # Ray puts its own for SIGTERM, which ends with another exit code
         import ray
 
@@ -83,10 +94,39 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
             "address": context.address_info.get("gcs_address", ""),
             "metrics_port": node.get("MetricsExportPort"),
             "dashboard": context.dashboard_url or None,
-            "started": started,
         }
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _leftovers_ended() -> Iterator[None]:
+    """Processes started within, and theirs, are gone afterwards.
+
+    Ray's own shutdown leaves its node agents to find out by themselves that their node has died;
+    after an interrupted start that takes them many seconds.
+    """
+    before = set(_descendants())
+    _adopt_orphans(True)
+    try:
+        yield
+    finally:
+        _, alive = psutil.wait_procs(set(_descendants()) - before, LEFTOVERS_S)
+        # Looked for again: one may have been starting another.
+        for process in {*alive, *_descendants()} - before:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        _adopt_orphans(False)
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _adopt_orphans(wanted: bool) -> None:
+    """On Linux: a descendant whose parent dies becomes a child of this process (or no longer)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 
 @contextmanager
