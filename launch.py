@@ -224,6 +224,30 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
 
 
 @app.command()
+def replay(
+    run: Annotated[Path, typer.Argument(help="Directory of a run of `accord train`.")],
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Exit code 1, naming the step, at the first difference."),
+    ] = False,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Only so many steps, from the first.")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train again on a run's saved rollouts: the learner alone, without Ray and without vLLM.
+
+    Shows how fast the learner is by itself and, with --verify, that the same weights come out, bit
+    for bit.
+
+    Example: `accord replay runs/my-run --verify`
+    """
+    from cluster.stages.replay import replay_run
+
+    replay_run(str(run), verify, steps, _reporter(quiet))
+
+
+@app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Run directory, model directory or hub id.")],
     before: Annotated[
@@ -291,16 +315,77 @@ def scale(
 def plan(
     config: Config,
     overrides: Overrides = None,
+    probe: Annotated[
+        bool, typer.Option("--probe", help="Run each role for some seconds; predict the run.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Check a training config and print every value in force and what follows from them.
+
+    With --probe also step time, bottleneck, staleness and workers needed, and memory.
 
     Example: `accord plan examples/ppo.toml batch.prompts_per_step=16`
     """
     from cluster.contracts.config import TrainConfig
     from cluster.stages.plan import show_plan
 
-    show_plan(_load(TrainConfig, config, overrides), as_json)
+    show_plan(_load(TrainConfig, config, overrides), as_json, probe, _reporter(quiet=as_json))
+
+
+@app.command()
+def bench(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="overlap, overlap-tail, overlap-fp32, rollout, learner, weights or controller."
+        ),
+    ],
+    quick: Annotated[bool, typer.Option("--quick", help="About a minute, fewer repeats.")] = False,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Measurements; the median counts. [5, quick: 1]")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the result to this file.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit code 1 when a ratio is out of its limits.")
+    ] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure how fast a part of Accord is on this machine; docs/measure.md says how to read it.
+
+    Example: `accord bench overlap --quick`
+    """
+    from cluster.stages.bench.common import BenchOptions, run_benchmark
+
+    options = BenchOptions(repeats=repeats or (1 if quick else 5), quick=quick)
+    run_benchmark(name, options, json_file, check, _reporter(quiet))
+
+
+@app.command()
+def simulate(
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(help="The scenario, as in docs/scale.md.", metavar="[KEY=VALUE]..."),
+    ] = None,
+    workers: Annotated[
+        str, typer.Option(help="Numbers of workers, with commas; all else grows in proportion.")
+    ] = "",
+    from_run: Annotated[
+        Path | None, typer.Option("--from", help="A training run whose lengths and times to take.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the real controller on a virtual clock, with workers that only pass the time.
+
+    Prints how busy both sides are, step time, goodput, staleness, waste and scaling efficiency.
+
+    Example: `accord simulate --workers 64,256 bound=8 stragglers=0.01`
+    """
+    from cluster.stages.simulate import show_simulation
+
+    show_simulation(workers, settings or [], from_run, as_json, _reporter(quiet or as_json))
 
 
 @preferences_app.command("stats")

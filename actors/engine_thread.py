@@ -39,6 +39,7 @@ class EngineThread:
             queue.SimpleQueue()
         )
         self._ready: Future[str] = Future()
+        self._engine: Engine | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"{name}-engine", daemon=True)
         self._gate = threading.Lock()  # nothing is queued after the thread stopped listening
@@ -77,6 +78,14 @@ class EngineThread:
                 raise
             raise Retryable(f"the engine did not {what} within {timeout_s:.0f} s") from None
 
+    def beside(self, work: Callable[[Engine], T]) -> T:
+        """Run ``work(engine)`` on the caller's thread, while this one steps; the work allows it."""
+        with self._gate:
+            engine = self._engine
+            if not self._open or engine is None:
+                raise self.failure or Fatal("the engine's thread was stopped")
+        return work(engine)
+
     def break_off(self, problem: BaseException) -> None:
         """Called by work that found the engine unfit: no step follows."""
         if self.failure is None:
@@ -99,6 +108,7 @@ class EngineThread:
             self._close(problem)
             self._ready.set_exception(problem)
             return
+        self._engine = engine
         self._ready.set_result(engine.name)
         try:
             while not self._stopping.is_set() and self.failure is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from transformers.cache_utils import DynamicCache
 
 from actors.host_tensors import check_prompt, check_update, published_tensors, to_tensor
 from actors.settings import EngineSettings
-from cluster.contracts.errors import Fatal
+from cluster.contracts.errors import Fatal, Retryable
 from cluster.contracts.records import Completion, VersionSpan
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,6 +53,8 @@ class TransformersEngine:
         self._model.to(self._device).eval()
         self._parameters = published_tensors(self._model)
         self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
+        self._second: dict[str, torch.Tensor] = {}  # the other set of weights
+        self._staged: int | None = None
         self._vocab = int(self._model.get_input_embeddings().weight.shape[0])
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._waiting: deque[_Row] = deque()
@@ -92,6 +95,7 @@ class TransformersEngine:
         if not self._rows:
             return []
         logits = self._forward() / self._settings.temperature
+        self._forbid_early_ends(logits)
         logprobs = torch.log_softmax(logits, dim=-1)
         if not bool(torch.isfinite(logprobs.amax(dim=-1)).all()):
             raise Fatal(f"{self.name} computed a probability that is not finite")
@@ -135,6 +139,13 @@ class TransformersEngine:
             mask[i, longest - len(sequence) :] = 1
         return ids.to(self._device), mask.to(self._device)
 
+    def _forbid_early_ends(self, logits: torch.Tensor) -> None:
+        """In place, [rows, vocabulary]: no stop token before ``min_tokens``."""
+        least, stops = self._settings.min_tokens, list(self._settings.stop_token_ids)
+        early = [i for i, row in enumerate(self._rows) if len(row.tokens) < least]
+        if early and stops:
+            logits[torch.tensor(early)[:, None], torch.tensor(stops)] = -torch.inf
+
     def _sample(self, row: _Row, logprobs: torch.Tensor) -> None:
         token = int(torch.multinomial(logprobs.exp(), 1, generator=row.generator))
         if not row.starts or row.starts[-1][0] != self.version:
@@ -159,11 +170,34 @@ class TransformersEngine:
             self._mask = self._mask[index]
 
     @torch.no_grad()
-    def load(self, tensors: Mapping[str, Any], version: int) -> None:
-        """Replace all weights; raises WeightMismatch before anything is touched."""
+    def stage(self, tensors: Mapping[str, Any], version: int) -> None:
+        """Copy an update beside the weights in force; any thread, while another steps.
+
+        The engine goes on with what it has, whatever happens here. Raises WeightMismatch when names
+        or shapes do not fit, Retryable when copying fails (out of memory).
+        """
+        self._staged = None
         check_update(self._shapes, tensors)
+        try:
+            for name, parameter in self._parameters.items():
+                if name not in self._second:
+                    self._second[name] = torch.empty_like(parameter)
+                self._second[name].copy_(to_tensor(tensors[name]))
+        except Exception as problem:
+            raise Retryable(
+                f"{self.name} failed staging version {version}, version {self.version} stays in "
+                f"force: {problem}"
+            ) from problem
+        self._staged = version
+
+    def swap(self, version: int) -> None:
+        """Exchange the two sets of weights between two steps."""
+        if self._staged != version:
+            raise Fatal(f"{self.name} was to swap in version {version}, staged is {self._staged}")
+        self._staged = None
         for name, parameter in self._parameters.items():
-            parameter.copy_(to_tensor(tensors[name]))
+            staged = self._second[name]
+            parameter.data, staged.data = staged.data, parameter.data
         self.version = version
         if self._settings.kv_on_swap == "recompute":
             self._cache = None
@@ -178,8 +212,8 @@ class TransformersEngine:
 def _completion(row: _Row, reason: Any) -> Completion:
     ends = [start for _, start in row.starts[1:]] + [len(row.tokens)]
     return Completion(
-        token_ids=tuple(row.tokens),
-        logprobs=tuple(row.logprobs),
+        token_ids=array("i", row.tokens),
+        logprobs=array("f", row.logprobs),
         versions=tuple(
             VersionSpan(version=version, start=start, end=end)
             for (version, start), end in zip(row.starts, ends, strict=True)

@@ -6,106 +6,35 @@ Call ``actors.environment.prepare_environment`` before this module is imported.
 Run on CPU only so far: the CUDA choices in ``_platform_args`` and ``tensor_parallel`` follow vLLM's
 documentation and have not been run by us.
 
-Weights come as host arrays through a weight-transfer backend of our own. On CPU, vLLM packs every
-linear layer into oneDNN and its reload packs again only the layers that received weights. A head
-that shares the embedding's weight receives none, so it would go on answering with the old weights,
-silently: ``_repack_shared`` packs it again.
+Weights come as host arrays. They are loaded and packed into a second set beside the one that
+decodes (``actors.engine_vllm_weights``); the swap only exchanges the two.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 import time
+from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-import torch
 import vllm
 from vllm import SamplingParams
-from vllm.config import WeightTransferConfig
-from vllm.distributed.weight_transfer import WeightTransferEngineFactory
-from vllm.distributed.weight_transfer.base import (
-    WeightTransferEngine,
-    WeightTransferInitInfo,
-    WeightTransferUpdateInfo,
-)
 from vllm.engine.arg_utils import EngineArgs
-from vllm.model_executor.model_loader.reload import (
-    finalize_layerwise_reload,
-    initialize_layerwise_reload,
-)
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from actors.host_tensors import check_prompt, check_update, parameter_shapes, to_tensor
+from actors.engine_vllm_weights import WeightStage
+from actors.host_tensors import check_prompt, check_update, parameter_shapes
 from actors.settings import EngineSettings
-from cluster.contracts.errors import Fatal, UserError
+from cluster.contracts.errors import Fatal, Retryable, UserError
 from cluster.contracts.records import Completion, VersionSpan
 
-BACKEND = "accord_host_arrays"
 PROBE_TIMEOUT_S = 120.0
-
-
-@dataclass
-class _Init(WeightTransferInitInfo):
-    pass
-
-
-@dataclass
-class _Update(WeightTransferUpdateInfo):
-    arrays: Mapping[str, np.ndarray] = field(default_factory=dict)
-
-
-class HostArrayTransfer(WeightTransferEngine[_Init, _Update]):
-    """Loads a whole model from host arrays in the names and shapes of its checkpoint."""
-
-    init_info_cls = _Init
-    update_info_cls = _Update
-
-    def init_transfer_engine(self, init_info: _Init) -> None:
-        """Nothing to connect: the arrays come with the call."""
-
-    def start_weight_update(self) -> None:
-        initialize_layerwise_reload(self.model)
-
-    def receive_weights(self, update_info: _Update) -> None:
-        self.model.load_weights(
-            (name, to_tensor(array)) for name, array in update_info.arrays.items()
-        )
-
-    def finish_weight_update(self) -> None:
-        finalize_layerwise_reload(self.model, self.model_config)
-        _repack_shared(self.model)
-
-    def shutdown(self) -> None:
-        """Nothing to disconnect."""
-
-
-if BACKEND not in WeightTransferEngineFactory._registry:
-    WeightTransferEngineFactory.register_engine(BACKEND, HostArrayTransfer)
-
-
-class WorkerExtension:
-    """Named to vLLM only so that its other processes import this module and know the backend."""
-
-
-def _repack_shared(model: torch.nn.Module) -> None:
-    """Pack again each layer whose weight is also another layer's (found by identity)."""
-    owners: dict[int, list[torch.nn.Module]] = {}
-    for module in model.modules():
-        weight = module._parameters.get("weight")
-        if weight is not None and weight.numel():
-            owners.setdefault(id(weight), []).append(module)
-    for sharing in owners.values():
-        for module in sharing if len(sharing) > 1 else ():
-            method: Any = getattr(module, "quant_method", None)
-            if hasattr(module, "cpu_linear"):
-                method.process_weights_after_loading(module)
 
 
 def _platform_args(settings: EngineSettings) -> dict[str, Any]:
@@ -115,14 +44,11 @@ def _platform_args(settings: EngineSettings) -> dict[str, Any]:
             "enforce_eager": True,  # compiling costs 25 s and gains nothing on a CPU
             "kv_cache_memory_bytes": settings.kv_cache_mb << 20,
         }
-    args: dict[str, Any] = {
+    return {
         "enforce_eager": False,
         "gpu_memory_utilization": settings.gpu_memory_fraction,
         "tensor_parallel_size": settings.tensor_parallel,
     }
-    if settings.tensor_parallel > 1:
-        args["worker_extension_cls"] = f"{__name__}.{WorkerExtension.__name__}"
-    return args
 
 
 def _engine_args(settings: EngineSettings) -> EngineArgs:
@@ -141,13 +67,13 @@ def _engine_args(settings: EngineSettings) -> EngineArgs:
         logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
         async_scheduling=False,  # a token in flight at a swap would carry the wrong version
         disable_log_stats=True,
-        weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+        worker_extension_cls=f"{WeightStage.__module__}.{WeightStage.__name__}",
         **_platform_args(settings),
     )
 
 
 class VllmEngine:
-    """``cluster.contracts.protocols.Engine`` on vLLM. One thread makes every call.
+    """``cluster.contracts.protocols.Engine`` on vLLM. One thread makes every call but ``stage``.
 
     A request that has begun keeps its tokens, log-probabilities and versions across a swap. With
     ``kv_on_swap = "recompute"`` its cache is computed again under the new weights; with "keep" it
@@ -161,7 +87,10 @@ class VllmEngine:
         self._settings = settings
         self._shapes = parameter_shapes(settings)
         self._llm = LLMEngine.from_engine_args(_engine_args(settings))
-        self._llm.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        self._stepping = threading.Lock()  # the second set of weights is built between two steps
+        self._prepared = False
+        self._staged: int | None = None
+        self._held: Mapping[str, Any] | None = None  # an update that only the swap can hand over
         self._vocab = self._llm.model_config.get_vocab_size()
         # Older releases do not say which weights sampled a token: then we count ourselves.
         self._native_versions = hasattr(self._llm, "set_weight_version") and (
@@ -235,6 +164,7 @@ class VllmEngine:
         return SamplingParams(
             temperature=settings.temperature,
             max_tokens=settings.max_tokens,
+            min_tokens=settings.min_tokens,
             stop_token_ids=list(settings.stop_token_ids),
             ignore_eos=True,  # the stop ids above are all there are
             seed=seed,
@@ -247,7 +177,9 @@ class VllmEngine:
     def _advance(self, probe: str | None = None) -> list[tuple[str, Completion]]:
         """One step of vLLM; what finished, the probe left out."""
         done = []
-        for output in self._llm.step():
+        with self._stepping:
+            outputs = self._llm.step()
+        for output in outputs:
             request_id = output.request_id
             if request_id == probe:
                 if output.finished:
@@ -270,14 +202,14 @@ class VllmEngine:
         sampled = output.outputs[0]
         if sampled.finish_reason not in ("stop", "length"):
             raise Fatal(f"{self.name} ended request {request_id}: {sampled.finish_reason}")
-        if not all(map(math.isfinite, sampled.logprobs.logprobs)):
+        if not math.isfinite(sum(sampled.logprobs.logprobs)):
             raise Fatal(
                 f"{self.name} sampled with a log-probability that is not finite "
                 f"(weights of version {self.version})"
             )
         return Completion(
-            token_ids=tuple(sampled.token_ids),
-            logprobs=tuple(sampled.logprobs.logprobs),
+            token_ids=array("i", sampled.token_ids),
+            logprobs=array("f", sampled.logprobs.logprobs),
             versions=self._versions(request_id, sampled),
             finish_reason=sampled.finish_reason,
         )
@@ -305,21 +237,47 @@ class VllmEngine:
 
     # -- weights ----------------------------------------------------------------------------------
 
-    def load(self, tensors: Mapping[str, Any], version: int) -> None:
-        """Replace all weights between two steps.
+    def stage(self, tensors: Mapping[str, Any], version: int) -> None:
+        """Load and pack an update beside the weights in force; any thread, while others step.
 
-        Raises WeightMismatch before anything is touched when names or shapes do not fit, Fatal when
-        vLLM fails half-way (the engine is of no use then).
+        The engine goes on with what it has, whatever happens here. Raises WeightMismatch when names
+        or shapes do not fit, Retryable when vLLM fails.
+
+        With tensor parallelism vLLM's other processes take one call at a time: the update is only
+        checked here and loaded in ``swap``.
         """
+        self._staged = self._held = None
         check_update(self._shapes, tensors)
+        if self._settings.tensor_parallel > 1:
+            self._held = dict(tensors)
+        else:
+            self._fill(dict(tensors), version)
+        self._staged = version
+
+    def _fill(self, tensors: Mapping[str, Any], version: int) -> None:
         try:
-            self._llm.collective_rpc("start_weight_update")
-            self._llm.collective_rpc(
-                "update_weights", kwargs={"update_info": {"arrays": dict(tensors)}}
-            )
-            self._llm.collective_rpc("finish_weight_update")
+            if not self._prepared:
+                with self._stepping:
+                    self._llm.collective_rpc("accord_prepare")
+                self._prepared = True
+            self._llm.collective_rpc("accord_stage", args=(tensors,))
         except Exception as problem:
-            raise Fatal(f"{self.name} failed loading version {version}: {problem}") from problem
+            raise Retryable(
+                f"{self.name} failed staging version {version}, version {self.version} stays in "
+                f"force: {problem}"
+            ) from problem
+
+    def swap(self, version: int) -> None:
+        """Put what was staged in force between two steps; Fatal when that fails half-way."""
+        if self._staged != version:
+            raise Fatal(f"{self.name} was to swap in version {version}, staged is {self._staged}")
+        if self._held is not None:
+            self._fill(self._held, version)
+        self._staged = self._held = None
+        try:
+            self._llm.collective_rpc("accord_swap")
+        except Exception as problem:
+            raise Fatal(f"{self.name} failed swapping in version {version}: {problem}") from problem
         self.version = version
         self._label()
         if self._settings.kv_on_swap == "recompute":

@@ -1,9 +1,10 @@
-"""Weight updates as an engine sees them: host arrays by parameter name, checked as a whole."""
+"""Weight updates as an engine sees them: arrays by parameter name, checked as a whole."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_update(expected: Shapes, arrays: Mapping[str, np.ndarray]) -> None:
+def check_update(expected: Shapes, arrays: Mapping[str, Any]) -> None:
     """Raise WeightMismatch unless ``arrays`` holds exactly the expected parameters.
 
     vLLM itself accepts a partial list silently and keeps the old values of the rest.
@@ -62,8 +63,11 @@ def check_update(expected: Shapes, arrays: Mapping[str, np.ndarray]) -> None:
             )
 
 
-def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """View of a host array (uint16 is bfloat16). The array may be read-only: only read the view."""
+def to_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:
+    """View of a host array (uint16 is bfloat16), or the tensor that came instead. Only read it: the
+    memory may be read-only, or another process's."""
+    if isinstance(array, torch.Tensor):
+        return array
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
         tensor = torch.from_numpy(array)

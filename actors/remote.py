@@ -78,12 +78,13 @@ class RolloutActor:
         from actors.rollout import RolloutWorker, WorkerSettings
         from cluster.weights.transports import TRANSPORTS
 
+        device = "cuda" if ray.get_gpu_ids() else "cpu"
         seed = derive_seed(spec.seed, "worker", self._index, self._incarnation)
         settings = replace(spec.engine, seed=seed)
         self._worker = RolloutWorker(
             lambda: make_engine(kind, settings),
             make_decoder(settings),
-            TRANSPORTS[spec.transport][1]() if spec.transport else None,
+            TRANSPORTS[spec.transport][1](device) if spec.transport else None,
             spec.make_scorer() if spec.make_scorer else None,
             WorkerSettings(
                 name=self._name,
@@ -125,8 +126,8 @@ def worker_name(index: int) -> str:
     return f"worker-{index}"
 
 
-def make_decoder(settings: EngineSettings) -> Callable[[Sequence[int]], str]:
-    """Token ids -> text for reward functions and people, special tokens left out."""
+def make_decoder(settings: EngineSettings) -> Callable[[Sequence[Sequence[int]]], list[str]]:
+    """Token ids -> texts for reward functions and people, special tokens left out."""
     from transformers import AutoTokenizer
 
     try:
@@ -141,7 +142,12 @@ def make_decoder(settings: EngineSettings) -> Callable[[Sequence[int]], str]:
             where=settings.model_path,
             fix="keep the tokenizer's files beside the model's",
         ) from None
-    return lambda token_ids: str(tokenizer.decode(list(token_ids), skip_special_tokens=True))
+
+    def decode(answers: Sequence[Sequence[int]]) -> list[str]:
+        texts = tokenizer.batch_decode([list(ids) for ids in answers], skip_special_tokens=True)
+        return [str(text) for text in texts]
+
+    return decode
 
 
 class RayRolloutWorker:

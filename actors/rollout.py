@@ -2,7 +2,7 @@
 
 submit ──▶ engine thread ──▶ finished groups ──▶ scoring threads ──▶ harvest
               ▲ between two steps
-load_weights: fetch and verify (caller's thread) ──▶ swap ──▶ canary
+load_weights: fetch, verify and stage (caller's thread) ──▶ swap ──▶ canary
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from actors.engine_thread import EngineThread
-from actors.scoring import FinishedGroup, GroupScorer
+from actors.scoring import Decode, FinishedGroup, GroupScorer, rollouts_of
 from actors.settings import derive_seed
 from cluster.contracts.errors import Fatal, Retryable, UserError, WeightMismatch
 from cluster.contracts.protocols import Engine, Scorer
@@ -68,7 +68,7 @@ class RolloutWorker:
     def __init__(
         self,
         make_engine: Callable[[], Engine],
-        decode: Callable[[Sequence[int]], str],
+        decode: Decode,
         receiver: Receiver | None,
         scorer: Scorer | None,
         settings: WorkerSettings,
@@ -117,14 +117,15 @@ class RolloutWorker:
             raise Fatal(f"{self._settings.name} has no scorer, so it cannot make training data")
         if self._version is None:
             raise Fatal(f"{self._settings.name} was given work before it was given weights")
-        for assignment in assignments:
-            key = (assignment.group_id, assignment.attempt)
-            with self._news:
-                self._raise_failure()
-                if key in self._pending:
-                    continue
-                self._pending.add(key)
-            self._begin(assignment, self._scoring.put)
+        with self._news:
+            self._raise_failure()
+            fresh = []
+            for assignment in assignments:
+                key = (assignment.group_id, assignment.attempt)
+                if key not in self._pending:
+                    self._pending.add(key)
+                    fresh.append(assignment)
+        self._begin(fresh, self._scoring.put)
 
     def sample(self, prompts: Sequence[Prompt], samples: int, timeout_s: float) -> list[Rollout]:
         """All samples of all prompts, unscored, in order; for evaluation and for people to compare.
@@ -132,8 +133,11 @@ class RolloutWorker:
         Raises UserError for a prompt the engine cannot take, Retryable past the deadline.
         """
         done: queue.SimpleQueue[FinishedGroup] = queue.SimpleQueue()
-        for place, prompt in enumerate(prompts):
-            self._begin(Assignment(group_id=place, prompt=prompt, samples=samples), done.put)
+        asked = [
+            Assignment(group_id=place, prompt=prompt, samples=samples)
+            for place, prompt in enumerate(prompts)
+        ]
+        self._begin(asked, done.put)
         deadline = time.monotonic() + timeout_s
         groups: dict[int, FinishedGroup] = {}
         while len(groups) < len(prompts):
@@ -152,7 +156,8 @@ class RolloutWorker:
             if group.problem is not None:
                 raise group.problem
             groups[group.assignment.group_id] = group
-        return [r for place in range(len(prompts)) for r in groups[place].rollouts(self._decode)]
+        in_order = [groups[place] for place in range(len(prompts))]
+        return [rollout for answer in rollouts_of(in_order, self._decode) for rollout in answer]
 
     def harvest(self, timeout_s: float) -> Harvest:
         """Groups finished since the last call; waits for the first, at most ``timeout_s``.
@@ -189,24 +194,39 @@ class RolloutWorker:
             **thread.gauges,
         }
 
-    def _begin(self, assignment: Assignment, deliver: Callable[[FinishedGroup], None]) -> None:
-        number = next(self._numbers)
+    def _begin(
+        self, assignments: Sequence[Assignment], deliver: Callable[[FinishedGroup], None]
+    ) -> None:
+        """All in one command: which of them decode together, and with it the last bits of their
+        log-probabilities, never depends on when the engine's thread looked."""
+        numbered = [(next(self._numbers), assignment) for assignment in assignments]
 
         def add(engine: Engine) -> None:
-            open_group = _Open(assignment, deliver)
-            ids = [f"{number}/{sample}" for sample in range(assignment.samples)]
-            try:
-                for sample, request_id in enumerate(ids):
-                    engine.submit(
-                        request_id, assignment.prompt.token_ids, self._seed(assignment, sample)
-                    )
-            except UserError as problem:
-                engine.abort(ids)
-                deliver(FinishedGroup(assignment, {}, problem))
-                return
-            self._open.update(dict.fromkeys(ids, open_group))
+            for number, assignment in numbered:
+                self._add(engine, number, assignment, deliver)
 
-        self._thread.post(add).add_done_callback(self._surface)
+        if numbered:
+            self._thread.post(add).add_done_callback(self._surface)
+
+    def _add(
+        self,
+        engine: Engine,
+        number: int,
+        assignment: Assignment,
+        deliver: Callable[[FinishedGroup], None],
+    ) -> None:
+        open_group = _Open(assignment, deliver)
+        ids = [f"{number}/{sample}" for sample in range(assignment.samples)]
+        try:
+            for sample, request_id in enumerate(ids):
+                engine.submit(
+                    request_id, assignment.prompt.token_ids, self._seed(assignment, sample)
+                )
+        except UserError as problem:
+            engine.abort(ids)
+            deliver(FinishedGroup(assignment, {}, problem))
+            return
+        self._open.update(dict.fromkeys(ids, open_group))
 
     def _surface(self, future: object) -> None:
         problem = future.exception()  # type: ignore[attr-defined]
@@ -233,11 +253,13 @@ class RolloutWorker:
     # -- weights ----------------------------------------------------------------------------------
 
     def load_weights(self, manifest: WeightManifest) -> SwapReport:
-        """Fetch and verify while generation goes on, swap between two steps, compare the canary.
+        """Fetch, verify and stage while generation goes on, swap between two steps, compare the
+        canary.
 
-        Raises WeightMismatch, with the engine untouched, for a duplicate, late, torn or unfitting
-        update, and, with the worker unfit from then on, when the engine does not compute what the
-        learner computes; Fatal when it computes NaN.
+        Raises WeightMismatch for a duplicate, late, torn or unfitting update and Retryable when
+        staging fails: the worker goes on with the weights it has. Raises WeightMismatch when the
+        engine does not compute what the learner computes and Fatal when it computes NaN: the worker
+        is unfit from then on.
         """
         if self._receiver is None:
             raise Fatal(f"{self._settings.name} was started without a weight transport")
@@ -248,9 +270,11 @@ class RolloutWorker:
             fetched = time.perf_counter()
             verify_arrays(manifest, arrays)
             verified = time.perf_counter()
+            self._thread.beside(lambda engine: engine.stage(arrays, manifest.version))
+            staged = time.perf_counter()
 
             def swap(engine: Engine) -> tuple[float, float]:
-                return self._swap(engine, arrays, manifest)
+                return self._swap(engine, manifest)
 
             limit = self._settings.swap_timeout_s
             what = f"take weights of version {manifest.version}"
@@ -266,23 +290,16 @@ class RolloutWorker:
             version=manifest.version,
             fetch_s=fetched - began,
             verify_s=verified - fetched,
+            stage_s=staged - verified,
             pause_s=pause_s,
             canary_logp_diff=difference,
         )
 
-    def _swap(
-        self, engine: Engine, arrays: Mapping[str, object], manifest: WeightManifest
-    ) -> tuple[float, float]:
+    def _swap(self, engine: Engine, manifest: WeightManifest) -> tuple[float, float]:
         began = time.perf_counter()
         try:
-            engine.load(arrays, manifest.version)
-        except WeightMismatch:
-            raise  # refused before anything was touched
-        except Exception as problem:
-            self._thread.break_off(problem)
-            raise
-        pause_s = time.perf_counter() - began
-        try:
+            engine.swap(manifest.version)
+            pause_s = time.perf_counter() - began
             got = engine.sequence_logprobs(manifest.canary.token_ids)
             difference = canary_difference(manifest.canary, got, manifest.version)
         except Exception as problem:

@@ -19,7 +19,8 @@ from cluster.contracts.records import (
     Score,
 )
 
-Decode = Callable[[Sequence[int]], str]
+Decode = Callable[[Sequence[Sequence[int]]], list[str]]
+"""Token ids of many answers -> their texts, in one call of the tokenizer."""
 Deliver = Callable[[GroupMeta, RolloutGroup | None], None]
 
 
@@ -30,17 +31,6 @@ class FinishedGroup:
     assignment: Assignment
     completions: Mapping[int, Completion]
     problem: UserError | None
-
-    def rollouts(self, decode: Decode) -> list[Rollout]:
-        return [
-            Rollout(
-                prompt=self.assignment.prompt,
-                completion=self.completions[sample],
-                sample_index=sample,
-                text=decode(self.completions[sample].token_ids),
-            )
-            for sample in range(self.assignment.samples)
-        ]
 
     def failed(self, cause: str, retryable: bool) -> GroupMeta:
         return GroupMeta(
@@ -68,6 +58,21 @@ class FinishedGroup:
             version_min=min(versions),
             version_max=max(versions),
         )
+
+
+def rollouts_of(groups: Sequence[FinishedGroup], decode: Decode) -> list[list[Rollout]]:
+    """The samples of each group, in order, with their texts."""
+    answers = [[g.completions[i] for i in range(g.assignment.samples)] for g in groups]
+    texts = iter(decode([done.token_ids for answer in answers for done in answer]))
+    return [
+        [
+            Rollout(
+                prompt=group.assignment.prompt, completion=done, sample_index=i, text=next(texts)
+            )
+            for i, done in enumerate(answer)
+        ]
+        for group, answer in zip(groups, answers, strict=True)
+    ]
 
 
 class GroupScorer:
@@ -150,7 +155,7 @@ class GroupScorer:
         groups = [group for group in groups if group.problem is None]
         if not groups:
             return
-        answers = [group.rollouts(self._decode) for group in groups]
+        answers = rollouts_of(groups, self._decode)
         rollouts = [rollout for answer in answers for rollout in answer]
         try:
             scores = self._scorer.score(rollouts)

@@ -15,6 +15,7 @@ class EngineSettings:
     dtype: str = "float32"
     temperature: float = 1.0
     max_tokens: int
+    min_tokens: int = 0
     stop_token_ids: tuple[int, ...]
     max_running: int = 64
     kv_cache_mb: int = 64

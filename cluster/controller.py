@@ -14,27 +14,28 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
+from cluster.accounts import Accounts, Standing
 from cluster.contracts.errors import Fatal, Retryable
 from cluster.contracts.metrics import values
-from cluster.contracts.protocols import Clock, LearnerHandle, PromptSource, Sink
+from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
 from cluster.contracts.records import (
     Assignment,
     GroupMeta,
     RunState,
     StepResult,
-    SwapReport,
     WeightManifest,
 )
 from cluster.pool import WorkerPool
-from cluster.runs import Run
 from cluster.staleness import GroupBuffer, SlotLedger
 from cluster.timeline import Timeline
 
 RESIZE_PAUSE_S = 60.0
+LOOK_AROUND_S = 1.0  # how often a wish for another number of workers is looked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,18 +51,6 @@ class LoopSettings:
     max_step_attempts: int = 3  # of one learner step whose rollouts were lost on the way
 
 
-@dataclass(slots=True)
-class _Window:
-    """What happened since the last line of metrics."""
-
-    started: float
-    waited_batch: float = 0.0
-    learner_busy: float = 0.0
-    swaps: list[SwapReport] = field(default_factory=list)
-    broadcast_s: float = 0.0
-    worker_stats: Mapping[str, float] = field(default_factory=dict)
-
-
 class Controller:
     """Runs the loop from ``state`` to ``settings.steps`` learner steps."""
 
@@ -71,12 +60,13 @@ class Controller:
         prompts: PromptSource,
         learner: LearnerHandle,
         pool: WorkerPool,
-        run: Run,
+        run: Journal,
         sinks: list[Sink],
         clock: Clock,
         timeline: Timeline,
         state: RunState | None = None,
         wanted_workers: Callable[[], int | None] = lambda: None,
+        cpu_s: Callable[[], float] = time.thread_time,
     ) -> None:
         self._settings = settings
         self._prompts = prompts
@@ -87,10 +77,13 @@ class Controller:
         self._clock = clock
         self._timeline = timeline
         self._wanted_workers = wanted_workers
+        self._cpu_s = cpu_s  # CPU seconds of the loop's thread
         first = state.step if state else 0
         self._step = first  # learner steps finished
         self._elapsed_before = state.elapsed_s if state else 0.0
-        self._dropped: list[Mapping[str, Any]] = list(state.dropped) if state else []
+        self._dropped: dict[int, Mapping[str, Any]] = (
+            {row["group"]: row for row in state.dropped} if state else {}
+        )
         self._ledger = SlotLedger(
             prompts_per_step=settings.prompts_per_step,
             bound=settings.staleness_bound,
@@ -100,11 +93,11 @@ class Controller:
         )
         self._buffer = GroupBuffer(self._ledger, next_step=first)
         self._stop = asyncio.Event()
+        self._wake = asyncio.Event()  # something ended, or it is time to look around
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._to_broadcast: WeightManifest | None = None
         self._taken: list[GroupMeta] = []  # groups of the learner step under way
         self._step_attempts = 0
-        self._waiting_since = 0.0
         self._sink_errors = 0
         self._resized_to: int | None = None
         self._resize_again_at = 0.0
@@ -112,6 +105,7 @@ class Controller:
     def request_stop(self) -> None:
         """Finish what is cheap to finish, keep everything done, and return."""
         self._stop.set()
+        self._wake.set()
 
     async def run(self) -> RunState:
         """Train; returns the state reached. Raises what stopped the run, with its cause."""
@@ -120,14 +114,13 @@ class Controller:
         if manifest is None:
             return self._state()
         self._began = self._clock.now()
-        self._window = _Window(started=self._began)
-        self._waiting_since = self._began
+        self._accounts = Accounts(self._settings, self._pool, self._clock.now, self._cpu_s)
         self._run.event("loop_started", step=self._step, version=manifest.version)
-        self._spawn("stop", self._stop.wait())
-        self._spawn("harvest", self._pool.next_harvest())
+        self._pool.on_news(self._wake.set)
+        self._spawn("look around", self._look_around())
         try:
             while self._step < self._settings.steps and not self._stop.is_set():
-                await self._admit()
+                self._admit()
                 self._start_step()
                 self._start_broadcast()
                 await self._one_event()
@@ -165,11 +158,11 @@ class Controller:
         await self._pool.start(self._settings.workers, manifest)
         return manifest
 
-    async def _admit(self) -> None:
+    def _admit(self) -> None:
         ids = self._ledger.admit(self._ledger.room())
         if ids:
             samples = self._settings.samples_per_prompt
-            await self._pool.submit(
+            self._pool.submit(
                 [
                     Assignment(group_id=i, prompt=self._prompts.prompt(i), samples=samples)
                     for i in ids
@@ -184,16 +177,15 @@ class Controller:
             return
         batch, metas = taken
         now = self._clock.now()
-        self._window.waited_batch += now - self._waiting_since
-        self._timeline.span("learner", "wait for batch", self._waiting_since, now)
+        self._timeline.span("learner", "wait for batch", self._accounts.waiting_since, now)
         self._note_dropped(metas)
         if not batch.group_ids:
             causes = {m.failure for m in metas}
             raise Fatal(f"every prompt of step {batch.step} failed: {'; '.join(map(str, causes))}")
         self._check_lag(batch.step, metas)
         self._taken = metas
+        self._accounts.step_begins(now)
         self._spawn("step", self._learner.step(batch))
-        self._step_began = now
 
     def _start_broadcast(self) -> None:
         if self._to_broadcast is not None and "broadcast" not in self._tasks:
@@ -204,56 +196,52 @@ class Controller:
         began = self._clock.now()
         reports = await self._pool.broadcast(manifest)
         ended = self._clock.now()
-        self._window.swaps += reports
-        self._window.broadcast_s = ended - began
+        self._accounts.broadcast_ended(reports, ended - began)
         self._timeline.span("weights", f"version {manifest.version}", began, ended)
         return manifest.version
 
     async def _one_event(self) -> None:
-        """Wait until something ends and take its result. Resizing is looked at once a second."""
-        done, _ = await asyncio.wait(
-            self._tasks.values(), timeout=1.0, return_when=asyncio.FIRST_COMPLETED
-        )
-        for name in [n for n, task in self._tasks.items() if task in done]:
+        """Wait until something ends, then take all that has. Costs the same with any number of
+        workers: nothing is asked of those that have no news."""
+        await self._wake.wait()
+        self._wake.clear()
+        for harvest, groups in self._pool.take_finished():
+            self._buffer.add(harvest, groups)
+        for name in [n for n, task in self._tasks.items() if task.done()]:
             task = self._tasks.pop(name)
-            if name == "harvest":
-                harvest, groups = task.result()
-                self._buffer.add(harvest, groups)
-                self._spawn("harvest", self._pool.next_harvest())
-            elif name == "step":
+            if name == "step":
                 if isinstance(problem := task.exception(), Retryable):
-                    await self._step_again(problem)
+                    self._step_again(problem)
                 else:
                     await self._after_step(task.result())
             elif name == "broadcast":
                 self._ledger.weights_held(task.result())
-            elif name == "resize":
+            else:
                 task.result()
-        self._follow_wanted_workers()
 
     async def _after_step(self, result: StepResult) -> None:
         now = self._clock.now()
-        self._window.learner_busy += now - self._step_began
-        self._timeline.span("learner", f"step {result.step}", self._step_began, now)
+        began = self._accounts.step_ended(now, result.trained_tokens)
+        self._timeline.span("learner", f"step {result.step}", began, now)
         self._step = result.step + 1
         self._step_attempts = 0
         self._to_broadcast = result.manifest
         self._start_broadcast()
         self._write_metrics(result, now)
+        self._follow_wanted_workers()
         if self._step % self._settings.checkpoint_every == 0 or self._step == self._settings.steps:
             await self._save()
-        self._waiting_since = self._clock.now()
-        self._window = _Window(started=now, worker_stats=self._pool.stats())
+        self._accounts.next_window(now, waiting_since=self._clock.now())
 
-    async def _step_again(self, problem: Retryable) -> None:
+    def _step_again(self, problem: Retryable) -> None:
         """The step's rollouts were lost on their way; nothing was learnt. Generate them again."""
         self._step_attempts += 1
         if self._step_attempts >= self._settings.max_step_attempts:
             raise Fatal(f"step {self._step} was tried {self._step_attempts} times: {problem}")
         lost = self._buffer.give_back(self._step, self._taken)
+        self._accounts.step_lost(self._clock.now(), lost)
         self._run.event("step_retried", step=self._step, groups=len(lost), cause=str(problem))
-        self._waiting_since = self._clock.now()
-        await self._pool.submit(
+        self._pool.submit(
             [
                 Assignment(
                     group_id=meta.group_id,
@@ -284,9 +272,10 @@ class Controller:
             self._tasks.pop("step")  # nothing was learnt by it
         elif done:
             self._tasks.pop("step")
-            result = task.result()
+            result, now = task.result(), self._clock.now()
             self._step = result.step + 1
-            self._write_metrics(result, self._clock.now())
+            self._accounts.step_ended(now, result.trained_tokens)
+            self._write_metrics(result, now)
         else:
             self._run.event("step_abandoned", step=self._step)
             self._saved = self._step  # the learner is busy: saving now would wait for it
@@ -302,12 +291,11 @@ class Controller:
                 )
 
     def _note_dropped(self, metas: list[GroupMeta]) -> None:
-        noted = {row["group"] for row in self._dropped}
         for meta in metas:
-            if meta.failure is not None and meta.group_id not in noted:
+            if meta.failure is not None and meta.group_id not in self._dropped:
                 prompt = self._prompts.prompt(meta.group_id)
                 row = {"group": meta.group_id, "prompt": prompt.id, "cause": meta.failure}
-                self._dropped.append(row)
+                self._dropped[meta.group_id] = row
                 self._run.event("group_dropped", **row)
 
     def _state(self) -> RunState:
@@ -316,12 +304,21 @@ class Controller:
             version=self._step,
             next_group=self._step * self._settings.prompts_per_step,
             prompts_total=len(self._prompts),
-            dropped=tuple(self._dropped),
+            dropped=tuple(self._dropped.values()),
             elapsed_s=self._elapsed_before + self._clock.now() - self._began,
         )
 
     def _write_metrics(self, result: StepResult, now: float) -> None:
-        numbers = values(result.metrics) | self._own_numbers(result, now)
+        standing = Standing(
+            queued=len(self._buffer),
+            refused=self._buffer.refused,
+            refused_tokens=self._buffer.refused_tokens,
+            dropped=len(self._dropped),
+            held=self._ledger.held,
+            elapsed_s=self._elapsed_before + now - self._began,
+            sink_errors=self._sink_errors,
+        )
+        numbers = values(result.metrics) | self._accounts.numbers(result, now, standing)
         numbers = {name: v for name, v in numbers.items() if math.isfinite(v)}
         for sink in self._sinks:
             try:
@@ -332,49 +329,10 @@ class Controller:
                 self._sink_errors += 1
                 self._run.event("sink_failed", sink=type(sink).__name__, cause=repr(problem))
 
-    def _own_numbers(self, result: StepResult, now: float) -> dict[str, float]:
-        window, pool = self._window, self._pool
-        wall = max(now - window.started, 1e-9)
-        stats = pool.stats()
-        delta = {k: v - window.worker_stats.get(k, 0.0) for k, v in stats.items()}
-        workers = max(1, pool.count("serving"))
-        swaps = window.swaps
-        numbers = {
-            "async/queue_depth": len(self._buffer),
-            "async/in_flight": pool.in_flight,
-            "async/policy_version": result.version,
-            "async/refused": self._buffer.refused,
-            "async/dropped": len(self._dropped),
-            "workers/alive": pool.count("serving"),
-            "workers/restarts": pool.restarts,
-            "workers/joined": pool.joined,
-            "workers/left": pool.left,
-            "weight_sync/bytes": result.manifest.nbytes,
-            "weight_sync/version": self._ledger.held,
-            "time/step": wall,
-            "time/wait_batch": window.waited_batch,
-            "perf/throughput": result.trained_tokens / wall,
-            "perf/samples_per_s": self._settings.prompts_per_step
-            * self._settings.samples_per_prompt
-            / wall,
-            "perf/trainer_idle_frac": max(0.0, 1.0 - window.learner_busy / wall),
-            "run/elapsed_s": self._elapsed_before + now - self._began,
-            "run/sink_errors": self._sink_errors,
-        }
-        if swaps:
-            numbers |= {
-                "weight_sync/seconds": window.broadcast_s,
-                "weight_sync/pause_s": max(s.pause_s for s in swaps),
-                "weight_sync/canary_logp_diff": max(s.canary_logp_diff for s in swaps),
-            }
-        if "generated_tokens" in delta:
-            # A restarted worker counts from 0 again.
-            numbers["rollout/tokens_per_s"] = max(0.0, delta["generated_tokens"]) / wall
-        if "busy_s" in delta:
-            numbers["perf/rollout_idle_frac"] = min(
-                1.0, max(0.0, 1 - delta["busy_s"] / (wall * workers))
-            )
-        return numbers
+    async def _look_around(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_AROUND_S)
+            self._follow_wanted_workers()
 
     def _follow_wanted_workers(self) -> None:
         wanted = self._wanted_workers()
@@ -392,4 +350,6 @@ class Controller:
             self._spawn("resize", self._pool.resize(wanted))
 
     def _spawn(self, name: str, work: Any) -> None:
-        self._tasks[name] = asyncio.ensure_future(work)
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(lambda _: self._wake.set())
+        self._tasks[name] = task

@@ -15,17 +15,25 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from cluster.contracts.errors import AccordError, Fatal, Retryable, WeightMismatch
 from cluster.contracts.protocols import Clock, WorkerHandle
 from cluster.contracts.records import Assignment, GroupMeta, Harvest, SwapReport, WeightManifest
+from cluster.leases import CounterSums, LeaseBook
 from cluster.supervision import GiveUp, decide
 
 Status = Literal["starting", "serving", "draining", "gone"]
 EventLog = Callable[..., None]
+Finished = tuple[Harvest, list[GroupMeta]]
+
+# A worker that has nothing yet answers its harvest after a while. All of them together may do so
+# this often a second, however many they are.
+IDLE_ANSWERS_PER_S = 25
+LONGEST_HARVEST_S = 60.0
 
 
 @dataclass(slots=True)
@@ -34,11 +42,9 @@ class _Member:
     handle: WorkerHandle
     status: Status = "starting"
     version: int = -1
-    leases: dict[int, Assignment] = field(default_factory=dict)
     losses: list[float] = field(default_factory=list)
     mismatched: set[int] = field(default_factory=set)  # versions that did not verify here
     runner: asyncio.Task[None] | None = None
-    stats: Mapping[str, float] = field(default_factory=dict)
     swap: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -49,7 +55,7 @@ class PoolSettings:
     weights_timeout_s: float
     max_restarts: int
     max_attempts: int = 3  # of one group, over lost workers and failed scoring
-    harvest_s: float = 1.0
+    harvest_s: float = 1.0  # at least; longer with hundreds of workers
 
 
 class WorkerPool:
@@ -61,22 +67,27 @@ class WorkerPool:
         settings: PoolSettings,
         clock: Clock,
         event: EventLog,
+        on_swap: Callable[[str, SwapReport, float, float], None] = lambda *_: None,
     ) -> None:
         self._factory = factory
         self._settings = settings
         self._clock = clock
         self._event = event
+        self._on_swap = on_swap  # worker's name, its report, when it was asked and when it was done
         self._members: dict[int, _Member] = {}
+        self._book = LeaseBook(clock.now)
+        self._counters = CounterSums()
+        self._statuses: Counter[Status] = Counter()
         self._waiting: list[Assignment] = []  # no serving worker to take them yet
-        self._harvests: asyncio.Queue[tuple[Harvest, list[GroupMeta]] | BaseException] = (
-            asyncio.Queue()
-        )
+        self._news: list[Finished | BaseException] = []
+        self._on_news: Callable[[], None] = lambda: None
         self._manifest: WeightManifest | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._next_index = 0
         self.restarts = 0
         self.joined = 0
         self.left = 0
+        self.failed_swaps = 0
 
     # -- what the controller uses -----------------------------------------------------------------
 
@@ -91,20 +102,37 @@ class WorkerPool:
         if count > len(wanted):
             await asyncio.gather(*(self._try_join() for _ in range(count - len(wanted))))
         for member in sorted(wanted, key=lambda m: -m.index)[: max(0, len(wanted) - count)]:
-            member.status = "draining"
-            self._event("worker_draining", worker=member.handle.name, leases=len(member.leases))
+            if member.status == "starting":
+                self._not_wanted(member)
+                continue
+            self._become(member, "draining")
+            held = len(self._book.holder(member.index).leases)
+            self._event("worker_draining", worker=member.handle.name, leases=held)
 
-    async def submit(self, assignments: Sequence[Assignment]) -> None:
-        """Lease each group to the serving worker with the fewest samples in hand."""
+    def submit(self, assignments: Sequence[Assignment]) -> None:
+        """Lease each group to the serving worker with the fewest samples in hand, and send it.
+
+        Returns at once: a worker that is slow to take its share holds up nobody else.
+        """
         self._waiting.extend(assignments)
-        await self._place()
+        self._place()
 
-    async def next_harvest(self) -> tuple[Harvest, list[GroupMeta]]:
-        """The next finished groups (of live leases only). Raises what ended a worker for good."""
-        item = await self._harvests.get()
-        if isinstance(item, BaseException):
-            raise item
-        return item
+    def on_news(self, call: Callable[[], None]) -> None:
+        """``call`` whenever ``take_finished`` has something to give."""
+        self._on_news = call
+
+    def take_finished(self) -> list[Finished]:
+        """What has finished since the last call (groups of live leases only), in order of arrival.
+
+        Raises what ended a worker for good.
+        """
+        news, self._news = self._news, []
+        finished: list[Finished] = []
+        for item in news:
+            if isinstance(item, BaseException):
+                raise item
+            finished.append(item)
+        return finished
 
     async def broadcast(self, manifest: WeightManifest) -> list[SwapReport]:
         """Bring every serving worker to ``manifest``; returns once all of them hold it."""
@@ -115,7 +143,7 @@ class WorkerPool:
 
     async def stop(self) -> None:
         for member in self._members.values():
-            member.status = "gone"
+            self._become(member, "gone")
             if member.runner:
                 member.runner.cancel()
         for task in self._tasks:
@@ -124,27 +152,22 @@ class WorkerPool:
             *(self._stop_quietly(m.handle) for m in self._members.values()), return_exceptions=True
         )
 
-    def held_version(self) -> int | None:
-        """The oldest version a serving worker holds; None while nobody serves."""
-        versions = [
-            m.version for m in self._members.values() if m.status in ("serving", "draining")
-        ]
-        return min(versions, default=None)
-
     def count(self, *statuses: Status) -> int:
-        return sum(m.status in statuses for m in self._members.values())
+        return sum(self._statuses[status] for status in statuses)
 
     @property
     def in_flight(self) -> int:
-        return len(self._waiting) + sum(len(m.leases) for m in self._members.values())
+        """Groups leased or waiting for a worker."""
+        return len(self._waiting) + self._book.leased
 
     def stats(self) -> dict[str, float]:
-        """Workers' counters summed (tokens, busy seconds, ...)."""
-        summed: dict[str, float] = {}
-        for member in self._members.values():
-            for name, value in member.stats.items():
-                summed[name] = summed.get(name, 0.0) + value
-        return summed
+        """Workers' counters summed since the start (tokens, busy seconds, ...), the lost ones'
+        included."""
+        return dict(self._counters.totals)
+
+    def holding_s(self) -> float:
+        """Seconds that workers held at least one group, summed over the workers."""
+        return self._book.holding_s()
 
     # -- life of a member -------------------------------------------------------------------------
 
@@ -155,7 +178,7 @@ class WorkerPool:
             await self._join()
         except (AccordError, TimeoutError) as problem:
             member = self._members[index]
-            member.status = "gone"
+            self._become(member, "gone")
             self._event("worker_not_joined", worker=member.handle.name, cause=str(problem))
             await self._stop_quietly(member.handle)
 
@@ -164,11 +187,12 @@ class WorkerPool:
         self._next_index += 1
         member = _Member(index=index, handle=self._factory(index, 0))
         self._members[index] = member
+        self._statuses[member.status] += 1
         try:
             await self._bring_up(member)
         except WeightMismatch as problem:
             await self._replace(member, problem)
-        self.joined += 1
+        self.joined += member.status == "serving"
 
     async def _bring_up(self, member: _Member) -> None:
         limit = self._settings.start_timeout_s
@@ -182,60 +206,86 @@ class WorkerPool:
             await self._load(member, manifest)
             if manifest is self._manifest:
                 break
-        member.status = "serving"
+        if member.status != "starting":  # no longer wanted, or the run has ended meanwhile
+            await self._stop_quietly(member.handle)
+            return
+        self._become(member, "serving")
         member.runner = asyncio.create_task(self._run(member), name=member.handle.name)
         self._event(
             "worker_serving", worker=member.handle.name, version=member.version, **dict(info)
         )
-        await self._place()
+        self._place()
 
     async def _load(self, member: _Member, manifest: WeightManifest) -> SwapReport:
         async with member.swap:
             limit = self._settings.weights_timeout_s
             try:
-                report = await asyncio.wait_for(member.handle.load_weights(manifest), limit)
+                async with asyncio.timeout(limit):
+                    report = await member.handle.load_weights(manifest)
             except TimeoutError:
                 raise Retryable(f"not on version {manifest.version} within {limit:.0f} s") from None
             member.version = report.version
             return report
 
     async def _swap(self, member: _Member, manifest: WeightManifest) -> SwapReport | None:
+        handle, began = member.handle, self._clock.now()
         try:
-            return await self._load(member, manifest)
+            report = await self._load(member, manifest)
         except (Retryable, WeightMismatch) as problem:
-            await self._lost(member, problem)
+            self.failed_swaps += 1
+            await self._lost(member, problem, handle)
             return None
+        self._on_swap(handle.name, report, began, self._clock.now())
+        return report
 
     async def _run(self, member: _Member) -> None:
         """Collect one worker's results until it is drained, lost or gone."""
-        last = self._clock.now()
+        last, handle = self._clock.now(), member.handle
+        holder = self._book.holder(member.index)
+        stall_s = self._settings.stall_timeout_s
         try:
             while member.status in ("serving", "draining"):
-                harvest = await asyncio.wait_for(
-                    member.handle.harvest(self._settings.harvest_s),
-                    self._settings.harvest_s + self._settings.stall_timeout_s,
-                )
-                if harvest.groups or not member.leases:
+                wait_s = self._harvest_s()
+                async with asyncio.timeout(wait_s + stall_s):
+                    harvest = await handle.harvest(wait_s)
+                if harvest.groups or not holder.leases:
                     last = self._clock.now()
-                elif self._clock.now() - last > self._settings.stall_timeout_s:
+                elif self._clock.now() - last > stall_s:
                     raise Retryable(
-                        f"finished none of {len(member.leases)} groups in "
-                        f"{self._settings.stall_timeout_s:.0f} s"
+                        f"finished none of {len(holder.leases)} groups in {stall_s:.0f} s"
                     )
-                await self._receive(member, harvest)
-                if member.status == "draining" and not member.leases:
+                self._receive(member, harvest)
+                if member.status == "draining" and not holder.leases:
                     await self._retire(member)
         except (Retryable, WeightMismatch, TimeoutError) as problem:
-            await self._lost(member, problem)
+            await self._lost(member, problem, handle)
         except Exception as problem:  # the supervised boundary: ends the run, with its cause
-            self._harvests.put_nowait(problem)
+            self._tell(problem)
 
-    async def _receive(self, member: _Member, harvest: Harvest) -> None:
-        member.stats = harvest.stats
+    def _harvest_s(self) -> float:
+        shared = len(self._members) / IDLE_ANSWERS_PER_S
+        return max(self._settings.harvest_s, min(LONGEST_HARVEST_S, shared))
+
+    def _tell(self, item: Finished | BaseException) -> None:
+        self._news.append(item)
+        self._on_news()
+
+    def _become(self, member: _Member, status: Status) -> None:
+        """The one place where a status changes: counts and leases follow it."""
+        self._statuses[member.status] -= 1
+        self._statuses[status] += 1
+        member.status = status
+        if status == "serving":
+            self._book.open(member.index)
+        else:
+            self._book.close(member.index)
+
+    def _receive(self, member: _Member, harvest: Harvest) -> None:
+        self._counters.report(member.index, harvest.incarnation, harvest.stats)
         done: list[GroupMeta] = []
         again: list[Assignment] = []
         for meta in harvest.groups:
-            lease = member.leases.pop(meta.group_id, None)
+            lease = self._book.take(member.index, meta.group_id)
             if lease is None or lease.attempt != meta.attempt:
                 self._event("stale_result_refused", group=meta.group_id, worker=member.handle.name)
             elif meta.failure is not None and meta.retryable:
@@ -248,38 +298,44 @@ class WorkerPool:
             else:
                 done.append(meta)
         if done:
-            self._harvests.put_nowait((harvest, done))
+            self._tell((harvest, done))
         if again:
-            await self.submit(again)
+            self.submit(again)
+
+    def _not_wanted(self, member: _Member) -> None:
+        """One that is starting is stopped by whoever starts it, as soon as it could serve."""
+        self._become(member, "gone")
+        if member.runner is not None:  # it had served before it was lost
+            self.left += 1
+            self._event("worker_left", worker=member.handle.name, cause="lost before")
 
     async def _retire(self, member: _Member) -> None:
-        member.status = "gone"
+        self._become(member, "gone")
         self.left += 1
         self._event("worker_left", worker=member.handle.name)
         await self._stop_quietly(member.handle)
 
-    async def _lost(self, member: _Member, problem: BaseException) -> None:
-        """Release the leases at once, then restart (or give up, which ends the run)."""
-        if member.status in ("starting", "gone"):
+    async def _lost(self, member: _Member, problem: BaseException, handle: WorkerHandle) -> None:
+        """Release the leases at once, then restart (or give up, which ends the run).
+
+        ``handle``: whose failure it is. That of an incarnation already replaced changes nothing.
+        """
+        if member.status in ("starting", "gone") or member.handle is not handle:
             return
         leaving = member.status == "draining"
-        member.status = "gone" if leaving else "starting"
+        self._become(member, "gone" if leaving else "starting")
         member.version = -1
         if member.runner and member.runner is not asyncio.current_task():
             member.runner.cancel()
-        orphans = [replace(a, attempt=a.attempt + 1) for a in member.leases.values()]
-        member.leases.clear()
-        self._waiting.extend(orphans)
-        await self._place()
+        orphans = [replace(a, attempt=a.attempt + 1) for a in self._book.take_all(member.index)]
+        self.submit(orphans)
         if leaving:
             self.left += 1
             self._event("worker_left", worker=member.handle.name, cause=str(problem))
             await self._stop_quietly(member.handle)
             return
         # On its own, so that nobody (a broadcast, say) waits for a worker that is starting again.
-        task = asyncio.create_task(self._replace(member, problem, requeued=len(orphans)))
-        self._tasks.add(task)
-        task.add_done_callback(self._surface)
+        self._background(self._replace(member, problem, requeued=len(orphans)))
 
     async def _replace(self, member: _Member, problem: BaseException, requeued: int = 0) -> None:
         cause = str(problem) or "no answer in time"
@@ -293,9 +349,11 @@ class WorkerPool:
             member.losses, self._clock.now(), max_restarts=self._settings.max_restarts
         )
         if isinstance(decision, GiveUp):
-            member.status = "gone"
+            self._become(member, "gone")
             raise Fatal(f"{member.handle.name}: {decision.reason}; last cause: {cause}")
         await self._clock.sleep(decision.after_s)
+        if member.status != "starting":  # no longer wanted
+            return
         member.handle = self._factory(member.index, member.handle.incarnation + 1)
         self.restarts += 1
         try:
@@ -311,30 +369,36 @@ class WorkerPool:
         member.mismatched.add(self._manifest.version)
         return repeated
 
-    async def _place(self) -> None:
+    def _place(self) -> None:
         """Give waiting groups to serving workers, fewest samples in hand first."""
-        serving = [m for m in self._members.values() if m.status == "serving"]
-        if not serving or not self._waiting:
-            return
-        waiting, self._waiting = self._waiting, []
-        load = {m.index: sum(a.samples for a in m.leases.values()) for m in serving}
         shares: dict[int, list[Assignment]] = {}
-        for assignment in waiting:
-            index = min(load, key=lambda i: load[i])
-            load[index] += assignment.samples
+        given = 0
+        for assignment in self._waiting:
+            index = self._book.give(assignment)
+            if index is None:
+                break
             shares.setdefault(index, []).append(assignment)
+            given += 1
+        del self._waiting[:given]
         for index, share in shares.items():
             member = self._members[index]
-            member.leases.update({a.group_id: a for a in share})
-            try:
-                await member.handle.submit(share)
-            except Retryable as problem:
-                await self._lost(member, problem)
+            self._background(self._send(member, member.handle, share))
+
+    async def _send(self, member: _Member, handle: WorkerHandle, share: list[Assignment]) -> None:
+        try:
+            await handle.submit(share)
+        except Retryable as problem:
+            await self._lost(member, problem, handle)
+
+    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._surface)
 
     def _surface(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (problem := task.exception()):
-            self._harvests.put_nowait(problem)
+            self._tell(problem)
 
     async def _stop_quietly(self, handle: WorkerHandle) -> None:
         # It may already be dead: that is often why it is stopped.

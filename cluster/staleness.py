@@ -67,7 +67,9 @@ class GroupBuffer:
     ledger: SlotLedger
     next_step: int = 0
     refused: int = 0
+    refused_tokens: int = 0
     _ready: dict[int, tuple[GroupMeta, Any]] = field(default_factory=dict)
+    _arrived: dict[int, int] = field(default_factory=dict)  # step -> its groups in ``_ready``
 
     def __len__(self) -> int:
         return len(self._ready)
@@ -77,8 +79,14 @@ class GroupBuffer:
             trained = self.ledger.step_of(meta.group_id) < self.next_step
             if trained or meta.group_id in self._ready or meta.group_id >= self.ledger.admitted:
                 self.refused += 1
+                self.refused_tokens += meta.response_tokens
                 continue
-            self._ready[meta.group_id] = (meta, harvest.payload)
+            self._keep(meta, harvest.payload)
+
+    def _keep(self, meta: GroupMeta, payload: Any) -> None:
+        self._ready[meta.group_id] = (meta, payload)
+        step = self.ledger.step_of(meta.group_id)
+        self._arrived[step] = self._arrived.get(step, 0) + 1
 
     def missing(self) -> list[int]:
         """Group ids the next step still waits for."""
@@ -86,11 +94,11 @@ class GroupBuffer:
 
     def take(self) -> tuple[StepInput, list[GroupMeta]] | None:
         """The next step's groups once all have come in, else None. Failed groups are in the list
-        of metas but not in the input."""
-        wanted = self.ledger.groups_of(self.next_step)
-        if any(g not in self._ready for g in wanted):
+        of metas but not in the input. Asking in vain costs nothing: arrivals are counted."""
+        if self._arrived.get(self.next_step, 0) < self.ledger.prompts_per_step:
             return None
-        entries = [self._ready.pop(g) for g in wanted]
+        del self._arrived[self.next_step]
+        entries = [self._ready.pop(g) for g in self.ledger.groups_of(self.next_step)]
         payloads: dict[int, Any] = {}
         for meta, payload in entries:
             if meta.failure is None:
@@ -112,5 +120,5 @@ class GroupBuffer:
             if meta.failure is None:
                 again.append(meta)
             else:
-                self._ready[meta.group_id] = (meta, None)
+                self._keep(meta, None)
         return again

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from cluster.contracts.records import SwapReport
 from cluster.runs import write_text
 
 MOST_SPANS = 200_000
+MOST_SWAPS = 100_000  # of them: the learner's spans always have room
 
 
 class Timeline:
@@ -16,9 +18,10 @@ class Timeline:
     def __init__(self) -> None:
         self._rows: dict[str, int] = {}
         self._events: list[dict[str, object]] = []
+        self._swaps = 0
         self.left_out = 0
 
-    def span(self, row: str, name: str, start: float, end: float) -> None:
+    def span(self, row: str, name: str, start: float, end: float, **detail: float) -> None:
         if len(self._events) >= MOST_SPANS:
             self.left_out += 1
             return
@@ -32,7 +35,26 @@ class Timeline:
                 "tid": tid,
                 "ts": round(start * 1e6),
                 "dur": round((end - start) * 1e6),
+                **({"args": detail} if detail else {}),
             }
+        )
+
+    def swap(self, worker: str, report: SwapReport, asked: float, served: float) -> None:
+        """One worker's weight update, from when it was asked for until it served the version; the
+        seconds its generation stood still are among the details."""
+        if self._swaps >= MOST_SWAPS:
+            self.left_out += 1
+            return
+        self._swaps += 1
+        self.span(
+            f"swaps of {worker}",
+            f"swap to {report.version}",
+            asked,
+            served,
+            pause_s=report.pause_s,
+            fetch_s=report.fetch_s,
+            verify_s=report.verify_s,
+            stage_s=report.stage_s,
         )
 
     def write(self, path: Path) -> None:

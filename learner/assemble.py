@@ -23,6 +23,7 @@ from learner.models import (
     tokenizer_fingerprint,
 )
 from learner.optim import make_optimizer
+from learner.packing import choose_layout, use_packed_attention
 from learner.reward_artifact import read_artifact
 from learner.settings import LearnerSettings
 from learner.update import Optimizers
@@ -43,6 +44,12 @@ def build_networks(settings: LearnerSettings) -> tuple[Networks, Any]:
     value, shared = _value(settings, policy, tokenizer)
     if learner.gradient_checkpointing:
         _checkpoint_gradients(policy)
+    if learner.compile:
+        _compile(policy, reference, value)
+    packed = choose_layout(learner.packing, device, settings.model.dtype, policy)
+    if packed:
+        trunk = value.trunk if isinstance(value, ValueModel) else None
+        use_packed_attention(policy, reference, trunk)
     networks = Networks(
         policy=policy,
         reference=reference,
@@ -50,6 +57,7 @@ def build_networks(settings: LearnerSettings) -> tuple[Networks, Any]:
         shared=shared,
         compute_dtype=settings.model.dtype,
         device=device,
+        packed=packed,
     )
     return networks, tokenizer
 
@@ -146,6 +154,15 @@ def _require_same_tokenizer(path: str, tokenizer: Any) -> None:
             where=path,
             fix="train it from the same model, or set learner.value_model = 'shared'",
         )
+
+
+def _compile(policy: Any, reference: Any | None, value: nn.Module | None) -> None:
+    """Compile the trunks in place, for rows of any shape; names of parameters stay."""
+    trunks = [model.base_model for model in (policy, reference) if model is not None]
+    if isinstance(value, ValueModel):
+        trunks.append(value.trunk)
+    for trunk in trunks:
+        trunk.compile(dynamic=True)
 
 
 def _checkpoint_gradients(policy: Any) -> None:

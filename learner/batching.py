@@ -65,9 +65,12 @@ class PaddedRows:
     loss_mask: Tensor
 
 
-def plan_microbatches(lengths: AnySequence[int], tokens_per_microbatch: int) -> list[list[int]]:
+def plan_microbatches(
+    lengths: AnySequence[int], tokens_per_microbatch: int, *, packed: bool = False
+) -> list[list[int]]:
     """Indices of the rows of each microbatch, such that rows * longest <= the budget.
 
+    packed: without padding, the sum of the lengths is what has to fit.
     Sorted by length (stable), longest microbatch first, so that the peak of memory is met at once.
     A row over the budget is alone. Every index occurs exactly once. Raises ValueError for a budget
     or a length that is not positive.
@@ -77,13 +80,14 @@ def plan_microbatches(lengths: AnySequence[int], tokens_per_microbatch: int) -> 
     if any(length < 1 for length in lengths):
         raise ValueError("a row has no tokens")
     plan: list[list[int]] = []
-    width = 0
+    width = used = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if plan and (len(plan[-1]) + 1) * width <= tokens_per_microbatch:
+        used += lengths[index] if packed else width
+        if plan and used <= tokens_per_microbatch:
             plan[-1].append(index)
         else:
             plan.append([index])
-            width = lengths[index]
+            used = width = lengths[index]
     return plan
 
 

@@ -6,6 +6,9 @@
     rng.safetensors                  torch's generators
     trainer.json                     version, KL controller, canary, optimiser settings
 
+A learner of several processes writes the same files: sharded tensors are put together, and dealt
+out again by whatever number of processes reads them.
+
 The order of samples needs no state: it is a function of (seed, step, epoch). The caller puts the
 directory in place (temp-then-rename); on return every file is on disk.
 """
@@ -29,6 +32,8 @@ from cluster.contracts.errors import UserError
 from learner.algorithms.kl import AdaptiveKL, FixedKL
 from learner.forward import Networks
 from learner.models import load_policy, save_policy
+from learner.parallel import whole
+from learner.sharding import load_full, split_like
 from learner.step import SkipCounter
 from learner.update import Optimizers
 
@@ -48,18 +53,32 @@ class TrainerState:
 
 
 def save_state(state: TrainerState, directory: str | Path) -> None:
-    """Write `state` under `directory` (made if missing); complete and synced on return."""
+    """Write `state` under `directory` (made if missing); complete and synced on return.
+
+    Every rank has to call this; the first one writes.
+    """
+    networks = state.networks
+    keep = networks.ranks.first
+    if not keep and not networks.sharded:
+        return
     root = Path(directory)
+    policy = _plain(networks.policy.state_dict(), keep) if networks.sharded else None
+    value = None if networks.value is None else _plain(networks.value.state_dict(), keep)
+    moments = {
+        name: _flat(optimizer.state_dict()["state"], keep)
+        for name, (optimizer, _) in _optimizers(state.optimizers).items()
+    }
+    if not keep:
+        return
     root.mkdir(parents=True, exist_ok=True)
-    save_policy(state.networks.policy, state.tokenizer, root / "policy")
-    if state.networks.value is not None:
-        save_file(_plain(state.networks.value.state_dict()), root / "value.safetensors")
+    save_policy(networks.policy, state.tokenizer, root / "policy", policy)
+    if value is not None:
+        save_file(value, root / "value.safetensors")
     described = {}
     for name, (optimizer, skips) in _optimizers(state.optimizers).items():
-        content = optimizer.state_dict()
-        save_file(_flat(content["state"]), root / f"optimizer_{name}.safetensors")
+        save_file(moments.pop(name), root / f"optimizer_{name}.safetensors")
         described[name] = {
-            "param_groups": content["param_groups"],
+            "param_groups": optimizer.state_dict()["param_groups"],
             "skipped": skips.total,
             "skipped_in_a_row": skips.in_a_row,
         }
@@ -89,7 +108,7 @@ def restore_state(state: TrainerState, directory: str | Path) -> None:
         _check_fits(trainer, state, root)
         _restore_policy(state.networks.policy, root)
         if state.networks.value is not None:
-            state.networks.value.load_state_dict(load_file(root / "value.safetensors"))
+            load_full(state.networks.value, load_file(root / "value.safetensors"))
         for name, (optimizer, skips) in _optimizers(state.optimizers).items():
             _restore_optimizer(optimizer, skips, trainer["optimizers"][name], root, name)
         kl = {key: value for key, value in trainer["kl"].items() if key != "controller"}
@@ -142,12 +161,13 @@ def _optimizers(
 
 def _restore_policy(policy: Any, root: Path) -> None:
     saved = load_policy(ModelConfig(path=str(root / "policy")))
-    policy.load_state_dict(saved.state_dict())
+    load_full(policy, saved.state_dict())
 
 
-def _flat(moments: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def _flat(moments: Mapping[int, Mapping[str, Tensor]], keep: bool) -> dict[str, Tensor]:
     return _plain(
-        {f"{index}.{key}": value for index, row in moments.items() for key, value in row.items()}
+        {f"{index}.{key}": value for index, row in moments.items() for key, value in row.items()},
+        keep,
     )
 
 
@@ -158,18 +178,30 @@ def _restore_optimizer(
     root: Path,
     name: str,
 ) -> None:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(root / f"optimizer_{name}.safetensors").items():
         index, part = key.split(".", 1)
+        param = params[int(index)]
+        if value.shape == param.shape:  # not the count of steps
+            value = split_like(value, param)
         moments.setdefault(int(index), {})[part] = value
     groups = [{**group, "betas": tuple(group["betas"])} for group in described["param_groups"]]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     skips.total, skips.in_a_row = described["skipped"], described["skipped_in_a_row"]
 
 
-def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU: safetensors refuses tensors that share memory."""
-    return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+def _plain(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Copies on the CPU, whole; none on a rank that does not keep them. safetensors refuses tensors
+    that share memory, but `save_pretrained` wants to see which are tied: these stay one."""
+    copies: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if not keep:
+            continue
+        copies[name] = full.to("cpu", copy=True).contiguous()
+    return copies
 
 
 def _random_states() -> dict[str, Tensor]:

@@ -2,11 +2,12 @@
 
 Log-probabilities under the weights of now (the proximal policy) and of the reference, values,
 rewards, advantages, importance weights: all [B, R], R the longest answer, zero where there is no
-token, computed without gradient in microbatches and normalised over the whole batch.
+token, computed in microbatches and normalised over the whole batch.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -21,8 +22,8 @@ from learner.algorithms.kl import k1
 from learner.algorithms.masked import whiten
 from learner.algorithms.off_policy import importance_weights
 from learner.algorithms.terms import MetricParts
-from learner.batching import plan_microbatches
-from learner.forward import Networks, make_microbatch, policy_outputs
+from learner.forward import Microbatches, Networks
+from learner.passes import Kept, choose_way, run_passes
 from learner.rollout_batch import RolloutBatch
 from learner.settings import LearnerSettings
 
@@ -44,9 +45,13 @@ class Experience:
     began. ref_logp, values, returns: None where the algorithm has no use for them.
     age: int64, learner steps between sampling and now. scores: float64 [B], as scored.
     terminal: float64 [B], what was placed on the last token. importance: see `off_policy`.
+    inline: prox_logp and entropy are 0 still, to be filled in by the update's forward pass;
+    `completed` then gives what follows from them (kl, importance). kept: forward passes that wait
+    for their loss, in the order of `micros.of` all rows, or None.
     """
 
     batch: RolloutBatch
+    micros: Microbatches
     mask: Tensor
     loss_mask: Tensor
     behaviour_logp: Tensor
@@ -63,20 +68,11 @@ class Experience:
     terminal: Tensor
     importance: Tensor
     importance_parts: MetricParts
+    inline: bool = False
+    kept: list[Kept] | None = None
 
     def __len__(self) -> int:
         return len(self.batch)
-
-
-@dataclass(slots=True, eq=False)
-class _Passes:
-    """What the forward passes without gradient gave."""
-
-    prox_logp: Tensor
-    entropy: Tensor
-    ref_logp: Tensor | None
-    values: Tensor | None
-    after: Tensor | None
 
 
 def build_experience(
@@ -85,9 +81,11 @@ def build_experience(
     settings: LearnerSettings,
     version: int,
     kl_coef: float,
+    value_only: bool = False,
 ) -> Experience:
     """The experience of `batch` for a learner at policy `version`.
 
+    value_only: the update will leave the policy as it is.
     Raises Fatal for a token older than the staleness bound (the controller's invariant, checked
     where it matters) or from the future, and for a forward pass that is not finite.
     """
@@ -99,9 +97,21 @@ def build_experience(
         torch.arange(width)[None, :] < torch.from_numpy(batch.response_ids.lengths)[:, None]
     ).to(device)
     behaviour = torch.from_numpy(batch.behaviour_logp.padded(width)).to(device)
-    passes = _forward_passes(batch, networks, settings, width)
-    _require_finite(passes)
     truncated = torch.from_numpy(batch.truncated).to(device)
+    kept = mask & ~truncated[:, None] if algorithm.truncated == "mask" else mask
+    way = choose_way(settings, networks, value_only)
+    if not batch_trains(batch, algorithm):
+        way = "separate"  # There will be no update to measure in.
+    micros = Microbatches(
+        batch,
+        settings.learner.tokens_per_microbatch,
+        device,
+        packed=networks.packed,
+        ranks=networks.ranks,
+    )
+    rows = range(len(batch))
+    passes = run_passes(way, len(batch), width, micros.of(rows), networks, settings)
+    _require_finite(passes.prox_logp, passes.ref_logp, passes.values)
     scores = torch.from_numpy(batch.scores.astype(np.float64)).to(device)
     terminal = terminal_scores(scores, truncated, algorithm)
     kl = None
@@ -130,9 +140,9 @@ def build_experience(
         settings.staleness.correction,
         settings.staleness.cap,
     )
-    kept = mask & ~truncated[:, None] if algorithm.truncated == "mask" else mask
     return Experience(
         batch=batch,
+        micros=micros,
         mask=mask,
         loss_mask=kept,
         behaviour_logp=behaviour,
@@ -149,7 +159,35 @@ def build_experience(
         terminal=terminal,
         importance=weights,
         importance_parts=parts,
+        inline=passes.way == "inline",
+        kept=passes.kept,
     )
+
+
+def completed(experience: Experience, settings: LearnerSettings) -> Experience:
+    """`experience` after its update, with everything an "inline" one could not know before.
+
+    Raises Fatal for a forward pass that was not finite.
+    """
+    if not experience.inline:
+        return experience
+    prox, mask = experience.prox_logp, experience.mask
+    _require_finite(prox, None, None)
+    kl = None
+    if experience.ref_logp is not None:
+        kl = k1(prox, experience.ref_logp).where(mask, 0.0)
+    staleness = settings.staleness
+    weights, parts = importance_weights(
+        prox, experience.behaviour_logp, mask, staleness.correction, staleness.cap
+    )
+    return dataclasses.replace(
+        experience, inline=False, kl=kl, importance=weights, importance_parts=parts
+    )
+
+
+def batch_trains(batch: RolloutBatch, algorithm: AlgorithmConfig) -> bool:
+    """Whether any token of `batch` is left to train on."""
+    return algorithm.truncated != "mask" or not bool(batch.truncated.all())
 
 
 def token_ages(batch: RolloutBatch, version: int, bound: int, width: int) -> Tensor:
@@ -199,42 +237,11 @@ def estimator_name(algorithm: AlgorithmConfig) -> str:
     return _ESTIMATOR[algorithm.advantage]
 
 
-@torch.no_grad()
-def _forward_passes(
-    batch: RolloutBatch, networks: Networks, settings: LearnerSettings, width: int
-) -> _Passes:
-    rows, device = len(batch), networks.device
-
-    def zeros(wanted: bool = True) -> Tensor | None:
-        return torch.zeros(rows, width, device=device) if wanted else None
-
-    prox, entropy = torch.zeros(rows, width, device=device), torch.zeros(rows, width, device=device)
-    ref, values = zeros(networks.reference is not None), zeros(networks.has_values)
-    after = torch.zeros(rows, device=device) if networks.has_values else None
-    budget = settings.learner.tokens_per_microbatch
-    for chosen in plan_microbatches(batch.lengths.tolist(), budget):
-        micro = make_microbatch(batch, chosen, device)
-        seen, at = micro.rows, slice(0, micro.width)
-        out = policy_outputs(
-            networks.policy, micro, settings.temperature, networks.compute_dtype, entropy=True
-        )
-        prox[seen, at] = out.logp
-        if out.entropy is not None:
-            entropy[seen, at] = out.entropy
-        if ref is not None and networks.reference is not None:
-            ref[seen, at] = policy_outputs(
-                networks.reference, micro, settings.temperature, networks.compute_dtype
-            ).logp
-        if values is not None and after is not None:
-            values[seen, at], after[seen] = networks.values(micro, out.hidden)
-    return _Passes(prox, entropy, ref, values, after)
-
-
-def _require_finite(passes: _Passes) -> None:
+def _require_finite(prox: Tensor, ref: Tensor | None, values: Tensor | None) -> None:
     named = {
-        "policy log-probabilities": passes.prox_logp,
-        "reference log-probabilities": passes.ref_logp,
-        "values": passes.values,
+        "policy log-probabilities": prox,
+        "reference log-probabilities": ref,
+        "values": values,
     }
     for name, tensor in named.items():
         if tensor is not None and not math.isfinite(float(tensor.sum())):

@@ -20,18 +20,33 @@ from learner.algorithms.logprobs import (
 )
 from learner.algorithms.masked import last_valid_index
 from learner.batching import PaddedRows, position_ids
+from learner.packing import Spans, run_trunk
 
-_WHOLE_LOGITS = 1 << 23
-"""Up to so many logits (32 MiB in float32) are held at once; more are computed chunk by chunk."""
+_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Logits computed at once, by kind of device: small enough for the cache of a CPU."""
+
+_KEPT = {"cpu": 1 << 25, "cuda": 1 << 29}
+"""Up to so many probabilities of a forward pass are held for its backward (2 or 4 bytes each); of
+more, backward computes each chunk again."""
 
 
-def hidden_states(policy: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+def hidden_states(
+    policy: Any, input_ids: Tensor, attention_mask: Tensor, spans: Spans | None = None
+) -> Tensor:
     """[B, T, H] last hidden states of the decoder trunk (final norm included), without the head.
 
     Works on a causal model and on a sequence-classification model. Both inputs [B, T], padding on
-    the right; positions are counted over real tokens.
+    the right; positions are counted over real tokens. spans: of a pack [1, T] instead.
     """
-    trunk = policy.base_model
+    return trunk_states(policy.base_model, input_ids, attention_mask, spans)
+
+
+def trunk_states(
+    trunk: Any, input_ids: Tensor, attention_mask: Tensor, spans: Spans | None = None
+) -> Tensor:
+    """`hidden_states` of a bare trunk."""
+    if spans is not None:
+        return run_trunk(trunk, input_ids, spans)
     result = trunk(
         input_ids=input_ids,
         attention_mask=attention_mask,
@@ -72,19 +87,27 @@ class LmHead:
         *,
         entropy: bool = False,
         entropy_gradient: bool = False,
+        reduced: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """([N] log-probabilities of `labels` at `temperature`, [N] entropies or None).
 
         hidden: [N, H]; labels: [N] int64. Entropies carry a gradient only with `entropy_gradient`.
+        reduced: see `chunked_linear_logprobs`; a capped head ignores it.
         """
-        if self.softcap is None and hidden.shape[0] * self.weight.shape[0] > _WHOLE_LOGITS:
+        if self.softcap is None:
+            rows, vocabulary = hidden.shape[0], self.weight.shape[0]
+            kind = "cuda" if hidden.device.type == "cuda" else "cpu"
             logp, spread = chunked_linear_logprobs(
                 hidden,
                 self.weight,
                 labels,
                 temperature / self.scale,
                 self.bias,
-                entropy_gradient=entropy_gradient,
+                max(1, _CHUNK[kind] // vocabulary),
+                entropy_gradient,
+                entropy=entropy,
+                keep=rows * vocabulary <= _KEPT[kind],
+                reduced=reduced,
             )
             return logp, spread if entropy else None
         logits = self.logits(hidden)

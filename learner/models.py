@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from cluster.contracts.config import ModelConfig
 from cluster.contracts.errors import UserError
-from learner.batching import position_ids
 from learner.heads import (
     LmHead,
     SharedValueHead,
@@ -25,6 +24,7 @@ from learner.heads import (
     lm_head,
     reward_scores,
     token_logprobs,
+    trunk_states,
     zero_linear,
 )
 from learner.loading import (
@@ -36,6 +36,7 @@ from learner.loading import (
     replace_directory,
     require_directory,
 )
+from learner.packing import Spans
 from learner.reward_artifact import RewardArtifact, read_artifact, tokenizer_fingerprint
 
 __all__ = [
@@ -137,9 +138,17 @@ def stop_token_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def save_policy(policy: Any, tokenizer: Any, directory: str | Path) -> Path:
+def save_policy(
+    policy: Any,
+    tokenizer: Any,
+    directory: str | Path,
+    tensors: dict[str, Tensor] | None = None,
+) -> Path:
     """Write a complete model directory: safetensors, config, generation config with the end tokens,
-    tokenizer with template. Written beside and renamed, so a reader never sees half of it."""
+    tokenizer with template. Written beside and renamed, so a reader never sees half of it.
+
+    tensors: the state dict to write, for a policy whose own is sharded.
+    """
     ends = [tokenizer.eos_token_id, *as_list(policy.generation_config.eos_token_id)]
     unique = list(dict.fromkeys(int(end) for end in ends))
     policy.generation_config.eos_token_id = unique if len(unique) > 1 else unique[0]
@@ -148,7 +157,7 @@ def save_policy(policy: Any, tokenizer: Any, directory: str | Path) -> Path:
 
     def write(folder: Path) -> None:
         with quiet_transformers():
-            policy.save_pretrained(folder)
+            policy.save_pretrained(folder, state_dict=tensors)
         tokenizer.save_pretrained(folder)
 
     return replace_directory(Path(directory), write)
@@ -212,13 +221,10 @@ class ValueModel(nn.Module):
         trunk = copy.deepcopy(policy.base_model)
         return cls(trunk, zero_linear(policy.config.get_text_config().hidden_size))
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        hidden = self.trunk(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids(attention_mask),
-            use_cache=False,
-        ).last_hidden_state
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, spans: Spans | None = None
+    ) -> Tensor:
+        hidden = trunk_states(self.trunk, input_ids, attention_mask, spans)
         with torch.autocast(hidden.device.type, enabled=False):
             value: Tensor = self.head(hidden.float())
         return value.squeeze(-1)

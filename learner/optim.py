@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from learner.parallel import whole
+
 Schedule = Literal["constant", "linear", "cosine"]
 
 _FAST_ERROR_LIMIT = 1e-5
@@ -97,16 +99,22 @@ def _product_error() -> float:
     return float(((a @ b).double() - exact).norm() / exact.norm())
 
 
-def compute_in(dtype: str, device: torch.device | str) -> AbstractContextManager[object]:
-    """Autocast to bfloat16 for dtype "bfloat16", nothing for "float32" (ModelConfig.dtype)."""
+def compute_in(
+    dtype: str, device: torch.device | str, *, cached: bool | None = None
+) -> AbstractContextManager[object]:
+    """Autocast to bfloat16 for dtype "bfloat16", nothing for "float32" (ModelConfig.dtype).
+
+    cached: keep what weights were cast to until the end; None: as in the context around this one.
+    """
     if dtype == "float32":
         return nullcontext()
-    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16)
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, cache_enabled=cached)
 
 
 def global_norm(grads: Iterable[Tensor]) -> Tensor:
-    """0-d L2 norm over all tensors; not finite if any of their elements is not."""
-    return torch.nn.utils.get_total_norm(list(grads))
+    """0-d L2 norm over all tensors; not finite if any of their elements is not. Of sharded ones it
+    is that of the whole, and every rank has to ask for it."""
+    return whole(torch.nn.utils.get_total_norm(list(grads)))
 
 
 def release_memory() -> None:

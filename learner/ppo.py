@@ -5,6 +5,7 @@ Weights of version v are those before step v; step v publishes version v + 1.
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,18 @@ import torch
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, last
 from cluster.contracts.records import StepInput, StepResult, WeightManifest
-from cluster.weights.transports import TRANSPORTS, Publisher
+from cluster.weights.transports import TRANSPORTS, Publisher, PublisherOptions
 from learner.assemble import build_kl_controller, build_networks, build_optimizers
 from learner.checkpoint import TrainerState, restore_state, save_state
-from learner.experience import Experience, build_experience
+from learner.experience import Experience, build_experience, completed
+from learner.flops import matrix_peak, step_flops
 from learner.measures import experience_metrics, sequence_kl
 from learner.optim import lr_factor, prepare_torch, set_lr
-from learner.publishing import canary, canary_tokens, host_arrays
+from learner.publishing import canary, canary_tokens, device_tensors, host_arrays
 from learner.rollout_batch import RolloutBatch, read_batch
 from learner.rollout_writer import RolloutWriter
 from learner.settings import LearnerSettings
+from learner.step_record import attach, step_record, weights_digest
 from learner.update import PolicyUpdate
 
 
@@ -43,6 +46,8 @@ class PPOLearner:
         self._publisher = publisher
         self._state: TrainerState | None = None
         self._writer: RolloutWriter | None = None
+        self._peak = math.inf  # FLOP/s
+        self._digest = ""  # of the weights published last
 
     def start(self) -> WeightManifest:
         """Load models (or the checkpoint `resume_from`) and publish what training starts from.
@@ -62,6 +67,7 @@ class PPOLearner:
             version=0,
             canary_ids=canary_tokens(networks.policy, settings.canary_prompt),
         )
+        self._peak = matrix_peak(settings.model.dtype, networks.device)
         if settings.resume_from is not None:
             self.restore(settings.resume_from)
         if self._publisher is None:
@@ -86,19 +92,26 @@ class PPOLearner:
         tables = [_as_table(payload) for payload in batch.payloads]
         rollouts = read_batch(tables, batch.group_ids, settings.batch.samples_per_prompt)
         coef = state.kl.coef
-        experience = build_experience(rollouts, state.networks, settings, state.version, coef)
-        in_reward = settings.algorithm.kl.place == "reward"
-        metrics = experience_metrics(experience, coef, in_reward)
-        metrics.append(last("time/experience", time.perf_counter() - began))
-        metrics += self._update(experience, batch.step)
+        value_only = self._value_only(batch.step)
+        experience = build_experience(
+            rollouts, state.networks, settings, state.version, coef, value_only
+        )
+        metrics = [last("time/experience", time.perf_counter() - began)]
+        experience, measured = self._update(experience, batch.step, value_only)
+        metrics += measured
+        metrics += experience_metrics(experience, coef, settings.algorithm.kl.place == "reward")
         state.version += 1
+        before = self._digest
         publish_began = time.perf_counter()
         manifest = self._publish()
         metrics.append(last("time/publish", time.perf_counter() - publish_began))
         if self._writer is not None:
-            self._writer.write(batch.step, rollouts.table)
+            record = step_record(settings, batch.step, before, manifest)
+            self._writer.write(batch.step, attach(rollouts.table, record))
         wall = time.perf_counter() - began
         metrics += _speed(rollouts, wall, time.process_time() - cpu_began)
+        work = step_flops(state.networks, settings, rollouts, value_only)
+        metrics.append(last("perf/mfu", work / (wall * self._peak)))
         return StepResult(
             step=batch.step,
             version=state.version,
@@ -132,29 +145,38 @@ class PPOLearner:
             raise Fatal("the learner was used before it was started")
         return self._state
 
-    def _update(self, experience: Experience, step: int) -> list[Metric]:
+    def _value_only(self, step: int) -> bool:
+        return self.state.networks.has_values and step < self.settings.learner.value_warmup_steps
+
+    def _update(
+        self, experience: Experience, step: int, value_only: bool
+    ) -> tuple[Experience, list[Metric]]:
+        """(the experience with all its numbers, metrics of the update)."""
         state, learner = self.state, self.settings.learner
         factor = lr_factor(learner.schedule, step, self.settings.batch.steps, learner.warmup_steps)
         rate = set_lr(state.optimizers.policy, factor)
         if state.optimizers.value is not None:
             set_lr(state.optimizers.value, factor)
-        value_only = state.networks.has_values and step < learner.value_warmup_steps
         update = PolicyUpdate(state.networks, state.optimizers, self.settings)
         metrics = update.train(experience, step, state.kl.coef, value_only)
+        experience = completed(experience, self.settings)
         kl = sequence_kl(experience)
         if kl is not None and not value_only:
             # The KL of the batch that was trained, however stale: what the coefficient acted on.
             state.kl.update(kl, len(experience))
-        return [*metrics, last("policy/lr", 0.0 if value_only else rate)]
+        return experience, [*metrics, last("policy/lr", 0.0 if value_only else rate)]
 
     def _publish(self) -> WeightManifest:
         if self._publisher is None:
             raise Fatal("the learner was used before it was started")
         state, settings = self.state, self.settings
         policy, dtype = state.networks.policy, settings.rollout_dtype
-        arrays, dtypes = host_arrays(policy, dtype)
+        tensors = device_tensors if self._publisher.on_device else host_arrays
+        arrays, dtypes = tensors(policy, dtype)
         check = canary(policy, state.canary_ids, dtype, settings.canary_tolerance)
-        return self._publisher.publish(arrays, dtypes, state.version, check)
+        manifest = self._publisher.publish(arrays, dtypes, state.version, check)
+        self._digest = weights_digest(manifest)
+        return manifest
 
 
 def _publisher(settings: LearnerSettings) -> Publisher:
@@ -165,7 +187,13 @@ def _publisher(settings: LearnerSettings) -> Publisher:
             fix="set weights.transport = 'object_store', or run.dir",
         )
     make, _ = TRANSPORTS[settings.weights.transport]
-    return make(str(Path(settings.run_dir or "") / "weights"))
+    return make(
+        PublisherOptions(
+            directory=str(Path(settings.run_dir or "") / "weights"),
+            host=settings.host,
+            keep=settings.staleness.bound + 2,
+        )
+    )
 
 
 def _as_table(payload: Any) -> pa.Table:

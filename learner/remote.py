@@ -15,7 +15,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 
 from cluster.contracts.errors import AccordError, Fatal, Retryable
 from cluster.contracts.records import StepInput, StepResult, WeightManifest
-from learner.settings import LearnerSettings
+from learner.settings import NODE_HOST, LearnerSettings
 
 T = TypeVar("T")
 
@@ -34,6 +34,8 @@ class LearnerActor:
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
         from learner.ppo import PPOLearner
 
+        if settings.host == NODE_HOST:
+            settings = dataclasses.replace(settings, host=ray.util.get_node_ip_address())
         self._learner = PPOLearner(settings, threads=threads)
 
     def pid(self) -> int:
@@ -142,4 +144,5 @@ def _original(problem: RayTaskError, method: str) -> AccordError:
     """What the learner raised, not what Ray made of it."""
     if isinstance(problem.cause, AccordError):
         return problem.cause
-    return Fatal(f"the learner failed in {method}:\n{problem.traceback_str}")
+    # Its text is the traceback; its other attributes are those of the cause.
+    return Fatal(f"the learner failed in {method}:\n{problem}")

@@ -57,7 +57,7 @@ class RolloutWriter:
 def _write(path: Path, table: pa.Table) -> None:
     aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
-        pq.write_table(table, aside, compression="zstd")
+        pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)

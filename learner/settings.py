@@ -20,6 +20,7 @@ from cluster.contracts.config import (
 
 CANARY_PROMPT_TOKENS = 16
 CANARY_TOKENS = 32
+NODE_HOST = "node"
 """The canary: at most so many tokens of a prompt, continued by the starting policy to so many."""
 
 _TOLERANCE: dict[DType, float] = {"float32": 1e-3, "bfloat16": 0.5}
@@ -33,6 +34,7 @@ class LearnerSettings:
     canary_prompt: token ids of the run's first prompt; the learner continues it greedily.
     run_dir: where `rollouts/` is written; None with `save_rollouts` off.
     resume_from: directory of a checkpoint written by `save`, or None.
+    host: address at which workers reach this process; NODE_HOST: that of its Ray node.
     """
 
     model: ModelConfig
@@ -49,6 +51,7 @@ class LearnerSettings:
     run_dir: str | None = None
     save_rollouts: bool = False
     resume_from: str | None = None
+    host: str = "127.0.0.1"
 
     @property
     def canary_tolerance(self) -> float:
@@ -79,4 +82,6 @@ def learner_settings(
         run_dir=run_dir,
         save_rollouts=config.logging.save_rollouts and run_dir is not None,
         resume_from=resume_from,
+        # A cluster that was joined may have its workers on other machines.
+        host=NODE_HOST if config.cluster.address is not None else "127.0.0.1",
     )

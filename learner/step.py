@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cluster.contracts.errors import Fatal
 from cluster.contracts.metrics import Metric, mean, merge
 from learner.optim import global_norm
+from learner.parallel import SINGLE, Ranks, is_sharded
 
 MAX_SKIPS_IN_A_ROW = 3
 
@@ -59,21 +60,25 @@ def optimiser_step(
     microbatches: Iterable[Microbatch],
     max_grad_norm: float,
     skips: SkipCounter,
+    ranks: Ranks = SINGLE,
 ) -> StepOutcome:
     """Accumulate gradients of all microbatches, clip to `max_grad_norm`, update once.
 
     A loss or gradient that is not finite leaves weights and optimiser state untouched and counts in
     `skips`, which raises Fatal at the third in a row. Gradients are freed on return.
-    Raises ValueError if there is no microbatch.
+    With several ranks each gives its own microbatches; loss and gradients are their sums, so that
+    all ranks do, or leave out, the same step. Raises ValueError if there is no microbatch.
     """
     trainable = [p for p in params if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
     try:
-        loss, metrics, problem = _accumulate(microbatches)
+        total, metrics = _accumulate(microbatches)
         grads = [p.grad for p in trainable if p.grad is not None]
-        norm = math.nan if problem else float(global_norm(grads))
-        if problem is None and not math.isfinite(norm):
-            problem = f"the gradient norm is {norm}"
+        # Those of sharded parameters have been summed already.
+        ranks.sum_([total, *(grad for grad in grads if not is_sharded(grad))])
+        # Read together: on a GPU this is the step's one wait.
+        loss, norm = torch.stack((total, global_norm(grads).to(total))).tolist()
+        problem = _problem(loss, norm)
         if problem is not None:
             skips.skipped(problem)
             return StepOutcome(loss, math.nan, (), problem)
@@ -86,20 +91,24 @@ def optimiser_step(
         optimizer.zero_grad(set_to_none=True)
 
 
-def _accumulate(microbatches: Iterable[Microbatch]) -> tuple[float, list[Metric], str | None]:
-    total, metrics, count = 0.0, list[Metric](), 0
+def _accumulate(microbatches: Iterable[Microbatch]) -> tuple[Tensor, list[Metric]]:
+    """(0-d float64 sum of the losses, merged metrics); gradients are in the parameters."""
+    total, metrics = None, list[Metric]()
     for run in microbatches:
         loss, measured = run()
-        count += 1
-        value = float(loss.detach())
-        total += value
-        if not math.isfinite(value):
-            return total, [], f"the loss is {value}"
         loss.backward()
+        value = loss.detach().double()
+        total = value if total is None else total + value
         metrics += measured
-    if count == 0:
+    if total is None:
         raise ValueError("an optimiser step needs at least one microbatch")
-    return total, list(merge(metrics).values()), None
+    return total, list(merge(metrics).values())
+
+
+def _problem(loss: float, norm: float) -> str | None:
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    return None if math.isfinite(norm) else f"the gradient norm is {norm}"
 
 
 def metrics_of(parts: Mapping[str, tuple[Tensor, Tensor]], prefix: str = "") -> list[Metric]:

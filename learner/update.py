@@ -7,28 +7,33 @@ depend on how the minibatch was cut into microbatches.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cluster.contracts.metrics import Metric, largest, last, mean, merge, total
+from cluster.contracts.metrics import Metric, last, mean, merge, total
 from learner.algorithms.kl import KL_ESTIMATORS, clamped_log_ratio
 from learner.algorithms.masked import aggregate
+from learner.algorithms.off_policy import importance_weights
 from learner.algorithms.policy_loss import POLICY_LOSS_OPTIONS, POLICY_LOSSES
-from learner.algorithms.terms import MetricParts
 from learner.algorithms.value_loss import clipped_value_loss
-from learner.batching import plan_microbatches
 from learner.experience import Experience
-from learner.forward import Microbatch, Networks, PolicyOutputs, make_microbatch, policy_outputs
+from learner.forward import Microbatch, Networks, PolicyOutputs, policy_outputs
+from learner.meter import Meter
+from learner.optim import compute_in
+from learner.passes import Kept
 from learner.settings import LearnerSettings
 from learner.step import Microbatch as LossCall
-from learner.step import SkipCounter, StepOutcome, metrics_of, optimiser_step
+from learner.step import SkipCounter, optimiser_step
 
 _LOSS = {"ppo": "ppo_clip", "reinforce": "reinforce", "cispo": "cispo", "gspo": "gspo"}
-_RENAMED = {"policy/ratio": "policy/ratio_mean"}
+_Result = tuple[Tensor, list[Metric]]
+_Loss = Callable[[Microbatch, Kept | None], Tensor]
+_RENAMED = {"ratio": "ratio_mean"}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,6 +79,7 @@ class PolicyUpdate:
             key: value for key in POLICY_LOSS_OPTIONS[name] if (value := given[key]) is not None
         }
         self._forward_s = 0.0
+        self._meter = Meter()
 
     def train(
         self, experience: Experience, step: int, kl_coef: float, value_only: bool = False
@@ -86,12 +92,16 @@ class PolicyUpdate:
         """
         began, self._forward_s = time.perf_counter(), 0.0
         metrics: list[Metric] = []
+        ranks = self.networks.ranks
         before, empty = self.optimizers.skipped, 0
         for part in self._parts(experience, step):
             if part.tokens == 0:
                 empty += 1
                 continue
             metrics += self._minibatch(experience, part, kl_coef, value_only)
+        metrics = ranks.gather_metrics(metrics)  # So far there are means and maxima only.
+        if experience.inline:
+            ranks.sum_([experience.prox_logp, experience.entropy])
         metrics.append(total("policy/skipped_updates", self.optimizers.skipped - before))
         metrics.append(total("policy/empty_minibatches", empty))
         spent = time.perf_counter() - began
@@ -120,20 +130,22 @@ class PolicyUpdate:
         networks, optimizers = self.networks, self.optimizers
         metrics: list[Metric] = []
         if networks.shared or not value_only:
-            outcome = self._optimise(
+            loss = partial(self._policy_and_shared_loss, experience, part, kl_coef, value_only)
+            metrics += self._optimise(
                 optimizers.policy,
                 [networks.policy, *([networks.value] if networks.shared else [])],
-                self._policy_calls(experience, part, kl_coef, value_only),
+                self._calls(experience, part, loss),
                 optimizers.policy_skips,
+                "value/grad_norm" if value_only else "policy/grad_norm",
             )
-            name = "value/grad_norm" if value_only else "policy/grad_norm"
-            metrics += _outcome_metrics(outcome, name)
         if optimizers.value is not None:
-            calls = self._value_calls(experience, part)
-            outcome = self._optimise(
-                optimizers.value, [networks.value], calls, optimizers.value_skips
+            metrics += self._optimise(
+                optimizers.value,
+                [networks.value],
+                self._calls(experience, part, partial(self._own_value_loss, experience, part)),
+                optimizers.value_skips,
+                "value/grad_norm",
             )
-            metrics += _outcome_metrics(outcome, "value/grad_norm")
         return metrics
 
     def _optimise(
@@ -142,38 +154,35 @@ class PolicyUpdate:
         modules: list[nn.Module | None],
         calls: Iterator[LossCall],
         skips: SkipCounter,
-    ) -> StepOutcome:
+        norm_name: str,
+    ) -> list[Metric]:
+        """One update; its metrics, none where it was skipped."""
         params = [p for module in modules if module is not None for p in module.parameters()]
         limit = self.settings.learner.max_grad_norm
-        return optimiser_step(optimizer, params, calls, limit, skips)
+        self._meter = Meter()
+        # One context for all microbatches: autocast casts each weight once, not once a microbatch.
+        networks = self.networks
+        with compute_in(networks.compute_dtype, networks.device, cached=not networks.sharded):
+            outcome = optimiser_step(optimizer, params, calls, limit, skips, networks.ranks)
+        if outcome.skipped is not None:
+            return []
+        return [*self._meter.read(), mean(norm_name, outcome.grad_norm, 1)]
 
-    def _microbatches(self, experience: Experience, part: Part) -> Iterator[Microbatch]:
-        lengths = experience.batch.lengths[part.rows].tolist()
-        for chosen in plan_microbatches(lengths, self.settings.learner.tokens_per_microbatch):
-            rows = [part.rows[index] for index in chosen]
-            yield make_microbatch(experience.batch, rows, self.networks.device)
+    def _calls(self, experience: Experience, part: Part, loss: _Loss) -> Iterator[LossCall]:
+        """`loss` of each microbatch of a minibatch, with its waiting forward pass if there is."""
+        micros = experience.micros.of(part.rows)
+        for index, micro in enumerate(micros):
+            kept = None if experience.kept is None else experience.kept[index]
 
-    def _policy_calls(
-        self, experience: Experience, part: Part, kl_coef: float, value_only: bool
-    ) -> Iterator[LossCall]:
-        for micro in self._microbatches(experience, part):
-
-            def run(micro: Microbatch = micro) -> tuple[Tensor, list[Metric]]:
-                began = time.perf_counter()
-                result = self._policy_and_shared_loss(experience, part, micro, kl_coef, value_only)
+            def run(micro: Microbatch = micro, kept: Kept | None = kept) -> _Result:
+                began, meter = time.perf_counter(), self._meter
+                if not micro.counts:
+                    self._meter = Meter()
+                result = loss(micro, kept)
+                if not micro.counts:
+                    self._meter, result = meter, 0.0 * result
                 self._forward_s += time.perf_counter() - began
-                return result
-
-            yield run
-
-    def _value_calls(self, experience: Experience, part: Part) -> Iterator[LossCall]:
-        for micro in self._microbatches(experience, part):
-
-            def run(micro: Microbatch = micro) -> tuple[Tensor, list[Metric]]:
-                began = time.perf_counter()
-                result = self._value_loss(experience, part, micro, micro.input_ids)
-                self._forward_s += time.perf_counter() - began
-                return result
+                return result, []
 
             yield run
 
@@ -181,29 +190,35 @@ class PolicyUpdate:
         self,
         experience: Experience,
         part: Part,
-        micro: Microbatch,
         kl_coef: float,
         value_only: bool,
-    ) -> tuple[Tensor, list[Metric]]:
-        networks, algorithm = self.networks, self.settings.algorithm
+        micro: Microbatch,
+        kept: Kept | None,
+    ) -> Tensor:
+        networks = self.networks
+        out = self._forward(experience, micro, value_only) if kept is None else kept.out
+        loss = torch.zeros((), device=networks.device)
+        if not value_only:
+            loss = self._policy_loss(experience, part, micro, out, kl_coef)
+        if networks.shared:
+            values = networks.values(micro, out.hidden)[0] if kept is None else kept.values
+            loss = loss + self._value_loss(experience, part, micro, values)
+        return loss
+
+    def _forward(
+        self, experience: Experience, micro: Microbatch, value_only: bool
+    ) -> PolicyOutputs:
+        trained = self.settings.algorithm.entropy_coef > 0
         # With a shared trunk the value's first steps train its head alone.
         with torch.set_grad_enabled(not value_only):
-            out = policy_outputs(
-                networks.policy,
+            return policy_outputs(
+                self.networks.policy_root,
                 micro,
                 self.settings.temperature,
-                networks.compute_dtype,
-                entropy=algorithm.entropy_coef > 0,
-                entropy_gradient=algorithm.entropy_coef > 0,
+                self.networks.compute_dtype,
+                entropy=trained or experience.inline,
+                entropy_gradient=trained,
             )
-        loss = torch.zeros((), device=networks.device)
-        metrics: list[Metric] = []
-        if not value_only:
-            loss, metrics = self._policy_loss(experience, part, micro, out, kl_coef)
-        if networks.shared:
-            value_loss, more = self._value_loss(experience, part, micro, out.hidden)
-            loss, metrics = loss + value_loss, metrics + more
-        return loss, metrics
 
     def _policy_loss(
         self,
@@ -212,32 +227,51 @@ class PolicyUpdate:
         micro: Microbatch,
         out: PolicyOutputs,
         kl_coef: float,
-    ) -> tuple[Tensor, list[Metric]]:
-        algorithm = self.settings.algorithm
-        mask = _cut(experience.loss_mask, micro)
-        prox = _cut(experience.prox_logp, micro)
-        advantages = _cut(experience.advantages, micro)
+    ) -> Tensor:
+        algorithm, meter = self.settings.algorithm, self._meter
+        mask = micro.cut(experience.loss_mask)
+        if experience.inline:
+            micro.put(experience.prox_logp, out.logp)
+            if out.entropy is not None:
+                micro.put(experience.entropy, out.entropy)
+        prox = micro.cut(experience.prox_logp)
+        advantages = micro.cut(experience.advantages)
         terms = self._loss(out.logp, prox, advantages, mask, **self._options)
         # The ORIGINAL mask stays the denominator, whatever the correction drops.
-        policy = self._reduce(terms.losses * _cut(experience.importance, micro), mask, part)
+        weights = self._importance(experience, micro, prox)
+        policy = self._reduce(terms.losses * weights, mask, part)
         loss = policy
-        share = float(mask.sum()) / part.tokens
-        metrics = [
-            mean("policy/loss", float(policy.detach()), share),
-            *_renamed(metrics_of(terms.metrics, "policy/")),
-            _ratio_max(out.logp, prox, mask),
-        ]
+        count = mask.sum()
+        share = count.double() / part.tokens
+        meter.mean("policy/loss", policy, share)
+        named = {_RENAMED.get(name, name): found for name, found in terms.metrics.items()}
+        meter.parts(named, "policy/")
+        ratio = clamped_log_ratio(out.logp.detach(), prox).exp()
+        meter.largest("policy/ratio_max", ratio.where(mask, 0.0).max())
         # Where the loss has no use for it, the entropy before the update spares a pass over [N, V].
-        entropy = _cut(experience.entropy, micro) if out.entropy is None else out.entropy
-        spread = float(entropy.detach()[mask].sum())
-        metrics.append(mean("policy/entropy", spread, float(mask.sum())))
-        if out.entropy is not None:
+        entropy = micro.cut(experience.entropy) if out.entropy is None else out.entropy
+        meter.mean("policy/entropy", entropy.detach().where(mask, 0.0).sum(), count)
+        if algorithm.entropy_coef > 0 and out.entropy is not None:
             loss = loss - algorithm.entropy_coef * self._reduce(out.entropy, mask, part)
         if algorithm.kl.place == "loss" and experience.ref_logp is not None:
             kl = self._reduce(self._kl_term(experience, micro, out.logp), mask, part)
             loss = loss + kl_coef * kl
-            metrics.append(mean("policy/kl_loss", float(kl.detach()), share))
-        return loss, metrics
+            meter.mean("policy/kl_loss", kl, share)
+        return loss
+
+    def _importance(self, experience: Experience, micro: Microbatch, prox: Tensor) -> Tensor:
+        if not experience.inline:
+            return micro.cut(experience.importance)
+        staleness = self.settings.staleness
+        # Weights belong to a token or to an answer, so those of a microbatch are those of the step.
+        weights, _ = importance_weights(
+            prox,
+            micro.cut(experience.behaviour_logp),
+            micro.cut(experience.mask),
+            staleness.correction,
+            staleness.cap,
+        )
+        return weights
 
     def _kl_term(self, experience: Experience, micro: Microbatch, logp: Tensor) -> Tensor:
         """KL to the reference per token [b, width], for the loss.
@@ -248,52 +282,38 @@ class PolicyUpdate:
         if experience.ref_logp is None:
             raise ValueError("a KL in the loss needs a reference model")
         algorithm, staleness = self.settings.algorithm, self.settings.staleness
-        behaviour = _cut(experience.behaviour_logp, micro)
+        behaviour = micro.cut(experience.behaviour_logp)
         weight = clamped_log_ratio(logp.detach(), behaviour).exp().clamp(max=staleness.cap)
         estimator = KL_ESTIMATORS[algorithm.kl.estimator]
-        return weight * estimator(logp, _cut(experience.ref_logp, micro))
+        return weight * estimator(logp, micro.cut(experience.ref_logp))
+
+    def _own_value_loss(
+        self, experience: Experience, part: Part, micro: Microbatch, kept: Kept | None
+    ) -> Tensor:
+        # A network of its own reads the tokens, not the policy's hidden states.
+        ids = micro.input_ids
+        values = self.networks.values(micro, ids)[0] if kept is None else kept.values
+        return self._value_loss(experience, part, micro, values)
 
     def _value_loss(
-        self, experience: Experience, part: Part, micro: Microbatch, hidden: Tensor
-    ) -> tuple[Tensor, list[Metric]]:
-        if experience.values is None or experience.returns is None:
+        self, experience: Experience, part: Part, micro: Microbatch, values: Tensor | None
+    ) -> Tensor:
+        if values is None or experience.values is None or experience.returns is None:
             raise ValueError("a value loss needs values and returns")
         algorithm = self.settings.algorithm
-        mask = _cut(experience.loss_mask, micro)
-        values, _ = self.networks.values(micro, hidden)
+        mask = micro.cut(experience.loss_mask)
         terms = clipped_value_loss(
             values,
-            _cut(experience.values, micro),
-            _cut(experience.returns, micro),
+            micro.cut(experience.values),
+            micro.cut(experience.returns),
             mask,
             algorithm.clip_value,
         )
         # Values are a regression over tokens, whatever the policy loss is averaged over.
         loss = aggregate(terms.losses, mask, "token-mean", part.tokens)
-        chosen: MetricParts = {"clipfrac": terms.metrics["clipfrac"]}
-        share = float(mask.sum()) / part.tokens
-        measured = [mean("value/loss", float(loss.detach()), share), *metrics_of(chosen, "value/")]
-        return algorithm.value_coef * loss, measured
+        self._meter.mean("value/loss", loss, mask.sum().double() / part.tokens)
+        self._meter.parts({"clipfrac": terms.metrics["clipfrac"]}, "value/")
+        return algorithm.value_coef * loss
 
     def _reduce(self, losses: Tensor, mask: Tensor, part: Part) -> Tensor:
         return aggregate(losses, mask, self.settings.algorithm.aggregate, part.denominator)
-
-
-def _cut(full: Tensor, micro: Microbatch) -> Tensor:
-    """The microbatch's [b, width] part of a step's [B, R] tensor."""
-    return full.index_select(0, micro.rows)[:, : micro.width]
-
-
-def _ratio_max(logp: Tensor, prox: Tensor, mask: Tensor) -> Metric:
-    ratio = clamped_log_ratio(logp.detach(), prox).exp()
-    return largest("policy/ratio_max", float(ratio.where(mask, 0.0).max()))
-
-
-def _renamed(metrics: list[Metric]) -> list[Metric]:
-    return [Metric(_RENAMED.get(m.name, m.name), m.kind, m.total, m.weight) for m in metrics]
-
-
-def _outcome_metrics(outcome: StepOutcome, norm_name: str) -> list[Metric]:
-    if outcome.skipped is not None:
-        return []
-    return [*outcome.metrics, mean(norm_name, outcome.grad_norm, 1)]

@@ -43,7 +43,7 @@ def items_of(rollouts: Sequence[Rollout], tokenizer: str = "") -> list[ScoreItem
                 messages=rollout.prompt.messages,
                 response=rollout.text,
                 prompt_ids=rollout.prompt.token_ids,
-                response_ids=rollout.completion.token_ids,
+                response_ids=tuple(rollout.completion.token_ids),
                 finish_reason=rollout.completion.finish_reason,
                 metadata=rollout.prompt.metadata,
                 tokenizer=tokenizer,
@@ -55,9 +55,13 @@ def items_of(rollouts: Sequence[Rollout], tokenizer: str = "") -> list[ScoreItem
 def encode_request(request_id: str, items: Sequence[ScoreItem]) -> pb.ScoreRequest:
     """Raises BadReward for an item that cannot travel (not text, not JSON, over a limit)."""
     request = pb.ScoreRequest(request_id=request_id)
+    written: dict[int, str] = {}  # the samples of a prompt share its metadata: written out once
     for item in items:
         try:
-            encoded = _encode_item(item)
+            if (text := written.get(id(item.metadata))) is None:
+                text = json.dumps(dict(item.metadata), default=_plain)
+                written[id(item.metadata)] = text
+            encoded = _encode_item(item, text)
             _check_item(encoded)
         except (BadRequest, TypeError, ValueError) as error:  # ValueError: a lone surrogate
             raise BadReward(f"item {item.id!r} cannot go to the reward service: {error}") from error
@@ -65,7 +69,7 @@ def encode_request(request_id: str, items: Sequence[ScoreItem]) -> pb.ScoreReque
     return request
 
 
-def _encode_item(item: ScoreItem) -> pb.Item:
+def _encode_item(item: ScoreItem, metadata_json: str) -> pb.Item:
     return pb.Item(
         id=item.id,
         messages=[pb.Message(role=m["role"], content=m["content"]) for m in item.messages],
@@ -73,7 +77,7 @@ def _encode_item(item: ScoreItem) -> pb.Item:
         prompt_ids=item.prompt_ids,
         response_ids=item.response_ids,
         finish_reason=item.finish_reason,
-        metadata_json=json.dumps(dict(item.metadata), default=_plain),
+        metadata_json=metadata_json,
         tokenizer=item.tokenizer,
     )
 

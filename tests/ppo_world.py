@@ -68,6 +68,8 @@ def make_model(directory: Path, *, hidden: int = 32, layers: int = 2, vocab: int
 class KeepingPublisher:
     """Copies what is published; `arrays` are those of the newest version."""
 
+    on_device = False
+
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray[Any, Any]] = {}
         self.closed = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.contracts.records import (
@@ -11,6 +12,7 @@ from cluster.contracts.records import (
     Harvest,
     Prompt,
     Rollout,
+    RunState,
     Score,
     StepInput,
     StepResult,
@@ -22,8 +24,8 @@ from cluster.contracts.records import (
 class Engine(Protocol):
     """A generation engine inside a worker's process, driven by one thread.
 
-    Every method is called from that thread only, so a weight swap falls exactly between two decode
-    steps. ``submit`` takes one request per sample; requests finish in any order.
+    Every method but ``stage`` is called from that thread only, so a weight swap falls exactly
+    between two decode steps. ``submit`` takes one request per sample; requests finish in any order.
     """
 
     name: str  # "vllm" or "transformers", with the version
@@ -39,8 +41,16 @@ class Engine(Protocol):
     @property
     def unfinished(self) -> int: ...
 
-    def load(self, tensors: Mapping[str, Any], version: int) -> None:
-        """Replace all weights (host arrays, see ``cluster.weights``), between two steps."""
+    def stage(self, tensors: Mapping[str, Any], version: int) -> None:
+        """Prepare all weights (host arrays, see ``cluster.weights``) beside those in force.
+
+        Called from another thread while the engine steps, one call at a time. Whatever it raises,
+        the engine goes on with the weights it has.
+        """
+        ...
+
+    def swap(self, version: int) -> None:
+        """Put the staged weights in force, between two steps; takes no longer than a step."""
         ...
 
     def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
@@ -105,6 +115,16 @@ class Clock(Protocol):
         ...
 
     async def sleep(self, seconds: float) -> None: ...
+
+
+class Journal(Protocol):
+    """Where the controller notes what happened and keeps its checkpoints: ``cluster.runs.Run``."""
+
+    def event(self, kind: str, **detail: Any) -> None: ...
+
+    def begin_checkpoint(self, step: int) -> Path: ...
+
+    def commit_checkpoint(self, staging: Path, state: RunState, keep: int) -> Path: ...
 
 
 class Sink(Protocol):

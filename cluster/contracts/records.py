@@ -10,6 +10,7 @@ A stage wraps the record before it and never fills in blanks. ``None`` means "do
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -39,26 +40,36 @@ class VersionSpan:
     end: int
 
 
+def _compact(code: str, numbers: Sequence[Any]) -> array[Any]:
+    if isinstance(numbers, array) and numbers.typecode == code:
+        return numbers
+    return array(code, numbers)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
     """What the engine sampled. ``token_ids`` has the end token if ``finish_reason`` is "stop".
 
     ``logprobs[i]`` is the natural-log probability of ``token_ids[i]`` under the distribution really
     sampled from (after temperature). ``versions`` covers every token exactly once, in order.
+    Both are kept as arrays of 4-byte numbers (int32, float32), whatever sequence they are given as:
+    no Python object per token is held or sent, and ``numpy.frombuffer`` reads them in place.
     """
 
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: Sequence[int]
+    logprobs: Sequence[float]
     versions: tuple[VersionSpan, ...]
     finish_reason: FinishReason
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", _compact("i", self.token_ids))
+        object.__setattr__(self, "logprobs", _compact("f", self.logprobs))
         n = len(self.token_ids)
         if n == 0:
             raise ValueError("a completion has no tokens")
         if len(self.logprobs) != n:
             raise ValueError(f"{n} tokens but {len(self.logprobs)} log-probabilities")
-        if not all(math.isfinite(x) for x in self.logprobs):
+        if not math.isfinite(sum(self.logprobs)):  # of float32 numbers, so it cannot overflow
             raise ValueError("the engine returned a log-probability that is not finite")
         covered = 0
         for span in self.versions:
@@ -211,6 +222,7 @@ class SwapReport:
     version: int
     fetch_s: float
     verify_s: float
+    stage_s: float  # loading and packing, beside generation
     pause_s: float  # how long generation stood still
     canary_logp_diff: float
 

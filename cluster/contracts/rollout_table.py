@@ -7,7 +7,9 @@ object is made per token on the way.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import pyarrow as pa
@@ -45,35 +47,66 @@ SCHEMA = pa.schema(
 
 
 def to_table(groups: Iterable[RolloutGroup]) -> pa.Table:
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for group in groups:
-        for rollout, score in group.samples:
-            _append(columns, group.group_id, rollout, score)
-    return pa.table(columns, schema=SCHEMA)
-
-
-def _append(columns: dict[str, list[Any]], group_id: int, rollout: Rollout, score: Score) -> None:
-    prompt, done = rollout.prompt, rollout.completion
-    row = {
-        "group_id": group_id,
-        "sample": rollout.sample_index,
-        "prompt_id": prompt.id,
-        "prompt_ids": prompt.token_ids,
-        "token_ids": done.token_ids,
-        "logprobs": done.logprobs,
-        "span_version": [span.version for span in done.versions],
-        "span_end": [span.end for span in done.versions],
-        "finish_reason": done.finish_reason,
-        "score": score.value,
-        "score_parts": json.dumps(dict(score.parts)),
-        "scorer_version": score.scorer_version,
-        "vetoes": list(score.vetoes),
-        "text": rollout.text,
-        "messages": json.dumps([dict(m) for m in prompt.messages], ensure_ascii=False),
-        "metadata": json.dumps(dict(prompt.metadata), ensure_ascii=False, default=str),
+    """What belongs to a prompt is written out once and repeated by reference to its rows."""
+    made = list(groups)
+    pairs = [pair for group in made for pair in group.samples]
+    prompts: dict[int, Prompt] = {id(rollout.prompt): rollout.prompt for rollout, _ in pairs}
+    places = {key: place for place, key in enumerate(prompts)}
+    of_row = pa.array([places[id(rollout.prompt)] for rollout, _ in pairs], pa.int32())
+    columns = {
+        "group_id": [group.group_id for group in made for _ in group.samples],
+        **{name: one.take(of_row) for name, one in _prompt_columns(prompts.values()).items()},
+        **_completion_columns([rollout.completion for rollout, _ in pairs]),
+        **_score_columns([score for _, score in pairs]),
+        "sample": [rollout.sample_index for rollout, _ in pairs],
+        "text": [rollout.text for rollout, _ in pairs],
     }
-    for name, value in row.items():
-        columns[name].append(value)
+    return pa.table({name: columns[name] for name in SCHEMA.names}, schema=SCHEMA)
+
+
+def _prompt_columns(prompts: Iterable[Prompt]) -> dict[str, pa.Array]:
+    """A row per prompt."""
+    made = list(prompts)
+    metadata = [json.dumps(dict(p.metadata), ensure_ascii=False, default=str) for p in made]
+    messages = [json.dumps([dict(m) for m in p.messages], ensure_ascii=False) for p in made]
+    return {
+        "prompt_id": pa.array([prompt.id for prompt in made], pa.string()),
+        "prompt_ids": pa.array([prompt.token_ids for prompt in made], pa.list_(pa.int32())),
+        "messages": pa.array(messages, pa.string()),
+        "metadata": pa.array(metadata, pa.string()),
+    }
+
+
+def _completion_columns(done: Sequence[Completion]) -> dict[str, Any]:
+    return {
+        "token_ids": _lists(pa.int32(), [c.token_ids for c in done]),
+        "logprobs": _lists(pa.float32(), [c.logprobs for c in done]),
+        "span_version": [[span.version for span in c.versions] for c in done],
+        "span_end": [[span.end for span in c.versions] for c in done],
+        "finish_reason": [c.finish_reason for c in done],
+    }
+
+
+def _lists(kind: pa.DataType, rows: Sequence[Any]) -> pa.ListArray:
+    """Arrays of 4-byte numbers joined as bytes, with the offset of each: no object per token."""
+    offsets = array("i", accumulate(map(len, rows), initial=0))
+    starts, values = (
+        pa.Array.from_buffers(of, count, [None, pa.py_buffer(data)])
+        for of, count, data in (
+            (pa.int32(), len(offsets), offsets),
+            (kind, offsets[-1], b"".join(rows)),
+        )
+    )
+    return pa.ListArray.from_arrays(starts, values)
+
+
+def _score_columns(scores: Sequence[Score]) -> dict[str, list[Any]]:
+    return {
+        "score": [score.value for score in scores],
+        "score_parts": [json.dumps(dict(score.parts)) for score in scores],
+        "scorer_version": [score.scorer_version for score in scores],
+        "vetoes": [list(score.vetoes) for score in scores],
+    }
 
 
 def from_table(table: pa.Table) -> list[RolloutGroup]:
@@ -92,8 +125,8 @@ def _sample(row: dict[str, Any]) -> tuple[Rollout, Score]:
         metadata=json.loads(row["metadata"]),
     )
     completion = Completion(
-        token_ids=tuple(row["token_ids"]),
-        logprobs=tuple(row["logprobs"]),
+        token_ids=row["token_ids"],
+        logprobs=row["logprobs"],
         versions=spans(row["span_version"], row["span_end"]),
         finish_reason=row["finish_reason"],
     )

@@ -131,6 +131,7 @@ def engine_settings(
         dtype=rollout.dtype,
         temperature=rollout.temperature,
         max_tokens=rollout.max_tokens,
+        min_tokens=rollout.min_tokens,
         stop_token_ids=stop_ids,
         max_running=rollout.max_running,
         kv_cache_mb=rollout.kv_cache_mb,

@@ -52,8 +52,11 @@ class Prepared:
     tokenizer_fingerprint: str
 
 
-def train_policy(config: TrainConfig, reporter: Reporter) -> Path:
-    """Train; returns the run directory (its ``policy/`` is the result)."""
+def train_policy(config: TrainConfig, reporter: Reporter, *, cores: CorePlan | None = None) -> Path:
+    """Train; returns the run directory (its ``policy/`` is the result).
+
+    ``cores``: which role runs where, instead of ``plan_cores``' answer.
+    """
     prepared = prepare(config)
     run = Run.create(
         config.run.dir,
@@ -66,7 +69,7 @@ def train_policy(config: TrainConfig, reporter: Reporter) -> Path:
     if prepared.prompts.skipped:
         reporter.say(f"left out {prepared.prompts.skipped} prompts longer than allowed")
     with run.lock(), recorded(run), ray_cluster(config.cluster) as ray_info:
-        train_in_cluster(prepared, run, reporter, ray_info)
+        train_in_cluster(prepared, run, reporter, ray_info, cores=cores)
     _report(run, reporter)
     return run.path
 
@@ -144,10 +147,11 @@ def train_in_cluster(
     *,
     state: RunState | None = None,
     checkpoint: Path | None = None,
+    cores: CorePlan | None = None,
 ) -> None:
     """Everything between a running Ray cluster and a finished ``policy/`` in the run directory."""
     config = prepared.config
-    cores = plan_cores(own_cores(), config.rollout.workers, pin=_pins(config))
+    cores = cores or plan_cores(own_cores(), config.rollout.workers, pin=_pins(config))
     run.event("cluster", **dict(ray_info))
     timeline = Timeline()
     # asyncio leaves the default handlers behind, and other stages may follow.
@@ -217,6 +221,7 @@ async def _drive(
         ),
         MonotonicClock(),
         _announcing(run, reporter),
+        timeline.swap,
     )
     controller = Controller(
         loop_settings(config),
@@ -277,8 +282,8 @@ def _worker_factory(
             config.model, rollout, prepared.stop_ids, config.data.max_prompt_tokens
         ),
         kind=rollout.engine,
-        # A resumed run must not sample again what it sampled before.
-        seed=config.run.seed + (state.step if state else 0),
+        seed=_sampling_seed(config, state),
+        per_request_seeds=rollout.request_seeds,
         transport=config.weights.transport,
         make_scorer=_ClientMaker(
             addresses, config.reward.deadline_s, prepared.tokenizer_fingerprint
@@ -290,6 +295,13 @@ def _worker_factory(
     return make_worker_factory(
         spec, num_cpus=rollout.cpus, num_gpus=rollout.gpus, cores=cores.worker
     )
+
+
+def _sampling_seed(config: TrainConfig, state: RunState | None) -> int:
+    """A worker's stream begins anew on resume, so it needs another seed there; a sample's own
+    randomness does not: a repeated step then repeats what it sampled."""
+    resumed_at = state.step if state and not config.rollout.request_seeds else 0
+    return config.run.seed + resumed_at
 
 
 @dataclass(frozen=True, slots=True)

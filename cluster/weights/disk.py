@@ -24,7 +24,9 @@ INDEX = "names.json"
 
 
 class DiskPublisher:
-    """Writes a version aside and renames it, so that a reader never sees half of one; keeps two."""
+    """Writes a version aside and renames it, so that a reader never sees half of one."""
+
+    on_device = False
 
     def __init__(self, directory: str | Path, keep: int = 2) -> None:
         self._directory = Path(directory).absolute()

@@ -1,4 +1,7 @@
-"""What a weight update must be, and the checks a receiver makes before it touches its engine."""
+"""What a weight update must be, and the checks a receiver makes before it touches its engine.
+
+An update is host arrays (numpy) or, for transports that stay on a device, torch tensors.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from cluster.contracts.records import Canary, TensorEntry, WeightManifest
 
 # numpy has no bfloat16, so it travels as the unsigned integers of its bits.
 CARRIERS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
+_HOST = (np.ndarray, np.generic)
 
 
 def checksum(array: np.ndarray) -> str:
@@ -21,30 +25,52 @@ def checksum(array: np.ndarray) -> str:
     return hashlib.sha256(flat.data).hexdigest()
 
 
+def checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Of host arrays their SHA-256; of tensors a sum computed where they lie (``flat``)."""
+    held = {name: array for name, array in arrays.items() if not isinstance(array, _HOST)}
+    found = {name: checksum(array) for name, array in arrays.items() if name not in held}
+    if held:
+        from cluster.weights.flat import mixed_sums  # torch, for those who use it only
+
+        found |= dict(zip(held, mixed_sums(held.values()), strict=True))
+    return found
+
+
+def _carrier(array: Any) -> str:
+    return str(array.dtype).removeprefix("torch.")
+
+
+def _fits(array: Any, dtype: str) -> bool:
+    wanted = CARRIERS.get(dtype) if isinstance(array, _HOST) else dtype
+    return wanted == _carrier(array) and dtype in CARRIERS
+
+
 def build_manifest(
-    arrays: Mapping[str, np.ndarray],
+    arrays: Mapping[str, Any],
     dtypes: Mapping[str, str],
     version: int,
     canary: Canary,
     transport: str,
     locator: Any,
 ) -> WeightManifest:
-    """Manifest of ``arrays`` (bfloat16 as uint16 views); ``dtypes`` are torch names per tensor.
+    """Manifest of ``arrays`` (host arrays carry bfloat16 as uint16 views, tensors as it is);
+    ``dtypes`` are torch names per tensor.
 
     Raises ValueError when a dtype is unknown or does not fit the array that carries it.
     """
     entries = []
     for name, array in arrays.items():
-        carrier = CARRIERS.get(dtypes[name])
-        if carrier != array.dtype.name:
-            raise ValueError(f"{name}: {dtypes[name]} cannot travel as {array.dtype.name}")
+        if not _fits(array, dtypes[name]):
+            raise ValueError(f"{name}: {dtypes[name]} cannot travel as {_carrier(array)}")
+    sums = checksums(arrays)
+    for name, array in arrays.items():
         entries.append(
             TensorEntry(
                 name=name,
                 shape=tuple(array.shape),
                 dtype=dtypes[name],
                 nbytes=array.nbytes,
-                checksum=checksum(array),
+                checksum=sums[name],
             )
         )
     return WeightManifest(
@@ -65,7 +91,7 @@ def check_order(current: int, manifest: WeightManifest) -> None:
         )
 
 
-def verify_arrays(manifest: WeightManifest, arrays: Mapping[str, np.ndarray]) -> None:
+def verify_arrays(manifest: WeightManifest, arrays: Mapping[str, Any]) -> None:
     """Raise WeightMismatch, naming the tensor, unless ``arrays`` is exactly what was published.
 
     That the numbers are finite is checked once, by the learner before it publishes.
@@ -85,15 +111,18 @@ def verify_arrays(manifest: WeightManifest, arrays: Mapping[str, np.ndarray]) ->
         array = arrays[name]
         if tuple(array.shape) != entry.shape:
             problem = f"shape {tuple(array.shape)}, announced {entry.shape}"
-        elif array.dtype.name != CARRIERS.get(entry.dtype):
-            problem = f"carried as {array.dtype.name}, announced {entry.dtype}"
+        elif not _fits(array, entry.dtype):
+            problem = f"carried as {_carrier(array)}, announced {entry.dtype}"
         elif array.nbytes != entry.nbytes:
             problem = f"{array.nbytes} bytes, announced {entry.nbytes}"
-        elif checksum(array) != entry.checksum:
-            problem = "checksum differs: torn, truncated or overwritten on the way"
         else:
             continue
         raise WeightMismatch(_say(manifest, name, problem))
+    sums = checksums(arrays)
+    torn = [name for name, entry in expected.items() if sums[name] != entry.checksum]
+    if torn:
+        problem = "checksum differs: torn, truncated or overwritten on the way"
+        raise WeightMismatch(_say(manifest, torn[0], problem))
 
 
 def _say(manifest: WeightManifest, name: str, problem: str) -> str:

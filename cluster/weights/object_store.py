@@ -18,10 +18,12 @@ NAME = "object_store"
 
 
 class ObjectStorePublisher:
-    """Keeps the last two versions alive: a worker may still be reading the one before."""
+    """Keeps the last ``keep`` versions alive: a worker may still be reading an older one."""
 
-    def __init__(self) -> None:
-        self._alive: deque[Any] = deque(maxlen=2)
+    on_device = False
+
+    def __init__(self, keep: int = 2) -> None:
+        self._alive: deque[Any] = deque(maxlen=keep)
 
     def publish(
         self,

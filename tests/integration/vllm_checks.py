@@ -138,9 +138,14 @@ def canary(engine: Any, model: Any) -> float:
     return float((got - reference(model, CANARY)).abs().max())
 
 
+def load(engine: Any, update: dict[str, Any], version: int) -> None:
+    engine.stage(update, version)
+    engine.swap(version)
+
+
 def refused(engine: Any, update: dict[str, Any], version: int) -> str:
     try:
-        engine.load(update, version)
+        load(engine, update, version)
     except AccordError as problem:
         return type(problem).__name__
     return "accepted"
@@ -159,14 +164,14 @@ def check_architecture(name: str, folder: Path) -> dict[str, Any]:
     """Parity before and after two updates, and after refused ones."""
     model = make_model(name, folder)
     began = time.perf_counter()
-    engine = make_engine("vllm", settings(folder / name))
+    engine: Any = make_engine("vllm", settings(folder / name))
     started = time.perf_counter() - began
     asked = prompts(12)
     out: dict[str, Any] = {"start_s": started, "name": engine.name, "parity": [], "canary": []}
     for version in (-1, 0, 1):
         if version >= 0:
             disturb(model, 0.05, 10 + version)
-            engine.load(arrays(model), version)
+            load(engine, arrays(model), version)
         done = run(engine, asked)
         out["parity"].append(worst(model, asked, done))
         out["canary"].append(canary(engine, model))
@@ -195,7 +200,7 @@ def swap_in_flight(engine: Any, old: Any, new: Any, version: int, temperature: f
     for _ in range(10):
         done.update(engine.step())
     running = set(engine._running)
-    engine.load(arrays(new), version)
+    load(engine, arrays(new), version)
     done.update(finish(engine))
     out: dict[str, Any] = {"old": 0.0, "new": 0.0, "new_begun_before": 0.0, "spans_exact": True}
     for name, completion in done.items():
@@ -222,7 +227,7 @@ def check_recompute(folder: Path) -> dict[str, Any]:
     old = make_model("llama-tied", folder / "recompute")
     path = folder / "recompute" / "llama-tied"
     engine: Any = make_engine("vllm", settings(path, temperature=0.7))
-    engine.load(arrays(old), 0)
+    load(engine, arrays(old), 0)
     out: dict[str, Any] = {}
     asked = prompts(6, shared=64)
     out["temperature"] = worst(old, asked, run(engine, asked), 0.7)
@@ -238,7 +243,7 @@ def check_recompute(folder: Path) -> dict[str, Any]:
     out["swap_own_versions"] = swap_in_flight(engine, new, newer, 2, 0.7)
     engine._native_versions = True
     engine._label()
-    out["each_parameter"] = each_parameter(engine, newer)
+    out["each_parameter"] = each_parameter(engine, newer, 10)
     engine.submit("gone", asked["r0"], None)
     engine.step()
     engine.abort(["gone"])
@@ -249,13 +254,13 @@ def check_recompute(folder: Path) -> dict[str, Any]:
     return out
 
 
-def each_parameter(engine: Any, model: Any) -> dict[str, tuple[float, float]]:
+def each_parameter(engine: Any, model: Any, first: int) -> dict[str, tuple[float, float]]:
     """Parameter -> (how much the engine's log-probabilities moved, distance to the reference)."""
     out = {}
     for number, name in enumerate(arrays(model)):
         before = torch.tensor(engine.sequence_logprobs(CANARY))
         disturb(model, 0.05, 30 + number, only=name)
-        engine.load(arrays(model), 10 + number)
+        load(engine, arrays(model), first + number)
         moved = (torch.tensor(engine.sequence_logprobs(CANARY)) - before).abs().max()
         out[name] = (float(moved), canary(engine, model))
     return out
@@ -263,7 +268,7 @@ def each_parameter(engine: Any, model: Any) -> dict[str, tuple[float, float]]:
 
 def seeded(engine: Any, seed: int) -> tuple[int, ...]:
     engine.submit("s", prompts(1)["r0"], seed)
-    return finish(engine)["s"].token_ids
+    return tuple(finish(engine)["s"].token_ids)
 
 
 def bad_prompt(engine: Any, ids: list[int]) -> str:
@@ -279,7 +284,7 @@ def check_keep(folder: Path) -> dict[str, Any]:
     old = make_model("llama-tied", folder / "keep")
     path = folder / "keep" / "llama-tied"
     engine: Any = make_engine("vllm", settings(path, kv_on_swap="keep"))
-    engine.load(arrays(old), 0)
+    load(engine, arrays(old), 0)
     new = copy.deepcopy(old)
     disturb(new, 0.05, 20)
     out = {"swap": swap_in_flight(engine, old, new, 1, 1.0)}
@@ -287,14 +292,14 @@ def check_keep(folder: Path) -> dict[str, Any]:
     engine = make_engine(
         "vllm", settings(path, kv_on_swap="keep", kv_cache_mb=1, max_running=40, block_size=32)
     )
-    engine.load(arrays(old), 0)
+    load(engine, arrays(old), 0)
     asked = prompts(40, shared=64)
     for name, ids in asked.items():
         engine.submit(name, ids, None)
     done: dict[str, Completion] = {}
     for _ in range(3):
         done.update(engine.step())
-    engine.load(arrays(new), 1)
+    load(engine, arrays(new), 1)
     out["waiting_again"] = len(engine._waiting)
     done.update(finish(engine))
     after = {i for i, c in done.items() if c.versions[0].version == 1}
@@ -311,7 +316,7 @@ def check_bfloat16(folder: Path) -> dict[str, Any]:
     disturb(model, 0.05, 40)
     model.to(torch.bfloat16)
     update = {n: p.detach().view(torch.uint16).numpy() for n, p in model.named_parameters()}
-    engine.load(update, 0)
+    load(engine, update, 0)
     model.float()
     out = {"canary": canary(engine, model)}
     engine.close()
@@ -329,4 +334,5 @@ def main() -> None:
     (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
 
-main()
+if __name__ == "__main__":
+    main()

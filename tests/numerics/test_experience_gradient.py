@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.contracts.metrics import values
 from learner.assemble import build_networks, build_optimizers
-from learner.experience import Experience, build_experience
+from learner.experience import Experience, build_experience, completed
 from learner.rollout_batch import read_batch
 from learner.update import PolicyUpdate
 
@@ -82,15 +82,16 @@ def test_gradient_of_an_update_on_stale_samples(
         "aggregate": "seq-mean-token-mean" if per_answer else "token-mean",
     }
     experience, networks, made = _stale(world, tiny, algorithm=algorithm)
-    assert float((experience.importance == CAP).float().mean()) > 0.05, "the cap must bite"
     plain = copy.deepcopy(networks.policy)
+    optimizers = build_optimizers(networks, made.learner)
+    metrics = values(PolicyUpdate(networks, optimizers, made).train(experience, 0, COEF))
+    assert experience.inline == kl_in_loss
+    experience = completed(experience, made)
+    assert float((experience.importance == CAP).float().mean()) > 0.05, "the cap must bite"
     _loss(
         plain, experience, kl_in_loss=kl_in_loss, entropy_coef=0.05, per_answer=per_answer
     ).backward()
     grads = torch.cat([p.grad.flatten() for p in plain.parameters()])
-    optimizers = build_optimizers(networks, made.learner)
-    update = PolicyUpdate(networks, optimizers, made)
-    metrics = values(update.train(experience, 0, COEF))
     assert metrics["policy/grad_norm"] == pytest.approx(float(grads.norm()), rel=1e-4)
     # Adam's first step is lr * g / (|g| + eps): the sign of every gradient that is not tiny.
     clipped = grads * min(1.0, 1.0 / float(grads.norm()))

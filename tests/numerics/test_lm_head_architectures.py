@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from cluster.contracts.errors import UserError
+from learner import heads
 from learner.batching import pad_rows, sequence
 from learner.heads import LmHead, check_lm_head, hidden_states, lm_head, token_logprobs
 
@@ -98,15 +99,18 @@ def test_chunked_and_whole_logits_agree_with_gradients(
     weight = torch.randn(11, 8, generator=generator, requires_grad=True)
     labels = torch.randint(0, 11, (13,), generator=generator)
     results = []
-    for limit in (1, 1 << 23):
-        monkeypatch.setattr("learner.heads._WHOLE_LOGITS", limit)
+    # Rebuilt in backward chunk by chunk, kept chunk by chunk, kept whole.
+    for chunk, kept in ((11, 0), (22, 1 << 23), (1 << 23, 1 << 23)):
+        monkeypatch.setitem(heads._CHUNK, "cpu", chunk)
+        monkeypatch.setitem(heads._KEPT, "cpu", kept)
         head = LmHead(weight, None, scale)
         logp, entropy = head.logprobs(hidden, labels, 0.8, entropy=True)
         assert entropy is not None
         grads = torch.autograd.grad(logp.sum(), [hidden, weight])
         results.append((logp, entropy, *grads))
-    for chunked, whole in zip(*results, strict=True):
+    for rebuilt, chunked, whole in zip(*results, strict=True):
         torch.testing.assert_close(chunked, whole, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(rebuilt, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_a_model_with_its_own_idea_of_logits_is_refused() -> None:

@@ -241,7 +241,13 @@ def test_documented_metrics_are_measured() -> None:
 
 def test_metrics_written_by_the_controller_and_the_learner_are_documented() -> None:
     text = (ROOT / "docs" / "operate.md").read_text("utf-8")
-    files = ("cluster/controller.py", "learner/measures.py", "learner/update.py", "learner/ppo.py")
+    files = (
+        "cluster/accounts.py",
+        "cluster/controller.py",
+        "learner/measures.py",
+        "learner/update.py",
+        "learner/ppo.py",
+    )
     code = "\n".join((ROOT / file).read_text("utf-8") for file in files)
     names = set(re.findall(rf'"((?:{METRIC_GROUPS})/[a-z0-9_]+)"', code)) - {"policy/ratio"}
     assert sorted(name for name in names if f"`{name}`" not in text) == []

@@ -10,9 +10,10 @@ import pytest
 import torch
 import transformers
 
+from actors import engine_transformers
 from actors.engine_transformers import TransformersEngine
 from actors.settings import EngineSettings
-from cluster.contracts.errors import UserError, WeightMismatch
+from cluster.contracts.errors import Fatal, Retryable, UserError, WeightMismatch
 from cluster.contracts.records import Completion, VersionSpan
 
 EXACT = 1e-4
@@ -99,6 +100,23 @@ def test_sampled_log_probabilities_are_exact(model: Any, tmp_path: Path) -> None
         assert completion.versions[0].version == -1
 
 
+def test_no_answer_ends_before_the_shortest_length(model: Any, tmp_path: Path) -> None:
+    stops = tuple(range(0, 60, 2))  # half the vocabulary: without the limit all would end at once
+    made = engine(tmp_path, min_tokens=5, stop_token_ids=stops)
+    for name, ids in PROMPTS.items():
+        made.submit(name, ids, None)
+    done: dict[str, Completion] = {}
+    while made.unfinished:
+        done.update(made.step())
+    assert min(len(c.token_ids) for c in done.values()) == 6
+    assert all(token % 2 for c in done.values() for token in c.token_ids[:5])
+
+
+def load(made: Any, update: dict[str, Any], version: int) -> None:
+    made.stage(update, version)
+    made.swap(version)
+
+
 @pytest.mark.parametrize("mode", ["recompute", "keep"])
 def test_a_swap_in_flight(model: Any, tmp_path: Path, mode: str) -> None:
     made = engine(tmp_path, kv_on_swap=mode, stop_token_ids=())
@@ -109,7 +127,7 @@ def test_a_swap_in_flight(model: Any, tmp_path: Path, mode: str) -> None:
     done: dict[str, Completion] = {}
     for _ in range(5):
         done.update(made.step())
-    made.load(arrays(new), 0)
+    load(made, arrays(new), 0)
     while made.unfinished:
         done.update(made.step())
     mixed = 0.0
@@ -133,11 +151,57 @@ def test_canary_log_probabilities_ignore_the_temperature(model: Any, tmp_path: P
     made = engine(tmp_path)
     new = copy.deepcopy(model)
     disturb(new, 6)
-    made.load(arrays(new), 3)
+    load(made, arrays(new), 3)
     ids = torch.tensor(PROMPTS["r5"])
     exact = torch.log_softmax(new(ids[None]).logits[0, :-1], -1).gather(1, ids[1:, None])[:, 0]
     got = torch.tensor(made.sequence_logprobs(PROMPTS["r5"]))
     assert float((got - exact).abs().max()) < EXACT
+
+
+@torch.no_grad()
+def test_nothing_changes_before_the_swap_and_the_two_sets_alternate(
+    model: Any, tmp_path: Path
+) -> None:
+    made = engine(tmp_path)
+    ids = PROMPTS["r5"]
+    for version in range(4):
+        before = made.sequence_logprobs(ids)
+        disturb(model, 20 + version)
+        made.stage(arrays(model), version)
+        assert made.sequence_logprobs(ids) == before
+        made.swap(version)
+        tokens = torch.tensor(ids)
+        logits = model(tokens[None]).logits[0, :-1]
+        exact = torch.log_softmax(logits, -1).gather(1, tokens[1:, None])[:, 0]
+        got = torch.tensor(made.sequence_logprobs(ids))
+        assert float((got - exact).abs().max()) < EXACT
+        assert made.version == version
+
+
+def test_a_failure_half_way_in_staging_leaves_the_old_weights(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = engine(tmp_path)
+    before = made.sequence_logprobs(PROMPTS["r2"])
+    disturb(model, 8)
+    update = arrays(model)
+    seen: list[Any] = []
+
+    def fails(array: Any) -> torch.Tensor:
+        seen.append(array)
+        if len(seen) > 3:
+            raise MemoryError("no room")
+        return torch.from_numpy(array)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine_transformers, "to_tensor", fails)
+        with pytest.raises(Retryable, match="version 0, version -1 stays in force: no room"):
+            made.stage(update, 0)
+    with pytest.raises(Fatal, match="staged is None"):
+        made.swap(0)
+    assert made.sequence_logprobs(PROMPTS["r2"]) == before
+    load(made, update, 0)
+    assert made.sequence_logprobs(PROMPTS["r2"]) != before
 
 
 def test_an_update_that_does_not_fit_changes_nothing(model: Any, tmp_path: Path) -> None:
@@ -153,7 +217,7 @@ def test_an_update_that_does_not_fit_changes_nothing(model: Any, tmp_path: Path)
         {**update, first: update[first][:-1]},
     ):
         with pytest.raises(WeightMismatch, match="does not fit"):
-            made.load(wrong, 0)
+            load(made, wrong, 0)
     assert made.sequence_logprobs(PROMPTS["r2"]) == before
     assert made.version == -1
 

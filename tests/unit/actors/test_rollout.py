@@ -56,6 +56,12 @@ class ScriptedEngine:
         self.steps_at_canary: threading.Semaphore | None = None
         self.canary_shift = 0.0
         self.break_step = ""
+        self.break_stage = ""
+        self.break_swap = ""
+        self.stage_gate = threading.Event()
+        self.stage_gate.set()
+        self.staging_thread = 0
+        self.staged = (-1, 0.0)
         self.closed = False
 
     def submit(self, request_id: str, prompt_ids: Sequence[int], seed: int | None) -> None:
@@ -85,12 +91,23 @@ class ScriptedEngine:
     def unfinished(self) -> int:
         return len(self.rows)
 
-    def load(self, tensors: Mapping[str, Any], version: int) -> None:
-        self.threads.add(threading.get_ident())
+    def stage(self, tensors: Mapping[str, Any], version: int) -> None:
+        self.staging_thread = threading.get_ident()
+        self.log.append(f"stage {version}")
+        assert self.stage_gate.wait(WAIT_S)
+        if self.break_stage:
+            raise Retryable(self.break_stage)
         if set(tensors) != {"w"}:
             raise WeightMismatch("does not fit the model")
+        self.staged = (version, float(tensors["w"][0]))
+
+    def swap(self, version: int) -> None:
+        self.threads.add(threading.get_ident())
+        if self.break_swap:
+            raise RuntimeError(self.break_swap)
+        assert self.staged[0] == version
         self.version = version
-        self.log.append(f"load {version} {float(tensors['w'][0])}")
+        self.log.append(f"swap {version} {self.staged[1]}")
 
     def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         self.log.append("canary")
@@ -158,11 +175,23 @@ class Shelf:
         return build_manifest(self.arrays, {name: "float32"}, version, canary, "shelf", "")
 
 
+class Words:
+    """Decodes to the numbers themselves; notes how many answers came and on which thread."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[int, int]] = []
+
+    def __call__(self, answers: Sequence[Sequence[int]]) -> list[str]:
+        self.calls.append((len(answers), threading.get_ident()))
+        return [" ".join(map(str, ids)) for ids in answers]
+
+
 @dataclasses.dataclass
 class Bench:
     engine: ScriptedEngine
     scorer: Lengths
     shelf: Shelf
+    decoder: Words
     worker: RolloutWorker
 
     def load(self, version: int) -> None:
@@ -198,11 +227,10 @@ def wait_until(condition: Callable[[], bool]) -> None:
 def make_bench(**settings: Any) -> Bench:
     engine, scorer, shelf = ScriptedEngine(), Lengths(), Shelf()
     chosen = WorkerSettings(**{"name": "w0", "incarnation": 2, **settings})
-    worker = RolloutWorker(
-        lambda: engine, lambda ids: " ".join(map(str, ids)), shelf, scorer, chosen
-    )
+    decoder = Words()
+    worker = RolloutWorker(lambda: engine, decoder, shelf, scorer, chosen)
     worker.start()
-    return Bench(engine, scorer, shelf, worker)
+    return Bench(engine, scorer, shelf, decoder, worker)
 
 
 @pytest.fixture
@@ -233,7 +261,7 @@ def test_a_group_comes_back_whole_scored_and_in_order(bench: Bench) -> None:
     (five,) = [group for group in groups if group.group_id == 5]
     assert [rollout.sample_index for rollout, _ in five.samples] == [0, 1, 2]
     assert [score.value for _, score in five.samples] == [3.0, 4.0, 5.0]
-    assert five.samples[0][0].text == "0 1 2"
+    assert [rollout.text for rollout, _ in five.samples] == ["0 1 2", "0 1 2 3", "0 1 2 3 4"]
     assert five.samples[0][0].prompt.metadata == {"n": 3}
 
 
@@ -263,8 +291,8 @@ def test_versions_are_exact_across_swaps_between_two_steps(bench: Bench) -> None
     )
     assert (meta.version_min, meta.version_max) == (0, 4)
     assert bench.engine.log == [
-        "load 0 0.0", "canary", "step", "step", "load 1 1.0", "canary",
-        "step", "step", "step", "load 4 4.0", "canary", "step",
+        "stage 0", "swap 0 0.0", "canary", "step", "step", "stage 1", "swap 1 1.0", "canary",
+        "step", "step", "step", "stage 4", "swap 4 4.0", "canary", "step",
     ]  # fmt: skip
 
 
@@ -273,7 +301,7 @@ def test_a_swap_reports_and_is_counted(bench: Bench) -> None:
     report = bench.worker.load_weights(bench.shelf.put(0))
     assert report.version == 0
     assert report.canary_logp_diff == pytest.approx(5e-4)
-    assert min(report.fetch_s, report.verify_s, report.pause_s) >= 0
+    assert min(report.fetch_s, report.verify_s, report.stage_s, report.pause_s) >= 0
     assert bench.worker.stats()["swaps"] == 1
 
 
@@ -282,7 +310,7 @@ def test_duplicate_and_late_updates_are_refused_untouched(bench: Bench, again: i
     bench.load(3)
     with pytest.raises(WeightMismatch, match="version 3 is in force"):
         bench.load(again)
-    assert bench.engine.log == ["load 3 3.0", "canary"]
+    assert bench.engine.log == ["stage 3", "swap 3 3.0", "canary"]
     bench.worker.submit([work(0)])
     bench.harvest_all(1)
 
@@ -298,6 +326,50 @@ def test_a_torn_update_is_refused_untouched_and_can_be_sent_again(bench: Bench) 
     assert meta.version_max == 0
     bench.load(1)
     assert bench.engine.version == 1
+
+
+def test_staging_runs_beside_the_steps_on_the_caller_s_thread(bench: Bench) -> None:
+    bench.load(0)
+    bench.engine.steps = threading.Semaphore(0)
+    bench.worker.submit([work(0, first=6, samples=1)])
+    bench.steps(1)
+    bench.engine.stage_gate.clear()
+    loading = threading.Thread(target=bench.load, args=(1,))
+    loading.start()
+    wait_until(lambda: "stage 1" in bench.engine.log)
+    bench.steps(3)  # would not happen were staging between two steps
+    bench.engine.stage_gate.set()
+    loading.join(WAIT_S)
+    bench.steps(2)
+    _, (group,) = bench.harvest_all(1)
+    assert group.samples[0][0].completion.versions == (
+        VersionSpan(version=0, start=0, end=4),
+        VersionSpan(version=1, start=4, end=6),
+    )
+    assert bench.engine.staging_thread == loading.ident
+    assert bench.engine.staging_thread not in bench.engine.threads
+
+
+def test_a_failure_in_staging_leaves_the_old_weights_in_force(bench: Bench) -> None:
+    bench.load(0)
+    bench.engine.break_stage = "no memory; version 0 stays in force"
+    with pytest.raises(Retryable, match="version 0 stays in force"):
+        bench.load(1)
+    bench.worker.submit([work(0)])
+    (meta,), _ = bench.harvest_all(1)
+    assert meta.version_max == 0
+    bench.engine.break_stage = ""
+    bench.load(1)
+    assert bench.engine.version == 1
+
+
+def test_a_failure_in_the_swap_makes_the_worker_unfit(bench: Bench) -> None:
+    bench.load(0)
+    bench.engine.break_swap = "half-way"
+    with pytest.raises(RuntimeError, match="half-way"):
+        bench.load(1)
+    with pytest.raises(RuntimeError, match="half-way"):
+        bench.worker.harvest(WAIT_S)
 
 
 def test_an_update_for_another_model_is_refused_untouched(bench: Bench) -> None:
@@ -403,6 +475,9 @@ def test_waiting_groups_are_scored_together_while_generation_goes_on() -> None:
     assert sum(bench.scorer.calls) == 14
     assert max(bench.scorer.calls) <= 8
     assert len(bench.scorer.calls) <= 4
+    # One call of the tokenizer per call of the scorer, and never on the engine's thread.
+    assert [count for count, _ in bench.decoder.calls] == bench.scorer.calls
+    assert not {thread for _, thread in bench.decoder.calls} & bench.engine.threads
     bench.worker.stop()
 
 
@@ -418,7 +493,7 @@ def test_an_engine_that_cannot_be_built_says_why() -> None:
     def broken() -> ScriptedEngine:
         raise UserError("no such model", where="m")
 
-    worker = RolloutWorker(broken, str, Shelf(), Lengths(), WorkerSettings())
+    worker = RolloutWorker(broken, Words(), Shelf(), Lengths(), WorkerSettings())
     with pytest.raises(UserError, match="no such model"):
         worker.start()
     worker.stop()
@@ -438,7 +513,7 @@ def test_deadlines_hold(bench: Bench) -> None:
 def test_a_swap_past_its_deadline_is_retryable_and_ends_the_worker() -> None:
     bench = make_bench(swap_timeout_s=0.05)
     release = threading.Event()
-    bench.engine.load = lambda tensors, version: bool(release.wait(WAIT_S))  # type: ignore[method-assign,assignment]
+    bench.engine.swap = lambda version: bool(release.wait(WAIT_S))  # type: ignore[method-assign,assignment]
     with pytest.raises(Retryable, match="did not take weights of version 0 within"):
         bench.load(0)
     release.set()
@@ -460,7 +535,7 @@ def test_samples_without_scores_come_in_order_and_need_no_weights(bench: Bench) 
 
 def test_a_worker_without_a_scorer_makes_no_training_data() -> None:
     engine, shelf = ScriptedEngine(), Shelf()
-    worker = RolloutWorker(lambda: engine, str, shelf, None, WorkerSettings())
+    worker = RolloutWorker(lambda: engine, Words(), shelf, None, WorkerSettings())
     worker.start()
     worker.load_weights(shelf.put(0))
     with pytest.raises(Fatal, match="no scorer"):
@@ -480,6 +555,34 @@ def test_request_seeds_depend_on_the_sample_alone() -> None:
         bench.worker.stop()
     assert seeds[0] == seeds[1]
     assert len(set(seeds[0])) == 4
+
+
+def test_the_groups_of_a_call_decode_together_from_the_first_step_on(bench: Bench) -> None:
+    """A slow engine must not begin the first group while the others are on their way to it."""
+    bench.load(0)
+    submit, together = bench.engine.submit, []
+    step = bench.engine.step
+
+    def slow_submit(*given: Any) -> None:
+        submit(*given)
+        time.sleep(0.002)
+
+    def counted_step() -> Any:
+        together.append(len(bench.engine.rows))
+        return step()
+
+    bench.engine.submit, bench.engine.step = slow_submit, counted_step  # type: ignore[method-assign]
+    number = bench.worker._numbers
+
+    class Slow:  # the caller's thread loses the processor between two groups
+        def __next__(self) -> int:
+            time.sleep(0.01)
+            return next(number)
+
+    bench.worker._numbers = Slow()  # type: ignore[assignment]
+    bench.worker.submit([work(n) for n in range(6)] + [work(0)])
+    bench.harvest_all(6)
+    assert together[0] == 12
 
 
 def test_seeds_of_workers_and_incarnations_differ() -> None:

@@ -130,7 +130,12 @@ class FakeWorker:
             raise WeightMismatch(f"version {manifest.version}: torn")
         self.version = manifest.version
         return SwapReport(
-            version=manifest.version, fetch_s=0, verify_s=0, pause_s=0.001, canary_logp_diff=1e-6
+            version=manifest.version,
+            fetch_s=0,
+            verify_s=0,
+            stage_s=0,
+            pause_s=0.001,
+            canary_logp_diff=1e-6,
         )
 
     async def stop(self) -> None:

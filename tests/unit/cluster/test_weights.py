@@ -14,7 +14,7 @@ from cluster.contracts.errors import Retryable, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
 from cluster.weights.disk import DiskPublisher, DiskReceiver
 from cluster.weights.manifest import build_manifest, check_order, checksum, verify_arrays
-from cluster.weights.transports import TRANSPORTS
+from cluster.weights.transports import TRANSPORTS, PublisherOptions
 
 CANARY = Canary(token_ids=(1, 2, 3), logprobs=(-1.0, -2.0), tolerance=1e-3)
 DTYPES = {"a.weight": "float32", "b": "bfloat16", "norm": "float32"}
@@ -193,5 +193,6 @@ def test_the_table_of_transports_is_the_config_literal() -> None:
 
 def test_the_table_makes_a_pair_that_fits(tmp_path: Path) -> None:
     make_publisher, make_receiver = TRANSPORTS["disk"]
-    made = make_publisher(str(tmp_path)).publish(arrays(), DTYPES, 0, CANARY)
-    verify_arrays(made, make_receiver().fetch(made))
+    options = PublisherOptions(directory=str(tmp_path), keep=2)
+    made = make_publisher(options).publish(arrays(), DTYPES, 0, CANARY)
+    verify_arrays(made, make_receiver("cpu").fetch(made))

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, values
 from cluster.contracts.records import StepInput
+from learner.experience import Experience
 from learner.ppo import PPOLearner
+from learner.publishing import host_arrays
 
 OWN = {"learner": {"value_model": "own", "value_lr": 3e-3}}
 GROUPS = (0, 1, 2, 3)
@@ -256,10 +258,10 @@ def test_a_policy_that_is_not_finite_is_never_published(
     learner, kept = _started(world, tiny)
     before = dict(kept.arrays)
 
-    def break_weights(*_: object) -> list[Metric]:
+    def break_weights(_: object, experience: Experience, *__: object) -> Any:
         with torch.no_grad():
             learner.state.networks.policy.model.norm.weight[3] = torch.nan
-        return []
+        return experience, list[Metric]()
 
     monkeypatch.setattr(PPOLearner, "_update", break_weights)
     with pytest.raises(Fatal, match=r"'model\.norm\.weight' is not finite"):
@@ -364,7 +366,7 @@ def test_numbers_of_a_step_are_complete_and_finite(
         "async": "staleness_mean staleness_max ess",
         "sampling": "logp_diff_mean logp_diff_max logp_diff_all_mean is_ratio_mean "
         "is_clipped_frac mismatch_kl",
-        "perf": "tokens_per_s learner_busy_s learner_cpu_s",
+        "perf": "tokens_per_s learner_busy_s learner_cpu_s mfu",
         "time": "experience forward backward publish step",
     }
     names = {f"{group}/{name}" for group, text in expected.items() for name in text.split()}
@@ -378,3 +380,16 @@ def test_numbers_of_a_step_are_complete_and_finite(
     ratio = np.mean([reason == "length" for reason in tables[0]["finish_reason"].to_pylist()])
     assert found["completions/clipped_ratio"] == pytest.approx(ratio)
     assert result.trained_tokens == sum(map(len, tables[0]["token_ids"].to_pylist()))
+
+
+def test_huge_weights_are_finite_and_a_single_bad_one_is_not() -> None:
+    model = torch.nn.Linear(3, 3)
+    with torch.no_grad():
+        model.weight.fill_(3e38)  # whose squares are not
+    arrays, _ = host_arrays(model, "float32")
+    assert np.isfinite(arrays["weight"]).all()
+    for bad in (torch.nan, torch.inf):
+        with torch.no_grad():
+            model.bias[1] = bad
+        with pytest.raises(Fatal, match="'bias' is not finite"):
+            host_arrays(model, "float32")

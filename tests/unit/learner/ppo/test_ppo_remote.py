@@ -93,6 +93,23 @@ def test_a_users_error_arrives_as_raised(world: ModuleType, tiny: Path) -> None:
     _run(learner.stop())
 
 
+def test_a_fault_of_the_learner_s_own_arrives_with_its_traceback(
+    world: ModuleType, tiny: Path
+) -> None:
+    learner = RayLearner(world.make_settings(tiny))
+    nonsense = StepInput(step=0, group_ids=GROUPS, payloads=None)  # type: ignore[arg-type]
+
+    async def live() -> None:
+        await learner.start()
+        try:
+            await learner.step(nonsense)
+        finally:
+            await learner.stop()
+
+    with pytest.raises(Fatal, match=r"the learner failed in step:(.|\n)*TypeError: 'NoneType'"):
+        _run(live())
+
+
 def test_a_deadline_names_what_was_waited_for_and_ends_the_process(
     world: ModuleType, tiny: Path
 ) -> None:

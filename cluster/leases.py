@@ -1,0 +1,140 @@
+"""Which worker holds which group, and who has the least to do: O(log workers) a group.
+
+Plain accounting of the pool: no asyncio, no clock of its own.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from cluster.contracts.records import Assignment
+
+# Counters a worker reports since its own start; what else it reports is a gauge.
+COUNTERS = frozenset(
+    ("generated_tokens", "busy_s", "wait_s", "cpu_s", "score_s", "swaps", "swap_pause_s")
+)
+
+
+@dataclass(slots=True)
+class Holder:
+    """What one worker has in hand. ``open``: whether it may be given more."""
+
+    open: bool = False
+    samples: int = 0
+    leases: dict[int, Assignment] = field(default_factory=dict)
+
+
+class LeaseBook:
+    """Leases of all workers, found by fewest samples in hand, then by lowest worker number.
+
+    The heap keeps an entry for every load an open worker has had; entries that are no longer so
+    are passed over when they come up, and cleared out when they outnumber the workers.
+    """
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
+        self._holders: dict[int, Holder] = {}
+        self._heap: list[tuple[int, int]] = []  # (samples in hand, worker number)
+        self._holding = 0  # open workers with a lease
+        self._holding_s = 0.0
+        self._since = 0.0
+        self.leased = 0
+
+    def holder(self, index: int) -> Holder:
+        return self._holders.setdefault(index, Holder())
+
+    def open(self, index: int) -> None:
+        """From now on this worker may be given groups."""
+        self.holder(index).open = True
+        self._offer(index)
+
+    def close(self, index: int) -> None:
+        """No more groups for this worker; it keeps what it has."""
+        self.holder(index).open = False
+
+    def give(self, assignment: Assignment) -> int | None:
+        """Lease a group to the open worker with the fewest samples in hand; None without one."""
+        index = self._lightest()
+        if index is None:
+            return None
+        holder = self._holders[index]
+        if not holder.leases:
+            self._count_holding(1)
+        holder.leases[assignment.group_id] = assignment
+        holder.samples += assignment.samples
+        self.leased += 1
+        heapq.heapreplace(self._heap, (holder.samples, index))
+        return index
+
+    def take(self, index: int, group_id: int) -> Assignment | None:
+        """End a lease; None when this worker does not hold it."""
+        holder = self._holders[index]
+        assignment = holder.leases.pop(group_id, None)
+        if assignment is not None:
+            holder.samples -= assignment.samples
+            self.leased -= 1
+            if not holder.leases:
+                self._count_holding(-1)
+            self._offer(index)
+        return assignment
+
+    def take_all(self, index: int) -> list[Assignment]:
+        """End all leases of a worker, in the order they were given, and close it."""
+        holder = self.holder(index)
+        taken = list(holder.leases.values())
+        if taken:
+            self._count_holding(-1)
+        self.leased -= len(taken)
+        self._holders[index] = Holder()
+        return taken
+
+    def holding_s(self) -> float:
+        """Seconds that workers held at least one group, summed over the workers."""
+        self._count_holding(0)
+        return self._holding_s
+
+    def _count_holding(self, change: int) -> None:
+        now = self._now()
+        self._holding_s += self._holding * (now - self._since)
+        self._since = now
+        self._holding += change
+
+    def _offer(self, index: int) -> None:
+        holder = self._holders[index]
+        if holder.open:
+            heapq.heappush(self._heap, (holder.samples, index))
+            if len(self._heap) > 4 * len(self._holders) + 64:
+                self._heap = [(h.samples, i) for i, h in self._holders.items() if h.open]
+                heapq.heapify(self._heap)
+
+    def _lightest(self) -> int | None:
+        """The worker on top of the heap, once outdated entries are gone from there."""
+        while self._heap:
+            samples, index = self._heap[0]
+            holder = self._holders[index]
+            if holder.open and holder.samples == samples:
+                return index
+            heapq.heappop(self._heap)
+        return None
+
+
+class CounterSums:
+    """Workers' counters added up, kept with each report: O(counters), whatever the workers.
+
+    A worker that was restarted counts from zero again; what it had counted before stays in.
+    """
+
+    def __init__(self) -> None:
+        self.totals: dict[str, float] = {}
+        self._last: dict[int, tuple[int, Mapping[str, float]]] = {}
+
+    def report(self, index: int, incarnation: int, stats: Mapping[str, float]) -> None:
+        last_incarnation, before = self._last.get(index, (incarnation, {}))
+        if last_incarnation != incarnation:
+            before = {}
+        for name, value in stats.items():
+            if name in COUNTERS:
+                self.totals[name] = self.totals.get(name, 0.0) + value - before.get(name, 0.0)
+        self._last[index] = (incarnation, stats)

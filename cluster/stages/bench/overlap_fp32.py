@@ -1,0 +1,11 @@
+"""The benchmark `overlap` with a learner that computes in float32."""
+
+from __future__ import annotations
+
+from cluster.stages.bench.common import BenchOptions, BenchResult
+from cluster.stages.bench.overlap import measure_variant
+
+
+def measure(options: BenchOptions) -> BenchResult:
+    """As ``cluster.stages.bench.overlap.measure``."""
+    return measure_variant("overlap-fp32", options, dtype="float32")

@@ -1,0 +1,187 @@
+"""Weights from the learner's device to each worker's through a communicator: NCCL between GPUs,
+gloo between processes without one.
+
+Every worker has a communicator of two with the learner, made when it first asks, so that workers
+come and go without anybody else noticing. The learner's side is a thread: training goes on.
+
+    worker                        store (in the learner's process)          learner's thread
+    asks + 1 = n  ───────────▶    ask/n = "<pair> <version>"   ──────────▶  packs nothing: sends the
+    recv ◀─────────────────────── communicator of the pair ◀──────────────  snapshot of that version
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cluster.contracts.errors import Retryable, WeightMismatch
+from cluster.contracts.records import Canary, WeightManifest
+from cluster.weights.flat import layout, pack, unpack
+from cluster.weights.manifest import build_manifest
+
+NAME = "collective"
+TIMEOUT_S = 120.0
+_STOP = "stop"
+_SENT, _GONE = "sent", "gone"
+
+
+class CollectivePublisher:
+    """Keeps the last ``keep`` versions on the device and serves them to whoever asks.
+
+    host: the address the store listens on; on a cluster, this node's address as others see it.
+    """
+
+    on_device = True
+
+    def __init__(self, host: str, keep: int, timeout_s: float = TIMEOUT_S) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
+        self._host = host
+        self._keep = keep
+        self._store: Any = dist.TCPStore(
+            host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout
+        )
+        self._snapshots: OrderedDict[int, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pairs: dict[int, Any] = {}
+        self._senders: dict[int, ThreadPoolExecutor] = {}
+        self._thread = threading.Thread(target=self._serve, name="weights-server", daemon=True)
+        self._thread.start()
+
+    def publish(
+        self,
+        arrays: Mapping[str, Tensor],
+        dtypes: Mapping[str, str],
+        version: int,
+        canary: Canary,
+    ) -> WeightManifest:
+        """Take a snapshot on the device. ``arrays`` may be changed after the return."""
+        manifest = build_manifest(
+            arrays, dtypes, version, canary, NAME, (self._host, self._store.port)
+        )
+        spare = None
+        with self._lock:
+            while len(self._snapshots) >= self._keep:
+                _, spare = self._snapshots.popitem(last=False)
+        snapshot = pack(arrays, spare)
+        if snapshot.is_cuda:
+            torch.cuda.current_stream(snapshot.device).synchronize()
+        with self._lock:
+            self._snapshots[version] = snapshot
+        return manifest
+
+    def close(self) -> None:
+        number = self._store.add("asks", 1)
+        self._store.set(f"ask/{number}", _STOP)
+        self._thread.join(TIMEOUT_S)
+        for sender in self._senders.values():
+            sender.shutdown(wait=True, cancel_futures=True)
+        self._snapshots.clear()
+
+    def _serve(self) -> None:
+        store = self._store.clone()  # one that waits lets no other thread use it
+        number = 0
+        while True:
+            number += 1
+            # The thread ends by an ask of our own, so it may wait for as long as the run takes.
+            store.wait([f"ask/{number}"], timedelta(days=365))
+            ask = store.get(f"ask/{number}").decode()
+            store.delete_key(f"ask/{number}")
+            if ask == _STOP:
+                return
+            pair, version = map(int, ask.split())
+            # A thread for each worker: one that has died holds up nobody else.
+            sender = self._senders.setdefault(pair, ThreadPoolExecutor(1, f"weights-{pair}"))
+            sender.submit(self._answer, number, pair, version)
+
+    def _answer(self, number: int, pair: int, version: int) -> None:
+        try:
+            with self._lock:
+                snapshot = self._snapshots.get(version)
+            self._store.set(f"answer/{number}", _GONE if snapshot is None else _SENT)
+            if snapshot is not None:
+                if pair not in self._pairs:
+                    self._pairs[pair] = _communicator(
+                        self._store.clone(), pair, 0, snapshot.device, self._timeout
+                    )
+                self._pairs[pair].send([snapshot], 1, 0).wait()
+        except RuntimeError:
+            # The worker is gone or did not listen: it learns so from its own deadline, and the pool
+            # replaces it. Its successor makes a pair of its own.
+            self._pairs.pop(pair, None)
+
+
+class CollectiveReceiver:
+    """One worker's end. device: where the weights are to arrive, "cpu" or "cuda:0"."""
+
+    def __init__(self, device: str = "cpu", timeout_s: float = TIMEOUT_S) -> None:
+        self._device = torch.device(device)
+        self._timeout = timedelta(seconds=timeout_s)
+        self._address: tuple[str, int] | None = None
+        self._store: Any = None
+        self._pair = 0
+        self._communicator: Any = None
+
+    def fetch(self, manifest: WeightManifest) -> dict[str, Tensor]:
+        """Tensors on the receiver's device.
+
+        Raises Retryable when the learner does not answer in time or has dropped the version,
+        WeightMismatch when what came is not as announced.
+        """
+        try:
+            return self._fetch(manifest)
+        except RuntimeError as problem:  # what torch.distributed raises, timeouts too
+            self._address = None
+            raise Retryable(
+                f"weights of version {manifest.version} did not come through the communicator "
+                f"within {self._timeout.total_seconds():.0f} s: {problem}"
+            ) from None
+
+    def _fetch(self, manifest: WeightManifest) -> dict[str, Tensor]:
+        if self._address != tuple(manifest.locator):
+            self._connect(*manifest.locator)
+        number = self._store.add("asks", 1)
+        self._store.set(f"ask/{number}", f"{self._pair} {manifest.version}")
+        self._store.wait([f"answer/{number}"], self._timeout)
+        answer = self._store.get(f"answer/{number}").decode()
+        self._store.delete_key(f"answer/{number}")
+        if answer == _GONE:
+            raise Retryable(f"the learner no longer holds weights of version {manifest.version}")
+        if self._communicator is None:
+            self._communicator = _communicator(
+                self._store, self._pair, 1, self._device, self._timeout
+            )
+        _, total = layout(entry.nbytes for entry in manifest.tensors)
+        buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
+        self._communicator.recv([buffer], 0, 0).wait()
+        try:
+            return unpack(buffer, manifest.tensors)
+        except (ValueError, RuntimeError, AttributeError) as problem:
+            raise WeightMismatch(f"weights of version {manifest.version}: {problem}") from None
+
+    def _connect(self, host: str, port: int) -> None:
+        self._store = dist.TCPStore(
+            host, port, is_master=False, wait_for_workers=False, timeout=self._timeout
+        )
+        self._pair = self._store.add("pairs", 1)
+        self._communicator = None
+        self._address = (host, port)
+
+
+def _communicator(
+    store: Any, pair: int, rank: int, device: torch.device, timeout: timedelta
+) -> Any:
+    """Two processes: the learner is rank 0, the worker rank 1."""
+    own = dist.PrefixStore(f"pair/{pair}", store)
+    if device.type == "cuda":
+        options = dist.ProcessGroupNCCL.Options()
+        options._timeout = timeout
+        return dist.ProcessGroupNCCL(own, rank, 2, options)
+    return dist.ProcessGroupGloo(own, rank, 2, timeout)

@@ -1,0 +1,169 @@
+"""Samples packed end to end in one row, each attending to itself only. No padding is computed.
+
+transformers calls the attention function registered here. With `Spans` it runs variable-length
+attention: flash attention on a GPU, one sample after the other on a CPU. Without, it is
+transformers' own sdpa, so the same model still takes padded rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from cluster.contracts.errors import UserError
+
+NAME = "accord_packed"
+
+_PACK = ContextVar[bool]("accord_pack", default=False)
+"""A pack is under way: no mask is made. (Masks are made once a forward, never when activations
+are computed again for gradient checkpointing; the spans themselves travel as arguments.)"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Spans:
+    """offsets: int32 [b + 1] on the device, first positions of the samples in the pack and its end.
+    lengths: the samples' tokens. positions: int64 [1, T], counted from 0 in each sample."""
+
+    offsets: Tensor
+    lengths: tuple[int, ...]
+    positions: Tensor
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str) -> Spans:
+        sizes = np.asarray(lengths, dtype=np.int64)
+        offsets = np.concatenate([[0], np.cumsum(sizes)])
+        positions = np.arange(offsets[-1]) - np.repeat(offsets[:-1], sizes)
+        return cls(
+            torch.from_numpy(offsets.astype(np.int32)).to(device),
+            tuple(int(size) for size in sizes),
+            torch.from_numpy(positions)[None].to(device),
+        )
+
+
+def run_trunk(trunk: Any, input_ids: Tensor, spans: Spans) -> Tensor:
+    """[1, T, H] last hidden states of a pack [1, T]."""
+    token = _PACK.set(True)
+    try:
+        result = trunk(
+            input_ids=input_ids,
+            attention_mask=None,
+            position_ids=spans.positions,
+            use_cache=False,
+            accord_spans=spans,
+        )
+    finally:
+        _PACK.reset(token)
+    hidden: Tensor = result.last_hidden_state
+    return hidden
+
+
+def can_pack(config: Any) -> bool:
+    """Whether packed attention computes what this architecture does: causal, uncapped scores, no
+    sliding window."""
+    text = config.get_text_config()
+    capped = getattr(text, "attn_logit_softcapping", None) is not None
+    kinds = getattr(text, "layer_types", None) or ()
+    window = getattr(text, "sliding_window", None)
+    windowed = window is not None and getattr(text, "use_sliding_window", True)
+    return not capped and not windowed and all(kind == "full_attention" for kind in kinds)
+
+
+def choose_layout(packing: str, device: torch.device, compute_dtype: str, policy: Any) -> bool:
+    """True for packed microbatches, from `learner.packing`.
+
+    "auto" packs where flash attention is to be had (a GPU, bfloat16) and the architecture allows
+    it. Raises UserError for "packed" with an architecture that does not.
+    """
+    able = can_pack(policy.config)
+    if packing == "packed" and not able:
+        raise UserError(
+            f"{type(policy).__name__} attends in a way that packed rows cannot (capped scores or "
+            "a sliding window)",
+            where="learner.packing",
+            fix="set learner.packing = 'padded'",
+        )
+    if packing == "auto":
+        return able and device.type == "cuda" and compute_dtype == "bfloat16"
+    return packing == "packed"
+
+
+def use_packed_attention(*models: nn.Module | None) -> None:
+    """Let these transformers models (None is skipped) take packs as well as padded rows."""
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    for model in models:
+        if model is not None:
+            model.set_attn_implementation(NAME)  # type: ignore[operator]
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    return None if _PACK.get() else sdpa_mask(*args, **kwargs)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    accord_spans: Spans | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """query [b, heads, T, D], key and value [b, kv heads, T, D] -> [b, T, heads, D]."""
+    if accord_spans is None:
+        result: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return result
+    if query.device.type == "cuda":
+        return _flash(query, key, value, scaling, accord_spans), None
+    return _one_by_one(query, key, value, scaling, accord_spans), None
+
+
+def _flash(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, spans: Spans
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    # Flash attention knows half precision only; rotary embeddings leave float32 under autocast.
+    kind = value.dtype if value.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+    q, k, v = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
+    longest = max(spans.lengths)
+    out = varlen_attn(
+        q,
+        k,
+        v,
+        spans.offsets,
+        spans.offsets,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=q.shape[1] != k.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+def _one_by_one(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, spans: Spans
+) -> Tensor:
+    parts = [x.split(spans.lengths, dim=2) for x in (query, key, value.to(query.dtype))]
+    outs = [
+        nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        for q, k, v in zip(*parts, strict=True)
+    ]
+    return torch.cat(outs, dim=2).transpose(1, 2)

@@ -1,0 +1,171 @@
+"""The processes of one learner, and what they tell each other.
+
+Each process ("rank") reads the whole step and runs its share of the microbatches. Losses carry the
+denominator of the whole minibatch, so sums over ranks are the numbers one process would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from cluster.contracts.errors import Fatal
+from cluster.contracts.metrics import Metric, merge
+
+T = TypeVar("T")
+
+_BUCKET_BYTES = 1 << 28
+"""So much is summed at once: a copy of it is what a sum needs beside the tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process among those of its learner; by default it is alone, without torch.distributed.
+
+    Every rank has to make the same calls in the same order. One that waits for the others longer
+    than the timeout given to `join`, or whose peer has died, raises Fatal.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that publishes and writes."""
+        return self.rank == 0
+
+    def deal(self, items: Sequence[T], cost: Callable[[T], float]) -> list[tuple[T, bool]]:
+        """This rank's share of `items`: pairs (item, whether it counts), as many on every rank.
+
+        Dearest first, forth and back over the ranks, so that what ranks do side by side costs
+        about the same. Where `items` do not come out even, the cheapest is repeated without
+        counting: with sharded weights every rank has to take part in every pass.
+        """
+        if self.size == 1 or not items:
+            return [(item, True) for item in items]
+        ordered = sorted(items, key=lambda item: -cost(item))  # stable
+        share = []
+        for start in range(0, len(ordered), self.size):
+            at = start + (self.rank if start // self.size % 2 == 0 else self.size - 1 - self.rank)
+            share.append((ordered[at], True) if at < len(ordered) else (ordered[-1], False))
+        return share
+
+    def sum_(self, tensors: Iterable[Tensor]) -> None:
+        """Replace each tensor by its sum over ranks, the same bits on every rank."""
+        if self.size == 1:
+            return
+        for bucket in _buckets(list(tensors)):
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
+            with self._named("add up tensors"):
+                dist.all_reduce(flat)
+            parts = flat.split([tensor.numel() for tensor in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.detach().copy_(part.view_as(tensor))
+
+    def gather_metrics(self, metrics: Iterable[Metric]) -> list[Metric]:
+        """Metrics of all ranks, merged."""
+        own = list(metrics)
+        if self.size == 1:
+            return list(merge(own).values())
+        found: list[Any] = [None] * self.size
+        with self._named("gather metrics"):
+            dist.all_gather_object(found, own)
+        return list(merge(metric for part in found for metric in part).values())
+
+    def total(self, number: float, device: torch.device) -> float:
+        """The sum of a number over ranks."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number, dtype=torch.float64, device=device)
+        self.sum_([tensor])
+        return float(tensor)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.size > 1:
+            with self._named("meet"):
+                dist.barrier()
+
+    def leave(self) -> None:
+        """Let go of the others; nothing may be asked of them afterwards."""
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @contextmanager
+    def _named(self, purpose: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as problem:
+            raise Fatal(
+                f"process {self.rank} of the learner's {self.size} could not {purpose} with the "
+                f"others (one has ended, or did not come in time): {problem}"
+            ) from problem
+
+
+SINGLE = Ranks()
+
+
+def meeting_place(host: str, timeout_s: float) -> Any:
+    """The store (`port` is its free port) at which ranks find each other; rank 0 keeps it."""
+    return dist.TCPStore(
+        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
+    )
+
+
+def join(
+    rank: int, size: int, place: tuple[str, int] | Any, *, gpu: bool, timeout_s: float
+) -> Ranks:
+    """Meet the other ranks: over NCCL with a GPU each, over gloo without.
+
+    place: the store of `meeting_place` on rank 0, its (host, port) elsewhere. timeout_s: how long
+    any later collective may wait. Raises Fatal when the others do not come.
+    """
+    wait = timedelta(seconds=timeout_s)
+    try:
+        store = place
+        if isinstance(place, tuple):
+            store = dist.TCPStore(*place, is_master=False, timeout=wait)
+        if gpu:
+            torch.cuda.set_device(0)  # each process sees its own only
+        dist.init_process_group(
+            "nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=wait
+        )
+        dist.barrier()
+    except RuntimeError as problem:
+        raise Fatal(f"the learner's {size} processes did not find each other: {problem}") from None
+    return Ranks(rank, size)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each rank holds a part of `tensor` only."""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`, put together from all ranks if it is sharded (each has to ask for it)."""
+    if not is_sharded(tensor):
+        return tensor
+    full: Tensor = tensor.full_tensor()  # type: ignore[attr-defined]
+    return full
+
+
+def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors of one dtype together, up to `_BUCKET_BYTES` (or a single larger one)."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        bucket: list[Tensor] = []
+        used = 0
+        for tensor in (t for t in tensors if t.dtype == dtype):
+            if bucket and used + tensor.nbytes > _BUCKET_BYTES:
+                yield bucket
+                bucket, used = [], 0
+            bucket.append(tensor)
+            used += tensor.nbytes
+        if bucket:
+            yield bucket

@@ -1,0 +1,112 @@
+"""What a rollouts file says of the learner step it was trained in, so that it can be replayed.
+
+One JSON object in the metadata of `rollouts/step-*.parquet`, written with the rollouts after the
+step's weights were published: rollouts and record cannot come apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pyarrow as pa
+
+from cluster.contracts.errors import Fatal
+from cluster.contracts.records import WeightManifest
+from learner.settings import LearnerSettings
+
+KEY = b"accord.step"
+# Not part of what is computed, or checked by the weights themselves (paths may move).
+_LEFT_OUT = {
+    "model": {"path", "revision", "chat_template", "trust_remote_code"},
+    "learner": {"reference_path", "value_path", "cpus", "start_timeout_s", "step_timeout_s"},
+    "batch": {"steps"},
+}
+_SECTIONS = ("model", "learner", "algorithm", "staleness", "batch")
+_VALUES = ("rollout_dtype", "temperature", "max_tokens", "seed")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord:
+    """before, after: digests of the weights published before and after the step.
+
+    total_steps: `batch.steps` in force, which the learning rate's schedule ends at. threads: of
+    torch, as sums over several threads have other last bits. device_sums: the checksums behind
+    the digests are those of transports that stay on a device. settings: see `settings_digest`.
+    """
+
+    step: int
+    before: str
+    after: str
+    total_steps: int
+    threads: int
+    device_sums: bool
+    settings: str
+
+
+class Differs(Fatal):
+    """The replay did not give what the run gave."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedStep:
+    """A rollouts file, its record, its groups and the ids of one of its prompts."""
+
+    path: Path
+    record: StepRecord
+    group_ids: tuple[int, ...]
+    prompt: tuple[int, ...]
+
+
+def step_record(
+    settings: LearnerSettings, step: int, before: str, after: WeightManifest
+) -> StepRecord:
+    """The record of the step that led from the weights with digest `before` to those of `after`."""
+    import torch  # not for those who only read records
+
+    return StepRecord(
+        step=step,
+        before=before,
+        after=weights_digest(after),
+        total_steps=settings.batch.steps,
+        threads=torch.get_num_threads(),
+        device_sums=after.tensors[0].checksum.startswith("mix64:"),
+        settings=settings_digest(settings),
+    )
+
+
+def weights_digest(manifest: WeightManifest) -> str:
+    """Hex SHA-256 over name, shape, type and checksum of every tensor, ordered by name."""
+    rows = sorted((t.name, t.shape, t.dtype, t.checksum) for t in manifest.tensors)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def settings_digest(settings: LearnerSettings) -> str:
+    """Hex SHA-256 of all settings that change what a step computes and are not the default, so that
+    a later Accord with more settings still knows the runs of today."""
+    content = {}
+    for name in _SECTIONS:
+        section = getattr(settings, name)
+        left_out = _LEFT_OUT.get(name)
+        content[name] = section.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
+    content |= {name: getattr(settings, name) for name in _VALUES}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def attach(table: pa.Table, record: StepRecord) -> pa.Table:
+    """The same rows with the record in the schema's metadata."""
+    known = table.schema.metadata or {}
+    return table.replace_schema_metadata({**known, KEY: json.dumps(asdict(record)).encode()})
+
+
+def read_record(schema: pa.Schema) -> StepRecord | None:
+    """None where there is none (an older Accord). Raises ValueError for one that is damaged."""
+    text = (schema.metadata or {}).get(KEY)
+    if text is None:
+        return None
+    try:
+        return StepRecord(**json.loads(text))
+    except TypeError as problem:
+        raise ValueError(f"its step record is damaged: {problem}") from None
