@@ -70,19 +70,23 @@ def _mean_se(numbers: Sequence[float]) -> dict[str, float | None]:
 
 
 def statements(summary: Mapping[str, Any]) -> list[str]:
-    """Each variant against the first one, in words, by the objective at the end of training: not
-    worse by more than one standard error of the paired difference, or visibly (three) worse."""
-    found = []
+    """Each variant against the first one, in words, by the objective at the end of training.
+
+    "not worse": by one standard error of the paired difference or 2 % at most; "worse": by over
+    three standard errors.
+    """
+    found, first = [], summary["first"]
     for name, row in summary["variants"].items():
         gap = row["objective"]["minus_first"]
-        if name == summary["first"] or gap["se"] is None:
+        if name == first or not gap["se"]:
             continue
-        errors = gap["mean"] / gap["se"] if gap["se"] else 0.0
-        if errors >= -1.0:
+        errors = gap["mean"] / gap["se"]
+        share = gap["mean"] / abs(summary["variants"][first]["objective"]["mean"])
+        if errors >= -1.0 or share >= -0.02:
             verdict = "not worse than"
         else:
             verdict = "worse than" if errors <= -3.0 else "perhaps worse than"
-        found.append(f"{name}: {verdict} {summary['first']} ({errors:+.1f} standard errors)")
+        found.append(f"{name}: {verdict} {first} ({errors:+.1f} standard errors, {share:+.1%})")
     return found
 
 

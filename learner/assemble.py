@@ -24,13 +24,16 @@ from learner.models import (
 )
 from learner.optim import make_optimizer
 from learner.packing import choose_layout, use_packed_attention
+from learner.parallel import SINGLE, Ranks
 from learner.reward_artifact import read_artifact
 from learner.settings import LearnerSettings
+from learner.sharding import shard_layers, shard_model, shard_whole
 from learner.update import Optimizers
 
 
-def build_networks(settings: LearnerSettings) -> tuple[Networks, Any]:
-    """(networks, tokenizer), all trainable but the reference.
+def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Networks, Any]:
+    """(networks, tokenizer), all trainable but the reference; sharded over `ranks` if there are
+    several and `learner.sharding` says so.
 
     Raises UserError for settings that do not fit together or files that are not as they say.
     """
@@ -58,7 +61,10 @@ def build_networks(settings: LearnerSettings) -> tuple[Networks, Any]:
         compute_dtype=settings.model.dtype,
         device=device,
         packed=packed,
+        ranks=ranks,
     )
+    if ranks.size > 1 and learner.sharding == "fsdp2":
+        _shard(networks)
     return networks, tokenizer
 
 
@@ -154,6 +160,20 @@ def _require_same_tokenizer(path: str, tokenizer: Any) -> None:
             where=path,
             fix="train it from the same model, or set learner.value_model = 'shared'",
         )
+
+
+def _shard(networks: Networks) -> None:
+    layers = networks.policy.config.get_text_config().num_hidden_layers
+    networks.roots["policy"] = shard_model(networks.policy, networks.policy.base_model, layers)
+    if networks.reference is not None:
+        trunk = networks.reference.base_model
+        layers = trunk.config.get_text_config().num_hidden_layers
+        networks.roots["reference"] = shard_model(networks.reference, trunk, layers)
+    if isinstance(networks.value, ValueModel):
+        config: Any = networks.value.trunk.config
+        shard_layers(networks.value.trunk, config.get_text_config().num_hidden_layers)
+    if networks.value is not None:
+        shard_whole(networks.value)
 
 
 def _compile(policy: Any, reference: Any | None, value: nn.Module | None) -> None:

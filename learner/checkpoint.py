@@ -71,6 +71,8 @@ def save_state(state: TrainerState, directory: str | Path) -> None:
     if not keep:
         return
     root.mkdir(parents=True, exist_ok=True)
+    if policy is not None:
+        policy = _tied_again(policy, networks.policy)
     save_policy(networks.policy, state.tokenizer, root / "policy", policy)
     if value is not None:
         save_file(value, root / "value.safetensors")
@@ -192,15 +194,23 @@ def _restore_optimizer(
 
 
 def _plain(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies on the CPU, whole; none on a rank that does not keep them. safetensors refuses tensors
-    that share memory, but `save_pretrained` wants to see which are tied: these stay one."""
-    copies: dict[str, Tensor] = {}
-    seen: dict[int, str] = {}
+    """Copies on the CPU, whole, of tensors that may share memory, which safetensors refuses; none
+    on a rank that does not keep them."""
+    copies = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
-        if not keep:
-            continue
-        copies[name] = full.to("cpu", copy=True).contiguous()
+        if keep:
+            copies[name] = full.to("cpu", copy=True).contiguous()
+    return copies
+
+
+def _tied_again(copies: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """Names of one parameter get one copy, from which `save_pretrained` sees that they are tied."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if name in copies:
+            copies[name] = copies[first.setdefault(id(parameter), name)]
     return copies
 
 

@@ -215,7 +215,9 @@ def _microbatch(
         "targets": np.repeat(np.arange(len(rows)) * width, counts) + at,
         "ends": begins + starts + counts - 1,
     }
-    tensors = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+    tensors: dict[str, Any] = {
+        name: torch.from_numpy(array).to(device) for name, array in arrays.items()
+    }
     return Microbatch(width=width, spans=spans, **tensors)
 
 

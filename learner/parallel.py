@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.contracts.errors import Fatal
+from cluster.contracts.errors import PeerLost
 from cluster.contracts.metrics import Metric, merge
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ class Ranks:
     """This process among those of its learner; by default it is alone, without torch.distributed.
 
     Every rank has to make the same calls in the same order. One that waits for the others longer
-    than the timeout given to `join`, or whose peer has died, raises Fatal.
+    than the timeout given to `join`, or whose peer has died, raises PeerLost.
     """
 
     rank: int = 0
@@ -103,7 +103,7 @@ class Ranks:
         try:
             yield
         except RuntimeError as problem:
-            raise Fatal(
+            raise PeerLost(
                 f"process {self.rank} of the learner's {self.size} could not {purpose} with the "
                 f"others (one has ended, or did not come in time): {problem}"
             ) from problem
@@ -125,13 +125,14 @@ def join(
     """Meet the other ranks: over NCCL with a GPU each, over gloo without.
 
     place: the store of `meeting_place` on rank 0, its (host, port) elsewhere. timeout_s: how long
-    any later collective may wait. Raises Fatal when the others do not come.
+    any later collective may wait. Raises PeerLost when the others do not.
     """
     wait = timedelta(seconds=timeout_s)
     try:
-        store = place
+        store: Any = place
         if isinstance(place, tuple):
-            store = dist.TCPStore(*place, is_master=False, timeout=wait)
+            host, port = place
+            store = dist.TCPStore(host, port, is_master=False, timeout=wait)
         if gpu:
             torch.cuda.set_device(0)  # each process sees its own only
         dist.init_process_group(
@@ -139,7 +140,9 @@ def join(
         )
         dist.barrier()
     except RuntimeError as problem:
-        raise Fatal(f"the learner's {size} processes did not find each other: {problem}") from None
+        raise PeerLost(
+            f"the learner's {size} processes did not find each other: {problem}"
+        ) from None
     return Ranks(rank, size)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from learner.forward import Microbatch, Networks, PolicyOutputs, policy_outputs
 from learner.optim import compute_in
 from learner.settings import LearnerSettings
+from learner.sharding import local
 
 Way = Literal["inline", "kept", "separate"]
 
@@ -171,7 +172,8 @@ class _SavedBytes:
 
     def __init__(self, networks: Networks) -> None:
         modules = [networks.policy, *([networks.value] if networks.value is not None else [])]
-        self._seen = {p.untyped_storage().data_ptr() for m in modules for p in m.parameters()}
+        params = [local(p) for module in modules for p in module.parameters()]
+        self._seen = {p.untyped_storage().data_ptr() for p in params}
         self.total = 0
 
     def watch(self, wanted: bool) -> torch.autograd.graph.saved_tensors_hooks:

@@ -15,7 +15,7 @@ import torch
 
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, last
-from cluster.contracts.records import StepInput, StepResult, WeightManifest
+from cluster.contracts.records import Canary, StepInput, StepResult, WeightManifest
 from cluster.weights.transports import TRANSPORTS, Publisher, PublisherOptions
 from learner.assemble import build_kl_controller, build_networks, build_optimizers
 from learner.checkpoint import TrainerState, restore_state, save_state
@@ -23,6 +23,7 @@ from learner.experience import Experience, build_experience, completed
 from learner.flops import matrix_peak, step_flops
 from learner.measures import experience_metrics, sequence_kl
 from learner.optim import lr_factor, prepare_torch, set_lr
+from learner.parallel import SINGLE, Ranks
 from learner.publishing import canary, canary_tokens, device_tensors, host_arrays
 from learner.rollout_batch import RolloutBatch, read_batch
 from learner.rollout_writer import RolloutWriter
@@ -32,16 +33,23 @@ from learner.update import PolicyUpdate
 
 
 class PPOLearner:
-    """PPO and its relatives (`algorithm.advantage` x `algorithm.loss`) on one device.
+    """PPO and its relatives (`algorithm.advantage` x `algorithm.loss`) on one device a process.
 
     publisher: where weights go; None makes the one of `weights.transport`.
     threads: of torch; 0 leaves them as the process was started.
+    ranks: the processes that are one learner. Each makes the same calls with the same arguments;
+    the first one publishes and writes, the manifests of the others name no tensors.
     """
 
     def __init__(
-        self, settings: LearnerSettings, publisher: Publisher | None = None, threads: int = 0
+        self,
+        settings: LearnerSettings,
+        publisher: Publisher | None = None,
+        threads: int = 0,
+        ranks: Ranks = SINGLE,
     ) -> None:
         self.settings = settings
+        self._ranks = ranks
         self._threads = threads
         self._publisher = publisher
         self._state: TrainerState | None = None
@@ -58,21 +66,21 @@ class PPOLearner:
         prepare_torch(self._threads)
         torch.manual_seed(settings.seed)
         torch.use_deterministic_algorithms(settings.learner.deterministic)
-        networks, tokenizer = build_networks(settings)
+        networks, tokenizer = build_networks(settings, self._ranks)
         self._state = TrainerState(
             networks=networks,
             tokenizer=tokenizer,
             optimizers=build_optimizers(networks, settings.learner),
             kl=build_kl_controller(settings),
             version=0,
-            canary_ids=canary_tokens(networks.policy, settings.canary_prompt),
+            canary_ids=canary_tokens(networks.policy_root, settings.canary_prompt),
         )
-        self._peak = matrix_peak(settings.model.dtype, networks.device)
+        self._peak = matrix_peak(settings.model.dtype, networks.device) * self._ranks.size
         if settings.resume_from is not None:
             self.restore(settings.resume_from)
-        if self._publisher is None:
+        if self._publisher is None and self._ranks.first:
             self._publisher = _publisher(settings)
-        if settings.save_rollouts and settings.run_dir is not None:
+        if self._ranks.first and settings.save_rollouts and settings.run_dir is not None:
             self._writer = RolloutWriter(Path(settings.run_dir) / "rollouts")
         return self._publish()
 
@@ -109,7 +117,8 @@ class PPOLearner:
             record = step_record(settings, batch.step, before, manifest)
             self._writer.write(batch.step, attach(rollouts.table, record))
         wall = time.perf_counter() - began
-        metrics += _speed(rollouts, wall, time.process_time() - cpu_began)
+        cpu = self._ranks.total(time.process_time() - cpu_began, state.networks.device)
+        metrics += _speed(rollouts, wall, cpu)
         work = step_flops(state.networks, settings, rollouts, value_only)
         metrics.append(last("perf/mfu", work / (wall * self._peak)))
         return StepResult(
@@ -121,7 +130,8 @@ class PPOLearner:
         )
 
     def save(self, directory: str | Path) -> None:
-        """Write policy/ and the trainer's state under `directory`; complete on return."""
+        """Write policy/ and the trainer's state under `directory`; complete on return (of the
+        first rank)."""
         if self._writer is not None:
             self._writer.flush()
         save_state(self.state, directory)
@@ -167,16 +177,27 @@ class PPOLearner:
         return experience, [*metrics, last("policy/lr", 0.0 if value_only else rate)]
 
     def _publish(self) -> WeightManifest:
+        state, settings, networks = self.state, self.settings, self.state.networks
+        dtype, first = settings.rollout_dtype, self._ranks.first
+        if not first and not networks.sharded:
+            return _nothing(state.version)
+        on_device = self._publisher is not None and self._publisher.on_device
+        tensors = device_tensors if on_device else host_arrays
+        arrays, dtypes = tensors(networks.policy, dtype, first)
+        check = canary(networks.policy_root, state.canary_ids, dtype, settings.canary_tolerance)
+        if not first:
+            return _nothing(state.version)
         if self._publisher is None:
             raise Fatal("the learner was used before it was started")
-        state, settings = self.state, self.settings
-        policy, dtype = state.networks.policy, settings.rollout_dtype
-        tensors = device_tensors if self._publisher.on_device else host_arrays
-        arrays, dtypes = tensors(policy, dtype)
-        check = canary(policy, state.canary_ids, dtype, settings.canary_tolerance)
         manifest = self._publisher.publish(arrays, dtypes, state.version, check)
         self._digest = weights_digest(manifest)
         return manifest
+
+
+def _nothing(version: int) -> WeightManifest:
+    """What a rank says that publishes nothing."""
+    check = Canary(token_ids=(), logprobs=(), tolerance=0.0)
+    return WeightManifest(version=version, tensors=(), canary=check, transport="none", locator=None)
 
 
 def _publisher(settings: LearnerSettings) -> Publisher:

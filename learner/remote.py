@@ -1,4 +1,4 @@
-"""The learner as a Ray actor, and the controller's handle of it.
+"""The learner as Ray actors, one for each of its processes, and the controller's handle of it.
 
 torch is imported inside the actor, after its process has its cores and thread count.
 """
@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import os
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
-from cluster.contracts.errors import AccordError, Fatal, Retryable
+from cluster.contracts.errors import AccordError, Fatal, PeerLost, Retryable
 from cluster.contracts.records import StepInput, StepResult, WeightManifest
 from learner.settings import NODE_HOST, LearnerSettings
 
@@ -21,38 +22,83 @@ T = TypeVar("T")
 
 _PAYLOAD_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 130.0
+_GRACE_S = 5.0
+"""After one process has failed: for the others to meet the same fault by themselves."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class LearnerActor:
-    """Runs in its own process. One call at a time, in order."""
+    """Runs in its own process, the learner's `rank` of several. One call at a time, in order."""
 
-    def __init__(self, settings: LearnerSettings, core: int | None, threads: int) -> None:
+    def __init__(
+        self, settings: LearnerSettings, core: int | None, threads: int, rank: int = 0
+    ) -> None:
         if core is not None and hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {core})
         # More threads than cores make small products many times slower, and torch reads this once.
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
-        from learner.ppo import PPOLearner
-
         if settings.host == NODE_HOST:
             settings = dataclasses.replace(settings, host=ray.util.get_node_ip_address())
-        self._learner = PPOLearner(settings, threads=threads)
+        self._settings, self._threads, self._rank = settings, threads, rank
+        self._learner: Any = None
+        self._ranks: Any = None
+        self._place: Any = None
+        self._held: StepInput | None = None
 
     def pid(self) -> int:
         return os.getpid()
 
-    def start(self) -> WeightManifest:
+    def open_place(self) -> tuple[str, int]:
+        """(host, port) at which the processes of this learner meet; asked of the first one."""
+        from learner.parallel import meeting_place
+
+        self._place = meeting_place(self._settings.host, self._settings.learner.start_timeout_s)
+        return self._settings.host, self._place.port
+
+    def start(self, place: tuple[str, int] | None = None) -> WeightManifest:
+        """place: what `open_place` said, for a learner of several processes."""
+        from learner.parallel import SINGLE, join
+        from learner.ppo import PPOLearner
+
+        settings, self._ranks = self._settings, SINGLE
+        if place is not None:
+            self._ranks = join(
+                self._rank,
+                settings.learner.processes,
+                self._place or place,
+                gpu=settings.learner.gpus > 0,
+                timeout_s=settings.learner.step_timeout_s,
+            )
+        self._learner = PPOLearner(settings, threads=self._threads, ranks=self._ranks)
         return self._learner.start()
 
-    def step(self, batch: StepInput) -> StepResult:
-        tables = tuple(_resolve(payload) for payload in batch.payloads)
-        return self._learner.step(dataclasses.replace(batch, payloads=tables))
+    def hold(self, batch: StepInput) -> None:
+        """Fetch what the next `step` trains on. With several processes it is done before: payloads
+        that are lost must be known before one process waits for another."""
+        self._held = _fetched(batch)
+
+    def step(self, batch: StepInput | None = None) -> StepResult:
+        """batch: None for the one held."""
+        wanted, self._held = (self._held if batch is None else _fetched(batch)), None
+        if wanted is None:
+            raise Fatal("the learner was asked for a step that it does not hold")
+        return self._learner.step(wanted)
 
     def save(self, directory: str) -> None:
         self._learner.save(directory)
 
     def close(self) -> None:
-        self._learner.close()
+        try:
+            if self._learner is not None:
+                self._learner.close()
+        finally:
+            if self._ranks is not None:
+                self._ranks.leave()
+
+
+def _fetched(batch: StepInput) -> StepInput:
+    tables = tuple(_resolve(payload) for payload in batch.payloads)
+    return dataclasses.replace(batch, payloads=tables)
 
 
 def _resolve(payload: Any) -> Any:
@@ -68,10 +114,12 @@ def _resolve(payload: Any) -> Any:
 
 
 class RayLearner:
-    """LearnerHandle of a learner in a Ray actor. Errors of Accord arrive as they were raised.
+    """LearnerHandle of a learner in Ray actors, `learner.processes` of them. Errors of Accord
+    arrive as they were raised; when one process fails and not the others, all are ended.
 
-    core: the CPU it keeps to, or None. threads: of its torch.
-    options: more options of the actor, such as a scheduling strategy.
+    core: the CPU it keeps to, or None. cores: of a learner of several processes, dealt out to them
+    by turns; empty: they are not pinned. threads: of torch, in each process.
+    options: more options of the actors, such as a scheduling strategy.
     """
 
     def __init__(
@@ -79,29 +127,38 @@ class RayLearner:
         settings: LearnerSettings,
         *,
         core: int | None = None,
+        cores: Sequence[int] = (),
         threads: int = 1,
         options: dict[str, Any] | None = None,
     ) -> None:
         self._settings = settings
-        self._core, self._threads = core, threads
+        self._core, self._cores, self._threads = core, tuple(cores), threads
         self._options = dict(options or {})
-        self._actor: Any = None
+        self._actors: list[Any] = []
 
     async def start(self) -> WeightManifest:
-        """Start the process, load the models, publish. Deadline: `learner.start_timeout_s`."""
+        """Start the processes, load the models, publish. Deadline: `learner.start_timeout_s`."""
         learner = self._settings.learner
         options = {"num_cpus": learner.cpus, "num_gpus": learner.gpus, "max_restarts": 0}
         make = ray.remote(LearnerActor).options(**{**options, **self._options})
-        self._actor = make.remote(self._settings, self._core, self._threads)
-        limit = learner.start_timeout_s
-        manifest: WeightManifest = await self._call("start", limit, "to load its models")
+        self._actors = [
+            make.remote(self._settings, self._core_of(rank), self._threads, rank)
+            for rank in range(learner.processes)
+        ]
+        limit, purpose = learner.start_timeout_s, "to load its models"
+        place = () if learner.processes == 1 else (await self._first("open_place", limit, purpose),)
+        manifest: WeightManifest = await self._call("start", limit, purpose, *place)
         return manifest
 
     async def step(self, batch: StepInput) -> StepResult:
         """One learner step. Deadline: `learner.step_timeout_s`. Raises Retryable when a payload is
         gone with its worker: the step has then changed nothing and may be asked for again."""
-        limit = self._settings.learner.step_timeout_s
-        result: StepResult = await self._call("step", limit, f"for step {batch.step}", batch)
+        limit, purpose = self._settings.learner.step_timeout_s, f"for step {batch.step}"
+        wanted: StepInput | None = batch
+        if len(self._actors) > 1:
+            await self._call("hold", limit, f"to fetch step {batch.step}", batch, together=False)
+            wanted = None
+        result: StepResult = await self._call("step", limit, purpose, wanted)
         return result
 
     async def save(self, directory: str) -> None:
@@ -109,35 +166,89 @@ class RayLearner:
         await self._call("save", limit, f"to write the checkpoint {directory}", directory)
 
     async def stop(self) -> None:
-        """Let it finish writing, then end its process. Raises what the last writing met."""
-        if self._actor is None:
+        """Let it finish writing, then end its processes. Raises what the last writing met."""
+        if not self._actors:
             return
         try:
             await self._call("close", _STOP_TIMEOUT_S, "to finish writing")
         finally:
             self._end()
 
-    async def _call(self, method: str, limit_s: float, purpose: str, *args: Any) -> Any:
-        if self._actor is None:
+    def _core_of(self, rank: int) -> int | None:
+        return self._cores[rank % len(self._cores)] if self._cores else self._core
+
+    async def _first(self, method: str, limit_s: float, purpose: str) -> Any:
+        """As `_call`, of the first process alone."""
+        return await self._ask(self._actors[:1], method, limit_s, purpose)
+
+    async def _call(
+        self, method: str, limit_s: float, purpose: str, *args: Any, together: bool = True
+    ) -> Any:
+        """What the first process answers, once all have.
+
+        together: they work on it together, so that one that fails leaves the others waiting.
+        """
+        if not self._actors:
             raise Fatal(f"the learner was asked to {method} but is not running")
-        reference = getattr(self._actor, method).remote(*args)
+        return await self._ask(self._actors, method, limit_s, purpose, *args, together=together)
+
+    async def _ask(
+        self,
+        actors: list[Any],
+        method: str,
+        limit_s: float,
+        purpose: str,
+        *args: Any,
+        together: bool = True,
+    ) -> Any:
+        answers = [
+            asyncio.wrap_future(getattr(actor, method).remote(*args).future()) for actor in actors
+        ]
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(reference.future()), limit_s)
-        except TimeoutError:
-            self._end()
-            raise Fatal(f"waited {limit_s:.0f} s for the learner {purpose}; it was ended") from None
-        except RayTaskError as problem:
-            raise _original(problem, method) from None
-        except RayActorError as problem:
-            self._actor = None
-            raise Fatal(f"the learner's process died while asked to {method}: {problem}") from None
-        except RayError as problem:
-            raise Fatal(f"Ray lost the learner's answer to {method}: {problem}") from problem
+            until = asyncio.FIRST_EXCEPTION if together else asyncio.ALL_COMPLETED
+            done, waiting = await asyncio.wait(answers, timeout=limit_s, return_when=until)
+            if waiting and together and any(answer.exception() for answer in done):
+                done, waiting = await asyncio.wait(answers, timeout=_GRACE_S)
+            problems = [p for answer in done if (p := answer.exception()) is not None]
+            died = any(isinstance(problem, RayActorError) for problem in problems)
+            if waiting or died or (together and 0 < len(problems) < len(answers)):
+                self._end()
+            if problems:
+                raise _named(_worst(problems), method) from None
+            if waiting:
+                raise Fatal(f"waited {limit_s:.0f} s for the learner {purpose}; it was ended")
+            return answers[0].result()
+        finally:
+            for answer in answers:
+                answer.cancel()
 
     def _end(self) -> None:
-        actor, self._actor = self._actor, None
-        if actor is not None:
+        actors, self._actors = self._actors, []
+        for actor in actors:
             ray.kill(actor, no_restart=True)
+
+
+def _worst(problems: Sequence[BaseException]) -> BaseException:
+    """The one of several that says most: what a process could not do with the others (a plain
+    fault of a collective among them) follows from what happened to one of those."""
+
+    def rank(problem: BaseException) -> int:
+        if isinstance(problem, RayTaskError):
+            cause = problem.cause
+            return 0 if isinstance(cause, AccordError) and not isinstance(cause, PeerLost) else 2
+        return 1
+
+    return min(problems, key=rank)
+
+
+def _named(problem: BaseException, method: str) -> BaseException:
+    if isinstance(problem, RayTaskError):
+        return _original(problem, method)
+    if isinstance(problem, RayActorError):
+        return Fatal(f"the learner's process died while asked to {method}: {problem}")
+    if isinstance(problem, RayError):
+        return Fatal(f"Ray lost the learner's answer to {method}: {problem}")
+    return problem
 
 
 def _original(problem: RayTaskError, method: str) -> AccordError:

@@ -6,6 +6,7 @@ it runs and given back after it; its gradients are summed and dealt out again at
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -75,6 +76,8 @@ def shard_whole(module: nn.Module) -> None:
     """Shard what of a module is not sharded yet. Gradients are summed over ranks, not averaged."""
     from torch.distributed.fsdp import fully_shard
 
+    # Nothing here changes what a pass returned in place, which is what this warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     # The root, too, gives its weights back after a forward pass: outside of passes, parameters
     # are then always the sharded ones.
     sharded: Any = fully_shard(module, reshard_after_forward=True)

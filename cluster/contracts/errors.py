@@ -40,6 +40,10 @@ class Fatal(AccordError):
     """The run must stop now; continuing would train on something wrong."""
 
 
+class PeerLost(Fatal):
+    """Another process of the learner has ended or did not come in time; what happened, it knows."""
+
+
 class WeightMismatch(Fatal):
     """An engine does not compute with the weights the learner published."""
 

@@ -30,6 +30,13 @@ def replay_run(path: str, verify: bool, steps: int | None, reporter: Reporter) -
     """
     run = open_run(path, "train")
     config = load_config(TrainConfig, str(run.path / "config.toml"))
+    if verify and config.learner.processes > 1:
+        raise UserError(
+            f"was trained by {config.learner.processes} processes, whose sums a replay in one "
+            "process does not repeat to the last bit",
+            where=path,
+            fix="replay it without --verify",
+        )
     checkpoint, state = run.latest_checkpoint()
     wanted = _steps_wanted(steps, state, path)
     recorded = _recorded_steps(run, config, state, wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import shutil
 import signal
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.balance import SideBalance
 from cluster.contracts.config import TrainConfig
 from cluster.contracts.configfile import load_config
 from cluster.contracts.errors import AccordError, UserError
@@ -157,6 +159,8 @@ def train_in_cluster(
     # asyncio leaves the default handlers behind, and other stages may follow.
     with run.lock(), signal_handlers_kept(), recorded(run, fresh=state is None):
         sinks = make_sinks(config.logging, run.path, on_ray=True)
+        if cores.workers and hasattr(os, "sched_setaffinity"):
+            sinks.append(SideBalance(cores))
         try:
             with (
                 reward_addresses(config, cores) as addresses,
@@ -209,7 +213,9 @@ async def _drive(
             resume_from=str(checkpoint.absolute()) if checkpoint else None,
         ),
         core=cores.learner[0] if len(cores.learner) == 1 else None,
-        threads=len(cores.learner) or 1,
+        # With as many threads as it has cores in all, each of several processes would be too wide.
+        cores=cores.learner if config.learner.processes >= max(len(cores.learner), 2) else (),
+        threads=max(1, len(cores.learner) // config.learner.processes),
     )
     pool = WorkerPool(
         _worker_factory(prepared, cores, addresses, state),

@@ -61,7 +61,7 @@ def mixed_sums(tensors: Iterable[Tensor]) -> list[str]:
 
     The sum over 32-bit words w_i (bytes, where the size is odd) of (w_i + 1) * m_i modulo 2^64 with
     odd m_i that differ: a changed word or two exchanged ones always change it. It guards against
-    accidents of transport, not against an adversary; over the network transports use SHA-256.
+    accidents of transport, as the checksums of host arrays do.
     """
     sums = [_mixed_sum(tensor) for tensor in tensors]
     if not sums:

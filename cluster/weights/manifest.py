@@ -5,11 +5,11 @@ An update is host arrays (numpy) or, for transports that stay on a device, torch
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from cluster.contracts.errors import WeightMismatch
 from cluster.contracts.records import Canary, TensorEntry, WeightManifest
@@ -20,13 +20,17 @@ _HOST = (np.ndarray, np.generic)
 
 
 def checksum(array: np.ndarray) -> str:
-    """Hex SHA-256 of the array's bytes in C order."""
+    """ "xxh3:" and the hex XXH3-128 of the array's bytes in C order.
+
+    It guards against accidents, 25 times as fast as SHA-256: an update is hashed by the learner and
+    by every worker. Who may send updates at all is the cluster's authentication to decide.
+    """
     flat = np.asarray(array, order="C").reshape(-1).view(np.uint8)
-    return hashlib.sha256(flat.data).hexdigest()
+    return f"xxh3:{xxhash.xxh3_128_hexdigest(flat.data)}"
 
 
 def checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """Of host arrays their SHA-256; of tensors a sum computed where they lie (``flat``)."""
+    """Of host arrays their XXH3-128; of tensors a sum computed where they lie (``flat``)."""
     held = {name: array for name, array in arrays.items() if not isinstance(array, _HOST)}
     found = {name: checksum(array) for name, array in arrays.items() if name not in held}
     if held:

@@ -129,6 +129,7 @@ def train_config(workload: Workload, mode: Mode, name: str) -> TrainConfig:
             workers=2 if mode == "colocated" else 1,
             max_tokens=LONGEST if workload.tail else ANSWER_TOKENS,
             max_running=workload.running,
+            kv_on_swap="keep",  # computing caches again after a swap would be more generation
         ),
         staleness=StalenessConfig(bound=BOUND if mode == "async" else 0),
         algorithm=AlgorithmConfig(),

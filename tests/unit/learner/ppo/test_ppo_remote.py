@@ -75,13 +75,53 @@ def test_a_step_a_lost_payload_a_deadline_and_death(
     assert (tmp_path / "checkpoint" / "policy" / "config.json").exists()
 
     async def die() -> None:
-        os.kill(await _as_future(learner._actor.pid.remote()), signal.SIGKILL)
+        os.kill(await _as_future(learner._actors[0].pid.remote()), signal.SIGKILL)
         with pytest.raises(Fatal, match="process died while asked to save"):
             await learner.save(str(tmp_path / "never"))
         with pytest.raises(Fatal, match="is not running"):
             await learner.save(str(tmp_path / "never"))
         await learner.stop()
 
+    _run(die())
+
+
+def test_two_processes_are_one_learner_and_end_together(
+    world: ModuleType, tiny: Path, table: Any, tmp_path: Path
+) -> None:
+    two = {"processes": 2, "sharding": "fsdp2"}
+    learner = RayLearner(world.make_settings(tiny, learner=two))
+    single = RayLearner(world.make_settings(tiny))
+    good = StepInput(step=0, group_ids=GROUPS, payloads=([ray.put(table)],))
+
+    async def live() -> tuple[Any, Any]:
+        await learner.start()
+        lost = StepInput(step=0, group_ids=GROUPS, payloads=(await _lost_payload(table),))
+        with pytest.raises(Retryable, match="lost with the worker"):
+            await learner.step(lost)
+        result = await learner.step(good)
+        # All meet this fault by themselves, so nobody is left waiting and nothing has to end.
+        with pytest.raises(Fatal, match="step 0 was asked of a learner at version 1"):
+            await learner.step(good)
+        await learner.save(str(tmp_path / "two"))
+        await single.start()
+        alone = await single.step(good)
+        await single.stop()
+        return result, alone
+
+    async def die() -> None:
+        second = learner._actors[1]
+        os.kill(await _as_future(second.pid.remote()), signal.SIGKILL)
+        again = StepInput(step=1, group_ids=GROUPS, payloads=good.payloads)
+        with pytest.raises(Fatal, match="process died while asked to"):
+            await learner.step(again)
+        assert learner._actors == []
+        await learner.stop()
+
+    result, alone = _run(live())
+    ours, theirs = values(result.metrics), values(alone.metrics)
+    for name in ("policy/loss", "policy/grad_norm", "value/loss", "objective/entropy"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-6), name
+    assert (tmp_path / "two" / "policy" / "config.json").exists()
     _run(die())
 
 
@@ -116,7 +156,7 @@ def test_a_deadline_names_what_was_waited_for_and_ends_the_process(
     learner = RayLearner(world.make_settings(tiny, learner={"start_timeout_s": 0.05}))
     with pytest.raises(Fatal, match="for the learner to load its models; it was ended"):
         _run(learner.start())
-    assert learner._actor is None
+    assert learner._actors == []
 
 
 class _Holder:
