@@ -21,6 +21,7 @@ from cluster.weights.manifest import build_manifest, verify_arrays
 from cluster.weights.shared_device import SharedDevicePublisher, SharedDeviceReceiver
 
 CANARY = Canary(token_ids=(1, 2, 3), logprobs=(-1.0, -2.0), tolerance=1e-3)
+DEVICE = os.environ.get("ACCORD_TEST_DEVICE", "cpu")  # set by tests/gpu for its child processes
 DTYPES = {"w": "float32", "half": "bfloat16", "scalar": "float32"}
 
 
@@ -103,14 +104,14 @@ def serve(make: str) -> None:
     """A process that fetches what it is told to and says what came."""
     torch.set_num_threads(1)
     receiver: Any = (
-        CollectiveReceiver("cpu", 10.0) if make == "collective" else SharedDeviceReceiver()
+        CollectiveReceiver(DEVICE, 30.0) if make == "collective" else SharedDeviceReceiver()
     )
     commands, replies = Connection(0, writable=False), Connection(1, readable=False)
     while (made := commands.recv()) is not None:
         try:
             got = receiver.fetch(made)
             verify_arrays(made, got)
-            reply: Any = {name: tensor.float().numpy().copy() for name, tensor in got.items()}
+            reply: Any = {name: tensor.float().cpu().numpy().copy() for name, tensor in got.items()}
         except (Retryable, WeightMismatch) as problem:
             reply = str(problem)
         replies.send(reply)
