@@ -19,7 +19,7 @@ import json
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from staleness_base import (  # noqa: E402
     prompts_of,
 )
 from staleness_summary import (  # noqa: E402
+    commit,
     statements,
     summarise,
     table,
@@ -149,6 +150,7 @@ class Run:
         return {
             "variant": self.variant.name,
             "seed": self.seed,
+            "commit": commit(),
             "curve": curve,
             "training": {name: [row[name] for row in trained] for name in trained[0]},
             "cpu_s": round(time.process_time() - began, 1),
@@ -328,12 +330,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="two seeds of a tiny task")
     parser.add_argument("--seeds", type=int)
+    parser.add_argument("--lr", type=float, help="another learning rate")
+    parser.add_argument("--schedule", choices=["constant", "linear", "cosine"])
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "staleness_curves")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     parser.add_argument("--plot", type=Path, help="write the curves as SVG")
     parser.add_argument("--fresh", action="store_true", help="forget what was run before")
     args = parser.parse_args()
     regime, count = (QUICK, 2) if args.quick else (Regime(), 8)
+    other = {"lr": args.lr, "schedule": args.schedule}
+    regime = replace(regime, **{name: value for name, value in other.items() if value is not None})
     work = args.work / "quick" if args.quick else args.work
     work.mkdir(parents=True, exist_ok=True)
     if args.fresh:

@@ -72,8 +72,7 @@ def _mean_se(numbers: Sequence[float]) -> dict[str, float | None]:
 def statements(summary: Mapping[str, Any]) -> list[str]:
     """Each variant against the first one, in words, by the objective at the end of training.
 
-    "not worse": by one standard error of the paired difference or 2 % at most; "worse": by over
-    three standard errors.
+    "not worse": by one standard error of the paired difference at most; "worse": by three or more.
     """
     found, first = [], summary["first"]
     for name, row in summary["variants"].items():
@@ -82,10 +81,11 @@ def statements(summary: Mapping[str, Any]) -> list[str]:
             continue
         errors = gap["mean"] / gap["se"]
         share = gap["mean"] / abs(summary["variants"][first]["objective"]["mean"])
-        if errors >= -1.0 or share >= -0.02:
+        verdict = "perhaps worse than"
+        if errors >= -1.0:
             verdict = "not worse than"
-        else:
-            verdict = "worse than" if errors <= -3.0 else "perhaps worse than"
+        elif errors <= -3.0:
+            verdict = "worse than"
         found.append(f"{name}: {verdict} {first} ({errors:+.1f} standard errors, {share:+.1%})")
     return found
 
@@ -127,7 +127,7 @@ def write_results(
     """One JSON file: where and when, settings, summary, and every run's curve."""
     content = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": _commit(),
+        "commits": sorted({record["commit"] for record in records}),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers")},
@@ -148,7 +148,8 @@ def _compact(content: Mapping[str, Any]) -> str:
     return head.replace('"runs": []', f'"runs": [\n    {runs}\n  ]')
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit checked out where this file lies, for the record of a run."""
     done = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
         timeout=10, check=False,

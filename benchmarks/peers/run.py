@@ -30,11 +30,13 @@ LR = {"0.3M": 3e-3, "1M": 2e-3, "19M": 5e-4}
 TARGET = {False: 0.40, True: 0.30}  # by whether lengths vary: the rewards differ
 
 # Accord's settings of each size, as a user could choose them (README.md says how they were found).
+KEEP = 'rollout.kv_on_swap="keep"'
 ACCORD = {
-    "0.3M": ["rollout.max_running=128"],
-    "1M": [],
-    "19M": ["rollout.max_running=128"],
+    "0.3M": [KEEP],
+    "1M": [KEEP],
+    "19M": [KEEP, "rollout.max_running=128"],
 }
+MOST_STEPS = {"0.3M": 120, "1M": 120, "19M": 24}  # a step of TRL at 19M takes ten seconds
 # TRL's: what is tried briefly at each size; the fastest does the repeats.
 TRL = {
     "1 thread": {"threads": 1, "microbatches": 1, "gradient_checkpointing": False},
@@ -51,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", choices=list(LR), default=list(LR))
+    parser.add_argument("--lengths", nargs="+", choices=["forced", "varied"], default=["forced"])
     parser.add_argument("--quick", action="store_true", help="a smoke test: 0.3M, few steps")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -61,7 +64,7 @@ def main() -> None:
     cases = [
         compare(size, varied, 1 if args.quick else args.repeats, args.quick)
         for size in sizes
-        for varied in ((False,) if args.quick else (False, True))
+        for varied in ((False,) if args.quick else [name == "varied" for name in args.lengths])
     ]
     report(cases, args.out or (None if args.quick else OUT))
 
@@ -120,6 +123,7 @@ def make_task(folder: Path, size: str, varied: bool) -> tuple[Task, int]:
         reward="brief_vowels" if varied else "vowel_share",
         lr=LR[size],
         target=TARGET[varied],
+        most_steps=MOST_STEPS[size],
     )
     return task, int(made.stdout.split()[-1])
 

@@ -6,7 +6,7 @@ import difflib
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -18,7 +18,7 @@ C = TypeVar("C", bound=BaseModel)
 
 def load_config(model: type[C], path: str | None, overrides: Sequence[str] = ()) -> C:
     """Defaults < one TOML file < overrides. Raises UserError with all problems; never repairs."""
-    tree = apply_overrides(read_toml(path) if path else {}, overrides)
+    tree = apply_overrides(model, read_toml(path) if path else {}, overrides)
     return check_config(model, tree, where=path or "command line")
 
 
@@ -49,14 +49,16 @@ def check_config(model: type[C], tree: Mapping[str, Any], *, where: str) -> C:
         ) from None
 
 
-def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply_overrides(
+    model: type[BaseModel], tree: dict[str, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
     """The tree with ``section.key=value`` words put in, in order."""
     for override in overrides:
-        _apply(tree, override)
+        _apply(model, tree, override)
     return tree
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def _apply(model: type[BaseModel], tree: dict[str, Any], override: str) -> None:
     key, sep, text = override.partition("=")
     if not sep or not key:
         raise UserError(
@@ -73,7 +75,10 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     if isinstance(node, list):
         node[_index(node, leaf, key)] = _value(text)
     elif isinstance(node, dict):
-        node[leaf] = _value(text)
+        field = _fields_at(model, path).get(leaf)
+        # "none" is no value for a key that may have none, and a word for all others.
+        word = field is not None and NoneType not in get_args(field.annotation)
+        node[leaf] = text if text == "none" and word else _value(text)
     else:
         raise UserError(f"{key!r} goes below a plain value", where="command line")
 

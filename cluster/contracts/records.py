@@ -179,7 +179,7 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """One tensor of a weight update. ``checksum`` is of its bytes in C order (``weights.manifest``)."""
+    """One tensor of a weight update. ``checksum``: of its bytes, see ``weights.manifest``."""
 
     name: str
     shape: tuple[int, ...]

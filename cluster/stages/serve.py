@@ -24,7 +24,7 @@ def serve_forever(
     the file are not read."""
     from reward_service.server import serve
 
-    tree = apply_overrides(read_toml(path), overrides)
+    tree = apply_overrides(_OnlyReward, read_toml(path), overrides)
     config = check_config(_OnlyReward, {"reward": tree.get("reward", {})}, where=path)
     server = serve(config.reward, host, port, _token(token_file))
     stop = threading.Event()

@@ -30,7 +30,7 @@ DOORS = {
         "cluster/sinks.py",
     ),
     "grpc": ("reward_service/",),
-    "torch.distributed": ("learner/parallel.py", "cluster/weights/"),
+    "torch.distributed": ("learner/parallel.py", "learner/sharding.py", "cluster/weights/"),
 }
 
 

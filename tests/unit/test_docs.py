@@ -177,7 +177,7 @@ def test_examples_are_valid_configs(example: Path) -> None:
 def test_toml_blocks_are_valid_over_an_example(page: Path) -> None:
     base = read_toml(str(EXAMPLES_BY_COMMAND["accord train"]))
     for block in blocks(page, "toml"):
-        tree = apply_overrides({**base, **tomllib.loads(block)}, [])
+        tree = apply_overrides(MODELS["accord train"], {**base, **tomllib.loads(block)}, [])
         check_config(MODELS["accord train"], tree, where=named(page))
 
 

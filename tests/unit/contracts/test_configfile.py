@@ -83,3 +83,13 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
 
 def test_a_word_that_is_no_override() -> None:
     assert "section.key=value" in problem("batch.steps")
+
+
+def test_none_is_a_word_where_a_key_has_it_and_no_value_elsewhere() -> None:
+    config = load_config(
+        TrainConfig,
+        None,
+        [*BASE, "staleness.correction=none", "learner.sharding=none", "learner.value_lr=none"],
+    )
+    assert (config.staleness.correction, config.learner.sharding) == ("none", "none")
+    assert config.learner.value_lr is None

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import pickle
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -109,7 +109,7 @@ class Trained:
 def work(rank: int, port: int, folder: Path) -> None:
     """One of the two processes: every variant, then checkpoints, then the death of rank 1."""
     torch.set_num_threads(1)
-    task = pickle.loads((folder / "task.pkl").read_bytes())
+    task = ForkingPickler.loads((folder / "task.pkl").read_bytes())
     ranks = join(rank, 2, ("127.0.0.1", port), gpu=False, timeout_s=TIMEOUT_S)
     found: dict[Any, Any] = {}
     for sharding in SHARDINGS:
@@ -121,7 +121,7 @@ def work(rank: int, port: int, folder: Path) -> None:
         half.learner.save(folder / f"two-{sharding}")
         on = Trained(task, variant, ranks, sharding, str(folder / f"one-{variant}"))
         found["resumed", sharding, variant] = on.steps(2, STEPS).result()
-    (folder / f"found-{rank}.pkl").write_bytes(pickle.dumps(found))
+    (folder / f"found-{rank}.pkl").write_bytes(ForkingPickler.dumps(found))
     last = Trained(task, "shared", ranks, "fsdp2").steps(0, 1)
     ranks.barrier()
     if rank == 1:
@@ -133,7 +133,7 @@ def work(rank: int, port: int, folder: Path) -> None:
     except (PeerLost, RuntimeError) as problem:
         ending = f"{type(problem).__name__}: {problem}"
     took = time.perf_counter() - began
-    (folder / "ending.pkl").write_bytes(pickle.dumps((took, ending)))
+    (folder / "ending.pkl").write_bytes(ForkingPickler.dumps((took, ending)))
     os._exit(0)  # nobody is left to say goodbye to
 
 
@@ -153,7 +153,7 @@ def folder(
 ) -> tuple[Path, dict[str, Any]]:
     """(where the two processes wrote, what one process finds)."""
     place = tmp_path_factory.mktemp("two")
-    (place / "task.pkl").write_bytes(pickle.dumps(task))
+    (place / "task.pkl").write_bytes(ForkingPickler.dumps(task))
     alone = {}
     for variant in ("shared", "own"):
         half = Trained(task, variant).steps(0, 2)
@@ -182,7 +182,9 @@ def folder(
 
 @pytest.fixture(scope="module")
 def found(folder: tuple[Path, Any]) -> list[dict[Any, Any]]:
-    return [pickle.loads((folder[0] / f"found-{rank}.pkl").read_bytes()) for rank in range(2)]
+    return [
+        ForkingPickler.loads((folder[0] / f"found-{rank}.pkl").read_bytes()) for rank in range(2)
+    ]
 
 
 def assert_same(got: dict[str, Any], wanted: dict[str, Any], steps: slice = slice(None)) -> None:
@@ -250,7 +252,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
 
 @pytest.mark.slow
 def test_the_one_that_is_left_does_not_wait_for_ever(folder: tuple[Path, Any]) -> None:
-    took, ending = pickle.loads((folder[0] / "ending.pkl").read_bytes())
+    took, ending = ForkingPickler.loads((folder[0] / "ending.pkl").read_bytes())
     assert "Error" in ending or "PeerLost" in ending, ending
     assert took < TIMEOUT_S
 
