@@ -5,7 +5,7 @@ Every worker has a communicator of two with the learner, made when it first asks
 come and go without anybody else noticing. The learner's side is a thread: training goes on.
 
     worker                        store (in the learner's process)          learner's thread
-    asks + 1 = n  ───────────▶    ask/n = "<pair> <version>"   ──────────▶  packs nothing: sends the
+    asks          ───────────▶    queue of "<pair> <n> <version>"  ──────▶  packs nothing: sends the
     recv ◀─────────────────────── communicator of the pair ◀──────────────  snapshot of that version
 """
 
@@ -78,8 +78,7 @@ class CollectivePublisher:
         return manifest
 
     def close(self) -> None:
-        number = self._store.add("asks", 1)
-        self._store.set(f"ask/{number}", _STOP)
+        self._store.queue_push("asks", _STOP)
         self._thread.join(TIMEOUT_S)
         for sender in self._senders.values():
             sender.shutdown(wait=True, cancel_futures=True)
@@ -87,25 +86,19 @@ class CollectivePublisher:
 
     def _serve(self) -> None:
         store = self._store.clone()  # one that waits lets no other thread use it
-        number = 0
-        while True:
-            number += 1
-            # The thread ends by an ask of our own, so it may wait for as long as the run takes.
-            store.wait([f"ask/{number}"], timedelta(days=365))
-            ask = store.get(f"ask/{number}").decode()
-            store.delete_key(f"ask/{number}")
-            if ask == _STOP:
-                return
-            pair, version = map(int, ask.split())
+        # The thread ends by an ask of our own, so it may wait for as long as the run takes.
+        store.set_timeout(timedelta(days=365))
+        while (ask := store.queue_pop("asks").decode()) != _STOP:
+            pair, number, version = map(int, ask.split())
             # A thread for each worker: one that has died holds up nobody else.
             sender = self._senders.setdefault(pair, ThreadPoolExecutor(1, f"weights-{pair}"))
-            sender.submit(self._answer, number, pair, version)
+            sender.submit(self._answer, f"answer/{pair}/{number}", pair, version)
 
-    def _answer(self, number: int, pair: int, version: int) -> None:
+    def _answer(self, key: str, pair: int, version: int) -> None:
         try:
             with self._lock:
                 snapshot = self._snapshots.get(version)
-            self._store.set(f"answer/{number}", _GONE if snapshot is None else _SENT)
+            self._store.set(key, _GONE if snapshot is None else _SENT)
             if snapshot is not None:
                 if pair not in self._pairs:
                     self._pairs[pair] = _communicator(
@@ -127,6 +120,7 @@ class CollectiveReceiver:
         self._address: tuple[str, int] | None = None
         self._store: Any = None
         self._pair = 0
+        self._asked = 0
         self._communicator: Any = None
 
     def fetch(self, manifest: WeightManifest) -> dict[str, Tensor]:
@@ -147,11 +141,13 @@ class CollectiveReceiver:
     def _fetch(self, manifest: WeightManifest) -> dict[str, Tensor]:
         if self._address != tuple(manifest.locator):
             self._connect(*manifest.locator)
-        number = self._store.add("asks", 1)
-        self._store.set(f"ask/{number}", f"{self._pair} {manifest.version}")
-        self._store.wait([f"answer/{number}"], self._timeout)
-        answer = self._store.get(f"answer/{number}").decode()
-        self._store.delete_key(f"answer/{number}")
+        self._asked += 1
+        key = f"answer/{self._pair}/{self._asked}"
+        # One message, so that a worker that dies here leaves nothing that others would wait for.
+        self._store.queue_push("asks", f"{self._pair} {self._asked} {manifest.version}")
+        self._store.wait([key], self._timeout)
+        answer = self._store.get(key).decode()
+        self._store.delete_key(key)
         if answer == _GONE:
             raise Retryable(f"the learner no longer holds weights of version {manifest.version}")
         if self._communicator is None:

@@ -170,7 +170,7 @@ def measure(options: BenchOptions) -> BenchResult:
         ratios=ratios,
         tolerances={
             "us_per_sample_of_8": (0.0, TARGET_US),
-            "growth_16_to_512_workers": (0.0, 2.5),
+            "growth_16_to_512_workers": (0.0, 2.0),
         },
     )
 
