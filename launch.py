@@ -77,7 +77,7 @@ def quickstart(
     Example: `accord quickstart --seed 1`
     """
     _say("accord quickstart: the whole loop on an embedded help-desk task", quiet)
-    from cluster.stages.quickstart import quickstart as run
+    from cluster.quickstart.quickstart import quickstart as run
 
     run(directory, name, seed, scale, kl_coef, _reporter(quiet))
 
@@ -93,8 +93,8 @@ def sft(
 
     Example: `accord sft examples/sft.toml model.path=my-model fit.epochs=2`
     """
-    from cluster.contracts.config import SftConfig
-    from cluster.stages.offline import resume_offline, run_sft
+    from cluster.assembly.offline import resume_offline, run_sft
+    from cluster.contracts.config.offline import SftConfig
 
     if resume is not None:
         words = _words(config, overrides)
@@ -114,8 +114,8 @@ def reward_model(
 
     Example: `accord reward-model examples/reward_model.toml data.path=pairs.jsonl`
     """
-    from cluster.contracts.config import RewardModelConfig
-    from cluster.stages.offline import resume_offline, run_reward_model
+    from cluster.assembly.offline import resume_offline, run_reward_model
+    from cluster.contracts.config.offline import RewardModelConfig
 
     if resume is not None:
         words = _words(config, overrides)
@@ -139,8 +139,8 @@ def dpo(
 
     Example: `accord dpo examples/dpo.toml beta=0.2`
     """
-    from cluster.contracts.config import DpoConfig
-    from cluster.stages.offline import resume_offline, run_dpo
+    from cluster.assembly.offline import resume_offline, run_dpo
+    from cluster.contracts.config.offline import DpoConfig
 
     if resume is not None:
         words = _words(config, overrides)
@@ -162,13 +162,13 @@ def train(
 
     Example: `accord train --resume runs/my-run`
     """
-    from cluster.stages.train import resume_training, train_policy
+    from cluster.assembly.training import resume_training, train_policy
 
     if resume is not None:
         words = _words(config, overrides)
         _result(resume_training(str(resume), words, _reporter(quiet)))
         return
-    from cluster.contracts.config import TrainConfig
+    from cluster.contracts.config.train import TrainConfig
 
     _result(
         train_policy(_load(TrainConfig, _required(config, "train"), overrides), _reporter(quiet))
@@ -190,7 +190,7 @@ def generate(
 
     Example: `accord generate runs/q/sft/policy prompts.jsonl --samples 4 --out answers.jsonl`
     """
-    from cluster.stages.sample import generate_to_file
+    from cluster.commands.generate import generate_to_file
 
     generate_to_file(
         model, prompts, out, samples=samples, max_tokens=max_tokens, temperature=temperature,
@@ -205,8 +205,8 @@ def evaluate(config: Config, overrides: Overrides = None, quiet: Quiet = False) 
 
     Example: `accord evaluate examples/evaluate.toml policy.path=runs/q/policy`
     """
-    from cluster.contracts.config import EvaluateConfig
-    from cluster.stages.evaluate import run_evaluation
+    from cluster.assembly.evaluation import run_evaluation
+    from cluster.contracts.config.evaluate import EvaluateConfig
 
     _result(run_evaluation(_load(EvaluateConfig, config, overrides), _reporter(quiet)))
 
@@ -217,7 +217,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> Non
 
     Example: `accord report runs/my-run`
     """
-    from cluster.runs import Run
+    from cluster.runs.run import Run
     from learner.evaluation.report import write_report
 
     _result(write_report(Run.open(str(run)).path))
@@ -242,7 +242,7 @@ def replay(
 
     Example: `accord replay runs/my-run --verify`
     """
-    from cluster.stages.replay import replay_run
+    from cluster.commands.replay import replay_run
 
     replay_run(str(run), verify, steps, _reporter(quiet))
 
@@ -261,7 +261,7 @@ def chat(
 
     Example: `accord chat runs/quickstart --before runs/quickstart/sft/policy`
     """
-    from cluster.stages.chat import chat_loop
+    from cluster.commands.chat import chat_loop
 
     chat_loop(model, before, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
@@ -278,7 +278,7 @@ def serve_reward(
 
     Example: `accord serve-reward examples/ppo.toml --port 7070`
     """
-    from cluster.stages.serve import serve_forever
+    from cluster.commands.serve import serve_forever
 
     serve_forever(str(config), overrides or [], host, port, token_file)
 
@@ -292,7 +292,7 @@ def status(
 
     Example: `accord status runs/my-run --json`
     """
-    from cluster.stages.status import show_status
+    from cluster.commands.status import show_status
 
     show_status(run, as_json)
 
@@ -306,7 +306,7 @@ def scale(
 
     Example: `accord scale runs/my-run 3`
     """
-    from cluster.stages.status import want_workers
+    from cluster.runs.control import want_workers
 
     want_workers(run, workers)
 
@@ -326,8 +326,8 @@ def plan(
 
     Example: `accord plan examples/ppo.toml batch.prompts_per_step=16`
     """
-    from cluster.contracts.config import TrainConfig
-    from cluster.stages.plan import show_plan
+    from cluster.commands.plan import show_plan
+    from cluster.contracts.config.train import TrainConfig
 
     show_plan(_load(TrainConfig, config, overrides), as_json, probe, _reporter(quiet=as_json))
 
@@ -356,7 +356,7 @@ def bench(
 
     Example: `accord bench overlap --quick`
     """
-    from cluster.stages.bench.common import BenchOptions, run_benchmark
+    from cluster.measure.bench.common import BenchOptions, run_benchmark
 
     options = BenchOptions(repeats=repeats or (1 if quick else 5), quick=quick)
     run_benchmark(name, options, json_file, check, _reporter(quiet))
@@ -383,7 +383,7 @@ def simulate(
 
     Example: `accord simulate --workers 64,256 bound=8 stragglers=0.01`
     """
-    from cluster.stages.simulate import show_simulation
+    from cluster.commands.simulate import show_simulation
 
     show_simulation(workers, settings or [], from_run, as_json, _reporter(quiet or as_json))
 
@@ -396,7 +396,7 @@ def preferences_stats(
 
     Example: `accord preferences stats runs/q/preferences.db`
     """
-    from cluster.stages.preferences import show_stats
+    from cluster.commands.preferences import show_stats
 
     show_stats(store)
 
@@ -410,7 +410,7 @@ def preferences_export(
 
     Example: `accord preferences export runs/q/preferences.db pairs.jsonl`
     """
-    from cluster.stages.preferences import export
+    from cluster.commands.preferences import export
 
     export(store, out)
 
@@ -424,7 +424,7 @@ def preferences_import(
 
     Example: `accord preferences import pairs.jsonl preferences.db`
     """
-    from cluster.stages.preferences import import_rows
+    from cluster.commands.preferences import import_rows
 
     import_rows(rows, store)
 
@@ -443,13 +443,13 @@ def _words(config: Path | None, overrides: list[str] | None) -> list[str]:
 
 
 def _load(model: Any, path: Path, overrides: list[str] | None) -> Any:
-    from cluster.contracts.configfile import load_config
+    from cluster.contracts.config.file import load_config
 
     return load_config(model, str(path), overrides or [])
 
 
 def _reporter(quiet: bool) -> Any:
-    from cluster.progress import Reporter
+    from cluster.runs.console import Reporter
 
     return Reporter(quiet=quiet)
 

@@ -71,11 +71,11 @@ def make_engine(kind: Literal["vllm", "transformers"], settings: EngineSettings)
     try:
         engine_class: Callable[[EngineSettings], Engine]
         if kind == "vllm":
-            from actors.engine_vllm import VllmEngine
+            from actors.engines.vllm_engine import VllmEngine
 
             engine_class = VllmEngine
         else:
-            from actors.engine_transformers import TransformersEngine
+            from actors.engines.transformers_engine import TransformersEngine
 
             engine_class = TransformersEngine
         gc.freeze()

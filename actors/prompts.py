@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.chat import is_text, render_prompt, require_template, text_prompt
-from cluster.contracts.config import DataConfig
+from cluster.contracts.config.rollout import DataConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import Message, Prompt
 

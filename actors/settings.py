@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
+
+from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.config.rollout import RolloutConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,3 +41,32 @@ def derive_seed(*parts: int | str) -> int:
     """
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def engine_settings(
+    model: ModelConfig,
+    rollout: RolloutConfig,
+    stop_ids: tuple[int, ...],
+    max_prompt_tokens: int,
+    context: int | None,
+) -> EngineSettings:
+    """The engine's part of a config. context: tokens the model can attend to, None unknown."""
+    wanted = max_prompt_tokens + rollout.max_tokens
+    path = Path(model.path)
+    return EngineSettings(
+        model_path=str(path.absolute()) if path.exists() else model.path,
+        dtype=rollout.dtype,
+        temperature=rollout.temperature,
+        max_tokens=rollout.max_tokens,
+        min_tokens=rollout.min_tokens,
+        stop_token_ids=stop_ids,
+        max_running=rollout.max_running,
+        kv_cache_mb=rollout.kv_cache_mb,
+        block_size=rollout.block_size,
+        max_model_len=min(wanted, context or wanted),
+        kv_on_swap=rollout.kv_on_swap,
+        tensor_parallel=rollout.tensor_parallel,
+        gpu_memory_fraction=rollout.gpu_memory_fraction,
+        trust_remote_code=model.trust_remote_code,
+        revision=model.revision,
+    )

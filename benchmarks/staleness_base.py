@@ -41,9 +41,9 @@ class Sampler:
     """Answers of one batch at a time by `TransformersEngine`, from weights of any version."""
 
     def __init__(self, model: Path, running: int) -> None:
-        from actors.engine_transformers import TransformersEngine
+        from actors.engines.transformers_engine import TransformersEngine
         from actors.settings import EngineSettings
-        from learner.models import load_tokenizer, stop_token_ids
+        from learner.models.load import load_tokenizer, stop_token_ids
 
         self.tokenizer = load_tokenizer(model)
         settings = EngineSettings(
@@ -79,8 +79,8 @@ class Sampler:
 def prompts_of(base: Path, split: str, seed: int = 0, shuffle: bool = False) -> Any:
     """The prompts of a split: `.prompt(n)` is the n-th, `len` how many there are."""
     from actors.prompts import load_prompts
-    from cluster.contracts.config import DataConfig
-    from learner.models import load_tokenizer
+    from cluster.contracts.config.rollout import DataConfig
+    from learner.models.load import load_tokenizer
 
     file = str(base / f"{split}_prompts.jsonl")
     data = DataConfig(prompts=file, max_prompt_tokens=MAX_PROMPT_TOKENS, shuffle=shuffle)
@@ -103,8 +103,8 @@ def ensure_base(folder: Path, size: BaseSize) -> Path:
 
 
 def _make_model(folder: Path, size: BaseSize) -> None:
-    from learner.fresh import fresh_model, train_tokenizer
-    from reward_service.helpdesk import demonstrations, files, questions
+    from cluster.quickstart.helpdesk import demonstrations, files, questions
+    from learner.models.tiny import fresh_model, train_tokenizer
 
     rows = demonstrations.sample_demonstrations(size.seed, size.demonstrations)
     files.write_sft(folder / "demonstrations.jsonl", rows)
@@ -125,8 +125,9 @@ def _make_model(folder: Path, size: BaseSize) -> None:
 
 
 def _fine_tune(folder: Path, size: BaseSize) -> dict[str, float]:
-    from cluster.contracts.config import FitConfig, ModelConfig, RunConfig, SftConfig, SftDataConfig
-    from learner.sft import train_sft
+    from cluster.contracts.config.base import ModelConfig, RunConfig
+    from cluster.contracts.config.offline import FitConfig, SftConfig, SftDataConfig
+    from learner.offline.sft import train_sft
 
     fit = FitConfig(
         lr=4e-3, rows_per_step=32, tokens_per_microbatch=2048, schedule="linear", warmup_ratio=0.03,
@@ -145,15 +146,10 @@ def _fine_tune(folder: Path, size: BaseSize) -> dict[str, float]:
 
 def _learn_reward(folder: Path, size: BaseSize) -> dict[str, float]:
     """Simulated annotators compare answers of the fine-tuned policy; Bradley-Terry on the pairs."""
-    from cluster.contracts.config import (
-        FitConfig,
-        ModelConfig,
-        PairsConfig,
-        RewardModelConfig,
-        RunConfig,
-    )
-    from learner.reward_model import train_reward_model
-    from reward_service.helpdesk.files import write_jsonl
+    from cluster.contracts.config.base import ModelConfig, RunConfig
+    from cluster.contracts.config.offline import FitConfig, PairsConfig, RewardModelConfig
+    from cluster.quickstart.helpdesk.files import write_jsonl
+    from learner.offline.reward import train_reward_model
 
     sampler = Sampler(folder / "policy", running=192)
     source = prompts_of(folder, "preference")
@@ -189,7 +185,7 @@ def _compared(
 ) -> Iterator[dict[str, Any]]:
     """Of each prompt's answers two pairs, and two answers against answers to other prompts (as the
     quickstart does, and for the same reason: a reward model has to read the question)."""
-    from reward_service.helpdesk.annotators import ANNOTATORS, label_pair
+    from cluster.quickstart.helpdesk.annotators import ANNOTATORS, label_pair
 
     rng = random.Random(f"pairs/{seed}")
     for prompt, own in zip(prompts, groups, strict=True):

@@ -120,10 +120,11 @@ class Run:
     """One variant at one seed."""
 
     def __init__(self, regime: Regime, variant: Variant, seed: int, base: Path) -> None:
-        from cluster.contracts.config import ModelConfig, RewardModelSource
-        from learner.models import load_policy, tokenizer_fingerprint
-        from learner.ppo import PPOLearner
-        from reward_service.model_scorer import ModelScorer
+        from cluster.contracts.config.base import ModelConfig
+        from cluster.contracts.config.reward import RewardModelSource
+        from learner.models.load import load_policy, tokenizer_fingerprint
+        from learner.rl.learner import PPOLearner
+        from reward_service.sources.model import ModelScorer
 
         self.regime, self.variant, self.seed = regime, variant, seed
         self.history = _History(keep=variant.lag + 1)
@@ -179,7 +180,7 @@ class Run:
     def evaluate(self, step: int) -> dict[str, float]:
         """One answer to each held-out prompt by the newest weights: the gold judge, which nothing
         trains on, the reward model, and the KL to the starting policy, all means."""
-        from reward_service.helpdesk.judge import gold_score
+        from cluster.quickstart.helpdesk.judge import gold_score
 
         self._load(step)
         done = self.sampler.answers(self.held_out, 1, "evaluate", self.seed, step)
@@ -225,7 +226,7 @@ class Run:
         return to_table(groups)
 
     def _scores(self, rows: list[tuple[Any, Any]]) -> list[float]:
-        from reward_service.items import ScoreItem
+        from reward_service.source import ScoreItem
 
         items = [
             ScoreItem(
@@ -245,8 +246,8 @@ class Run:
         """Sum over rows of log pi - log ref of the sampled tokens, nats."""
         import torch
 
-        from learner.batching import pad_rows, sequence
-        from learner.models import token_logprobs
+        from learner.compute.microbatches import pad_rows, sequence
+        from learner.models.load import token_logprobs
 
         encoded = [
             sequence(
@@ -261,12 +262,12 @@ class Run:
 
 
 def settings(regime: Regime, variant: Variant, seed: int, base: Path) -> Any:
-    from cluster.contracts.config import (
+    from cluster.contracts.config.base import ModelConfig
+    from cluster.contracts.config.train import (
         AlgorithmConfig,
         BatchConfig,
         KLConfig,
         LearnerConfig,
-        ModelConfig,
         StalenessConfig,
         WeightsConfig,
     )

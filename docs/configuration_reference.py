@@ -12,15 +12,17 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from cluster.contracts import config as c
+from cluster.contracts.config.evaluate import EvaluateConfig
+from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
+from cluster.contracts.config.train import TrainConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
 COMMANDS = {
-    "accord train": c.TrainConfig,
-    "accord sft": c.SftConfig,
-    "accord reward-model": c.RewardModelConfig,
-    "accord dpo": c.DpoConfig,
-    "accord evaluate": c.EvaluateConfig,
+    "accord train": TrainConfig,
+    "accord sft": SftConfig,
+    "accord reward-model": RewardModelConfig,
+    "accord dpo": DpoConfig,
+    "accord evaluate": EvaluateConfig,
 }
 HEAD = """# Configuration
 

@@ -50,15 +50,15 @@ class LearnerActor:
 
     def open_place(self) -> tuple[str, int]:
         """(host, port) at which the processes of this learner meet; asked of the first one."""
-        from learner.parallel import meeting_place
+        from learner.compute.ranks import meeting_place
 
         self._place = meeting_place(self._settings.host, self._settings.learner.start_timeout_s)
         return self._settings.host, self._place.port
 
     def start(self, place: tuple[str, int] | None = None) -> WeightManifest:
         """place: what `open_place` said, for a learner of several processes."""
-        from learner.parallel import SINGLE, join
-        from learner.ppo import PPOLearner
+        from learner.compute.ranks import SINGLE, join
+        from learner.rl.learner import PPOLearner
 
         settings, self._ranks = self._settings, SINGLE
         if place is not None:

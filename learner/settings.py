@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from cluster.contracts.config import (
+from cluster.contracts.config.base import DType, ModelConfig
+from cluster.contracts.config.train import (
     AlgorithmConfig,
     BatchConfig,
-    DType,
     LearnerConfig,
-    ModelConfig,
     StalenessConfig,
     TrainConfig,
     WeightsConfig,

@@ -18,10 +18,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.contracts.errors import BadReward, RewardFailure, UserError
 from cluster.contracts.records import Rollout, Score
 from reward_service import wire
-from reward_service.items import ScoreItem, ServiceInfo
 from reward_service.proto import reward_pb2 as pb
 from reward_service.proto import reward_pb2_grpc
 from reward_service.security import TlsFiles, client_credentials
+from reward_service.source import ScoreItem, ServiceInfo
 
 Code = grpc.StatusCode
 AGAIN = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED)

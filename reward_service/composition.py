@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.contracts.config import (
+from cluster.contracts.config.reward import (
     FunctionSource,
     GrpcSource,
     RewardConfig,
@@ -17,7 +17,7 @@ from cluster.contracts.config import (
 )
 from cluster.contracts.errors import AccordError, BadReward, UserError
 from cluster.contracts.records import Score
-from reward_service.items import Part, ScoreItem, ServiceInfo, Source, SourceInfo
+from reward_service.source import Part, ScoreItem, ServiceInfo, Source, SourceInfo
 
 
 class Composition:
@@ -120,19 +120,19 @@ def build(cfg: RewardConfig, *, threads: int = 1, remote_token: str | None = Non
 def _load(source: Any, cfg: RewardConfig, threads: int, remote_token: str | None) -> Source:
     # Imported one by one: a service of rules alone needs neither torch nor a channel.
     if isinstance(source, RulesSource):
-        from reward_service.scorers import RulesScorer
+        from reward_service.sources.rules import RulesScorer
 
         return RulesScorer(source)
     if isinstance(source, FunctionSource):
-        from reward_service.function_scorer import FunctionScorer
+        from reward_service.sources.function import FunctionScorer
 
         return FunctionScorer(source)
     if isinstance(source, RewardModelSource):
-        from reward_service.model_scorer import ModelScorer
+        from reward_service.sources.model import ModelScorer
 
         return ModelScorer(source, threads)
     if isinstance(source, GrpcSource):
-        from reward_service.grpc_scorer import GrpcScorer
+        from reward_service.sources.grpc_source import GrpcScorer
 
         return GrpcScorer(source, deadline_s=cfg.deadline_s, token=remote_token)
     raise TypeError(f"no scorer for {type(source).__name__}")

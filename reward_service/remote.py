@@ -9,10 +9,10 @@ from typing import Any, Literal
 
 import ray
 
-from cluster.contracts.config import RewardConfig
+from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.errors import UserError
-from reward_service.items import ServiceInfo
 from reward_service.security import TlsFiles
+from reward_service.source import ServiceInfo
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 

@@ -13,15 +13,14 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from cluster.contracts.config import RewardConfig
+from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.errors import AccordError, RewardFailure, UserError
 from reward_service import wire
-from reward_service.coalesce import Coalescer, DeadlinePassed, Overloaded
+from reward_service.batching import Coalescer, DeadlinePassed, Overloaded
 from reward_service.composition import Composition, build
-from reward_service.items import ServiceInfo
 from reward_service.proto import reward_pb2 as pb
 from reward_service.proto import reward_pb2_grpc
-from reward_service.replies import ReplyCache, RequestMismatch
+from reward_service.reply_cache import ReplyCache, RequestMismatch
 from reward_service.security import (
     TlsFiles,
     TokenInterceptor,
@@ -29,6 +28,7 @@ from reward_service.security import (
     require_safe,
     server_credentials,
 )
+from reward_service.source import ServiceInfo
 
 log = logging.getLogger("accord.reward")
 

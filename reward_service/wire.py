@@ -9,8 +9,8 @@ from typing import Any
 
 from cluster.contracts.errors import BadReward
 from cluster.contracts.records import Rollout, Score
-from reward_service.items import ScoreItem, ServiceInfo, SourceInfo
 from reward_service.proto import reward_pb2 as pb
+from reward_service.source import ScoreItem, ServiceInfo, SourceInfo
 
 MAX_ITEMS = 4096
 MAX_ID_CHARS = 512

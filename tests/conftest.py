@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -28,6 +31,26 @@ ROOT = Path(__file__).resolve().parents[1]
 def repo_root() -> Path:
     """The clone's root folder."""
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def world() -> ModuleType:
+    """The module tests/ppo_world.py: helpers of the learner's tests."""
+    name = "accord_tests_ppo_world"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "ppo_world.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def tiny(world: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a fresh Qwen2 of 24 tokens, two layers."""
+    return Path(world.make_model(tmp_path_factory.mktemp("tiny") / "model"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -12,11 +12,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from cluster.contracts.config import (
+from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.config.train import (
     AlgorithmConfig,
     BatchConfig,
     LearnerConfig,
-    ModelConfig,
     StalenessConfig,
     WeightsConfig,
 )

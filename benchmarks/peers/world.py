@@ -23,8 +23,8 @@ SHAPES = {
 
 def make_world(folder: Path, size: str, varied: bool) -> int:
     """Write FOLDER/model and FOLDER/prompts.jsonl; returns the number of parameters."""
-    from learner.fresh import fresh_model, train_tokenizer
-    from reward_service.helpdesk.demonstrations import corpus
+    from cluster.quickstart.helpdesk.demonstrations import corpus
+    from learner.models.tiny import fresh_model, train_tokenizer
 
     model = folder / "model"
     model.mkdir(parents=True)

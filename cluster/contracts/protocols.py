@@ -118,7 +118,7 @@ class Clock(Protocol):
 
 
 class Journal(Protocol):
-    """Where the controller notes what happened and keeps its checkpoints: ``cluster.runs.Run``."""
+    """Where the controller notes what happened and keeps its checkpoints: ``cluster.runs.run``."""
 
     def event(self, kind: str, **detail: Any) -> None: ...
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from cluster.contracts.errors import Retryable, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
-from cluster.weights.flat import layout, pack, unpack
+from cluster.weights.device_buffer import layout, pack, unpack
 from cluster.weights.manifest import build_manifest
 
 NAME = "collective"

@@ -34,7 +34,7 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
     held = {name: array for name, array in arrays.items() if not isinstance(array, _HOST)}
     found = {name: checksum(array) for name, array in arrays.items() if name not in held}
     if held:
-        from cluster.weights.flat import mixed_sums  # torch, for those who use it only
+        from cluster.weights.device_buffer import mixed_sums  # torch, for those who use it only
 
         found |= dict(zip(held, mixed_sums(held.values()), strict=True))
     return found

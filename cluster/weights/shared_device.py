@@ -16,7 +16,7 @@ from torch.multiprocessing import reductions
 
 from cluster.contracts.errors import Retryable, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
-from cluster.weights.flat import pack, unpack
+from cluster.weights.device_buffer import pack, unpack
 from cluster.weights.manifest import build_manifest
 
 NAME = "shared_device"

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from learner.algorithms.kl import LOG_RATIO_LIMIT, clamped_log_ratio
+from learner.algorithms.loss_terms import LossTerms, MetricParts, metric_parts
 from learner.algorithms.masked import masked_mean, require_same_shape, zero_masked
-from learner.algorithms.terms import LossTerms, MetricParts, metric_parts
 
 
 def ppo_clip(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from learner.algorithms.loss_terms import LossTerms, metric_parts
 from learner.algorithms.masked import require_same_shape
-from learner.algorithms.terms import LossTerms, metric_parts
 
 DpoLoss = Literal["sigmoid", "ipo"]
 

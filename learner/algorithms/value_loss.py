@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from learner.algorithms.loss_terms import LossTerms, metric_parts
 from learner.algorithms.masked import require_same_shape, zero_masked
-from learner.algorithms.terms import LossTerms, metric_parts
 
 
 def clipped_value_loss(

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
-from reward_service.preferences.entries import PreferenceLabel
+from reward_service.preferences.labels import PreferenceLabel
 
 
 def ratings(labels: Iterable[PreferenceLabel]) -> dict[str, dict[str, str]]:

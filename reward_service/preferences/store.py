@@ -16,11 +16,7 @@ from typing import Any
 
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import PreferencePair
-from reward_service.preferences.entries import (
-    PreferenceItem,
-    PreferenceLabel,
-    prompt_hash,
-)
+from reward_service.preferences.labels import PreferenceItem, PreferenceLabel, prompt_hash
 
 BUSY_TIMEOUT_MS = 30_000
 SCHEMA_VERSION = 1

@@ -17,20 +17,14 @@ OURS = {*PACKAGES, "launch", "bootstrap"}
 
 # The one door of each third party: path prefixes, or file names anywhere.
 DOORS = {
-    "vllm": (
-        "actors/engine_vllm.py",
-        "actors/engine_vllm_weights.py",
-        "cluster/stages/bench/plain_vllm.py",
-    ),
-    "ray": (
-        "remote.py",
-        "cluster/placement.py",
-        "cluster/scaling.py",
-        "cluster/weights/",
-        "cluster/sinks.py",
-    ),
+    "vllm": ("actors/engines/", "cluster/measure/bench/plain_vllm.py"),
+    "ray": ("remote.py", "cluster/machine/", "cluster/weights/", "cluster/runs/sinks.py"),
     "grpc": ("reward_service/",),
-    "torch.distributed": ("learner/parallel.py", "learner/sharding.py", "cluster/weights/"),
+    "torch.distributed": (
+        "learner/compute/ranks.py",
+        "learner/compute/sharding.py",
+        "cluster/weights/",
+    ),
 }
 
 
@@ -111,11 +105,11 @@ def test_each_third_party_has_one_door() -> None:
     ("path", "code"),
     [
         ("actors/rollout.py", "def f():\n    from vllm import LLM"),
-        ("cluster/controller.py", "import ray.util"),
+        ("cluster/loop/controller.py", "import ray.util"),
         ("launch.py", "import ray"),
-        ("learner/step.py", "import torch.distributed as dist"),
-        ("learner/step.py", "from torch import distributed"),
-        ("learner/step.py", "import torch\ntorch.distributed.barrier()"),
+        ("learner/compute/optimizer_step.py", "import torch.distributed as dist"),
+        ("learner/compute/optimizer_step.py", "from torch import distributed"),
+        ("learner/compute/optimizer_step.py", "import torch\ntorch.distributed.barrier()"),
         ("cluster/supervisor.py", "import importlib\nimportlib.import_module('grpc.aio')"),
     ],
 )
@@ -167,7 +161,9 @@ def test_the_rest_of_cluster_does_not_know_the_transports() -> None:
         f"{path}:{line} imports {name}"
         for path, tree in parsed()
         if path.startswith("cluster/")
-        and not path.startswith(("cluster/weights/", "cluster/stages/bench/"))  # these measure them
+        and not path.startswith(
+            ("cluster/weights/", "cluster/measure/bench/")
+        )  # these measure them
         for line, name in imported(tree)
         if names(name, "cluster.weights")
     ]
@@ -209,7 +205,7 @@ def test_every_package_has_its_init_file() -> None:
 
 
 def test_no_module_is_named_like_the_standard_library() -> None:
-    """`python learner/sft.py` would import learner/types.py where it means the standard one."""
+    """`python learner/remote.py` would import learner/types.py where it means the standard one."""
     found = [relative(path) for path in sources() if path.stem in sys.stdlib_module_names]
     assert found == []
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import transformers
 
-from cluster.contracts.config import ModelConfig
+from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.records import StepInput
-from learner.ppo import PPOLearner
+from learner.rl.learner import PPOLearner
 
 pytestmark = pytest.mark.gpu
 GROUPS = (0, 1, 2, 3)

@@ -12,12 +12,12 @@ import torch
 
 from cluster.contracts.records import Canary
 from cluster.weights.collective import CollectivePublisher
-from cluster.weights.flat import mixed_sums
+from cluster.weights.device_buffer import mixed_sums
 from cluster.weights.shared_device import SharedDevicePublisher
 
 pytestmark = pytest.mark.gpu
 CANARY = Canary(token_ids=(1, 2), logprobs=(-1.0,), tolerance=1e-3)
-PROCESSES = Path(__file__).parents[1] / "unit" / "cluster" / "test_device_weights.py"
+PROCESSES = Path(__file__).parents[1] / "unit" / "cluster" / "weights" / "test_device_weights.py"
 
 
 @pytest.fixture(scope="module")

@@ -81,9 +81,10 @@ def _question(number: int) -> list[dict[str, str]]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A random qwen2 of hidden 64 (vLLM on CPU wants head_dim 32), a reward model of two steps."""
-    from cluster.contracts.config import FitConfig, ModelConfig, PairsConfig, RewardModelConfig
-    from learner.fresh import fresh_model, train_tokenizer
-    from learner.reward_model import train_reward_model
+    from cluster.contracts.config.base import ModelConfig
+    from cluster.contracts.config.offline import FitConfig, PairsConfig, RewardModelConfig
+    from learner.models.tiny import fresh_model, train_tokenizer
+    from learner.offline.reward import train_reward_model
 
     folder = tmp_path_factory.mktemp("world")
     tokenizer = train_tokenizer([" ".join(WORDS)] * 3, 320, folder / "policy")

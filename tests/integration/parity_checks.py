@@ -43,8 +43,8 @@ from parity_paths import (
 )
 
 from cluster.contracts.records import Completion
-from learner.optim import prepare_torch
-from learner.publishing import host_arrays
+from learner.compute.optimizer import prepare_torch
+from learner.rl.publish import host_arrays
 
 DTYPES = ("float32", "bfloat16")
 TEMPERATURES = (0.7, 1.0)

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.long
 def test_a_family_is_trained_and_its_policy_loads_in_both_engines(
     arch: str, world: Any, accord: Any, tmp_path: Path
 ) -> None:
-    from learner.fresh import fresh_model
-    from learner.models import load_tokenizer
+    from learner.models.load import load_tokenizer
+    from learner.models.tiny import fresh_model
 
     model = tmp_path / arch
     tokenizer = load_tokenizer(str(world.policy))
@@ -36,8 +36,8 @@ def test_a_family_is_trained_and_its_policy_loads_in_both_engines(
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert max(row["sampling/logp_diff_max"] for row in rows) <= 1e-4
     # The result loads with transformers (load_policy) and with vLLM (generate).
-    from cluster.contracts.config import ModelConfig
-    from learner.models import load_policy
+    from cluster.contracts.config.base import ModelConfig
+    from learner.models.load import load_policy
 
     load_policy(ModelConfig(path=str(run / "policy")))
     answers = accord.folder / "answers.jsonl"

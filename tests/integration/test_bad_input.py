@@ -80,10 +80,10 @@ def existing_run(world: Any, folder: Path) -> list[Any]:
 
 def made_run(world: Any, folder: Path, *, status: str, step: int) -> Path:
     """A training run as its command leaves it, with a checkpoint after `step` steps."""
-    from cluster.contracts.config import TrainConfig
-    from cluster.contracts.configfile import load_config
+    from cluster.contracts.config.file import load_config
+    from cluster.contracts.config.train import TrainConfig
     from cluster.contracts.records import RunState
-    from cluster.runs import Run
+    from cluster.runs.run import Run
 
     config = load_config(TrainConfig, str(train(world, folder)[1]))
     run = Run.create(str(folder / "runs"), "r", "train", config)

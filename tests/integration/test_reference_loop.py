@@ -21,10 +21,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import learner.ppo
+import learner.rl.learner
+from cluster.commands.replay import replay_run
 from cluster.contracts.rollout_table import from_table
-from cluster.progress import Reporter
-from cluster.stages.replay import replay_run
+from cluster.runs.console import Reporter
 
 pytest.importorskip("vllm", reason="vLLM has no build for this machine")
 pytestmark = pytest.mark.slow
@@ -49,7 +49,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random Qwen2 with a head of its own: vLLM's own reload is right for such heads only."""
     import transformers
 
-    from learner.fresh import train_tokenizer
+    from learner.models.tiny import train_tokenizer
 
     folder = tmp_path_factory.mktemp("untied")
     tokenizer = train_tokenizer(["how long does it last"] * 3, 270, folder)
@@ -108,7 +108,7 @@ def both(
 
 
 def job(advantage: str, model: Path, prompts: Path, reward: Path) -> dict[str, Any]:
-    from learner.optim import prepare_torch
+    from learner.compute.optimizer import prepare_torch
 
     before = torch.get_float32_matmul_precision()
     precision = prepare_torch()

@@ -16,18 +16,18 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.contracts.config import FunctionSource, GrpcSource, RewardConfig, RulesSource
+from cluster.contracts.config.reward import FunctionSource, GrpcSource, RewardConfig, RulesSource
 from cluster.contracts.errors import BadReward, RewardFailure, UserError
 from cluster.contracts.records import Completion, Prompt, Rollout, Score, VersionSpan
 from reward_service import server as server_module
 from reward_service import wire
 from reward_service.client import RewardClient
 from reward_service.composition import Composition
-from reward_service.items import Part, ScoreItem
 from reward_service.proto import reward_pb2 as pb
 from reward_service.proto import reward_pb2_grpc
 from reward_service.security import TlsFiles
 from reward_service.server import RunningServer, serve, serve_composition
+from reward_service.source import Part, ScoreItem
 
 
 def rollout(text: str, name: str = "p", **metadata: Any) -> Rollout:

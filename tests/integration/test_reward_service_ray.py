@@ -9,11 +9,16 @@ from pathlib import Path
 import pytest
 import ray
 
-from cluster.contracts.config import FunctionSource, RewardConfig, RewardModelSource, RulesSource
+from cluster.contracts.config.reward import (
+    FunctionSource,
+    RewardConfig,
+    RewardModelSource,
+    RulesSource,
+)
 from cluster.contracts.errors import UserError
 from reward_service.client import RewardClient
-from reward_service.items import ScoreItem
 from reward_service.remote import start_reward_service
+from reward_service.source import ScoreItem
 
 pytestmark = pytest.mark.slow
 

@@ -258,7 +258,7 @@ def fixed_addresses() -> Iterator[None]:
     """The way of CUDA, forced: unpacked weights, every update copied over the ones in force."""
     from vllm import _custom_ops
 
-    from actors import engine_vllm_weights
+    from actors.engines import vllm_weights as engine_vllm_weights
 
     packs, fixed = _custom_ops._supports_onednn, engine_vllm_weights.addresses_are_fixed
     _custom_ops._supports_onednn, engine_vllm_weights.addresses_are_fixed = False, lambda: True

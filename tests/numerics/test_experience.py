@@ -13,11 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.contracts.errors import Fatal
-from learner.assemble import build_networks
-from learner.experience import Experience, build_experience
-from learner.forward import Networks
-from learner.measures import experience_metrics
-from learner.rollout_batch import read_batch
+from learner.rl.experience import Experience, build_experience
+from learner.rl.forward import Networks
+from learner.rl.metrics import experience_metrics
+from learner.rl.networks import build_networks
+from learner.rl.rollouts import read_batch
 
 COEF = 0.3
 
@@ -247,7 +247,7 @@ def test_values_and_logprobs_do_not_depend_on_the_microbatch(world: ModuleType, 
 def test_bfloat16_compute_keeps_masters_and_results_in_float32(
     world: ModuleType, tiny: Path
 ) -> None:
-    from cluster.contracts.config import ModelConfig
+    from cluster.contracts.config.base import ModelConfig
 
     model = ModelConfig(path=str(tiny), dtype="bfloat16")
     experience, networks, _ = _experience(world, tiny, model=model)

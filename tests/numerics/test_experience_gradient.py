@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cluster.contracts.metrics import values
-from learner.assemble import build_networks, build_optimizers
-from learner.experience import Experience, build_experience, completed
-from learner.rollout_batch import read_batch
-from learner.update import PolicyUpdate
+from learner.rl.experience import Experience, build_experience, completed
+from learner.rl.networks import build_networks, build_optimizers
+from learner.rl.rollouts import read_batch
+from learner.rl.update import PolicyUpdate
 
 COEF = 0.3
 CAP = 1.1

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput
 from cluster.weights.manifest import verify_arrays
-from learner.ppo import PPOLearner
+from learner.rl.learner import PPOLearner
 
 VARIANTS: list[dict[str, Any]] = [
     {"algorithm": {"advantage": "gae"}},

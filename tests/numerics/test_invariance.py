@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 import learner.algorithms.masked as masked_module
+from learner.algorithms.importance import importance_weights
 from learner.algorithms.kl import k3_plus
+from learner.algorithms.loss_terms import MetricParts
 from learner.algorithms.masked import Aggregation, aggregate
-from learner.algorithms.off_policy import importance_weights
 from learner.algorithms.policy_loss import POLICY_LOSSES
-from learner.algorithms.terms import MetricParts
 from learner.algorithms.value_loss import clipped_value_loss
 
 LENGTHS = (7, 1, 4, 6, 3, 5)

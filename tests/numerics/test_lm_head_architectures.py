@@ -9,9 +9,9 @@ import torch
 import transformers
 
 from cluster.contracts.errors import UserError
-from learner import heads
-from learner.batching import pad_rows, sequence
-from learner.heads import LmHead, check_lm_head, hidden_states, lm_head, token_logprobs
+from learner.compute.microbatches import pad_rows, sequence
+from learner.models import heads
+from learner.models.heads import LmHead, check_lm_head, hidden_states, lm_head, token_logprobs
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,

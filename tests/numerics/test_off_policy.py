@@ -9,14 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner.algorithms.importance import Correction, effective_sample_size, importance_weights
+from learner.algorithms.loss_terms import MetricParts
 from learner.algorithms.masked import aggregate
-from learner.algorithms.off_policy import (
-    Correction,
-    effective_sample_size,
-    importance_weights,
-)
 from learner.algorithms.policy_loss import ppo_clip
-from learner.algorithms.terms import MetricParts
 
 # Row 0 has ratios 2, (hole), 4 (product 8); row 1 has .5, .5, 1 (product .25).
 MASK = torch.tensor([[1, 0, 1], [1, 1, 1]], dtype=torch.bool)

@@ -28,10 +28,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner.algorithms.importance import Correction, importance_weights
 from learner.algorithms.masked import aggregate
-from learner.algorithms.off_policy import Correction, importance_weights
 from learner.algorithms.policy_loss import POLICY_LOSSES
-from learner.optim import make_optimizer
+from learner.compute.optimizer import make_optimizer
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

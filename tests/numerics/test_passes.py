@@ -14,19 +14,19 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from cluster.contracts.config import ModelConfig
+from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import values
-from learner.assemble import build_networks, build_optimizers
-from learner.experience import Experience, build_experience, completed
-from learner.forward import Microbatches, policy_outputs
-from learner.heads import LmHead
-from learner.measures import experience_metrics
-from learner.optim import compute_in
-from learner.packing import can_pack
-from learner.passes import choose_way
-from learner.rollout_batch import RolloutBatch, read_batch
-from learner.update import PolicyUpdate
+from learner.compute.optimizer import compute_in
+from learner.models.heads import LmHead
+from learner.models.packed_attention import can_pack
+from learner.rl.experience import Experience, build_experience, completed
+from learner.rl.forward import Microbatches, policy_outputs
+from learner.rl.measuring_pass import choose_way
+from learner.rl.metrics import experience_metrics
+from learner.rl.networks import build_networks, build_optimizers
+from learner.rl.rollouts import RolloutBatch, read_batch
+from learner.rl.update import PolicyUpdate
 
 COEF = 0.3
 
@@ -95,7 +95,7 @@ def test_a_step_with_one_forward_pass_is_the_step_with_two(
     twin = copy.deepcopy(networks)
     assert choose_way(made, networks, value_only=False) == way
     one, once = _step(batch, networks, made)
-    monkeypatch.setattr("learner.experience.choose_way", lambda *_: "separate")
+    monkeypatch.setattr("learner.rl.experience.choose_way", lambda *_: "separate")
     two, twice = _step(batch, twin, made)
     assert not torch.equal(_weights(networks), torch.zeros_like(_weights(networks)))
     assert torch.equal(_weights(networks), _weights(twin))
@@ -124,7 +124,7 @@ def test_a_graph_over_the_limit_is_let_go(
     kept = build_experience(batch, networks, made, 1, COEF)
     assert kept.kept is not None
     assert len(kept.kept) == len(kept.micros.of(range(len(batch)))) > 1
-    monkeypatch.setattr("learner.passes._memory_limit", lambda *_: 1000.0)
+    monkeypatch.setattr("learner.rl.measuring_pass._memory_limit", lambda *_: 1000.0)
     assert build_experience(batch, networks, made, 1, COEF).kept is None
     _step(batch, networks, made)
     monkeypatch.undo()
@@ -192,7 +192,7 @@ def test_packing_is_chosen_by_machine_and_refused_where_it_would_be_wrong(
             sliding_window=4,
         )
     )
-    from learner.packing import choose_layout
+    from learner.models.packed_attention import choose_layout
 
     with pytest.raises(UserError, match="sliding window"):
         choose_layout("packed", torch.device("cpu"), "float32", windowed)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner.algorithms.loss_terms import LossTerms
 from learner.algorithms.masked import aggregate
 from learner.algorithms.policy_loss import (
     POLICY_LOSS_OPTIONS,
@@ -20,7 +21,6 @@ from learner.algorithms.policy_loss import (
     ppo_clip,
     reinforce,
 )
-from learner.algorithms.terms import LossTerms
 
 MASK = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 1, 1], [0, 1, 1, 0, 0]], dtype=torch.bool)
 

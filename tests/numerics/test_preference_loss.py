@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from learner.algorithms.loss_terms import LossTerms
 from learner.algorithms.preference_loss import bradley_terry, dpo
-from learner.algorithms.terms import LossTerms
 
 
 def _mean(terms: LossTerms, name: str) -> float:

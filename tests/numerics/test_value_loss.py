@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from learner.algorithms.terms import MetricParts
+from learner.algorithms.loss_terms import MetricParts
 from learner.algorithms.value_loss import clipped_value_loss, explained_variance
 
 MASK = torch.tensor([[1, 0, 1, 1], [0, 1, 1, 0]], dtype=torch.bool)

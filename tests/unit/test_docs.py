@@ -15,7 +15,7 @@ import pytest
 import typer
 
 import launch
-from cluster.contracts.configfile import apply_overrides, check_config, load_config, read_toml
+from cluster.contracts.config.file import apply_overrides, check_config, load_config, read_toml
 from cluster.contracts.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -242,11 +242,11 @@ def test_documented_metrics_are_measured() -> None:
 def test_metrics_written_by_the_controller_and_the_learner_are_documented() -> None:
     text = (ROOT / "docs" / "operate.md").read_text("utf-8")
     files = (
-        "cluster/accounts.py",
-        "cluster/controller.py",
-        "learner/measures.py",
-        "learner/update.py",
-        "learner/ppo.py",
+        "cluster/loop/loop_metrics.py",
+        "cluster/loop/controller.py",
+        "learner/rl/metrics.py",
+        "learner/rl/update.py",
+        "learner/rl/learner.py",
     )
     code = "\n".join((ROOT / file).read_text("utf-8") for file in files)
     names = set(re.findall(rf'"((?:{METRIC_GROUPS})/[a-z0-9_]+)"', code)) - {"policy/ratio"}

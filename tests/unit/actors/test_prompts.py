@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from actors.prompts import FilePromptSource, load_prompts
-from cluster.contracts.config import DataConfig
+from cluster.contracts.config.rollout import DataConfig
 from cluster.contracts.errors import UserError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from learner.fresh import fresh_model, train_tokenizer
+from learner.models.tiny import fresh_model, train_tokenizer
 
 WORDS = [
     "good",

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from cluster.contracts.errors import BadReward
 from cluster.contracts.records import Completion, Prompt, Rollout, Score, VersionSpan
 from reward_service import wire
-from reward_service.items import ScoreItem, ServiceInfo, SourceInfo
 from reward_service.proto import reward_pb2 as pb
+from reward_service.source import ScoreItem, ServiceInfo, SourceInfo
 
 ITEM = ScoreItem(
     id="p1#0",

@@ -1,0 +1,345 @@
+"""vLLM inside a worker's own process: the one door to vllm.
+
+``LLMEngine`` is driven step by step by one thread: a weight swap falls exactly between two tokens.
+Call ``actors.environment.prepare_environment`` before this module is imported.
+
+Run on CPU only so far: the CUDA choices in ``_platform_args`` and ``tensor_parallel`` follow vLLM's
+documentation and have not been run by us.
+
+Weights come as host arrays. They are loaded and packed into a second set beside the one that
+decodes (``actors.engines.vllm_weights``); the swap only exchanges the two.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from array import array
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import vllm
+from vllm import SamplingParams
+from vllm.engine.arg_utils import EngineArgs
+from vllm.outputs import CompletionOutput, RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.llm_engine import LLMEngine
+
+from actors.engines.host_tensors import check_prompt, check_update, parameter_shapes
+from actors.engines.vllm_weights import WeightStage
+from actors.settings import EngineSettings
+from cluster.contracts.errors import Fatal, Retryable, UserError
+from cluster.contracts.records import Completion, VersionSpan
+
+PROBE_TIMEOUT_S = 120.0
+
+
+def _platform_args(settings: EngineSettings) -> dict[str, Any]:
+    """Engine arguments that differ between CPU and CUDA."""
+    if current_platform.is_cpu():
+        return {
+            "enforce_eager": True,  # compiling costs 25 s and gains nothing on a CPU
+            "kv_cache_memory_bytes": settings.kv_cache_mb << 20,
+        }
+    return {
+        "enforce_eager": False,
+        "gpu_memory_utilization": settings.gpu_memory_fraction,
+        "tensor_parallel_size": settings.tensor_parallel,
+    }
+
+
+def _engine_args(settings: EngineSettings) -> EngineArgs:
+    return EngineArgs(
+        model=settings.model_path,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=settings.dtype,
+        seed=settings.seed,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_running + 1,  # one seat is kept for the canary
+        block_size=settings.block_size,
+        enable_prefix_caching=True,
+        skip_tokenizer_init=True,  # token ids in, token ids out
+        generation_config="vllm",  # no sampling defaults out of the model's directory
+        logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
+        async_scheduling=False,  # a token in flight at a swap would carry the wrong version
+        disable_log_stats=True,
+        worker_extension_cls=f"{WeightStage.__module__}.{WeightStage.__name__}",
+        **_platform_args(settings),
+    )
+
+
+class VllmEngine:
+    """``cluster.contracts.protocols.Engine`` on vLLM. One thread makes every call but ``stage``.
+
+    A request that has begun keeps its tokens, log-probabilities and versions across a swap. With
+    ``kv_on_swap = "recompute"`` its cache is computed again under the new weights; with "keep" it
+    goes on with what it has. In both, no request that begins after a swap is served from a prefix
+    cached before it.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.name = f"vllm {vllm.__version__}"
+        self.version = -1  # the model directory's weights; an update has a version of 0 or more
+        self._settings = settings
+        self._shapes = parameter_shapes(settings)
+        self._llm = LLMEngine.from_engine_args(_engine_args(settings))
+        self._stepping = threading.Lock()  # the second set of weights is built between two steps
+        self._prepared = False
+        self._staged: int | None = None
+        self._held: Mapping[str, Any] | None = None  # an update that only the swap can hand over
+        self._vocab = self._llm.model_config.get_vocab_size()
+        # Older releases do not say which weights sampled a token: then we count ourselves.
+        self._native_versions = hasattr(self._llm, "set_weight_version") and (
+            "weight_versions" in CompletionOutput.__dataclass_fields__
+        )
+        self._own_starts: dict[str, list[tuple[int, int]]] = {}
+        self._own_counts: dict[str, int] = {}
+        self._waiting: deque[tuple[str, tuple[int, ...], int | None]] = deque()
+        self._running: dict[str, tuple[tuple[int, ...], int | None]] = {}
+        self._early: list[tuple[str, Completion]] = []  # finished while a canary ran
+        self._cached_tokens = 0
+        self._probes = 0
+        self._probe_output: RequestOutput | None = None
+        self._label()
+        self._warm_up()
+
+    def _warm_up(self) -> None:
+        """A first forward pass, so that a model vLLM cannot run fails here, at the start."""
+        try:
+            self.sequence_logprobs([0, 0])
+        except Exception as problem:
+            raise UserError(
+                f"{self.name} cannot run this model: {problem}",
+                where=self._settings.model_path,
+                fix="use rollout.engine = 'transformers', or a model vLLM supports on this machine",
+            ) from problem
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def submit(self, request_id: str, prompt_ids: Sequence[int], seed: int | None) -> None:
+        """Queue one sample. Raises UserError when the prompt cannot be answered."""
+        prompt = tuple(prompt_ids)
+        check_prompt(prompt, self._settings, self._vocab)
+        self._waiting.append((request_id, prompt, seed))
+
+    def step(self) -> list[tuple[str, Completion]]:
+        # Requests wait here, not in vLLM: one that has not begun takes no mark of a version yet.
+        while self._waiting and len(self._running) < self._settings.max_running:
+            self._begin(*self._waiting.popleft())
+        done, self._early = self._early, []
+        if self._running:
+            done += self._advance()
+        return done
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        gone = set(request_ids)
+        self._waiting = deque(item for item in self._waiting if item[0] not in gone)
+        running = [i for i in request_ids if i in self._running]
+        for request_id in running:
+            self._forget(request_id)
+        self._llm.abort_request(running)
+
+    @property
+    def unfinished(self) -> int:
+        return len(self._waiting) + len(self._running) + len(self._early)
+
+    def _begin(self, request_id: str, prompt: tuple[int, ...], seed: int | None) -> None:
+        # The salt is part of a cached block's key: blocks of other weights are never found.
+        self._llm.add_request(
+            request_id,
+            {"prompt_token_ids": list(prompt), "cache_salt": str(self.version)},
+            self._sampling(seed),
+        )
+        self._running[request_id] = (prompt, seed)
+
+    def _sampling(self, seed: int | None) -> SamplingParams:
+        settings = self._settings
+        kind = RequestOutputKind.FINAL_ONLY
+        if not self._native_versions:
+            kind = RequestOutputKind.CUMULATIVE
+        return SamplingParams(
+            temperature=settings.temperature,
+            max_tokens=settings.max_tokens,
+            min_tokens=settings.min_tokens,
+            stop_token_ids=list(settings.stop_token_ids),
+            ignore_eos=True,  # the stop ids above are all there are
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            output_kind=kind,
+        )
+
+    def _advance(self, probe: str | None = None) -> list[tuple[str, Completion]]:
+        """One step of vLLM; what finished, the probe left out."""
+        done = []
+        with self._stepping:
+            outputs = self._llm.step()
+        for output in outputs:
+            request_id = output.request_id
+            if request_id == probe:
+                if output.finished:
+                    self._probe_output = output
+                continue
+            if not self._native_versions:
+                self._count(request_id, len(output.outputs[0].token_ids))
+            if output.finished:
+                self._cached_tokens += output.num_cached_tokens or 0
+                done.append((request_id, self._completion(request_id, output)))
+                self._forget(request_id)
+        return done
+
+    def _forget(self, request_id: str) -> None:
+        del self._running[request_id]
+        self._own_starts.pop(request_id, None)
+        self._own_counts.pop(request_id, None)
+
+    def _completion(self, request_id: str, output: RequestOutput) -> Completion:
+        sampled = output.outputs[0]
+        if sampled.finish_reason not in ("stop", "length"):
+            raise Fatal(f"{self.name} ended request {request_id}: {sampled.finish_reason}")
+        if not math.isfinite(sum(sampled.logprobs.logprobs)):
+            raise Fatal(
+                f"{self.name} sampled with a log-probability that is not finite "
+                f"(weights of version {self.version})"
+            )
+        return Completion(
+            token_ids=array("i", sampled.token_ids),
+            logprobs=array("f", sampled.logprobs.logprobs),
+            versions=self._versions(request_id, sampled),
+            finish_reason=sampled.finish_reason,
+        )
+
+    def _versions(self, request_id: str, sampled: CompletionOutput) -> tuple[VersionSpan, ...]:
+        if self._native_versions:
+            return tuple(
+                VersionSpan(version=int(span.version), start=span.start, end=span.end)
+                for span in sampled.weight_versions
+            )
+        starts = self._own_starts[request_id]
+        ends = [start for _, start in starts[1:]] + [len(sampled.token_ids)]
+        return tuple(
+            VersionSpan(version=version, start=start, end=end)
+            for (version, start), end in zip(starts, ends, strict=True)
+        )
+
+    def _count(self, request_id: str, tokens: int) -> None:
+        """Note under which version the tokens since the last call were sampled."""
+        before = self._own_counts.get(request_id, 0)
+        starts = self._own_starts.setdefault(request_id, [])
+        if tokens > before and (not starts or starts[-1][0] != self.version):
+            starts.append((self.version, before))
+        self._own_counts[request_id] = tokens
+
+    # -- weights ----------------------------------------------------------------------------------
+
+    def stage(self, tensors: Mapping[str, Any], version: int) -> None:
+        """Load and pack an update beside the weights in force; any thread, while others step.
+
+        The engine goes on with what it has, whatever happens here. Raises WeightMismatch when names
+        or shapes do not fit, Retryable when vLLM fails.
+
+        With tensor parallelism vLLM's other processes take one call at a time: the update is only
+        checked here and loaded in ``swap``.
+        """
+        self._staged = self._held = None
+        check_update(self._shapes, tensors)
+        if self._settings.tensor_parallel > 1:
+            self._held = dict(tensors)
+        else:
+            self._fill(dict(tensors), version)
+        self._staged = version
+
+    def _fill(self, tensors: Mapping[str, Any], version: int) -> None:
+        try:
+            if not self._prepared:
+                with self._stepping:
+                    self._llm.collective_rpc("accord_prepare")
+                self._prepared = True
+            self._llm.collective_rpc("accord_stage", args=(tensors,))
+        except Exception as problem:
+            raise Retryable(
+                f"{self.name} failed staging version {version}, version {self.version} stays in "
+                f"force: {problem}"
+            ) from problem
+
+    def swap(self, version: int) -> None:
+        """Put what was staged in force between two steps; Fatal when that fails half-way."""
+        if self._staged != version:
+            raise Fatal(f"{self.name} was to swap in version {version}, staged is {self._staged}")
+        if self._held is not None:
+            self._fill(self._held, version)
+        self._staged = self._held = None
+        try:
+            self._llm.collective_rpc("accord_swap")
+        except Exception as problem:
+            raise Fatal(f"{self.name} failed swapping in version {version}: {problem}") from problem
+        self.version = version
+        self._label()
+        if self._settings.kv_on_swap == "recompute":
+            # Puts running requests back in vLLM's queue: their tokens stay, their cache is dropped.
+            self._llm.reset_prefix_cache(reset_running_requests=True)
+        else:
+            self._restart_unbegun()
+            self._llm.reset_prefix_cache()  # frees the memory where nothing runs; else salts do it
+
+    def _label(self) -> None:
+        if self._native_versions:
+            self._llm.set_weight_version(str(self.version))
+
+    def _restart_unbegun(self) -> None:
+        """Requests without a token yet carry the old salt: submit them anew."""
+        scheduler = self._llm.engine_core.engine_core.scheduler
+        begun = {
+            self._external_id(request.request_id)
+            for request in scheduler.requests.values()
+            if request.num_output_tokens
+        }
+        unbegun = [(i, *rest) for i, rest in self._running.items() if i not in begun]
+        self.abort([item[0] for item in unbegun])
+        self._waiting.extendleft(reversed(unbegun))
+
+    def _external_id(self, internal: str) -> str:
+        state = self._llm.output_processor.request_states.get(internal)
+        return getattr(state, "external_req_id", internal)
+
+    # -- canary -----------------------------------------------------------------------------------
+
+    def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probabilities of ``token_ids[1:]`` at temperature 1; others are served meanwhile."""
+        self._probes += 1
+        probe = f"canary-{self._probes}"
+        self._probe_output = None
+        params = SamplingParams(
+            temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True
+        )
+        prompt = {"prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
+        self._llm.add_request(probe, prompt, params)
+        deadline = time.monotonic() + PROBE_TIMEOUT_S
+        while self._probe_output is None:
+            self._early += self._advance(probe)
+            if time.monotonic() > deadline:
+                self._llm.abort_request([probe])
+                raise Fatal(f"{self.name} did not answer a canary within {PROBE_TIMEOUT_S:.0f} s")
+        answered = self._probe_output.prompt_logprobs
+        return [
+            float(answered[place][token].logprob)
+            for place, token in enumerate(token_ids)
+            if place > 0
+        ]
+
+    def counters(self) -> dict[str, float]:
+        """Gauges for the worker's statistics."""
+        scheduler = self._llm.engine_core.engine_core.scheduler
+        return {
+            "running": len(self._running),
+            "kv_cache_used": scheduler.kv_cache_manager.usage,
+            "prefix_cached_tokens": self._cached_tokens,
+        }
+
+    def close(self) -> None:
+        self._llm.engine_core.shutdown()

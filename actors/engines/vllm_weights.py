@@ -1,0 +1,217 @@
+"""The second set of weights of a vLLM worker: filled beside the one in force, then exchanged.
+
+stage: arrays ──load_weights──▶ a second instance of the model ──pack──▶ ready to compute
+swap:  every tensor and packed kernel of the two instances changes places, or, where addresses are
+       fixed (CUDA graphs), the staged tensors are copied over those in force on the device
+
+vLLM's own reload works on the model that decodes: it must stop for as long as loading and packing
+take. It also packs only layers that received a weight of their own, so that on CPU a head tied to
+the embedding goes on with the old one, silently. Here every layer is packed every time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
+
+from actors.engines.host_tensors import to_tensor
+from cluster.contracts.errors import Fatal
+
+KERNEL = "cpu_linear"  # vLLM's name for the closure over a layer's packed weight
+Modules = list[tuple[torch.nn.Module, torch.nn.Module]]
+
+
+class Shadow:
+    """A twin of ``live`` that has no cache and never computes; it holds one more set of weights.
+
+    ``by_copy``: keep every address of ``live`` (its kernels stay its own and are replaced whole).
+    One thread at a time; ``stage`` may run while another thread computes with ``live``.
+    """
+
+    def __init__(self, live: torch.nn.Module, config: VllmConfig, by_copy: bool) -> None:
+        self._config = config
+        self._by_copy = by_copy
+        self._twin = _make_twin(config)
+        self._pairs = _pair(live, self._twin)
+        self._raw = [
+            (module, name, parameter, parameter.shape, parameter.dtype)
+            for _, module in self._pairs
+            for name, parameter in module._parameters.items()
+            if parameter is not None
+        ]
+        self._exchange: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._kernels = [(vars(a), vars(b)) for a, b in self._pairs if KERNEL in vars(a)]
+        self._ready = False
+
+    @torch.no_grad()
+    def stage(self, arrays: Mapping[str, Any]) -> None:
+        """Load and pack a whole model's arrays, in the names and shapes of its checkpoint.
+
+        What was staged before and not swapped in is lost, also when this fails.
+        Raises Fatal when vLLM's loader left a parameter out or a layer was not packed.
+        """
+        self._ready = False
+        with set_current_vllm_config(self._config):
+            self._unpack()
+            loaded = self._twin.load_weights(
+                (name, to_tensor(array)) for name, array in arrays.items()
+            )
+            if loaded is not None:
+                left_out = {name for name, _ in self._twin.named_parameters()} - loaded
+                if left_out:
+                    raise Fatal(f"vLLM's loader passed over {sorted(left_out)[:3]}")
+            self._pack()
+        if any(KERNEL not in packed for _, packed in self._kernels):
+            raise Fatal("vLLM packed fewer layers than at the start")
+        self._exchange = list(_tensors(self._pairs))
+        _synchronize()
+        self._ready = True
+
+    @torch.no_grad()
+    def swap(self) -> None:
+        """Put what is staged in force. Raises Fatal when nothing is."""
+        if not self._ready:
+            raise Fatal("no weights are staged")
+        self._ready = False
+        for mine, staged in self._exchange:
+            if self._by_copy:
+                mine.data.copy_(staged.data)
+            else:
+                mine.data, staged.data = staged.data, mine.data
+        for mine_packed, staged_packed in self._kernels:
+            mine_packed[KERNEL], staged_packed[KERNEL] = staged_packed[KERNEL], mine_packed[KERNEL]
+        _synchronize()  # the next stage overwrites what was copied from
+
+    def _unpack(self) -> None:
+        """The twin as its loader expects it: parameters as created, with memory of their own.
+
+        One that packing replaced gets new memory: its old one may have been handed to ``live``.
+        """
+        for module, name, parameter, shape, dtype in self._raw:
+            vars(module).pop(KERNEL, None)  # frees the packed weight of two versions ago
+            kept = module._parameters.get(name) is parameter
+            if not (kept and parameter.shape == shape and parameter.dtype == dtype):
+                parameter.data = torch.empty(shape, dtype=dtype, device=parameter.device)
+                module._parameters[name] = parameter
+
+    def _pack(self) -> None:
+        """What vLLM does after a first load; each layer's raw weights are freed as it is packed."""
+        shared = _shared_parameters(self._twin)
+        raw: dict[int, list[tuple[str, torch.nn.Parameter]]] = {}
+        for module, name, parameter, _, _ in self._raw:
+            raw.setdefault(id(module), []).append((name, parameter))
+        for _, module in self._pairs:
+            method = getattr(module, "quant_method", None)
+            if isinstance(method, QuantizeMethodBase):
+                method.process_weights_after_loading(module)
+            for name, parameter in raw.get(id(module), ()):
+                if module._parameters.get(name) is not parameter and id(parameter) not in shared:
+                    parameter.data = parameter.new_empty(0)
+        for _, module in self._pairs:
+            if is_deferred_attention_layer(module):
+                deferred: Any = module
+                deferred.process_weights_after_loading(self._config.model_config.dtype)
+        if callable(whole := getattr(self._twin, "process_weights_after_loading", None)):
+            whole()
+
+
+class WeightStage:
+    """What vLLM adds to its worker class, in each process that holds a part of the model."""
+
+    model_runner: Any
+    vllm_config: VllmConfig
+
+    def accord_prepare(self) -> None:
+        """Build the second set. Nothing may compute meanwhile: it changes global defaults."""
+        by_copy = addresses_are_fixed()
+        self._accord_shadow = Shadow(self.model_runner.get_model(), self.vllm_config, by_copy)
+
+    def accord_stage(self, arrays: Mapping[str, Any]) -> None:
+        self._accord_shadow.stage(arrays)
+
+    def accord_swap(self) -> None:
+        self._accord_shadow.swap()
+
+
+def addresses_are_fixed() -> bool:
+    """Whether something captured the addresses of the weights, as a CUDA graph does."""
+    return not current_platform.is_cpu()
+
+
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+def _make_twin(config: VllmConfig) -> Any:
+    """The same model again, uninitialised, not to be compiled and in nobody's cache registry."""
+    compilation = copy.copy(config.compilation_config)
+    compilation.static_forward_context = {}
+    compilation.mode = CompilationMode.NONE
+    apart = copy.copy(config)
+    apart.compilation_config = compilation
+    device = torch.device(config.device_config.device)
+    with set_default_torch_dtype(config.model_config.dtype), device:
+        return initialize_model(apart).eval()
+
+
+def _pair(live: torch.nn.Module, twin: torch.nn.Module) -> Modules:
+    """Modules of the same name; those vLLM itself shares (rotary tables) are left out."""
+    mine, other = dict(live.named_modules()), dict(twin.named_modules())
+    names = {name: type(module) for name, module in mine.items()}
+    if names != {name: type(module) for name, module in other.items()}:
+        raise Fatal("vLLM built another structure for the second set of weights")
+    pairs = [(mine[name], other[name]) for name in mine if mine[name] is not other[name]]
+    _tie_parameters(pairs)
+    return pairs
+
+
+def _tie_parameters(pairs: Modules) -> None:
+    """One parameter in two modules of the twin wherever the live ones share theirs.
+
+    vLLM ties a head again after loading when a checkpoint spells out what its config calls tied.
+    """
+    partners: dict[int, torch.nn.Parameter | None] = {}
+    for live, twin in pairs:
+        for name, parameter in live._parameters.items():
+            if parameter is not None and parameter.numel() and name in twin._parameters:
+                twin._parameters[name] = partners.setdefault(id(parameter), twin._parameters[name])
+
+
+def _tensors(pairs: Modules) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """(in force, staged) of every parameter, buffer and derived tensor, a shared one once."""
+    seen: set[int] = set()
+    for live, twin in pairs:
+        holders: tuple[tuple[dict[str, Any], dict[str, Any]], ...] = (
+            (live._parameters, twin._parameters),
+            (live._buffers, twin._buffers),
+            (vars(live), vars(twin)),
+        )
+        for mine, staged in holders:
+            for name, tensor in mine.items():
+                if not isinstance(tensor, torch.Tensor) or name == "kv_cache":
+                    continue
+                if (id(tensor) in seen) != (id(staged[name]) in seen):
+                    raise Fatal(f"vLLM shares {name!r} in one set of weights, not in the other")
+                if id(tensor) not in seen:
+                    seen |= {id(tensor), id(staged[name])}
+                    yield tensor, staged[name]
+
+
+def _shared_parameters(model: torch.nn.Module) -> set[int]:
+    """Ids of the parameters that more than one module holds."""
+    seen: set[int] = set()
+    shared: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            (shared if id(parameter) in seen else seen).add(id(parameter))
+    return shared

@@ -1,0 +1,129 @@
+"""`accord evaluate`: two policies answer the same prompts, a judge scores both."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.assembly.rewards import check_rewards
+from cluster.assembly.run_session import recorded
+from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
+from cluster.contracts.config.evaluate import EvaluateConfig
+from cluster.contracts.records import Prompt, Rollout
+from cluster.machine.ray_session import ray_cluster
+from cluster.runs.console import Reporter
+from cluster.runs.run import Run, write_json
+
+
+def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
+    """Returns the run directory: evaluation.json, samples.jsonl, report.html."""
+    from learner.evaluation.report import write_report
+
+    prompts = _prompts(config)
+    check_rewards(config.judge)
+    run = Run.create(
+        config.run.dir,
+        config.run.name,
+        "evaluate",
+        config,
+        seed=config.run.seed,
+        parents={"policy": config.policy.path, "baseline": config.baseline.path},
+    )
+    with recorded(run), ray_cluster(config.cluster), reporter.stage("evaluation"):
+        record = evaluate_in_cluster(config, prompts, run.path)
+    write_report(run.path)
+    reporter.say(headline(record))
+    return run.path
+
+
+def headline(record: dict[str, Any]) -> str:
+    return (
+        f"win rate {record['win_rate']:.1%} (95 % interval {record['ci_low']:.1%} to "
+        f"{record['ci_high']:.1%}; {record['wins']} wins, {record['ties']} ties, "
+        f"{record['losses']} losses)"
+    )
+
+
+def _prompts(config: EvaluateConfig) -> tuple[list[Prompt], list[Prompt]]:
+    most, seed, answer = config.max_prompts, config.run.seed, config.rollout.max_tokens
+    policy, baseline = (
+        prompts_for(model, config.data, seed, most, answer)
+        for model in (config.policy, config.baseline)
+    )
+    return policy, baseline
+
+
+def evaluate_in_cluster(
+    config: EvaluateConfig, prompts: tuple[list[Prompt], list[Prompt]] | None, directory: Path
+) -> dict[str, Any]:
+    """Sample both policies side by side, judge, write evaluation.json and samples.jsonl."""
+    policy_prompts, baseline_prompts = prompts or _prompts(config)
+    longest = max(len(p.token_ids) for p in (*policy_prompts, *baseline_prompts))
+    jobs = [
+        Sampling(
+            model=model,
+            prompts=own,
+            samples=config.samples,
+            rollout=config.rollout,
+            max_prompt_tokens=longest,
+            # The same seed for both: a policy compared with itself then ties everywhere.
+            seed=config.run.seed,
+        )
+        for model, own in ((config.policy, policy_prompts), (config.baseline, baseline_prompts))
+    ]
+    after, before = sample_in_cluster(jobs)
+    return judge_and_write(config, after, before, directory)
+
+
+def judge_and_write(
+    config: EvaluateConfig, after: Sequence[Rollout], before: Sequence[Rollout], directory: Path
+) -> dict[str, Any]:
+    from learner.evaluation.samples import Sample, write_samples
+    from learner.evaluation.win_rate import length_controlled, outcomes, win_rate
+    from learner.models.load import load_tokenizer
+    from learner.models.reward_artifact import tokenizer_fingerprint
+    from reward_service import wire
+    from reward_service.composition import build
+
+    judge = build(config.judge)
+    try:
+        scores = []
+        for model, answers in ((config.policy, after), (config.baseline, before)):
+            own = tokenizer_fingerprint(load_tokenizer(model))
+            items = wire.items_of(answers, own)
+            scores.append([score.value for score in judge.score(items)])
+    finally:
+        judge.close()
+    pairs = list(zip(scores[0], scores[1], strict=True))
+    ids = [rollout.prompt.id for rollout in before]
+    rate = win_rate(pairs, ids, tie_margin=config.tie_margin, seed=config.run.seed)
+    lengths = [[len(r.text.split()) for r in answers] for answers in (after, before)]
+    record: dict[str, Any] = {
+        **rate.as_record(),
+        "judge": ", ".join(source.name for source in config.judge.sources),
+        "policy": config.policy.path,
+        "baseline": config.baseline.path,
+        "mean_score_policy": statistics.fmean(scores[0]),
+        "mean_score_baseline": statistics.fmean(scores[1]),
+        "mean_length_policy": statistics.fmean(lengths[0]),
+        "mean_length_baseline": statistics.fmean(lengths[1]),
+    }
+    differences = [float(a - b) for a, b in zip(*lengths, strict=True)]
+    controlled = length_controlled(outcomes(pairs, config.tie_margin), differences)
+    if controlled is not None:
+        record["length_controlled_win_rate"] = controlled.rate
+    write_json(directory / "evaluation.json", record)
+    write_samples(
+        directory / "samples.jsonl",
+        [
+            Sample(prompt=_question(b), before=b.text, after=a.text, before_score=y, after_score=x)
+            for a, b, (x, y) in zip(after, before, pairs, strict=True)
+        ],
+    )
+    return record
+
+
+def _question(rollout: Rollout) -> str:
+    return "\n".join(message["content"] for message in rollout.prompt.messages)

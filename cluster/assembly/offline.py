@@ -1,0 +1,197 @@
+"""`accord sft`, `reward-model`, `dpo`: a run directory around the offline loops of the learner."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from cluster.assembly.run_session import open_run, recorded, refuse_changes, run_status
+from cluster.contracts.config.file import load_config
+from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
+from cluster.contracts.errors import UserError
+from cluster.machine.signals import signal_handlers_kept
+from cluster.runs.console import Reporter, Stage
+from cluster.runs.run import Run, write_json, write_text
+from cluster.runs.sinks import make_sinks
+
+CENTRE_ROWS = "centre_rows.txt"  # where the rows lie on which the reward model is centred
+
+OfflineConfig = SftConfig | RewardModelConfig | DpoConfig
+OnStep = Callable[[int, float, Mapping[str, float]], None]
+C = TypeVar("C", SftConfig, RewardModelConfig, DpoConfig)
+P = TypeVar("P", RewardModelConfig, DpoConfig)
+
+
+def resume_offline(
+    command: Literal["sft", "reward-model", "dpo"],
+    path: str,
+    overrides: Sequence[str],
+    reporter: Reporter,
+) -> Path:
+    """Continue a run that was interrupted from its newest checkpoint (from the beginning where
+    there is none). Only settings that do not change what is learnt may be given anew."""
+    run = open_run(path, command)
+    if run_status(run) == "finished":
+        raise UserError("is finished", where=path, fix="start a new run from its result")
+    if command == "sft":
+        return run_sft(_config(SftConfig, run, overrides), reporter, resumed=run)
+    if command == "dpo":
+        return run_dpo(_config(DpoConfig, run, overrides), reporter, resumed=run)
+    centre = run.path / CENTRE_ROWS
+    rows = Path(centre.read_text(encoding="utf-8").strip()) if centre.is_file() else None
+    config = _config(RewardModelConfig, run, overrides)
+    return run_reward_model(config, reporter, rows, resumed=run)
+
+
+def _config(kind: type[C], run: Run, overrides: Sequence[str]) -> C:
+    file = str(run.path / "config.toml")
+    config = load_config(kind, file, overrides)
+    free = ("logging", "fit.threads", "fit.checkpoint_every", "fit.eval_every")
+    refuse_changes(load_config(kind, file), config, str(run.path), free)
+    return config
+
+
+def run_sft(config: SftConfig, reporter: Reporter, *, resumed: Run | None = None) -> Path:
+    """Returns the run directory; its ``policy/`` is the result."""
+    from learner.offline.sft import train_sft
+
+    return _run(
+        "sft", "SFT", config, reporter, resumed,
+        lambda run, progress, stop: train_sft(config, run.path, progress, stop),
+    )  # fmt: skip
+
+
+def with_pairs(config: P, run: Run) -> P:
+    """A preference store as data: its pairs are written into the run, which then trains on them."""
+    if not config.data.path.endswith(".db"):
+        return config
+    from cluster.assembly.preferences import open_store
+    from reward_service.preferences.import_export import export_preferences
+
+    pairs = run.path / "pairs.jsonl"
+    if not pairs.is_file():
+        export_preferences(open_store(Path(config.data.path), must_exist=True), pairs)
+    data = config.data.model_copy(update={"path": str(pairs)})
+    return config.model_copy(update={"data": data})
+
+
+def run_reward_model(
+    config: RewardModelConfig,
+    reporter: Reporter,
+    centre_rows: Path | None = None,
+    *,
+    resumed: Run | None = None,
+) -> Path:
+    """Returns the run directory; its ``reward_model/`` is the result."""
+    from learner.offline.reward import train_reward_model
+
+    def train(run: Run, progress: OnStep, stop: Callable[[], bool]) -> Path:
+        if centre_rows is not None:
+            write_text(run.path / CENTRE_ROWS, f"{centre_rows.absolute()}\n")
+        return train_reward_model(with_pairs(config, run), run.path, progress, centre_rows, stop)
+
+    return _run("reward-model", "reward model", config, reporter, resumed, train)
+
+
+def run_dpo(config: DpoConfig, reporter: Reporter, *, resumed: Run | None = None) -> Path:
+    """Returns the run directory; its ``policy/`` is the result."""
+    from learner.offline.dpo import train_dpo
+
+    return _run(
+        "dpo", "DPO", config, reporter, resumed,
+        lambda run, progress, stop: train_dpo(
+            with_pairs(config, run), run.path, progress, stop
+        ),
+    )  # fmt: skip
+
+
+def _run(
+    command: str,
+    title: str,
+    config: OfflineConfig,
+    reporter: Reporter,
+    resumed: Run | None,
+    train: Callable[[Run, OnStep, Callable[[], bool]], Path],
+) -> Path:
+    """Run, with its files; an interrupt lets the step under way end, saves, and then interrupts."""
+    from learner.compute.optimizer import release_memory
+
+    run = resumed or _created(command, config)
+    with run.lock(), recorded(run, fresh=resumed is None):
+        if resumed is not None:
+            run.event("resumed")
+            run.update_manifest(status="running")
+        sinks = make_sinks(config.logging, run.path, on_ray=False)
+        try:
+            with stop_on_signal() as stopped, reporter.stage(title) as stage:
+                train(run, _progress(stage, sinks), stopped)
+        finally:
+            for sink in sinks:
+                sink.close()
+            release_memory()
+        summary = json.loads((run.path / "fit.json").read_text(encoding="utf-8"))
+        if not summary["finished"]:
+            raise KeyboardInterrupt
+        if isinstance(config, RewardModelConfig):
+            write_json(run.path / "reward_model.json", reward_model_figures(run.path, summary))
+    return run.path
+
+
+def _created(command: str, config: OfflineConfig) -> Run:
+    parents = {"model": config.model.path, "data": config.data.path, **config.run.parents}
+    return Run.create(
+        config.run.dir, config.run.name, command, config, seed=config.run.seed, parents=parents
+    )
+
+
+def reward_model_figures(path: Path, summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the report shows of a reward model."""
+    numbers = summary["evaluation"]
+    figures = {k.removeprefix("rm/"): v for k, v in numbers.items() if k.startswith("rm/")}
+    reliability = path / "reliability.json"
+    if reliability.is_file():
+        figures["reliability"] = json.loads(reliability.read_text(encoding="utf-8"))
+    return {
+        **figures,
+        "pairs_trained": summary["rows"],
+        "pairs_held_out": summary["rows_held_out"],
+    }
+
+
+def _progress(stage: Stage, sinks: list[Any]) -> OnStep:
+    """The loop tells the share done; the bar wants a total, surer as the loop goes on."""
+
+    def on_step(step: int, fraction: float, numbers: Mapping[str, float]) -> None:
+        for sink in sinks:
+            sink.write(step, numbers)
+        stage.update(
+            step, numbers, total=max(step, round(step / fraction)) if fraction > 0 else None
+        )
+
+    return on_step
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[Callable[[], bool]]:
+    """Yields whether to stop. From when that is first asked, SIGINT and SIGTERM set it instead of
+    interrupting at once, and a second one interrupts; before, there is nothing to be saved."""
+    asked: list[int] = []
+    watched: list[bool] = []
+
+    def ask(signum: int, frame: Any) -> None:
+        if asked or not watched:
+            raise KeyboardInterrupt
+        asked.append(signum)
+
+    def stopped() -> bool:
+        watched[:] = [True]
+        return bool(asked)
+
+    with signal_handlers_kept():
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, ask)
+        yield stopped

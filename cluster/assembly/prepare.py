@@ -1,0 +1,82 @@
+"""What is checked before anything starts: model, tokenizer, prompts, rewards."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.assembly.rewards import check_rewards
+from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """What is checked before anything starts, so that a mistake leaves nothing behind."""
+
+    config: TrainConfig
+    prompts: Any
+    tokenizer: Any
+    stop_ids: tuple[int, ...]
+    tokenizer_fingerprint: str
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Read tokenizer and prompts, check what can be checked without starting anything."""
+    from actors.prompts import load_prompts
+    from learner.models.files import require_directory
+    from learner.models.load import load_tokenizer, stop_token_ids
+    from learner.models.reward_artifact import read_artifact, tokenizer_fingerprint
+
+    tokenizer = load_tokenizer(config.model)
+    room = prompt_room(config.model, config.rollout.max_tokens)
+    prompts = load_prompts(config.data, tokenizer, config.run.seed, room)
+    check_rewards(config.reward)
+    if config.learner.reference_path is not None:
+        require_directory(config.learner.reference_path)
+    if config.learner.value_path is not None:
+        read_artifact(Path(config.learner.value_path))
+    return Prepared(
+        config=config,
+        prompts=prompts,
+        tokenizer=tokenizer,
+        stop_ids=stop_token_ids(config.model.path, tokenizer),
+        tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+    )
+
+
+def prompt_room(model: ModelConfig, max_tokens: int) -> int | None:
+    """Tokens the model's context leaves for a prompt beside ``max_tokens`` of answer, None when it
+    is not known. Raises UserError when that is nothing."""
+    context = context_length(model)
+    if context is None:
+        return None
+    room = context - max_tokens
+    if room < 1:
+        raise UserError(
+            f"rollout.max_tokens = {max_tokens} leaves no room for a prompt in the model's context "
+            f"of {context} tokens",
+            where=model.path,
+            fix="lower rollout.max_tokens",
+        )
+    return room
+
+
+def context_length(model: ModelConfig) -> int | None:
+    """Most tokens the model can attend to, or None when its config does not say."""
+    import transformers
+
+    from learner.models.files import explained, require_directory
+
+    require_directory(model.path, "config.json")
+    config = explained(
+        lambda: transformers.AutoConfig.from_pretrained(
+            model.path, revision=model.revision, trust_remote_code=model.trust_remote_code
+        ),
+        model.path,
+        "model",
+    )
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return int(length) if length else None

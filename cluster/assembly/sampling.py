@@ -1,0 +1,102 @@
+"""Sampling answers with rollout workers, outside a training run."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from actors.settings import engine_settings
+from cluster.assembly.prepare import context_length, prompt_room
+from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.config.rollout import DataConfig, RolloutConfig
+from cluster.contracts.records import Prompt, Rollout
+from cluster.machine.cores import own_cores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """One policy, and the prompts it answers."""
+
+    model: ModelConfig
+    prompts: Sequence[Prompt]
+    samples: int
+    rollout: RolloutConfig
+    max_prompt_tokens: int
+    seed: int = 0
+    timeout_s: float = 3600.0
+
+
+def prompts_for(
+    model: ModelConfig,
+    data: DataConfig,
+    seed: int,
+    most: int | None = None,
+    max_tokens: int | None = None,
+) -> list[Prompt]:
+    """Prompts of a file in file order, tokenised for ``model``, the first ``most`` of them.
+    ``max_tokens``: of an answer, for which the context must have room, too."""
+    from actors.prompts import load_prompts
+    from learner.models.load import load_tokenizer
+
+    room = None if max_tokens is None else prompt_room(model, max_tokens)
+    in_order = data.model_copy(update={"shuffle": False})
+    source = load_prompts(in_order, load_tokenizer(model), seed, room)
+    return [source.prompt(i) for i in range(min(len(source), most or len(source)))]
+
+
+def sample_in_cluster(jobs: Sequence[Sampling]) -> list[list[Rollout]]:
+    """Answers of each job, in the order of its prompts; needs Ray running. Jobs run side by side,
+    each with its own workers, as many as there are cores for."""
+    return asyncio.run(_sample_all(jobs))
+
+
+async def _sample_all(jobs: Sequence[Sampling]) -> list[list[Rollout]]:
+    cores = own_cores()
+    each = max(1, len(cores) // len(jobs))
+    shares = [cores[i * each : (i + 1) * each] or cores for i in range(len(jobs))]
+    return list(
+        await asyncio.gather(*(_sample(job, own) for job, own in zip(jobs, shares, strict=True)))
+    )
+
+
+async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
+    from actors.remote import WorkerSpec, generate_all, make_worker_factory
+    from learner.models.load import load_tokenizer, stop_token_ids
+
+    stop_ids = stop_token_ids(job.model.path, load_tokenizer(job.model))
+    spec = WorkerSpec(
+        engine=engine_settings(
+            job.model, job.rollout, stop_ids, job.max_prompt_tokens, context_length(job.model)
+        ),
+        kind=job.rollout.engine,
+        seed=job.seed,
+        transport=None,
+        start_timeout_s=job.rollout.start_timeout_s,
+    )
+    count = min(job.rollout.workers, len(cores))
+    make = make_worker_factory(
+        spec,
+        num_cpus=job.rollout.cpus,
+        num_gpus=job.rollout.gpus,
+        cores=lambda index: (cores[index % len(cores)],) if not job.rollout.gpus else (),
+    )
+    workers = [make(index, 0) for index in range(max(1, count))]
+    try:
+        await asyncio.gather(*(worker.start() for worker in workers))
+        return await generate_all(workers, job.prompts, job.samples, job.timeout_s)
+    finally:
+        await asyncio.gather(*(worker.stop() for worker in workers), return_exceptions=True)
+
+
+def answer_row(rollout: Rollout) -> dict[str, Any]:
+    """An answer in the prompt+completion shape that ``accord sft`` reads."""
+    return {
+        "prompt": [dict(m) for m in rollout.prompt.messages],
+        "completion": [{"role": "assistant", "content": rollout.text}],
+        "sample": rollout.sample_index,
+        "finish_reason": rollout.completion.finish_reason,
+        "tokens": len(rollout.completion.token_ids),
+        "metadata": dict(rollout.prompt.metadata),
+    }

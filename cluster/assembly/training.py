@@ -1,0 +1,254 @@
+"""`accord train`: the roles put together around the controller."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.assembly.prepare import Prepared, prepare
+from cluster.assembly.run_session import open_run, recorded, refuse_changes
+from cluster.assembly.training_roles import (
+    RewardAddresses,
+    parents,
+    reward_addresses,
+    worker_factory,
+)
+from cluster.contracts.config.file import load_config
+from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.errors import AccordError, UserError
+from cluster.contracts.protocols import Sink
+from cluster.contracts.records import RunState
+from cluster.loop.controller import Controller
+from cluster.loop.pool import WorkerPool
+from cluster.loop.settings import loop_settings, pool_settings
+from cluster.loop.timeline import Timeline
+from cluster.machine.clock import MonotonicClock
+from cluster.machine.core_sharing import SideBalance
+from cluster.machine.cores import CorePlan, own_cores, plan_cores
+from cluster.machine.ray_session import ray_cluster
+from cluster.machine.signals import signal_handlers_kept
+from cluster.runs.console import Reporter
+from cluster.runs.control import wanted_workers
+from cluster.runs.run import Run
+from cluster.runs.sinks import make_sinks
+
+# What may differ on resume, as it does not change what is learnt.
+FREE_ON_RESUME = ("logging", "cluster", "checkpoint", "batch.steps", "rollout.workers")
+STOP_S = 3.0  # for the reward service to answer what it is scoring
+
+
+def train_policy(config: TrainConfig, reporter: Reporter, *, cores: CorePlan | None = None) -> Path:
+    """Train; returns the run directory (its ``policy/`` is the result).
+
+    ``cores``: which role runs where, instead of ``plan_cores``' answer.
+    """
+    prepared = prepare(config)
+    run = Run.create(
+        config.run.dir,
+        config.run.name,
+        "train",
+        config,
+        seed=config.run.seed,
+        parents=parents(config),
+    )
+    if prepared.prompts.skipped:
+        reporter.say(f"left out {prepared.prompts.skipped} prompts longer than allowed")
+    with run.lock(), recorded(run), ray_cluster(config.cluster) as ray_info:
+        train_in_cluster(prepared, run, reporter, ray_info, cores=cores)
+    _report(run, reporter)
+    return run.path
+
+
+def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> Path:
+    """Continue a run from its newest usable checkpoint. Only ``batch.steps`` and settings that do
+    not change what was learnt may be given anew."""
+    run = open_run(path, "train")
+    before = load_config(TrainConfig, str(run.path / "config.toml"))
+    config = load_config(TrainConfig, str(run.path / "config.toml"), overrides)
+    refuse_changes(before, config, path, FREE_ON_RESUME)
+    checkpoint, state = run.latest_checkpoint()
+    if state.step >= config.batch.steps:
+        raise UserError(
+            f"has done its {config.batch.steps} steps",
+            where=path,
+            fix=f"ask for more: accord train --resume {path} batch.steps={config.batch.steps * 2}",
+        )
+    prepared = prepare(config)
+    if len(prepared.prompts) != state.prompts_total:
+        raise UserError(
+            f"had {state.prompts_total} prompts when the run began, now {len(prepared.prompts)}: "
+            "the order of prompts would not be continued",
+            where=config.data.prompts,
+            fix="put the file back as it was",
+        )
+    reporter.say(
+        f"resuming at step {state.step} of {config.batch.steps}, prompt {state.next_group}, "
+        f"version {state.version}, from {checkpoint.name}"
+    )
+    with run.lock():
+        run.event("resumed", step=state.step, checkpoint=checkpoint.name)
+        run.update_manifest(status="running")
+        with recorded(run, fresh=False), ray_cluster(config.cluster) as ray_info:
+            train_in_cluster(prepared, run, reporter, ray_info, state=state, checkpoint=checkpoint)
+    _report(run, reporter)
+    return run.path
+
+
+def _report(run: Run, reporter: Reporter) -> None:
+    from learner.evaluation.report import write_report
+
+    reporter.say(f"report: {write_report(run.path)}")
+
+
+def train_in_cluster(
+    prepared: Prepared,
+    run: Run,
+    reporter: Reporter,
+    ray_info: Mapping[str, Any],
+    *,
+    state: RunState | None = None,
+    checkpoint: Path | None = None,
+    cores: CorePlan | None = None,
+) -> None:
+    """Everything between a running Ray cluster and a finished ``policy/`` in the run directory."""
+    config = prepared.config
+    cores = cores or plan_cores(own_cores(), config.rollout.workers, pin=_pins(config))
+    run.event("cluster", **dict(ray_info))
+    timeline = Timeline()
+    # asyncio leaves the default handlers behind, and other stages may follow.
+    with run.lock(), signal_handlers_kept(), recorded(run, fresh=state is None):
+        sinks = make_sinks(config.logging, run.path, on_ray=True)
+        if cores.workers and hasattr(os, "sched_setaffinity"):
+            sinks.append(SideBalance(cores))
+        try:
+            with (
+                reward_addresses(config, cores) as addresses,
+                reporter.stage(
+                    "PPO" if _is_ppo(config) else "training", config.batch.steps
+                ) as stage,
+            ):
+                asyncio.run(
+                    _drive(
+                        prepared,
+                        run,
+                        reporter,
+                        [*sinks, stage],
+                        cores,
+                        addresses,
+                        timeline,
+                        state,
+                        checkpoint,
+                    )
+                )
+        finally:
+            for sink in sinks:
+                sink.close()
+            timeline.write(run.path / "timeline.json")
+        final, _ = run.latest_checkpoint()
+        publish_policy(final / "policy", run.path / "policy")
+
+
+async def _drive(
+    prepared: Prepared,
+    run: Run,
+    reporter: Reporter,
+    sinks: list[Sink],
+    cores: CorePlan,
+    addresses: RewardAddresses,
+    timeline: Timeline,
+    state: RunState | None,
+    checkpoint: Path | None,
+) -> None:
+    config = prepared.config
+    from learner.remote import RayLearner
+    from learner.settings import learner_settings
+
+    first = prepared.prompts.prompt(0)
+    learner = RayLearner(
+        learner_settings(
+            config,
+            canary_prompt=first.token_ids,
+            run_dir=str(run.path.absolute()),
+            resume_from=str(checkpoint.absolute()) if checkpoint else None,
+        ),
+        core=cores.learner[0] if len(cores.learner) == 1 else None,
+        # With as many threads as it has cores in all, each of several processes would be too wide.
+        cores=cores.learner if config.learner.processes >= max(len(cores.learner), 2) else (),
+        threads=max(1, len(cores.learner) // config.learner.processes),
+    )
+    pool = WorkerPool(
+        worker_factory(prepared, cores, addresses, state),
+        pool_settings(config),
+        MonotonicClock(),
+        _announcing(run, reporter),
+        timeline.swap,
+    )
+    controller = Controller(
+        loop_settings(config),
+        prepared.prompts,
+        learner,
+        pool,
+        run,
+        sinks,
+        MonotonicClock(),
+        timeline,
+        state=state,
+        wanted_workers=lambda: wanted_workers(run),
+    )
+    loop = asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, controller.request_stop)
+    try:
+        reached = await controller.run()
+    finally:
+        await asyncio.gather(pool.stop(), _stop_learner(learner))
+    if reached.step < config.batch.steps:
+        if reached.step and not run.checkpoint_dir(reached.step).is_dir():
+            reporter.say(
+                f"the learner was in the middle of a step, so nothing after the last checkpoint "
+                f"could be saved; {reached.step} steps had been done"
+            )
+        raise KeyboardInterrupt
+
+
+async def _stop_learner(learner: Any) -> None:
+    # It may be what failed; that is raised already.
+    with contextlib.suppress(AccordError, TimeoutError):
+        await asyncio.wait_for(learner.stop(), 5.0)
+
+
+def _announcing(run: Run, reporter: Reporter) -> Callable[..., None]:
+    """Events go to events.jsonl; what a person should know at once is said, too."""
+
+    def event(kind: str, **detail: Any) -> None:
+        run.event(kind, **detail)
+        if kind == "worker_serving" and detail.get("note"):
+            reporter.say(str(detail["note"]))
+        elif kind in ("worker_lost", "worker_not_joined"):
+            reporter.say(f"{detail['worker']}: {detail['cause']}")
+
+    return event
+
+
+def publish_policy(source: Path, target: Path) -> None:
+    """Copy the newest checkpoint's policy to ``policy/``, whole or not at all."""
+    staging = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(source, staging)
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
+
+
+def _pins(config: TrainConfig) -> bool:
+    """Cores can only be dealt out on a machine of our own."""
+    return config.cluster.pin_cores and config.cluster.address is None and not config.rollout.gpus
+
+
+def _is_ppo(config: TrainConfig) -> bool:
+    return config.algorithm.advantage == "gae"

@@ -1,0 +1,50 @@
+"""`accord serve-reward`: the reward service in the foreground."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.contracts.config.base import Section
+from cluster.contracts.config.file import apply_overrides, check_config, read_toml
+from cluster.contracts.config.reward import RewardConfig
+from cluster.contracts.errors import UserError
+from cluster.runs.console import result
+
+
+class _OnlyReward(Section):
+    reward: RewardConfig
+
+
+def serve_forever(
+    path: str, overrides: Sequence[str], host: str, port: int, token_file: Path | None
+) -> None:
+    """Prints the address, then serves until interrupted (which is raised then). Other sections of
+    the file are not read."""
+    from reward_service.server import serve
+
+    tree = apply_overrides(_OnlyReward, read_toml(path), overrides)
+    config = check_config(_OnlyReward, {"reward": tree.get("reward", {})}, where=path)
+    server = serve(config.reward, host, port, _token(token_file))
+    stop = threading.Event()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, lambda signum, frame: stop.set())
+    result(server.address)
+    try:
+        while not stop.wait(1.0):
+            pass
+    finally:
+        server.stop()
+    raise KeyboardInterrupt
+
+
+def _token(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UserError(
+            "no such token file", where=str(path), fix="make one with a long random word"
+        )
+    return path.read_text(encoding="utf-8").strip()

@@ -1,0 +1,67 @@
+"""What every command's config has in common: the run, the model, logging, the cluster.
+
+No torch, ray, vllm or grpc in this package, so that ``--help`` and a config error answer at once. A
+role receives only its own section. Unknown keys are errors (``file`` names the nearest valid one),
+nothing is repaired silently, nothing changes while a run goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+DType = Literal["float32", "bfloat16"]
+
+
+class RunConfig(Section):
+    name: str = Field(
+        "", description="Folder name of the run under `dir`; empty: made from the command and time."
+    )
+    dir: str = Field("runs", description="Where runs are kept.")
+    seed: int = Field(0, ge=0, description="Seeds data order, initialisation and sampling.")
+    parents: dict[str, str] = Field(
+        default_factory=dict, description="Lineage: role -> run or model directory it came from."
+    )
+
+
+class ModelConfig(Section):
+    path: str = Field(description="A model directory (HF layout) or a hub id.")
+    revision: str | None = Field(None, description="Revision of a hub id.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    dtype: DType = Field(
+        "float32", description="Type the learner computes in; master weights stay float32."
+    )
+    chat_template: str | None = Field(
+        None, description="Path of a Jinja chat template, for a tokenizer that has none."
+    )
+
+
+class LoggingConfig(Section):
+    tensorboard: bool = True
+    wandb: bool = False
+    wandb_project: str = "accord"
+    ray_metrics: bool = True
+    save_rollouts: bool = Field(
+        True, description="Write every trained group to rollouts/*.parquet."
+    )
+
+
+class ClusterConfig(Section):
+    address: str | None = Field(
+        None,
+        description="Ray cluster to join ('auto', host:port); None: start one on this machine.",
+    )
+    num_cpus: int | None = Field(
+        None, ge=1, description="Logical CPUs of a started cluster; None: one a core, at least 8."
+    )
+    object_store_mb: int = Field(256, ge=80, description="Object store of a started cluster.")
+    dashboard: bool = Field(False, description="Start the Ray dashboard with a started cluster.")
+    pin_cores: bool = Field(
+        True, description="On one machine with few cores: each role keeps to its own core."
+    )

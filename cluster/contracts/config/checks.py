@@ -1,0 +1,64 @@
+"""Problems between the sections of a training config, all of them at once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cluster.contracts.config.train import LearnerConfig, TrainConfig
+
+
+def train_problems(config: TrainConfig) -> list[str]:
+    """Every cross-section problem, so that the user sees all of them at once."""
+    found = []
+    algorithm, batch = config.algorithm, config.batch
+    groups = ("grpo", "rloo", "reinforce-baseline")
+    if algorithm.advantage in groups and batch.samples_per_prompt < 2:
+        found.append(
+            f"algorithm.advantage = {algorithm.advantage!r} compares answers to one prompt: "
+            "set batch.samples_per_prompt to 2 or more"
+        )
+    if algorithm.truncated == "bootstrap" and algorithm.advantage != "gae":
+        found.append(
+            "algorithm.truncated = 'bootstrap' needs values: set algorithm.advantage = 'gae'"
+        )
+    if algorithm.kl.place == "reward" and algorithm.kl.estimator != "k1":
+        found.append("algorithm.kl.estimator must be 'k1' in the reward (an unbiased penalty)")
+    if algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1" and algorithm.kl.coef > 0:
+        found.append(
+            "algorithm.kl.estimator = 'k1' has no useful gradient in the loss: use 'k3+' or 'k2'"
+        )
+    if algorithm.dual_clip is not None and algorithm.loss != "ppo":
+        found.append(
+            f"algorithm.dual_clip belongs to algorithm.loss = 'ppo', not {algorithm.loss!r}"
+        )
+    if algorithm.loss == "reinforce" and (algorithm.clip_low or algorithm.clip_high):
+        found.append(
+            "algorithm.clip_low and clip_high do nothing with algorithm.loss = 'reinforce'"
+        )
+    samples = batch.prompts_per_step * batch.samples_per_prompt
+    if config.learner.minibatches > samples:
+        found.append(f"learner.minibatches is over the {samples} samples of a step")
+    found += _process_problems(config.learner)
+    names = [source.name for source in config.reward.sources]
+    if len(set(names)) != len(names):
+        found.append(f"reward.sources have the same name twice ({names}): give each a `name`")
+    return found
+
+
+def _process_problems(learner: LearnerConfig) -> list[str]:
+    found = []
+    if learner.sharding != "none" and learner.processes == 1:
+        found.append(
+            f"learner.sharding = {learner.sharding!r} deals weights out to several processes: set "
+            "learner.processes to 2 or more, or learner.sharding = 'none'"
+        )
+    if learner.sharding != "none" and learner.compile:
+        found.append("learner.compile cannot be had together with learner.sharding: leave one out")
+    if learner.processes > 1 and 0 < learner.gpus < 1:
+        found.append(
+            f"learner.gpus = {learner.gpus} puts several of the {learner.processes} "
+            "learner.processes on one GPU, which NCCL refuses: set learner.gpus to 1 (a GPU for "
+            "each process) or learner.processes to 1"
+        )
+    return found

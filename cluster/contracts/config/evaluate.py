@@ -1,0 +1,24 @@
+"""`accord evaluate`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from cluster.contracts.config.base import ClusterConfig, ModelConfig, RunConfig, Section
+from cluster.contracts.config.reward import RewardConfig
+from cluster.contracts.config.rollout import DataConfig, RolloutConfig
+
+
+class EvaluateConfig(Section):
+    """`accord evaluate`: answers of two policies to the same prompts, compared."""
+
+    run: RunConfig = RunConfig()
+    policy: ModelConfig
+    baseline: ModelConfig
+    data: DataConfig
+    judge: RewardConfig = Field(description="Scores both; training should never have seen it.")
+    samples: int = Field(1, ge=1, description="Answers a prompt.")
+    max_prompts: int | None = Field(None, ge=1)
+    tie_margin: float = Field(0.0, ge=0, description="Scores closer than this are a tie.")
+    rollout: RolloutConfig = RolloutConfig()
+    cluster: ClusterConfig = ClusterConfig()

@@ -1,0 +1,342 @@
+"""The reinforcement-learning loop on one page.
+
+    admit ──▶ pool (workers generate and score) ──▶ buffer ──▶ learner.step ──▶ manifest
+      ▲                                                                            │
+      └── slots are freed when every serving worker holds the new weights ◀── broadcast
+
+Four things go on at once, each at most once: collecting finished groups, one learner step, one
+broadcast of weights, and saving. The loop below starts whatever can start and waits for whatever
+ends first; it holds no payload, only metadata. A broadcast never delays the learner: the next step
+starts as soon as its groups are there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cluster.contracts.errors import Fatal, Retryable
+from cluster.contracts.metrics import values
+from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
+from cluster.contracts.records import (
+    Assignment,
+    GroupMeta,
+    RunState,
+    StepResult,
+    WeightManifest,
+)
+from cluster.loop.loop_metrics import Accounts, Standing
+from cluster.loop.pool import WorkerPool
+from cluster.loop.settings import LoopSettings
+from cluster.loop.staleness import GroupBuffer, SlotLedger
+from cluster.loop.timeline import Timeline
+
+RESIZE_PAUSE_S = 60.0
+LOOK_AROUND_S = 1.0  # how often a wish for another number of workers is looked for
+
+
+class Controller:
+    """Runs the loop from ``state`` to ``settings.steps`` learner steps."""
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        prompts: PromptSource,
+        learner: LearnerHandle,
+        pool: WorkerPool,
+        run: Journal,
+        sinks: list[Sink],
+        clock: Clock,
+        timeline: Timeline,
+        state: RunState | None = None,
+        wanted_workers: Callable[[], int | None] = lambda: None,
+        cpu_s: Callable[[], float] = time.thread_time,
+    ) -> None:
+        self._settings = settings
+        self._prompts = prompts
+        self._learner = learner
+        self._pool = pool
+        self._run = run
+        self._sinks = sinks
+        self._clock = clock
+        self._timeline = timeline
+        self._wanted_workers = wanted_workers
+        self._cpu_s = cpu_s  # CPU seconds of the loop's thread
+        first = state.step if state else 0
+        self._step = first  # learner steps finished
+        self._elapsed_before = state.elapsed_s if state else 0.0
+        self._dropped: dict[int, Mapping[str, Any]] = (
+            {row["group"]: row for row in state.dropped} if state else {}
+        )
+        self._ledger = SlotLedger(
+            prompts_per_step=settings.prompts_per_step,
+            bound=settings.staleness_bound,
+            last_step=settings.steps,
+            admitted=first * settings.prompts_per_step,
+            held=first,
+        )
+        self._buffer = GroupBuffer(self._ledger, next_step=first)
+        self._stop = asyncio.Event()
+        self._wake = asyncio.Event()  # something ended, or it is time to look around
+        self._tasks: dict[str, asyncio.Task[Any]] = {}
+        self._to_broadcast: WeightManifest | None = None
+        self._taken: list[GroupMeta] = []  # groups of the learner step under way
+        self._step_attempts = 0
+        self._sink_errors = 0
+        self._resized_to: int | None = None
+        self._resize_again_at = 0.0
+
+    def request_stop(self) -> None:
+        """Finish what is cheap to finish, keep everything done, and return."""
+        self._stop.set()
+        self._wake.set()
+
+    async def run(self) -> RunState:
+        """Train; returns the state reached. Raises what stopped the run, with its cause."""
+        self._began = self._clock.now()
+        manifest = await self._start_unless_stopped()
+        if manifest is None:
+            return self._state()
+        self._began = self._clock.now()
+        self._accounts = Accounts(self._settings, self._pool, self._clock.now, self._cpu_s)
+        self._run.event("loop_started", step=self._step, version=manifest.version)
+        self._pool.on_news(self._wake.set)
+        self._spawn("look around", self._look_around())
+        try:
+            while self._step < self._settings.steps and not self._stop.is_set():
+                self._admit()
+                self._start_step()
+                self._start_broadcast()
+                await self._one_event()
+            if self._stop.is_set():
+                await self._finish_running_step()
+            if self._step > 0 and self._step != self._saved:
+                await self._save()
+            return self._state()
+        finally:
+            for task in self._tasks.values():
+                task.cancel()
+            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+
+    # -- the four activities ----------------------------------------------------------------------
+
+    async def _start_unless_stopped(self) -> WeightManifest | None:
+        """Starting takes long; a stop asked for meanwhile does not wait for it (None)."""
+        start = asyncio.ensure_future(self._start())
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([start, stop], return_when=asyncio.FIRST_COMPLETED)
+            return start.result() if start.done() else None
+        finally:
+            start.cancel()
+            stop.cancel()
+            await asyncio.gather(start, stop, return_exceptions=True)
+
+    async def _start(self) -> WeightManifest:
+        self._saved = self._step
+        manifest = await self._learner.start()
+        if manifest.version != self._step:
+            raise Fatal(
+                f"the learner starts at version {manifest.version}, the run at {self._step}"
+            )
+        await self._pool.start(self._settings.workers, manifest)
+        return manifest
+
+    def _admit(self) -> None:
+        ids = self._ledger.admit(self._ledger.room())
+        if ids:
+            samples = self._settings.samples_per_prompt
+            self._pool.submit(
+                [
+                    Assignment(group_id=i, prompt=self._prompts.prompt(i), samples=samples)
+                    for i in ids
+                ]
+            )
+
+    def _start_step(self) -> None:
+        if "step" in self._tasks:
+            return
+        taken = self._buffer.take()
+        if taken is None:
+            return
+        batch, metas = taken
+        now = self._clock.now()
+        self._timeline.span("learner", "wait for batch", self._accounts.waiting_since, now)
+        self._note_dropped(metas)
+        if not batch.group_ids:
+            causes = {m.failure for m in metas}
+            raise Fatal(f"every prompt of step {batch.step} failed: {'; '.join(map(str, causes))}")
+        self._check_lag(batch.step, metas)
+        self._taken = metas
+        self._accounts.step_begins(now)
+        self._spawn("step", self._learner.step(batch))
+
+    def _start_broadcast(self) -> None:
+        if self._to_broadcast is not None and "broadcast" not in self._tasks:
+            manifest, self._to_broadcast = self._to_broadcast, None
+            self._spawn("broadcast", self._broadcast(manifest))
+
+    async def _broadcast(self, manifest: WeightManifest) -> int:
+        began = self._clock.now()
+        reports = await self._pool.broadcast(manifest)
+        ended = self._clock.now()
+        self._accounts.broadcast_ended(reports, ended - began)
+        self._timeline.span("weights", f"version {manifest.version}", began, ended)
+        return manifest.version
+
+    async def _one_event(self) -> None:
+        """Wait until something ends, then take all that has. Costs the same with any number of
+        workers: nothing is asked of those that have no news."""
+        await self._wake.wait()
+        self._wake.clear()
+        for harvest, groups in self._pool.take_finished():
+            self._buffer.add(harvest, groups)
+        for name in [n for n, task in self._tasks.items() if task.done()]:
+            task = self._tasks.pop(name)
+            if name == "step":
+                if isinstance(problem := task.exception(), Retryable):
+                    self._step_again(problem)
+                else:
+                    await self._after_step(task.result())
+            elif name == "broadcast":
+                self._ledger.weights_held(task.result())
+            else:
+                task.result()
+
+    async def _after_step(self, result: StepResult) -> None:
+        now = self._clock.now()
+        began = self._accounts.step_ended(now, result.trained_tokens)
+        self._timeline.span("learner", f"step {result.step}", began, now)
+        self._step = result.step + 1
+        self._step_attempts = 0
+        self._to_broadcast = result.manifest
+        self._start_broadcast()
+        self._write_metrics(result, now)
+        self._follow_wanted_workers()
+        if self._step % self._settings.checkpoint_every == 0 or self._step == self._settings.steps:
+            await self._save()
+        self._accounts.next_window(now, waiting_since=self._clock.now())
+
+    def _step_again(self, problem: Retryable) -> None:
+        """The step's rollouts were lost on their way; nothing was learnt. Generate them again."""
+        self._step_attempts += 1
+        if self._step_attempts >= self._settings.max_step_attempts:
+            raise Fatal(f"step {self._step} was tried {self._step_attempts} times: {problem}")
+        lost = self._buffer.give_back(self._step, self._taken)
+        self._accounts.step_lost(self._clock.now(), lost)
+        self._run.event("step_retried", step=self._step, groups=len(lost), cause=str(problem))
+        self._pool.submit(
+            [
+                Assignment(
+                    group_id=meta.group_id,
+                    prompt=self._prompts.prompt(meta.group_id),
+                    samples=self._settings.samples_per_prompt,
+                    attempt=meta.attempt + 1,
+                )
+                for meta in lost
+            ]
+        )
+
+    async def _save(self) -> None:
+        began = self._clock.now()
+        staging = self._run.begin_checkpoint(self._step)
+        await self._learner.save(str(staging))
+        final = self._run.commit_checkpoint(staging, self._state(), self._settings.keep_checkpoints)
+        self._saved = self._step
+        self._timeline.span("learner", "save", began, self._clock.now())
+        self._run.event("checkpoint", step=self._step, path=str(final))
+
+    async def _finish_running_step(self) -> None:
+        """On a stop: wait a little for the step under way; it is lost if it takes longer."""
+        task = self._tasks.get("step")
+        if task is None:
+            return
+        done, _ = await asyncio.wait([task], timeout=self._settings.stop_grace_s)
+        if done and isinstance(task.exception(), Retryable):
+            self._tasks.pop("step")  # nothing was learnt by it
+        elif done:
+            self._tasks.pop("step")
+            result, now = task.result(), self._clock.now()
+            self._step = result.step + 1
+            self._accounts.step_ended(now, result.trained_tokens)
+            self._write_metrics(result, now)
+        else:
+            self._run.event("step_abandoned", step=self._step)
+            self._saved = self._step  # the learner is busy: saving now would wait for it
+
+    # -- accounts ---------------------------------------------------------------------------------
+
+    def _check_lag(self, step: int, metas: list[GroupMeta]) -> None:
+        for meta in metas:
+            if meta.failure is None and step - meta.version_min > self._settings.staleness_bound:
+                raise Fatal(
+                    f"group {meta.group_id} has tokens of version {meta.version_min} "
+                    f"at step {step}: older than staleness.bound = {self._settings.staleness_bound}"
+                )
+
+    def _note_dropped(self, metas: list[GroupMeta]) -> None:
+        for meta in metas:
+            if meta.failure is not None and meta.group_id not in self._dropped:
+                prompt = self._prompts.prompt(meta.group_id)
+                row = {"group": meta.group_id, "prompt": prompt.id, "cause": meta.failure}
+                self._dropped[meta.group_id] = row
+                self._run.event("group_dropped", **row)
+
+    def _state(self) -> RunState:
+        return RunState(
+            step=self._step,
+            version=self._step,
+            next_group=self._step * self._settings.prompts_per_step,
+            prompts_total=len(self._prompts),
+            dropped=tuple(self._dropped.values()),
+            elapsed_s=self._elapsed_before + self._clock.now() - self._began,
+        )
+
+    def _write_metrics(self, result: StepResult, now: float) -> None:
+        standing = Standing(
+            queued=len(self._buffer),
+            refused=self._buffer.refused,
+            refused_tokens=self._buffer.refused_tokens,
+            dropped=len(self._dropped),
+            held=self._ledger.held,
+            elapsed_s=self._elapsed_before + now - self._began,
+            sink_errors=self._sink_errors,
+        )
+        numbers = values(result.metrics) | self._accounts.numbers(result, now, standing)
+        numbers = {name: v for name, v in numbers.items() if math.isfinite(v)}
+        for sink in self._sinks:
+            try:
+                sink.write(self._step, numbers)
+            except (
+                Exception
+            ) as problem:  # monitoring may fail without stopping a run; counted, logged
+                self._sink_errors += 1
+                self._run.event("sink_failed", sink=type(sink).__name__, cause=repr(problem))
+
+    async def _look_around(self) -> None:
+        while True:
+            await asyncio.sleep(LOOK_AROUND_S)
+            self._follow_wanted_workers()
+
+    def _follow_wanted_workers(self) -> None:
+        wanted = self._wanted_workers()
+        have = self._pool.count("starting", "serving")
+        now = self._clock.now()
+        if (
+            wanted is not None
+            and wanted != have
+            and "resize" not in self._tasks
+            # What could not be had is asked for again after a while, or when another number is.
+            and (wanted != self._resized_to or now >= self._resize_again_at)
+        ):
+            self._resized_to, self._resize_again_at = wanted, now + RESIZE_PAUSE_S
+            self._run.event("resize", have=have, wanted=wanted)
+            self._spawn("resize", self._pool.resize(wanted))
+
+    def _spawn(self, name: str, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        task.add_done_callback(lambda _: self._wake.set())
+        self._tasks[name] = task

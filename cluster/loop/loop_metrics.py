@@ -1,0 +1,160 @@
+"""What a run's controller can say of itself: times, throughput, overlap, waste, its own CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from cluster.contracts.records import GroupMeta, StepResult, SwapReport
+from cluster.loop.pool import WorkerPool
+
+
+class BatchSize(Protocol):
+    @property
+    def prompts_per_step(self) -> int: ...
+
+    @property
+    def samples_per_prompt(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What stands in the controller's books at the end of a step."""
+
+    queued: int
+    refused: int
+    refused_tokens: int
+    dropped: int
+    held: int  # the version every serving worker holds
+    elapsed_s: float
+    sink_errors: int
+
+
+@dataclass(slots=True)
+class _Window:
+    """What happened since the last line of metrics."""
+
+    started: float
+    cpu_s: float
+    stats: Mapping[str, float]
+    failed_swaps: int
+    waited_batch: float = 0.0
+    learner_busy: float = 0.0
+    overlap_s: float = 0.0  # worker seconds with work in hand while the learner stepped
+    swaps: list[SwapReport] = field(default_factory=list)
+    broadcast_s: float = 0.0
+
+
+class Accounts:
+    """Collects during a step, answers ``numbers`` at its end. Seconds of the controller's clock."""
+
+    def __init__(
+        self,
+        batch: BatchSize,
+        pool: WorkerPool,
+        now: Callable[[], float],
+        cpu_s: Callable[[], float],
+    ) -> None:
+        self._samples = batch.prompts_per_step * batch.samples_per_prompt
+        self._pool = pool
+        self._cpu_s = cpu_s
+        self._step_began = self.waiting_since = now()
+        self._holding_at_begin = 0.0
+        self._trained_tokens = 0
+        self._lost_tokens = 0  # of steps whose rollouts were lost on the way to the learner
+        self._window = self._new_window(self.waiting_since)
+
+    def step_begins(self, now: float) -> None:
+        self._window.waited_batch += now - self.waiting_since
+        self._step_began = now
+        self._holding_at_begin = self._pool.holding_s()
+
+    def step_ended(self, now: float, trained_tokens: int) -> float:
+        """Returns when the step had begun."""
+        self._learner_worked(now)
+        self._trained_tokens += trained_tokens
+        return self._step_began
+
+    def step_lost(self, now: float, groups: Iterable[GroupMeta]) -> None:
+        """The learner could not have its rollouts: ``groups`` are generated again."""
+        self._learner_worked(now)
+        self._lost_tokens += sum(meta.response_tokens for meta in groups)
+        self.waiting_since = now
+
+    def broadcast_ended(self, reports: Iterable[SwapReport], seconds: float) -> None:
+        self._window.swaps += reports
+        self._window.broadcast_s = seconds
+
+    def next_window(self, now: float, *, waiting_since: float) -> None:
+        """The next step's numbers count from ``now``; its learner waits from a later moment when a
+        checkpoint was written in between."""
+        self.waiting_since = waiting_since
+        self._window = self._new_window(now)
+
+    def numbers(self, result: StepResult, now: float, standing: Standing) -> dict[str, float]:
+        window, pool = self._window, self._pool
+        wall = max(now - window.started, 1e-9)
+        serving = pool.count("serving")
+        numbers = {
+            "async/queue_depth": standing.queued,
+            "async/in_flight": pool.in_flight,
+            "async/policy_version": result.version,
+            "async/refused": standing.refused,
+            "async/dropped": standing.dropped,
+            "workers/alive": serving,
+            "workers/restarts": pool.restarts,
+            "workers/joined": pool.joined,
+            "workers/left": pool.left,
+            "weight_sync/bytes": result.manifest.nbytes,
+            "weight_sync/version": standing.held,
+            "time/step": wall,
+            "time/wait_batch": window.waited_batch,
+            "perf/throughput": result.trained_tokens / wall,
+            "perf/samples_per_s": self._samples / wall,
+            "perf/trainer_idle_frac": max(0.0, 1.0 - window.learner_busy / wall),
+            "perf/overlap_frac": min(1.0, window.overlap_s / (wall * max(1, serving))),
+            "perf/controller_us": (self._cpu_s() - window.cpu_s) / self._samples * 1e6,
+            "rollout/trained_tokens": self._trained_tokens,
+            "rollout/lost_tokens": self._lost_tokens + standing.refused_tokens,
+            "run/elapsed_s": standing.elapsed_s,
+            "run/sink_errors": standing.sink_errors,
+        }
+        return numbers | self._swap_numbers() | self._worker_numbers(wall, max(1, serving))
+
+    def _swap_numbers(self) -> dict[str, float]:
+        window = self._window
+        failed = self._pool.failed_swaps - window.failed_swaps
+        numbers: dict[str, float] = {"weight_sync/failed_workers": failed}
+        if window.swaps:
+            numbers |= {
+                "weight_sync/seconds": window.broadcast_s,
+                "weight_sync/pause_s": max(s.pause_s for s in window.swaps),
+                "weight_sync/canary_logp_diff": max(s.canary_logp_diff for s in window.swaps),
+            }
+        return numbers
+
+    def _worker_numbers(self, wall: float, serving: int) -> dict[str, float]:
+        """From the workers' own counters; a worker that reports none leaves them out."""
+        stats, before = self._pool.stats(), self._window.stats
+        numbers = {}
+        if "generated_tokens" in stats:
+            generated = stats["generated_tokens"]
+            numbers["rollout/generated_tokens"] = generated
+            numbers["rollout/tokens_per_s"] = (
+                generated - before.get("generated_tokens", 0.0)
+            ) / wall
+        if "busy_s" in stats:
+            busy = stats["busy_s"] - before.get("busy_s", 0.0)
+            numbers["perf/rollout_idle_frac"] = min(1.0, max(0.0, 1 - busy / (wall * serving)))
+        return numbers
+
+    def _learner_worked(self, now: float) -> None:
+        self._window.learner_busy += now - self._step_began
+        self._window.overlap_s += self._pool.holding_s() - self._holding_at_begin
+
+    def _new_window(self, now: float) -> _Window:
+        pool = self._pool
+        return _Window(
+            started=now, cpu_s=self._cpu_s(), stats=pool.stats(), failed_swaps=pool.failed_swaps
+        )

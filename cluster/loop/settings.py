@@ -1,0 +1,51 @@
+"""What the loop has to know of a run's configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cluster.contracts.config.train import TrainConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopSettings:
+    steps: int
+    prompts_per_step: int
+    samples_per_prompt: int
+    staleness_bound: int
+    workers: int
+    checkpoint_every: int
+    keep_checkpoints: int
+    stop_grace_s: float = 4.0
+    max_step_attempts: int = 3  # of one learner step whose rollouts were lost on the way
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSettings:
+    start_timeout_s: float
+    stall_timeout_s: float
+    weights_timeout_s: float
+    max_restarts: int
+    max_attempts: int = 3  # of one group, over lost workers and failed scoring
+    harvest_s: float = 1.0  # at least; longer with hundreds of workers
+
+
+def loop_settings(config: TrainConfig) -> LoopSettings:
+    return LoopSettings(
+        steps=config.batch.steps,
+        prompts_per_step=config.batch.prompts_per_step,
+        samples_per_prompt=config.batch.samples_per_prompt,
+        staleness_bound=config.staleness.bound,
+        workers=config.rollout.workers,
+        checkpoint_every=config.checkpoint.every,
+        keep_checkpoints=config.checkpoint.keep,
+    )
+
+
+def pool_settings(config: TrainConfig) -> PoolSettings:
+    return PoolSettings(
+        start_timeout_s=config.rollout.start_timeout_s,
+        stall_timeout_s=config.rollout.stall_timeout_s,
+        weights_timeout_s=config.weights.timeout_s,
+        max_restarts=config.rollout.max_restarts,
+    )

@@ -1,0 +1,14 @@
+"""The clock of a run; the simulation has one of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+
+class MonotonicClock:
+    def now(self) -> float:
+        return time.monotonic()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)

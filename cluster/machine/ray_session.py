@@ -1,0 +1,138 @@
+"""Start or join the Ray cluster."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.contracts.config.base import ClusterConfig
+from cluster.contracts.errors import UserError
+from cluster.machine.signals import signal_handlers_kept
+
+ROOT = Path(__file__).resolve().parents[2]
+PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
+LEFTOVERS_S = 2.0
+
+
+@contextmanager
+def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
+    """Ray for the length of a command. Yields {"address", "metrics_port", "dashboard", "started"}.
+
+    A cluster started here listens on loopback only and is shut down at the end; one that was joined
+    is left running.
+    """
+    _environment()
+    started = config.address is None
+    with _leftovers_ended() if started else nullcontext(), _joined(config) as info:
+        yield info | {"started": started}
+
+
+@contextmanager
+def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
+    with signal_handlers_kept():  # Ray puts its own for SIGTERM, which ends with another exit code
+        import ray
+
+        # A line at every start, about what nobody has to decide: its token stays on.
+        token_log = "ray._private.authentication.authentication_token_setup"
+        logging.getLogger(token_log).setLevel(logging.ERROR)
+        try:
+            context: Any = ray.init(**_options(config))
+        except ConnectionError as problem:
+            raise UserError(
+                f"no Ray cluster answers: {problem}",
+                where=f"cluster.address = {config.address}",
+                fix="start one with `ray start --head`, or leave cluster.address out",
+            ) from None
+        except BaseException:
+            ray.shutdown()  # what it had started when it was interrupted
+            raise
+    try:
+        node: dict[str, Any] = next((n for n in ray.nodes() if n.get("Alive")), {})
+        yield {
+            "address": context.address_info.get("gcs_address", ""),
+            "metrics_port": node.get("MetricsExportPort"),
+            "dashboard": context.dashboard_url or None,
+        }
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _leftovers_ended() -> Iterator[None]:
+    """Processes started within, and theirs, are gone afterwards.
+
+    Ray's own shutdown leaves its node agents to find out by themselves that their node has died;
+    after an interrupted start that takes them many seconds.
+    """
+    before = set(_descendants())
+    _adopt_orphans(True)
+    try:
+        yield
+    finally:
+        _, alive = psutil.wait_procs(set(_descendants()) - before, LEFTOVERS_S)
+        # Looked for again: one may have been starting another.
+        for process in {*alive, *_descendants()} - before:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        _adopt_orphans(False)
+
+
+def _descendants() -> list[psutil.Process]:
+    return psutil.Process().children(recursive=True)
+
+
+def _adopt_orphans(wanted: bool) -> None:
+    """On Linux: a descendant whose parent dies becomes a child of this process (or no longer)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
+
+
+def _options(config: ClusterConfig) -> dict[str, Any]:
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "namespace": "accord",
+        "configure_logging": False,
+    }
+    if config.address is not None:
+        return {**common, "address": config.address}
+    return {
+        **common,
+        "address": "local",
+        # Logical CPUs: the roles of a run need slots of their own even on two cores.
+        "num_cpus": config.num_cpus or max(8, os.cpu_count() or 1),
+        "object_store_memory": config.object_store_mb << 20,
+        "include_dashboard": config.dashboard,
+        "dashboard_host": "127.0.0.1",
+        "_node_ip_address": "127.0.0.1",
+    }
+
+
+def _environment() -> None:
+    """For this process and, inherited, for every worker Ray starts."""
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "RAY_metrics_report_interval_ms": "2000",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "TOKENIZERS_PARALLELISM": "false",
+        # Spinning OpenMP threads of several roles on shared cores cost a factor of ten.
+        "OMP_NUM_THREADS": "1",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    paths = [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
+    if str(ROOT) not in paths:  # workers import our packages also where they are not installed
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *paths])
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))

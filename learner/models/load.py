@@ -1,0 +1,230 @@
+"""Loading and saving: policies, tokenizers, reward models, value networks.
+
+Master weights are always float32; `compute.optimizer.compute_in` chooses what is computed in.
+Models stay in eval mode (no dropout): two passes of the same weights agree, ratios are exact.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.errors import UserError
+from learner.models.files import (
+    as_list,
+    explained,
+    load_checked,
+    quiet_transformers,
+    read_template,
+    replace_directory,
+    require_directory,
+)
+from learner.models.heads import (
+    LmHead,
+    SharedValueHead,
+    check_lm_head,
+    hidden_states,
+    lm_head,
+    reward_scores,
+    token_logprobs,
+    trunk_states,
+    zero_linear,
+)
+from learner.models.packed_attention import Spans
+from learner.models.reward_artifact import RewardArtifact, read_artifact, tokenizer_fingerprint
+
+__all__ = [
+    "LmHead",
+    "RewardArtifact",
+    "SharedValueHead",
+    "ValueModel",
+    "hidden_states",
+    "lm_head",
+    "load_policy",
+    "load_reward_model",
+    "load_tokenizer",
+    "read_artifact",
+    "reward_scores",
+    "save_policy",
+    "stop_token_ids",
+    "token_logprobs",
+    "tokenizer_fingerprint",
+]
+
+GOLDEN_TOLERANCE = 1e-2
+"""Relative to max(1, |score|): float32 on another machine differs far less, a wrong head more."""
+
+
+def load_policy(cfg: ModelConfig) -> Any:
+    """A causal language model in float32 and eval mode, on the CPU; every parameter trainable.
+
+    Raises UserError for a missing directory, one that holds no model, an unknown architecture, an
+    unreachable hub id, damaged or incomplete weights, logits Accord cannot reproduce.
+    """
+    model = load_checked(
+        transformers.AutoModelForCausalLM, cfg.path, cfg.revision, cfg.trust_remote_code
+    )
+    check_lm_head(model)
+    return model
+
+
+def load_sequence_classifier(cfg: ModelConfig, *, pad_token_id: int) -> Any:
+    """The policy's trunk under a scalar `score` head of zeros, to be trained as a reward model."""
+    model = load_checked(
+        transformers.AutoModelForSequenceClassification,
+        cfg.path,
+        cfg.revision,
+        cfg.trust_remote_code,
+        may_miss=("score.",),
+        num_labels=1,
+        pad_token_id=pad_token_id,
+    )
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise UserError(
+            f"{type(model).__name__} has no linear `score` head",
+            where=cfg.path,
+            fix="use a decoder such as Llama, Qwen, Gemma or Mistral",
+        )
+    nn.init.zeros_(model.score.weight)
+    model.config.get_text_config().pad_token_id = pad_token_id
+    return model
+
+
+def load_tokenizer(source: ModelConfig | str | Path) -> Any:
+    """The fast tokenizer of a model, with the chat template of ModelConfig.chat_template if given.
+
+    Raises UserError where there is none, or where it has no end token.
+    """
+    cfg = source if isinstance(source, ModelConfig) else ModelConfig(path=str(source))
+    require_directory(cfg.path, "config.json", "tokenizer_config.json")
+    tokenizer = explained(
+        lambda: transformers.AutoTokenizer.from_pretrained(
+            cfg.path, revision=cfg.revision, trust_remote_code=cfg.trust_remote_code
+        ),
+        cfg.path,
+        "tokenizer",
+    )
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            "the tokenizer has no end token, so no answer could ever end",
+            where=cfg.path,
+            fix="set eos_token in its tokenizer_config.json",
+        )
+    if cfg.chat_template is not None:
+        tokenizer.chat_template = read_template(cfg.chat_template)
+    # Rows over the limits are named by whoever reads them; transformers would warn as well.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
+    return tokenizer
+
+
+def stop_token_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
+    """Ids that end an answer: the tokenizer's end token first, then those of generation_config.json
+    (Llama 3, for one, ends turns with a second token)."""
+    found = [int(tokenizer.eos_token_id)]
+    if (Path(path) / "generation_config.json").exists() or not Path(path).exists():
+        config = explained(
+            lambda: transformers.GenerationConfig.from_pretrained(str(path)),
+            str(path),
+            "generation config",
+            missing=transformers.GenerationConfig(),
+        )
+        found += as_list(config.eos_token_id)
+    return tuple(dict.fromkeys(found))
+
+
+def save_policy(
+    policy: Any,
+    tokenizer: Any,
+    directory: str | Path,
+    tensors: dict[str, Tensor] | None = None,
+) -> Path:
+    """Write a complete model directory: safetensors, config, generation config with the end tokens,
+    tokenizer with template. Written beside and renamed, so a reader never sees half of it.
+
+    tensors: the state dict to write, for a policy whose own is sharded.
+    """
+    ends = [tokenizer.eos_token_id, *as_list(policy.generation_config.eos_token_id)]
+    unique = list(dict.fromkeys(int(end) for end in ends))
+    policy.generation_config.eos_token_id = unique if len(unique) > 1 else unique[0]
+    if policy.generation_config.pad_token_id is None:
+        policy.generation_config.pad_token_id = tokenizer.pad_token_id
+
+    def write(folder: Path) -> None:
+        with quiet_transformers():
+            policy.save_pretrained(folder, state_dict=tensors)
+        tokenizer.save_pretrained(folder)
+
+    return replace_directory(Path(directory), write)
+
+
+def load_reward_model(path: str | Path, *, check: bool = True) -> tuple[Any, RewardArtifact]:
+    """A reward model made by `accord reward-model`, and its artifact record.
+
+    check: recompute its golden scores. Raises UserError where the directory is no such model or
+    does not give the scores it was saved with (other weights, other tokenizer, other code).
+    """
+    require_directory(str(path))
+    artifact = read_artifact(Path(path))
+    model = load_checked(transformers.AutoModelForSequenceClassification, str(path), None, False)
+    if check:
+        _check_golden(model, artifact, str(path))
+    return model, artifact
+
+
+@torch.no_grad()
+def _check_golden(model: Any, artifact: RewardArtifact, where: str) -> None:
+    for row in artifact.golden:
+        ids = torch.tensor([row.token_ids])
+        score = float(reward_scores(model, ids, torch.ones_like(ids))[0])
+        if not abs(score - row.score) <= GOLDEN_TOLERANCE * max(1.0, abs(row.score)):
+            raise UserError(
+                f"scores {score:.5f} where it scored {row.score:.5f} when it was saved",
+                where=where,
+                fix="its files were changed or mixed up: make it again with `accord reward-model`",
+            )
+
+
+class ValueModel(nn.Module):
+    """A value network of its own: trunk and linear head; [B, T] ids and mask -> [B, T] float32.
+
+    Column t is the value of the state after token t.
+    """
+
+    def __init__(self, trunk: nn.Module, head: nn.Linear) -> None:
+        super().__init__()
+        self.trunk = trunk
+        self.head = head
+
+    @classmethod
+    def from_reward_model(cls, path: str | Path, *, normalised: bool = True) -> ValueModel:
+        """Starts as the reward model's score at every token; `normalised` as in its artifact,
+        which is the scale PPO gets rewards in."""
+        model, artifact = load_reward_model(path)
+        head = zero_linear(model.score.in_features)
+        scale, shift = 1.0, 0.0
+        if normalised:
+            scale, shift = artifact.centre_std, artifact.centre_mean
+        with torch.no_grad():
+            head.weight.copy_(model.score.weight / scale)
+            head.bias.fill_(-shift / scale)
+        return cls(model.base_model, head)
+
+    @classmethod
+    def from_policy(cls, policy: Any) -> ValueModel:
+        """A copy of the policy's trunk under a head that gives 0."""
+        trunk = copy.deepcopy(policy.base_model)
+        return cls(trunk, zero_linear(policy.config.get_text_config().hidden_size))
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, spans: Spans | None = None
+    ) -> Tensor:
+        hidden = trunk_states(self.trunk, input_ids, attention_mask, spans)
+        with torch.autocast(hidden.device.type, enabled=False):
+            value: Tensor = self.head(hidden.float())
+        return value.squeeze(-1)

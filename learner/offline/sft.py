@@ -1,0 +1,143 @@
+"""Supervised fine-tuning: the log-likelihood of what the assistant wrote, per token of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cluster.contracts.chat import is_text, render_conversation, render_prompt
+from cluster.contracts.config.offline import SftConfig
+from cluster.contracts.errors import UserError
+from cluster.contracts.metrics import Metric, mean
+from learner.algorithms.logprobs import logprobs_from_logits
+from learner.algorithms.masked import aggregate
+from learner.compute.microbatches import Sequence as TokenRow
+from learner.compute.microbatches import pad_rows, sequence
+from learner.compute.optimizer import compute_in
+from learner.models.load import (
+    hidden_states,
+    lm_head,
+    load_policy,
+    load_tokenizer,
+    save_policy,
+    token_logprobs,
+)
+from learner.offline.datasets import Demonstration, hold_out, read_demonstrations
+from learner.offline.fit import OnStep, evaluate_rows, fit, never
+from learner.offline.setup import answered, encode_all, prepare, write_summary
+
+_ACCURACY_CHUNK = 1024
+"""Positions whose logits are held at once when accuracy is measured."""
+
+
+def train_sft(
+    config: SftConfig,
+    run_dir: Path,
+    progress: OnStep | None = None,
+    should_stop: Callable[[], bool] = never,
+) -> Path:
+    """Fine-tune config.model on config.data; returns run_dir/policy, a complete model directory.
+
+    Continues from run_dir/checkpoints if there are any. Reports train/loss, eval/loss (nats a
+    token) and eval/accuracy (share of tokens that are the most likely one). Stopped early by
+    `should_stop`, it still saves a checkpoint and the policy of that moment (`fit.json` then says
+    finished: false).
+    """
+    device = prepare(config.fit, config.run.seed)
+    tokenizer = load_tokenizer(config.model)
+    train, held = hold_out(
+        read_demonstrations(config.data.path, config.data.split), config.fit.eval_fraction
+    )
+    limit = config.fit.max_tokens
+    rows, long_train = encode_all(train, tokenizer, encode, len, limit)
+    eval_rows, long_held = encode_all(held, tokenizer, encode, len, limit)
+    task = SftTask(load_policy(config.model).to(device), config.model.dtype, device)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    result = fit(
+        task.policy,
+        [SftRow(row) for row in rows],
+        task.loss,
+        config.fit,
+        seed=config.run.seed,
+        evaluate=task.evaluation([SftRow(row) for row in eval_rows], config),
+        on_step=progress,
+        should_stop=should_stop,
+        checkpoint=run_dir / "checkpoints",
+    )
+    write_summary(run_dir, result, rows=rows, held_out=eval_rows, too_long=long_train + long_held)
+    return save_policy(task.policy, tokenizer, run_dir / "policy")
+
+
+def encode(tokenizer: Any, row: Demonstration) -> TokenRow:
+    """Ids and loss mask: the assistant's turns with their end tokens, or a whole plain text."""
+    if not is_text(row.messages):
+        ids, mask = render_conversation(tokenizer, row.messages)
+        encoded = sequence(ids, mask)
+    elif row.answer is not None:
+        encoded = answered(tokenizer, row.messages, row.answer, row.where)
+    else:
+        ids = [*render_prompt(tokenizer, row.messages), tokenizer.eos_token_id]
+        encoded = sequence(ids, [True] * len(ids))
+    if encoded.trained == 0:
+        raise UserError("has no token to learn from", where=row.where, fix="leave the row out")
+    return encoded
+
+
+@dataclass(frozen=True, slots=True)
+class SftRow:
+    """A row as the loop sees it: its length, and its trained tokens as weight."""
+
+    tokens: TokenRow
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def weight(self) -> float:
+        return self.tokens.trained
+
+
+@dataclass(frozen=True, slots=True)
+class SftTask:
+    """Loss and evaluation of a policy; `dtype` is what is computed in."""
+
+    policy: Any
+    dtype: str
+    device: torch.device
+
+    def loss(self, rows: Sequence[SftRow], denominator: float) -> tuple[Tensor, list[Metric]]:
+        batch = pad_rows([row.tokens for row in rows], 0, self.device)
+        with compute_in(self.dtype, self.device):
+            logp, _, _ = token_logprobs(self.policy, batch)
+        loss = aggregate(-logp, batch.loss_mask, "token-mean", denominator)
+        tokens = sum(row.weight for row in rows)
+        return loss, [mean("train/loss", float(loss.detach()) * denominator, tokens)]
+
+    def evaluation(
+        self, rows: Sequence[SftRow], config: SftConfig
+    ) -> Callable[[], list[Metric]] | None:
+        if not rows:
+            return None
+        return lambda: evaluate_rows(rows, self.measure, config.fit.tokens_per_microbatch)
+
+    def measure(self, rows: Sequence[SftRow]) -> list[Metric]:
+        """eval/loss and eval/accuracy of some rows."""
+        batch = pad_rows([row.tokens for row in rows], 0, self.device)
+        with compute_in(self.dtype, self.device):
+            hidden = hidden_states(self.policy, batch.input_ids, batch.attention_mask)
+        wanted = batch.loss_mask[:, 1:]
+        states, labels = hidden[:, :-1][wanted], batch.input_ids[:, 1:][wanted]
+        head, total, right = lm_head(self.policy), 0.0, 0
+        for part, target in zip(
+            states.split(_ACCURACY_CHUNK), labels.split(_ACCURACY_CHUNK), strict=True
+        ):
+            logits = head.logits(part)
+            total -= float(logprobs_from_logits(logits, target).double().sum())
+            right += int((logits.argmax(dim=-1) == target).sum())
+        count = len(labels)
+        return [mean("eval/loss", total, count), mean("eval/accuracy", right, count)]

@@ -1,0 +1,234 @@
+"""The learner: one step from scored rollouts to published weights. No Ray here.
+
+Weights of version v are those before step v; step v publishes version v + 1.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from cluster.contracts.errors import Fatal, UserError
+from cluster.contracts.metrics import Metric, last
+from cluster.contracts.records import Canary, StepInput, StepResult, WeightManifest
+from cluster.weights.transports import TRANSPORTS, Publisher, PublisherOptions
+from learner.compute.optimizer import lr_factor, prepare_torch, set_lr
+from learner.compute.ranks import SINGLE, Ranks
+from learner.rl.checkpoint import TrainerState, restore_state, save_state
+from learner.rl.experience import Experience, build_experience, completed
+from learner.rl.flops import matrix_peak, step_flops
+from learner.rl.metrics import experience_metrics, sequence_kl
+from learner.rl.networks import build_kl_controller, build_networks, build_optimizers
+from learner.rl.publish import canary, canary_tokens, device_tensors, host_arrays
+from learner.rl.rollout_files import RolloutWriter
+from learner.rl.rollouts import RolloutBatch, read_batch
+from learner.rl.step_record import attach, step_record, weights_digest
+from learner.rl.update import PolicyUpdate
+from learner.settings import LearnerSettings
+
+
+class PPOLearner:
+    """PPO and its relatives (`algorithm.advantage` x `algorithm.loss`) on one device a process.
+
+    publisher: where weights go; None makes the one of `weights.transport`.
+    threads: of torch; 0 leaves them as the process was started.
+    ranks: the processes that are one learner. Each makes the same calls with the same arguments;
+    the first one publishes and writes, the manifests of the others name no tensors.
+    """
+
+    def __init__(
+        self,
+        settings: LearnerSettings,
+        publisher: Publisher | None = None,
+        threads: int = 0,
+        ranks: Ranks = SINGLE,
+    ) -> None:
+        self.settings = settings
+        self._ranks = ranks
+        self._threads = threads
+        self._publisher = publisher
+        self._state: TrainerState | None = None
+        self._writer: RolloutWriter | None = None
+        self._peak = math.inf  # FLOP/s
+        self._digest = ""  # of the weights published last
+
+    def start(self) -> WeightManifest:
+        """Load models (or the checkpoint `resume_from`) and publish what training starts from.
+
+        Raises UserError for models or settings that cannot work.
+        """
+        settings = self.settings
+        prepare_torch(self._threads)
+        torch.manual_seed(settings.seed)
+        torch.use_deterministic_algorithms(settings.learner.deterministic)
+        networks, tokenizer = build_networks(settings, self._ranks)
+        self._state = TrainerState(
+            networks=networks,
+            tokenizer=tokenizer,
+            optimizers=build_optimizers(networks, settings.learner),
+            kl=build_kl_controller(settings),
+            version=0,
+            canary_ids=canary_tokens(networks.policy_root, settings.canary_prompt),
+        )
+        self._peak = matrix_peak(settings.model.dtype, networks.device) * self._ranks.size
+        if settings.resume_from is not None:
+            self.restore(settings.resume_from)
+        if self._publisher is None and self._ranks.first:
+            self._publisher = _publisher(settings)
+        if self._ranks.first and settings.save_rollouts and settings.run_dir is not None:
+            self._writer = RolloutWriter(Path(settings.run_dir) / "rollouts")
+        return self._publish()
+
+    def step(self, batch: StepInput) -> StepResult:
+        """Train on the step's groups and publish the next version.
+
+        payloads: Arrow tables (or Arrow stream bytes) of `cluster.contracts.rollout_table`.
+        Raises Fatal for a step out of order, rollouts that break a promise (missing, twice, too
+        old, not finite) and updates that are not finite three times running.
+        """
+        began, cpu_began = time.perf_counter(), time.process_time()
+        state, settings = self.state, self.settings
+        if batch.step != state.version:
+            raise Fatal(f"step {batch.step} was asked of a learner at version {state.version}")
+        if self._writer is not None:
+            self._writer.flush()
+        tables = [_as_table(payload) for payload in batch.payloads]
+        rollouts = read_batch(tables, batch.group_ids, settings.batch.samples_per_prompt)
+        coef = state.kl.coef
+        value_only = self._value_only(batch.step)
+        experience = build_experience(
+            rollouts, state.networks, settings, state.version, coef, value_only
+        )
+        metrics = [last("time/experience", time.perf_counter() - began)]
+        experience, measured = self._update(experience, batch.step, value_only)
+        metrics += measured
+        metrics += experience_metrics(experience, coef, settings.algorithm.kl.place == "reward")
+        state.version += 1
+        before = self._digest
+        publish_began = time.perf_counter()
+        manifest = self._publish()
+        metrics.append(last("time/publish", time.perf_counter() - publish_began))
+        if self._writer is not None:
+            record = step_record(settings, batch.step, before, manifest)
+            self._writer.write(batch.step, attach(rollouts.table, record))
+        wall = time.perf_counter() - began
+        cpu = self._ranks.total(time.process_time() - cpu_began, state.networks.device)
+        metrics += _speed(rollouts, wall, cpu)
+        work = step_flops(state.networks, settings, rollouts, value_only)
+        metrics.append(last("perf/mfu", work / (wall * self._peak)))
+        return StepResult(
+            step=batch.step,
+            version=state.version,
+            metrics=tuple(metrics),
+            manifest=manifest,
+            trained_tokens=int(experience.loss_mask.sum()),
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Write policy/ and the trainer's state under `directory`; complete on return (of the
+        first rank)."""
+        if self._writer is not None:
+            self._writer.flush()
+        save_state(self.state, directory)
+
+    def restore(self, directory: str | Path) -> None:
+        """Take up exactly where `save` stood. Raises UserError where that is not possible."""
+        restore_state(self.state, directory)
+
+    def close(self) -> None:
+        """Finish writing rollouts and let go of published weights."""
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            if self._publisher is not None:
+                self._publisher.close()
+
+    @property
+    def state(self) -> TrainerState:
+        if self._state is None:
+            raise Fatal("the learner was used before it was started")
+        return self._state
+
+    def _value_only(self, step: int) -> bool:
+        return self.state.networks.has_values and step < self.settings.learner.value_warmup_steps
+
+    def _update(
+        self, experience: Experience, step: int, value_only: bool
+    ) -> tuple[Experience, list[Metric]]:
+        """(the experience with all its numbers, metrics of the update)."""
+        state, learner = self.state, self.settings.learner
+        factor = lr_factor(learner.schedule, step, self.settings.batch.steps, learner.warmup_steps)
+        rate = set_lr(state.optimizers.policy, factor)
+        if state.optimizers.value is not None:
+            set_lr(state.optimizers.value, factor)
+        update = PolicyUpdate(state.networks, state.optimizers, self.settings)
+        metrics = update.train(experience, step, state.kl.coef, value_only)
+        experience = completed(experience, self.settings)
+        kl = sequence_kl(experience)
+        if kl is not None and not value_only:
+            # The KL of the batch that was trained, however stale: what the coefficient acted on.
+            state.kl.update(kl, len(experience))
+        return experience, [*metrics, last("policy/lr", 0.0 if value_only else rate)]
+
+    def _publish(self) -> WeightManifest:
+        state, settings, networks = self.state, self.settings, self.state.networks
+        dtype, first = settings.rollout_dtype, self._ranks.first
+        if not first and not networks.sharded:
+            return _nothing(state.version)
+        on_device = self._publisher is not None and self._publisher.on_device
+        tensors = device_tensors if on_device else host_arrays
+        arrays, dtypes = tensors(networks.policy, dtype, first)
+        check = canary(networks.policy_root, state.canary_ids, dtype, settings.canary_tolerance)
+        if not first:
+            return _nothing(state.version)
+        if self._publisher is None:
+            raise Fatal("the learner was used before it was started")
+        manifest = self._publisher.publish(arrays, dtypes, state.version, check)
+        self._digest = weights_digest(manifest)
+        return manifest
+
+
+def _nothing(version: int) -> WeightManifest:
+    """What a rank says that publishes nothing."""
+    check = Canary(token_ids=(), logprobs=(), tolerance=0.0)
+    return WeightManifest(version=version, tensors=(), canary=check, transport="none", locator=None)
+
+
+def _publisher(settings: LearnerSettings) -> Publisher:
+    if settings.weights.transport == "disk" and settings.run_dir is None:
+        raise UserError(
+            "weights cannot go over a disk without a run directory",
+            where="weights.transport",
+            fix="set weights.transport = 'object_store', or run.dir",
+        )
+    make, _ = TRANSPORTS[settings.weights.transport]
+    return make(
+        PublisherOptions(
+            directory=str(Path(settings.run_dir or "") / "weights"),
+            host=settings.host,
+            keep=settings.staleness.bound + 2,
+        )
+    )
+
+
+def _as_table(payload: Any) -> pa.Table:
+    if isinstance(payload, pa.Table):
+        return payload
+    if isinstance(payload, bytes | bytearray | memoryview | pa.Buffer):
+        return pa.ipc.open_stream(pa.py_buffer(payload)).read_all()
+    raise Fatal(f"a payload is neither an Arrow table nor Arrow bytes: {type(payload).__name__}")
+
+
+def _speed(rollouts: RolloutBatch, wall: float, cpu: float) -> list[Metric]:
+    return [
+        last("time/step", wall),
+        last("perf/tokens_per_s", float(rollouts.lengths.sum()) / wall),
+        last("perf/learner_busy_s", wall),
+        last("perf/learner_cpu_s", cpu),
+    ]

@@ -1,0 +1,144 @@
+"""The numbers of a step's experience, under their canonical names."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cluster.contracts.metrics import Metric, largest, last, mean, smallest
+from learner.algorithms.importance import effective_sample_size
+from learner.algorithms.value_loss import explained_variance
+from learner.rl.experience import Experience
+from learner.rl.rollouts import Array, RolloutBatch
+
+
+def experience_metrics(experience: Experience, kl_coef: float, kl_in_reward: bool) -> list[Metric]:
+    """objective/*, value/*, rewards/*, completions/*, async/*, sampling/* of one step."""
+    return [
+        *_objective(experience, kl_coef, kl_in_reward),
+        *_values(experience),
+        *_rewards(experience.batch),
+        *_completions(experience.batch),
+        *_staleness(experience),
+        *_sampling(experience),
+    ]
+
+
+def sequence_kl(experience: Experience) -> float | None:
+    """Mean over answers of the KL to the reference summed over tokens, nats; None without one."""
+    if experience.kl is None:
+        return None
+    return float(experience.kl.sum(dtype=torch.float64)) / len(experience)
+
+
+def _objective(experience: Experience, kl_coef: float, kl_in_reward: bool) -> list[Metric]:
+    answers, tokens = len(experience), float(experience.mask.sum())
+    scores = float(experience.scores.sum())
+    penalty = 0.0
+    found = [
+        mean("objective/scores", scores, answers),
+        mean("objective/entropy", _total(experience.entropy), tokens),
+    ]
+    if experience.kl is not None:
+        kl = _total(experience.kl)
+        penalty = -kl_coef * kl if kl_in_reward else 0.0
+        found += [
+            mean("objective/kl", kl, answers),
+            mean("objective/kl_per_token", kl, tokens),
+            last("objective/kl_coef", kl_coef),
+        ]
+    placed = float(experience.terminal.sum())
+    return [
+        *found,
+        mean("objective/non_score_reward", penalty + placed - scores, answers),
+        mean("objective/rlhf_reward", penalty + placed, answers),
+    ]
+
+
+def _values(experience: Experience) -> list[Metric]:
+    if experience.values is None or experience.returns is None:
+        return []
+    mask = experience.mask
+    values, returns = experience.values[mask].double(), experience.returns[mask].double()
+    error = returns - values
+    explained = explained_variance(
+        float(returns.mean()),
+        float(returns.square().mean()),
+        float(error.mean()),
+        float(error.square().mean()),
+    )
+    found = [mean("value/mean", float(values.sum()), float(mask.sum()))]
+    # Undefined where all returns are equal; a NaN in a log says nothing.
+    return found if np.isnan(explained) else [*found, last("value/explained_var", explained)]
+
+
+def _rewards(batch: RolloutBatch) -> list[Metric]:
+    scores = batch.scores
+    _, group = np.unique(batch.group_ids, return_inverse=True)
+    low = np.full(group.max() + 1, np.inf)
+    high = -low
+    np.minimum.at(low, group, scores)
+    np.maximum.at(high, group, scores)
+    found = [
+        *_mean_std("rewards", scores),
+        smallest("rewards/min", float(scores.min())),
+        largest("rewards/max", float(scores.max())),
+        mean("rewards/zero_std_frac", float((low == high).sum()), len(low)),
+    ]
+    for name, part in batch.parts.items():
+        found += _mean_std(f"rewards/{name}", part[np.isfinite(part)])
+    return found
+
+
+def _mean_std(name: str, numbers: Array) -> list[Metric]:
+    if len(numbers) == 0:
+        return []
+    std = float(numbers.std(ddof=1)) if len(numbers) > 1 else 0.0
+    return [mean(f"{name}/mean", float(numbers.sum()), len(numbers)), last(f"{name}/std", std)]
+
+
+def _completions(batch: RolloutBatch) -> list[Metric]:
+    lengths, cut = batch.response_ids.lengths, float(batch.truncated.sum())
+    return [
+        mean("completions/mean_length", float(lengths.sum()), len(batch)),
+        largest("completions/max_length", float(lengths.max())),
+        mean("completions/clipped_ratio", cut, len(batch)),
+        mean("completions/eos_rate", len(batch) - cut, len(batch)),
+    ]
+
+
+def _staleness(experience: Experience) -> list[Metric]:
+    parts = {key: (float(s), float(n)) for key, (s, n) in experience.importance_parts.items()}
+    weight, square = (s / n if n else 0.0 for s, n in (parts["is_weight"], parts["is_weight_sq"]))
+    tokens = float(experience.mask.sum())
+    return [
+        mean("async/staleness_mean", float(experience.age.sum()), tokens),
+        largest("async/staleness_max", float(experience.age.max())),
+        last("async/ess", effective_sample_size(weight, square)),
+        mean("sampling/is_ratio_mean", *parts["is_ratio"]),
+        mean("sampling/is_clipped_frac", *parts["is_clipped_frac"]),
+    ]
+
+
+def _sampling(experience: Experience) -> list[Metric]:
+    """Engine against learner. Only tokens of the learner's own version show a fault: older ones
+    differ by right."""
+    mask = experience.mask
+    difference = (experience.prox_logp - experience.behaviour_logp).where(mask, 0.0).double()
+    found = [mean("sampling/logp_diff_all_mean", float(difference.abs().sum()), float(mask.sum()))]
+    current = mask & (experience.age == 0)
+    count = float(current.sum())
+    if count == 0:
+        return found
+    fresh = difference[current]
+    return [
+        *found,
+        mean("sampling/logp_diff_mean", float(fresh.abs().sum()), count),
+        largest("sampling/logp_diff_max", float(fresh.abs().max())),
+        mean("sampling/mismatch_kl", float(-fresh.sum()), count),
+    ]
+
+
+def _total(tensor: Tensor) -> float:
+    return float(tensor.sum(dtype=torch.float64))

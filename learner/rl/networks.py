@@ -1,0 +1,197 @@
+"""From settings to networks and optimisers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.config.train import LearnerConfig
+from cluster.contracts.errors import UserError
+from learner.algorithms.advantages import ESTIMATORS
+from learner.algorithms.kl import AdaptiveKL, FixedKL
+from learner.compute.optimizer import make_optimizer
+from learner.compute.ranks import SINGLE, Ranks
+from learner.compute.sharding import shard_layers, shard_model, shard_whole
+from learner.models.load import (
+    SharedValueHead,
+    ValueModel,
+    load_policy,
+    load_tokenizer,
+    tokenizer_fingerprint,
+)
+from learner.models.packed_attention import choose_layout, use_packed_attention
+from learner.models.reward_artifact import read_artifact
+from learner.rl.experience import estimator_name
+from learner.rl.forward import Networks
+from learner.rl.update import Optimizers
+from learner.settings import LearnerSettings
+
+
+def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Networks, Any]:
+    """(networks, tokenizer), all trainable but the reference; sharded over `ranks` if there are
+    several and `learner.sharding` says so.
+
+    Raises UserError for settings that do not fit together or files that are not as they say.
+    """
+    learner = settings.learner
+    device = _device(learner)
+    policy = load_policy(settings.model).to(device)
+    tokenizer = load_tokenizer(settings.model)
+    reference = None
+    if _wants_reference(settings):
+        reference = _reference(settings, policy).to(device).requires_grad_(False)
+    value, shared = _value(settings, policy, tokenizer)
+    if learner.gradient_checkpointing:
+        _checkpoint_gradients(policy)
+    if learner.compile:
+        _compile(policy, reference, value)
+    packed = choose_layout(learner.packing, device, settings.model.dtype, policy)
+    if packed:
+        trunk = value.trunk if isinstance(value, ValueModel) else None
+        use_packed_attention(policy, reference, trunk)
+    networks = Networks(
+        policy=policy,
+        reference=reference,
+        value=None if value is None else value.to(device),
+        shared=shared,
+        compute_dtype=settings.model.dtype,
+        device=device,
+        packed=packed,
+        ranks=ranks,
+    )
+    if ranks.size > 1 and learner.sharding == "fsdp2":
+        _shard(networks)
+    return networks, tokenizer
+
+
+def build_optimizers(networks: Networks, learner: LearnerConfig) -> Optimizers:
+    """AdamW for the policy, and for a value network of its own; a shared head joins the policy's
+    optimiser with its own rate and no decay."""
+    value_lr = learner.lr if learner.value_lr is None else learner.value_lr
+    rest = (learner.betas, learner.eps, learner.weight_decay)
+    policy = make_optimizer(networks.policy.parameters(), learner.lr, *rest)
+    if networks.value is None:
+        return Optimizers(policy=policy, value=None)
+    if not networks.shared:
+        own = make_optimizer(networks.value.parameters(), value_lr, *rest)
+        return Optimizers(policy=policy, value=own)
+    head = list(networks.value.parameters())
+    policy.add_param_group(
+        {"params": head, "lr": value_lr, "initial_lr": value_lr, "weight_decay": 0.0}
+    )
+    return Optimizers(policy=policy, value=None)
+
+
+def build_kl_controller(settings: LearnerSettings) -> FixedKL | AdaptiveKL:
+    kl = settings.algorithm.kl
+    if kl.controller == "fixed":
+        return FixedKL(kl.coef)
+    if kl.coef == 0:
+        raise UserError(
+            "an adaptive KL coefficient cannot start at 0: it is only ever multiplied",
+            where="algorithm.kl.coef",
+            fix="set it above 0 (0.05 is usual), or algorithm.kl.controller = 'fixed'",
+        )
+    return AdaptiveKL(kl.coef, kl.target, kl.horizon)
+
+
+def _device(learner: LearnerConfig) -> torch.device:
+    if learner.gpus == 0:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError(
+            "no GPU that torch can use here",
+            where="learner.gpus",
+            fix="set learner.gpus = 0, or install torch for this machine's GPU",
+        )
+    return torch.device("cuda")
+
+
+def _wants_reference(settings: LearnerSettings) -> bool:
+    """Without a KL to pay for, only somebody who names a reference wants it measured."""
+    return settings.algorithm.kl.coef > 0 or settings.learner.reference_path is not None
+
+
+def _reference(settings: LearnerSettings, policy: Any) -> Any:
+    path = settings.learner.reference_path
+    if path is None:
+        return copy.deepcopy(policy)
+    trusted = settings.model.trust_remote_code
+    reference = load_policy(ModelConfig(path=path, trust_remote_code=trusted))
+    ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, reference))
+    if ours != theirs:
+        raise UserError(
+            f"the reference has {theirs} tokens in its vocabulary, the policy {ours}",
+            where=path,
+            fix="set learner.reference_path to a model with the policy's tokenizer",
+        )
+    return reference
+
+
+def _value(settings: LearnerSettings, policy: Any, tokenizer: Any) -> tuple[nn.Module | None, bool]:
+    learner = settings.learner
+    if not ESTIMATORS[estimator_name(settings.algorithm)].needs_values:
+        return None, False
+    kind = learner.value_model
+    if kind == "auto":
+        kind = "shared" if learner.value_path is None else "own"
+    if kind == "shared" and learner.value_path is not None:
+        raise UserError(
+            "a value head on the policy's trunk cannot start from a reward model",
+            where="learner.value_path",
+            fix="set learner.value_model = 'own', or leave learner.value_path out",
+        )
+    if kind == "shared":
+        return SharedValueHead(policy.config.get_text_config().hidden_size), True
+    if learner.value_path is None:
+        return ValueModel.from_policy(policy), False
+    _require_same_tokenizer(learner.value_path, tokenizer)
+    return ValueModel.from_reward_model(learner.value_path), False
+
+
+def _require_same_tokenizer(path: str, tokenizer: Any) -> None:
+    if read_artifact(Path(path)).tokenizer != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            "this reward model was made with another tokenizer or chat template than the policy's",
+            where=path,
+            fix="train it from the same model, or set learner.value_model = 'shared'",
+        )
+
+
+def _shard(networks: Networks) -> None:
+    layers = networks.policy.config.get_text_config().num_hidden_layers
+    networks.roots["policy"] = shard_model(networks.policy, networks.policy.base_model, layers)
+    if networks.reference is not None:
+        trunk = networks.reference.base_model
+        layers = trunk.config.get_text_config().num_hidden_layers
+        networks.roots["reference"] = shard_model(networks.reference, trunk, layers)
+    if isinstance(networks.value, ValueModel):
+        config: Any = networks.value.trunk.config
+        shard_layers(networks.value.trunk, config.get_text_config().num_hidden_layers)
+    if networks.value is not None:
+        shard_whole(networks.value)
+
+
+def _compile(policy: Any, reference: Any | None, value: nn.Module | None) -> None:
+    """Compile the trunks in place, for rows of any shape; names of parameters stay."""
+    trunks = [model.base_model for model in (policy, reference) if model is not None]
+    if isinstance(value, ValueModel):
+        trunks.append(value.trunk)
+    for trunk in trunks:
+        trunk.compile(dynamic=True)
+
+
+def _checkpoint_gradients(policy: Any) -> None:
+    """transformers recomputes activations in training mode only, so dropout goes to 0 instead."""
+    for module in policy.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.train()

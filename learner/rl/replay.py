@@ -1,0 +1,151 @@
+"""Train again on what a run trained on, without Ray and without an engine: the learner alone.
+
+The weights after each step must be those the run published, bit for bit: a step is a function of
+the weights before it and of its rollouts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors import safe_open
+
+from cluster.contracts.errors import Fatal, UserError
+from cluster.contracts.records import Canary, StepInput, WeightManifest
+from cluster.weights.manifest import build_manifest
+from learner.compute.optimizer import prepare_torch
+from learner.rl.learner import PPOLearner
+from learner.rl.step_record import Differs, RecordedStep, weights_digest
+from learner.settings import LearnerSettings
+
+
+@dataclass(slots=True, kw_only=True)
+class Replayed:
+    """tokens: prompt and answer tokens trained. seconds: inside the learner's steps.
+    policy: the model after the last step."""
+
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    policy: Any = None
+
+
+class _Digests:
+    """A publisher that sends nothing: it makes the manifest a transport would have made."""
+
+    def __init__(self, on_device: bool) -> None:
+        self.on_device = on_device
+
+    def publish(
+        self, arrays: Mapping[str, Any], dtypes: Mapping[str, str], version: int, canary: Canary
+    ) -> WeightManifest:
+        return build_manifest(arrays, dtypes, version, canary, "none", None)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def replay_steps(
+    settings: LearnerSettings,
+    steps: Sequence[RecordedStep],
+    *,
+    verify: bool,
+    on_step: Callable[[int, Replayed], None] = lambda step, so_far: None,
+) -> Replayed:
+    """Train on `steps`, from the starting model on, each with the threads it had.
+
+    Raises UserError when the model is not the one the run started from; Differs, with `verify`,
+    naming the first step whose weights are not those of the run; Fatal, naming the file, for
+    rollouts that cannot be read.
+    """
+    first = steps[0].record
+    learner = PPOLearner(
+        dataclasses.replace(settings, run_dir=None, save_rollouts=False, resume_from=None),
+        publisher=_Digests(first.device_sums),
+        threads=first.threads,
+    )
+    threads = first.threads
+    if weights_digest(learner.start()) != first.before:
+        raise UserError(
+            "is not the model this run started from",
+            where=settings.model.path,
+            fix="put the model back as it was when the run was started",
+        )
+    done = Replayed()
+    try:
+        for step in steps:
+            record = step.record
+            if record.threads != threads:
+                prepare_torch(threads := record.threads)
+            batch = settings.batch.model_copy(update={"steps": record.total_steps})
+            learner.settings = dataclasses.replace(learner.settings, batch=batch)
+            _one(learner, step, done, verify)
+            on_step(record.step, done)
+    finally:
+        learner.close()
+    done.policy = learner.state.networks.policy
+    return done
+
+
+def _one(learner: PPOLearner, step: RecordedStep, done: Replayed, verify: bool) -> None:
+    record = step.record
+    table = _rows(step)
+    wanted = StepInput(step=record.step, group_ids=step.group_ids, payloads=(table,))
+    began = time.perf_counter()
+    try:
+        result = learner.step(wanted)
+    except Fatal as problem:
+        raise Differs(f"step {record.step} ({step.path.name}): {problem}") from problem
+    done.seconds += time.perf_counter() - began
+    done.tokens += sum(
+        len(table.column(name).combine_chunks().flatten()) for name in ("prompt_ids", "token_ids")
+    )
+    done.steps += 1
+    found = weights_digest(result.manifest)
+    if verify and found != record.after:
+        raise Differs(
+            f"step {record.step} is the first that differs: trained on {step.path.name}, the "
+            f"weights are {found[:12]}, the run published {record.after[:12]}"
+        )
+
+
+def _rows(step: RecordedStep) -> pa.Table:
+    try:
+        return pq.read_table(step.path, page_checksum_verification=True, memory_map=False)
+    except (OSError, ValueError, pa.ArrowException) as problem:
+        raise Differs(
+            f"step {step.record.step}: {step.path.name} is damaged: {problem}"
+        ) from problem
+
+
+def different_tensor(policy: Any, directory: Path) -> str | None:
+    """Name of a tensor that is not the same, bit for bit, in `policy` and in the safetensors files
+    of `directory` (one that only one of them has counts), or None. Raises UserError without files.
+    """
+    ours = policy.state_dict()
+    seen = set()
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise UserError("holds no weights", where=str(directory), fix="restore it")
+    for file in files:
+        with safe_open(file, framework="pt") as saved:
+            for name in saved.keys():  # noqa: SIM118 (not a mapping)
+                seen.add(name)
+                if name not in ours or not _same(ours[name], saved.get_tensor(name)):
+                    return name
+    return next((name for name, _ in policy.named_parameters() if name not in seen), None)
+
+
+def _same(ours: Any, theirs: Any) -> bool:
+    if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
+        return False
+    a, b = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in (ours, theirs))
+    return bool(np.array_equal(*(t.numpy().view(np.uint8) for t in (a, b))))

@@ -1,0 +1,213 @@
+"""A reward function of the user's own, loaded from ``file.py:function``.
+
+It is called as TRL calls its reward functions, with lists by keyword, one entry an answer:
+
+    def reward(prompts, completions, **columns) -> list[float]
+
+``prompts`` and ``completions`` are strings for plain-text prompts; for chat prompts they are lists
+of messages (``[{"role": "user", "content": ...}]``, ``[{"role": "assistant", "content": ...}]``).
+``completion_ids`` holds the answers' token ids, and each column of the prompts' rows is there under
+its own name (None where a row lacks it). A function that does not take ``**columns`` gets only what
+its parameters name; a parameter without a default that a row has no column for is an error. Unlike
+TRL, None as a reward is an error, and answers from several workers may share a call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import linecache
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from cluster.contracts.chat import is_text
+from cluster.contracts.config.reward import FunctionSource
+from cluster.contracts.errors import BadReward, UserError
+from reward_service.source import Part, ScoreItem
+
+GIVEN = ("prompts", "completions", "completion_ids")
+
+
+class FunctionScorer:
+    """Calls the function; anything but one finite number a row is a BadReward naming the row."""
+
+    type = "function"
+    tokenizer = ""
+
+    def __init__(self, source: FunctionSource) -> None:
+        self.name = source.name
+        self._file, self._label, function_name = _split(source)
+        module = _load(self._file, source.path)
+        self._function = _pick(module, function_name, source.path)
+        self._takes = inspect.signature(self._function).parameters
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._takes.values())
+        digest = hashlib.sha256(self._file.read_bytes())
+        digest.update(f"\0{function_name}".encode())
+        self.content = digest.hexdigest()
+
+    def score(self, items: Sequence[ScoreItem]) -> list[Part]:
+        parts: list[Part | None] = [None] * len(items)
+        for text in (True, False):  # a call has one kind of prompt, as in TRL
+            rows = [i for i, item in enumerate(items) if is_text(item.messages) is text]
+            if rows:
+                values = self._call([items[i] for i in rows])
+                for row, value in zip(rows, values, strict=True):
+                    parts[row] = Part(value)
+        return [part for part in parts if part is not None]
+
+    def _call(self, items: Sequence[ScoreItem]) -> list[float]:
+        arguments = self._arguments(items)
+        try:
+            answer = self._function(**arguments)
+        except (Exception, SystemExit) as error:
+            raise BadReward(
+                f"the reward function {self._label} raised {self._cause(error)} "
+                f"({self._culprit(items)})"
+            ) from error
+        return self._checked(answer, items)
+
+    def _arguments(self, items: Sequence[ScoreItem]) -> dict[str, list[Any]]:
+        text = is_text(items[0].messages)
+        columns: dict[str, list[Any]] = {}
+        for key in dict.fromkeys(key for item in items for key in item.metadata):
+            columns[key] = [item.metadata.get(key) for item in items]
+        columns["prompts"] = [
+            item.messages[0]["content"] if text else [dict(m) for m in item.messages]
+            for item in items
+        ]
+        columns["completions"] = [
+            item.response if text else [{"role": "assistant", "content": item.response}]
+            for item in items
+        ]
+        columns["completion_ids"] = [list(item.response_ids) for item in items]
+        self._require_columns(items)
+        if self._takes_all:
+            return columns
+        return {key: values for key, values in columns.items() if key in self._takes}
+
+    def _require_columns(self, items: Sequence[ScoreItem]) -> None:
+        for name, parameter in self._takes.items():
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            if not named or parameter.default is not parameter.empty or name in GIVEN:
+                continue
+            for item in items:
+                if name not in item.metadata:
+                    raise BadReward(
+                        f"the reward function {self._label} takes {name!r}, but the row of "
+                        f"{item.id!r} has no such column; it has {sorted(item.metadata)}"
+                    )
+
+    def _checked(self, answer: Any, items: Sequence[ScoreItem]) -> list[float]:
+        try:
+            values = list(answer)
+        except TypeError as error:
+            raise BadReward(
+                f"the reward function {self._label} returned a {type(answer).__name__}, not a list "
+                f"of numbers (first item {items[0].id!r})"
+            ) from error
+        if len(values) != len(items):
+            raise BadReward(
+                f"the reward function {self._label} returned {len(values)} rewards for "
+                f"{len(items)} completions (first item {items[0].id!r})"
+            )
+        numbers = []
+        for item, value in zip(items, values, strict=True):
+            try:
+                number = float(value)
+            except (TypeError, ValueError):
+                number = math.nan
+            if isinstance(value, str) or not math.isfinite(number):
+                raise BadReward(
+                    f"the reward function {self._label} returned {value!r} for {item.id!r}; "
+                    "a reward is one finite number"
+                )
+            numbers.append(number)
+        return numbers
+
+    def _cause(self, error: BaseException) -> str:
+        """``Type: text, at file:line `code` ``, the last line of the user's own file."""
+        text = f"{type(error).__name__}: {error}"
+        frame, line = error.__traceback__, 0
+        while frame is not None:
+            if frame.tb_frame.f_code.co_filename == str(self._file):
+                line = frame.tb_lineno
+            frame = frame.tb_next
+        if not line:
+            return text
+        code = linecache.getline(str(self._file), line).strip()
+        return f"{text}, at {self._file.name}:{line} `{code}`"
+
+    def _culprit(self, items: Sequence[ScoreItem]) -> str:
+        """Which row it was: each is tried alone, since the batch does not tell."""
+        for item in items:
+            try:
+                self._function(**self._arguments([item]))
+            except (Exception, SystemExit):  # the batch's own error is the one reported
+                return f"item {item.id!r}"
+        return f"a batch of {len(items)} items, first {items[0].id!r}; none of them fails alone"
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def _split(source: FunctionSource) -> tuple[Path, str, str]:
+    file, colon, function_name = source.path.rpartition(":")
+    if not colon or not file.endswith(".py") or not function_name.isidentifier():
+        raise UserError(
+            f"{source.path!r} is not of the form file.py:function",
+            where=f"reward source {source.name!r}, key 'path'",
+            fix='for example: path = "rewards.py:helpful"',
+        )
+    path = Path(file).expanduser().absolute()
+    if not path.is_file():
+        raise UserError(
+            f"there is no file {path}",
+            where=f"reward source {source.name!r}, key 'path'",
+            fix="a relative path starts from the directory the command is run in",
+        )
+    return path, f"{file}:{function_name}", function_name
+
+
+def _load(file: Path, where: str) -> ModuleType:
+    # At the end of the path, so that modules beside the file are found and none is shadowed.
+    if str(file.parent) not in sys.path:
+        sys.path.append(str(file.parent))
+    name = f"accord_reward_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise UserError("Python cannot load this file", where=where)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        sys.modules.pop(name, None)
+        raise UserError(
+            f"loading it raised {type(error).__name__}: {error}",
+            where=where,
+            fix=f"`python {file}` should run without an error",
+        ) from error
+    return module
+
+
+def _pick(module: ModuleType, name: str, where: str) -> Callable[..., Any]:
+    names: Mapping[str, Any] = vars(module)
+    function = names.get(name)
+    if not callable(function):
+        own = sorted(
+            key
+            for key, value in names.items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
+        )
+        raise UserError(
+            f"there is no function {name!r}", where=where, fix=f"it has: {', '.join(own)}"
+        )
+    if inspect.iscoroutinefunction(function):
+        raise UserError("an async function cannot be a reward", where=where, fix="use a plain def")
+    result: Callable[..., Any] = function
+    return result

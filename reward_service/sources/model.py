@@ -1,0 +1,158 @@
+"""A reward model scored in batches: the very function that was trained, with its own tokenizer.
+
+torch is imported when a model is loaded, so that a service of rules alone starts at once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.contracts.chat import is_text, render_answered, require_template
+from cluster.contracts.config.reward import RewardModelSource
+from cluster.contracts.errors import BadReward, UserError
+from reward_service.source import Part, ScoreItem
+
+log = logging.getLogger("accord.reward")
+
+TOKENS_PER_MICROBATCH = 4096
+
+
+class ModelScorer:
+    """Score of a reward-model directory; normalised with the mean and deviation stored in it.
+
+    Token ids are used as they are when they belong to the reward model's own tokenizer and
+    template; otherwise messages and text are rendered with those. Rows too long for the model's
+    positions are a BadReward: an answer is never cut to be scored. One thread only.
+    """
+
+    type = "model"
+
+    def __init__(self, source: RewardModelSource, threads: int = 1) -> None:
+        import torch  # not before a model is really wanted
+
+        from learner.models import load as models
+
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision("medium")
+        self.name = source.name
+        self._path = source.path
+        self._normalise = source.normalise
+        self._tokenizer = own_tokenizer(source)
+        self._model, self._artifact = models.load_reward_model(source.path)
+        self.tokenizer = self._artifact.tokenizer
+        self._scores = models.reward_scores
+        self._positions = _positions(self._model)
+        self._pad = self._model.config.get_text_config().pad_token_id or 0
+        self._warned_long = False
+        self.content = directory_hash(Path(source.path), f"normalise={source.normalise}")
+
+    def score(self, items: Sequence[ScoreItem]) -> list[Part]:
+        rows = [self._ids(item) for item in items]
+        for item, row in zip(items, rows, strict=True):
+            self._check_length(item, len(row))
+        raw = [0.0] * len(rows)
+        for batch in microbatches([len(row) for row in rows], TOKENS_PER_MICROBATCH):
+            for index, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
+                raw[index] = value
+        if self._normalise:
+            raw = [self._artifact.normalise(value) for value in raw]
+        return [Part(value) for value in raw]
+
+    def _ids(self, item: ScoreItem) -> list[int]:
+        if item.tokenizer == self.tokenizer and item.prompt_ids and item.response_ids:
+            return [*item.prompt_ids, *item.response_ids]
+        if not is_text(item.messages):
+            require_template(self._tokenizer, self._path)
+        prompt, answer = render_answered(self._tokenizer, item.messages, item.response)
+        if item.finish_reason == "length" and answer and answer[-1] == self._tokenizer.eos_token_id:
+            answer = answer[:-1]  # the policy was cut off: it wrote no end token
+        return [*prompt, *answer]
+
+    def _check_length(self, item: ScoreItem, tokens: int) -> None:
+        if tokens == 0:
+            raise BadReward(f"{item.id!r} has no tokens for the reward model {self._path}")
+        if self._positions is not None and tokens > self._positions:
+            raise BadReward(
+                f"{item.id!r} has {tokens} tokens, but the reward model {self._path} has positions "
+                f"for {self._positions}: lower data.max_prompt_tokens or rollout.max_tokens"
+            )
+        if tokens > self._artifact.max_tokens and not self._warned_long:
+            self._warned_long = True
+            log.warning(
+                "%r has %d tokens; the reward model %s was trained on rows of up to %d",
+                item.id, tokens, self._path, self._artifact.max_tokens,
+            )  # fmt: skip
+
+    def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:
+        import torch
+
+        width = max(len(row) for row in rows)
+        ids = torch.full((len(rows), width), self._pad, dtype=torch.int64)
+        mask = torch.zeros((len(rows), width), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row)
+            mask[index, : len(row)] = 1
+        with torch.inference_mode():
+            return [float(score) for score in self._scores(self._model, ids, mask)]
+
+    def close(self) -> None:
+        """Nothing outside this process is held."""
+
+
+def own_tokenizer(source: RewardModelSource) -> Any:
+    """The directory's tokenizer; weights are not read. Raises UserError where there is no reward
+    model or its tokenizer or template is another than the one it was trained with."""
+    from learner.models import load as models
+
+    if not Path(source.path).is_dir():
+        raise UserError(
+            "no such reward-model directory",
+            where=f"reward source {source.name!r}, path {source.path!r}",
+            fix="give a directory made by `accord reward-model`",
+        )
+    artifact = models.read_artifact(Path(source.path))
+    tokenizer = models.load_tokenizer(source.path)
+    found = models.tokenizer_fingerprint(tokenizer)
+    if found != artifact.tokenizer:
+        raise UserError(
+            "the tokenizer or chat template in the directory is not the one the reward model was "
+            f"trained with (fingerprint {found[:12]}, trained with {artifact.tokenizer[:12]})",
+            where=source.path,
+            fix="restore the directory's tokenizer files, or train the reward model again",
+        )
+    return tokenizer
+
+
+def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Row indices, sorted by length for little padding: rows * longest <= budget, or one row."""
+    plan: list[list[int]] = []
+    width = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if plan and (len(plan[-1]) + 1) * width <= budget:
+            plan[-1].append(index)
+        else:
+            plan.append([index])
+            width = lengths[index]
+    return plan
+
+
+def directory_hash(directory: Path, also: str = "") -> str:
+    """Hex SHA-256 over the names and bytes of the directory's files (hidden ones left out)."""
+    digest = hashlib.sha256(also.encode())
+    for file in sorted(directory.iterdir()):
+        if not file.is_file() or file.name.startswith("."):
+            continue
+        digest.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
+        with file.open("rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _positions(model: Any) -> int | None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from cluster.contracts.config.file import check_config, dump_toml, load_config
+from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.errors import UserError
+
+BASE = ["model.path=m", "data.prompts=p.jsonl", 'reward.sources=[{type="model",path="rm"}]']
+
+
+def problem(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_config(TrainConfig, None, [*BASE, *overrides])
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("batch.setps=3", "unknown key batch.setps: did you mean batch.steps?"),
+        ("lerner.lr=1", "unknown key lerner: did you mean learner?"),
+        (
+            "algorithm.kl.tagret=3",
+            "unknown key algorithm.kl.tagret: did you mean algorithm.kl.target?",
+        ),
+    ],
+)
+def test_a_misspelt_key_names_the_nearest(override: str, hint: str) -> None:
+    assert hint in problem(override)
+
+
+def test_a_misspelt_key_of_a_reward_source_names_the_nearest() -> None:
+    assert "did you mean" in problem("reward.sources.0.pth=3")
+    assert "path" in problem("reward.sources.0.pth=3")
+
+
+def test_all_problems_are_told_at_once() -> None:
+    text = problem("batch.steps=0", "learner.lr=abc", "rollout.temprature=1")
+    assert all(part in text for part in ("batch.steps = 0", "learner.lr = 'abc'", "temperature"))
+
+
+def test_cross_section_problems_are_told_together() -> None:
+    text = problem(
+        "algorithm.advantage=grpo", "batch.samples_per_prompt=1", "algorithm.truncated=bootstrap"
+    )
+    assert "samples_per_prompt" in text
+    assert "bootstrap" in text
+
+
+def test_a_shortest_answer_over_the_longest_is_refused() -> None:
+    assert "min_tokens = 65 is over max_tokens = 64" in problem("rollout.min_tokens=65")
+
+
+def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text(
+        '[model]\npath="a"\n[data]\nprompts="p"\n[batch]\nsteps=7\n[[reward.sources]]\n'
+        'type="rules"\nmax_words=3\n'
+    )
+    config = load_config(TrainConfig, str(file), ["batch.steps=9", "model.path=b c"])
+    assert (config.batch.steps, config.model.path, config.staleness.bound) == (9, "b c", 2)
+
+
+def test_the_resolved_config_reads_back_equal() -> None:
+    config = load_config(
+        TrainConfig, None, [*BASE, 'run.parents={sft="runs/a\\"b"}', "reward.sources.0.weight=0.5"]
+    )
+    assert check_config(TrainConfig, tomllib.loads(dump_toml(config)), where="") == config
+
+
+def test_files_that_are_no_config(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such config file"):
+        load_config(TrainConfig, str(tmp_path / "none.toml"))
+    bad = tmp_path / "bad.toml"
+    bad.write_text("[model\n")
+    with pytest.raises(UserError, match="not valid TOML"):
+        load_config(TrainConfig, str(bad))
+
+
+def test_a_word_that_is_no_override() -> None:
+    assert "section.key=value" in problem("batch.steps")
+
+
+def test_none_is_a_word_where_a_key_has_it_and_no_value_elsewhere() -> None:
+    config = load_config(
+        TrainConfig,
+        None,
+        [*BASE, "staleness.correction=none", "learner.sharding=none", "learner.value_lr=none"],
+    )
+    assert (config.staleness.correction, config.learner.sharding) == ("none", "none")
+    assert config.learner.value_lr is None

@@ -1,0 +1,406 @@
+"""The real controller, pool and accounting, driven by fake workers and a fake learner. No Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from cluster.contracts.errors import Fatal, Retryable, WeightMismatch
+from cluster.contracts.metrics import last
+from cluster.contracts.records import (
+    Assignment,
+    Canary,
+    GroupMeta,
+    Harvest,
+    Prompt,
+    StepInput,
+    StepResult,
+    SwapReport,
+    WeightManifest,
+)
+from cluster.loop.controller import Controller
+from cluster.loop.pool import WorkerPool
+from cluster.loop.settings import LoopSettings, PoolSettings
+from cluster.loop.timeline import Timeline
+from cluster.runs.run import Run
+
+
+def manifest(version: int) -> WeightManifest:
+    canary = Canary(token_ids=(1, 2), logprobs=(-1.0,), tolerance=1e-3)
+    return WeightManifest(
+        version=version, tensors=(), canary=canary, transport="fake", locator=None
+    )
+
+
+class RealClock:
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.01))
+
+
+class Prompts:
+    def __len__(self) -> int:
+        return 1000
+
+    def prompt(self, ordinal: int) -> Prompt:
+        return Prompt(id=str(ordinal), messages=(), token_ids=(1,))
+
+
+class FakeLearner:
+    def __init__(self, version: int = 0, seconds: float = 0.0) -> None:
+        self.version, self.seconds = version, seconds
+        self.batches: list[StepInput] = []
+        self.saved: list[str] = []
+        self.lose: dict[int, int] = {}  # step -> how often its rollouts are lost on the way
+
+    async def start(self) -> WeightManifest:
+        return manifest(self.version)
+
+    async def step(self, batch: StepInput) -> StepResult:
+        await asyncio.sleep(self.seconds)
+        if self.lose.get(batch.step, 0):
+            self.lose[batch.step] -= 1
+            raise Retryable("rollouts are lost with the worker that held them")
+        self.batches.append(batch)
+        self.version = batch.step + 1
+        return StepResult(
+            step=batch.step,
+            version=self.version,
+            metrics=(last("objective/kl", 0.5),),
+            manifest=manifest(self.version),
+            trained_tokens=10,
+        )
+
+    async def save(self, directory: str) -> None:
+        self.saved.append(directory)
+        (Path(directory) / "model.bin").write_text(str(self.version))
+
+    async def stop(self) -> None: ...
+
+
+class FakeWorker:
+    """Finishes one group a millisecond. ``script`` may act on a submission (raise, hang, fail)."""
+
+    def __init__(self, index: int, incarnation: int, world: World) -> None:
+        self.name, self.incarnation, self._world = f"w{index}", incarnation, world
+        self.version = -1
+        self._todo: list[tuple[Assignment, int]] = []
+
+    async def start(self) -> Mapping[str, Any]:
+        await asyncio.sleep(self._world.start_s)
+        return {"engine": "fake"}
+
+    async def submit(self, assignments: Sequence[Assignment]) -> None:
+        assert self.version >= 0, "served before it had weights"
+        self._todo += [(a, self.version) for a in assignments]
+
+    async def harvest(self, timeout_s: float) -> Harvest:
+        await asyncio.sleep(0.001)
+        groups = []
+        if self._todo:
+            assignment, version = self._todo.pop(0)
+            cause, retryable = self._world.act(self, assignment)
+            groups.append(
+                GroupMeta(
+                    group_id=assignment.group_id,
+                    attempt=assignment.attempt,
+                    samples=assignment.samples,
+                    prompt_tokens=1,
+                    response_tokens=5,
+                    version_min=version,
+                    version_max=self.version,
+                    failure=cause,
+                    retryable=retryable,
+                )
+            )
+        return Harvest(
+            worker=self.name, incarnation=self.incarnation, groups=tuple(groups), payload=object()
+        )
+
+    async def load_weights(self, manifest: WeightManifest) -> SwapReport:
+        await asyncio.sleep(0.002)
+        if self._world.mismatch(self, manifest.version):
+            raise WeightMismatch(f"version {manifest.version}: torn")
+        self.version = manifest.version
+        return SwapReport(
+            version=manifest.version,
+            fetch_s=0,
+            verify_s=0,
+            stage_s=0,
+            pause_s=0.001,
+            canary_logp_diff=1e-6,
+        )
+
+    async def stop(self) -> None:
+        self._world.stopped.append((self.name, self.incarnation))
+
+
+class World:
+    def __init__(self) -> None:
+        self.stopped: list[tuple[str, int]] = []
+        self.made: list[tuple[int, int]] = []
+        self.kill: set[int] = set()  # group ids that kill their worker once
+        self.fail: dict[int, tuple[str, bool]] = {}
+        self.torn: dict[int, int] = {}  # version -> how many loads of it do not verify
+        self.start_s = 0.0
+
+    def make(self, index: int, incarnation: int) -> FakeWorker:
+        self.made.append((index, incarnation))
+        return FakeWorker(index, incarnation, self)
+
+    def mismatch(self, worker: FakeWorker, version: int) -> bool:
+        left = self.torn.get(version, 0)
+        self.torn[version] = max(0, left - 1)
+        return left > 0
+
+    def act(self, worker: FakeWorker, assignment: Assignment) -> tuple[str | None, bool]:
+        if assignment.group_id in self.kill:
+            self.kill.remove(assignment.group_id)
+            raise Retryable("killed")
+        return self.fail.get(assignment.group_id, (None, False))
+
+
+class NoConfig(BaseModel):
+    pass
+
+
+class Lines:
+    def __init__(self) -> None:
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        self.rows.append((step, dict(numbers)))
+
+    def close(self) -> None: ...
+
+
+def build(
+    tmp_path: Path,
+    world: World,
+    learner: FakeLearner,
+    *,
+    steps: int = 6,
+    bound: int = 2,
+    workers: int = 2,
+) -> tuple[Controller, WorkerPool, Run, Lines]:
+    run = Run.create(str(tmp_path), "run", "train", NoConfig())
+    clock, lines = RealClock(), Lines()
+    pool = WorkerPool(
+        world.make,
+        PoolSettings(
+            start_timeout_s=5, stall_timeout_s=5, weights_timeout_s=5, max_restarts=2, harvest_s=0.1
+        ),
+        clock,
+        run.event,
+    )
+    settings = LoopSettings(
+        steps=steps,
+        prompts_per_step=3,
+        samples_per_prompt=2,
+        staleness_bound=bound,
+        workers=workers,
+        checkpoint_every=4,
+        keep_checkpoints=2,
+        stop_grace_s=1.0,
+    )
+    controller = Controller(
+        settings,
+        Prompts(),
+        learner,
+        pool,
+        run,
+        [lines],
+        clock,
+        Timeline(),
+    )
+    return controller, pool, run, lines
+
+
+def events(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+
+
+async def drive(controller: Controller, pool: WorkerPool) -> Any:
+    try:
+        return await asyncio.wait_for(controller.run(), 20)
+    finally:
+        await pool.stop()
+
+
+@pytest.mark.parametrize("bound", [0, 1, 3])
+def test_every_prompt_is_trained_once_in_order(tmp_path: Path, bound: int) -> None:
+    learner = FakeLearner(seconds=0.003)
+    controller, pool, run, lines = build(tmp_path, World(), learner, bound=bound)
+    state = asyncio.run(drive(controller, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == list(range(18))
+    assert (state.step, state.next_group) == (6, 18)
+    assert [step for step, _ in lines.rows] == [1, 2, 3, 4, 5, 6]
+    assert lines.rows[-1][1]["weight_sync/canary_logp_diff"] == pytest.approx(1e-6)
+    path, restored = run.latest_checkpoint()
+    assert (path.name, restored.step) == ("step-000006", 6)
+
+
+def test_a_killed_worker_loses_nothing_and_comes_back_with_current_weights(tmp_path: Path) -> None:
+    world, learner = World(), FakeLearner()
+    world.kill = {4, 11}
+    controller, pool, run, _ = build(tmp_path, world, learner, workers=2)
+    asyncio.run(drive(controller, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == list(range(18))
+    assert pool.restarts == 2
+    assert {e["kind"] for e in events(run)} >= {"worker_lost", "worker_serving"}
+
+
+def test_a_worker_that_keeps_dying_ends_the_run_with_its_cause(tmp_path: Path) -> None:
+    world = World()
+    world.act = lambda worker, assignment: (_ for _ in ()).throw(Retryable("no memory"))  # type: ignore
+    controller, pool, _, _ = build(tmp_path, world, FakeLearner(), workers=1)
+    with pytest.raises(Fatal, match=r"w0: lost 3 times .* no memory"):
+        asyncio.run(drive(controller, pool))
+
+
+def test_a_data_failure_is_dropped_with_its_reason_and_a_retryable_one_is_tried_again(
+    tmp_path: Path,
+) -> None:
+    world, learner = World(), FakeLearner()
+    world.fail = {2: ("prompt is not text", False)}
+    controller, pool, _, _ = build(tmp_path, world, learner)
+    state = asyncio.run(drive(controller, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == [g for g in range(18) if g != 2]
+    assert [row["cause"] for row in state.dropped] == ["prompt is not text"]
+    world.fail = {5: ("reward service down", True)}
+    controller, pool, _, _ = build(tmp_path / "again", world, FakeLearner())
+    with pytest.raises(Fatal, match="group 5 failed 3 times: reward service down"):
+        asyncio.run(drive(controller, pool))
+
+
+def test_stop_keeps_what_was_done(tmp_path: Path) -> None:
+    learner = FakeLearner(seconds=0.02)
+    controller, pool, run, _ = build(tmp_path, World(), learner, steps=1000)
+
+    async def scenario() -> Any:
+        asyncio.get_running_loop().call_later(0.3, controller.request_stop)
+        return await drive(controller, pool)
+
+    state = asyncio.run(scenario())
+    _, restored = run.latest_checkpoint()
+    assert 0 < restored.step == state.step == len(learner.batches) < 1000
+
+
+def test_resume_continues_with_the_next_prompt(tmp_path: Path) -> None:
+    controller, pool, run, _ = build(tmp_path, World(), FakeLearner(), steps=4)
+    state = asyncio.run(drive(controller, pool))
+    learner = FakeLearner(version=4)
+    again, pool, _, _ = build(tmp_path / "b", World(), learner, steps=6)
+    again.__init__(  # type: ignore[misc]
+        again._settings, Prompts(), learner, pool, run, [], RealClock(), Timeline(), state=state
+    )
+    asyncio.run(drive(again, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == list(range(12, 18))
+
+
+def test_workers_are_added_and_drained_while_the_run_goes_on(tmp_path: Path) -> None:
+    learner = FakeLearner(seconds=0.01)
+    controller, pool, _, _ = build(tmp_path, World(), learner, steps=60, workers=1)
+    wanted = iter([3] * 40 + [1] * 10_000)
+    controller._wanted_workers = lambda: next(wanted)
+    asyncio.run(drive(controller, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == list(range(180))
+    assert (pool.joined, pool.left) == (3, 2)
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_a_worker_whose_weights_do_not_verify_is_replaced_once(
+    tmp_path: Path, version: int
+) -> None:
+    world, learner = World(), FakeLearner()
+    world.torn = {version: 1}
+    controller, pool, run, _ = build(tmp_path, world, learner)
+    asyncio.run(drive(controller, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == list(range(18))
+    assert pool.restarts == 1
+    assert [e["cause"] for e in events(run) if e["kind"] == "worker_lost"] == [
+        f"version {version}: torn"
+    ]
+
+
+@pytest.mark.parametrize("version", [0, 2])
+def test_weights_that_do_not_verify_twice_end_the_run(tmp_path: Path, version: int) -> None:
+    world = World()
+    world.torn = {version: 2}
+    controller, pool, _, _ = build(tmp_path, world, FakeLearner(), workers=1)
+    with pytest.raises(Fatal, match=f"w0, replaced, still does not verify: version {version}"):
+        asyncio.run(drive(controller, pool))
+    assert pool.restarts == 1
+
+
+def test_a_step_whose_rollouts_were_lost_is_generated_again(tmp_path: Path) -> None:
+    world, learner = World(), FakeLearner()
+    world.fail = {4: ("prompt is not text", False)}
+    learner.lose = {1: 2, 5: 1}
+    submitted: list[Assignment] = []
+    controller, pool, run, _ = build(tmp_path, world, learner)
+    world.act = lambda worker, a: submitted.append(a) or world.fail.get(a.group_id, (None, False))  # type: ignore
+    state = asyncio.run(drive(controller, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == [g for g in range(18) if g != 4]
+    assert sorted(a.attempt for a in submitted if a.group_id == 3) == [0, 1, 2]
+    assert [a.attempt for a in submitted if a.group_id == 4] == [0]  # it was not lost: it failed
+    assert [row["group"] for row in state.dropped] == [4]
+    assert [e["step"] for e in events(run) if e["kind"] == "step_retried"] == [1, 1, 5]
+
+
+def test_a_step_whose_rollouts_are_always_lost_ends_the_run(tmp_path: Path) -> None:
+    learner = FakeLearner()
+    learner.lose = {1: 99}
+    controller, pool, _, _ = build(tmp_path, World(), learner)
+    with pytest.raises(Fatal, match="step 1 was tried 3 times: rollouts are lost"):
+        asyncio.run(drive(controller, pool))
+
+
+def test_a_stop_while_workers_start_does_not_wait_for_them(tmp_path: Path) -> None:
+    world = World()
+    world.start_s = 4.0
+    controller, pool, run, _ = build(tmp_path, world, FakeLearner())
+
+    async def scenario() -> tuple[int, float]:
+        loop = asyncio.get_running_loop()
+        loop.call_later(0.05, controller.request_stop)
+        began = loop.time()
+        state = await drive(controller, pool)
+        return state.step, loop.time() - began
+
+    step, seconds = asyncio.run(scenario())
+    assert step == 0
+    assert seconds < 1.0
+    assert not (run.path / "checkpoints").exists()
+
+
+def test_a_worker_that_cannot_join_leaves_the_run_going_and_is_not_retried_at_once(
+    tmp_path: Path,
+) -> None:
+    world, learner = World(), FakeLearner(seconds=0.005)
+    controller, pool, run, _ = build(tmp_path, world, learner, steps=40, workers=1)
+
+    def make(index: int, incarnation: int) -> FakeWorker:
+        worker = FakeWorker(index, incarnation, world)
+        if index > 0:
+
+            async def start() -> Mapping[str, Any]:
+                raise Fatal("no CPU is free")
+
+            worker.start = start  # type: ignore[method-assign]
+        return worker
+
+    pool._factory = make
+    controller._wanted_workers = lambda: 2
+    asyncio.run(drive(controller, pool))
+    assert len(learner.batches) == 40
+    failed = [e for e in events(run) if e["kind"] == "worker_not_joined"]
+    assert [e["cause"] for e in failed] == ["no CPU is free"]

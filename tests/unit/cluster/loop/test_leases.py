@@ -1,0 +1,84 @@
+"""Leases against the plain rule they speed up, and workers' counters over restarts."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.contracts.records import Assignment, Prompt
+from cluster.loop.leases import CounterSums, LeaseBook
+
+PROMPT = Prompt(id="p", messages=(), token_ids=(1,))
+
+
+def assignment(group_id: int, samples: int) -> Assignment:
+    return Assignment(group_id=group_id, prompt=PROMPT, samples=samples)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 6), st.integers(1, 9)), max_size=300),
+)
+def test_the_heap_gives_what_looking_at_every_worker_would(
+    steps: list[tuple[int, int, int]],
+) -> None:
+    """Open, close, lose, finish and give in any order."""
+    book = LeaseBook(lambda: 0.0)
+    plain: dict[int, dict[int, int]] = {}  # open or closed worker -> group -> samples
+    is_open: set[int] = set()
+    for number, (what, worker, samples) in enumerate(steps):
+        if what == 0:
+            book.open(worker)
+            is_open.add(worker)
+            plain.setdefault(worker, {})
+        elif what == 1 and worker in plain:
+            book.close(worker)
+            is_open.discard(worker)
+        elif what == 2 and worker in plain:
+            taken = [a.group_id for a in book.take_all(worker)]
+            assert taken == list(plain[worker])
+            plain[worker] = {}
+            is_open.discard(worker)
+        elif what <= 5 and plain.get(worker):
+            group = sorted(plain[worker])[samples % len(plain[worker])]
+            lease = book.take(worker, group)
+            assert lease is not None
+            assert lease.samples == plain[worker].pop(group)
+            assert book.take(worker, group) is None
+        else:
+            expected = min(is_open, key=lambda w: (sum(plain[w].values()), w), default=None)
+            assert book.give(assignment(number, samples)) == expected
+            if expected is not None:
+                plain[expected][number] = samples
+        assert book.leased == sum(len(groups) for groups in plain.values())
+        assert len(book._heap) <= 4 * max(1, len(plain)) + 66
+
+
+def test_seconds_with_work_in_hand_are_those_of_each_worker() -> None:
+    now = 0.0
+    book = LeaseBook(lambda: now)
+    book.open(0)
+    book.open(1)
+    now = 10.0
+    for group in range(3):
+        book.give(assignment(group, 1))  # to 0, to 1, to 0
+    now = 13.0
+    book.take(0, 0)
+    assert book.holding_s() == 6.0
+    now = 15.0
+    book.take(0, 2)
+    now = 20.0
+    book.take_all(1)
+    now = 90.0
+    assert book.holding_s() == pytest.approx(5.0 + 10.0)
+
+
+def test_counters_go_on_over_a_restart_and_gauges_are_left_out() -> None:
+    sums = CounterSums()
+    sums.report(0, 0, {"generated_tokens": 100.0, "unfinished": 7.0})
+    sums.report(1, 0, {"generated_tokens": 50.0})
+    sums.report(0, 0, {"generated_tokens": 130.0, "unfinished": 2.0})
+    sums.report(0, 1, {"generated_tokens": 5.0})
+    sums.report(0, 1, {"generated_tokens": 25.0})
+    assert sums.totals == {"generated_tokens": 130.0 + 50.0 + 25.0}

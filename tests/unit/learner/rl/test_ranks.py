@@ -1,0 +1,298 @@
+"""A learner of two processes computes what one computes, with whole and with sharded weights.
+
+This file is also the program that each of the two processes runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import time
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cluster.contracts.config.checks import train_problems
+from cluster.contracts.config.train import LearnerConfig, TrainConfig
+from cluster.contracts.errors import PeerLost
+from cluster.contracts.metrics import values
+from cluster.contracts.records import StepInput
+from learner.compute.ranks import SINGLE, Ranks, join, meeting_place, whole
+from learner.compute.sharding import local
+from learner.rl.learner import PPOLearner
+
+ROOT = Path(__file__).resolve().parents[4]
+TIMEOUT_S = 20.0
+STEPS = 3
+# One plain gradient step: Adam would turn rounding of tiny gradients into whole steps.
+PLAIN = {"lr": 0.1, "eps": 1.0, "tokens_per_microbatch": 24}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "shared": {"learner": {"epochs": 2, "minibatches": 2, "value_warmup_steps": 1}},
+    "kept": {"algorithm": {"kl": {"controller": "adaptive", "target": 0.1}}},
+    "own": {"learner": {"value_model": "own", "value_lr": 0.05, "minibatches": 2}},
+    "grpo": {"algorithm": {"advantage": "grpo", "entropy_coef": 0.01}},
+    "recomputed": {"learner": {"gradient_checkpointing": True}},
+    "one-microbatch": {"learner": {"tokens_per_microbatch": 4096}},
+}
+SHARDINGS = ("none", "fsdp2")
+
+
+def load_world() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("accord_world", ROOT / "tests" / "ppo_world.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class Trained:
+    """A learner on the tiny model, its steps and its numbers."""
+
+    def __init__(
+        self,
+        task: dict[str, Any],
+        variant: str,
+        ranks: Ranks = SINGLE,
+        sharding: str = "none",
+        resume_from: str | None = None,
+    ) -> None:
+        world, given = load_world(), VARIANTS[variant]
+        self.tables = task["tables"]
+        self.publisher = world.KeepingPublisher()
+        several = {"processes": ranks.size, "sharding": sharding}
+        settings = world.make_settings(
+            Path(task["tiny"]),
+            learner={**PLAIN, **several, **given.get("learner", {})},
+            algorithm=given.get("algorithm"),
+            staleness={"bound": STEPS},
+            resume_from=resume_from,
+        )
+        self.learner = PPOLearner(settings, self.publisher, ranks=ranks)
+        self.learner.start()
+        self.metrics: list[dict[str, float]] = []
+
+    def steps(self, first: int, last: int) -> Trained:
+        for step in range(first, last):
+            groups = tuple(4 * step + g for g in range(4))
+            batch = StepInput(step=step, group_ids=groups, payloads=(self.tables[step],))
+            found = values(self.learner.step(batch).metrics)
+            measured = {n: v for n, v in found.items() if not n.startswith(("time/", "perf/"))}
+            self.metrics.append(measured)
+        return self
+
+    def result(self) -> dict[str, Any]:
+        """Whole parameters (every rank has to ask), what was published, metrics, this share."""
+        networks = self.learner.state.networks
+        modules = {"policy": networks.policy, "value": networks.value}
+        named = {
+            f"{key}.{name}": parameter.detach()
+            for key, module in modules.items()
+            if module is not None
+            for name, parameter in module.named_parameters()
+        }
+        return {
+            "parameters": {name: whole(p).numpy().copy() for name, p in named.items()},
+            "published": self.publisher.arrays,
+            "metrics": self.metrics,
+            "held": sum(local(p).numel() for p in named.values()),
+        }
+
+
+def work(rank: int, port: int, folder: Path) -> None:
+    """One of the two processes: every variant, then checkpoints, then the death of rank 1."""
+    torch.set_num_threads(1)
+    task = ForkingPickler.loads((folder / "task.pkl").read_bytes())
+    ranks = join(rank, 2, ("127.0.0.1", port), gpu=False, timeout_s=TIMEOUT_S)
+    found: dict[Any, Any] = {}
+    for sharding in SHARDINGS:
+        for variant in VARIANTS:
+            made = Trained(task, variant, ranks, sharding).steps(0, STEPS)
+            found[sharding, variant] = made.result()
+    for sharding, variant in (("none", "shared"), ("fsdp2", "own")):
+        half = Trained(task, variant, ranks, sharding).steps(0, 2)
+        half.learner.save(folder / f"two-{sharding}")
+        on = Trained(task, variant, ranks, sharding, str(folder / f"one-{variant}"))
+        found["resumed", sharding, variant] = on.steps(2, STEPS).result()
+    (folder / f"found-{rank}.pkl").write_bytes(ForkingPickler.dumps(found))
+    last = Trained(task, "shared", ranks, "fsdp2").steps(0, 1)
+    ranks.barrier()
+    if rank == 1:
+        os._exit(3)
+    began = time.perf_counter()
+    try:
+        last.steps(1, 2)
+        ending = "no error"
+    except (PeerLost, RuntimeError) as problem:
+        ending = f"{type(problem).__name__}: {problem}"
+    took = time.perf_counter() - began
+    (folder / "ending.pkl").write_bytes(ForkingPickler.dumps((took, ending)))
+    os._exit(0)  # nobody is left to say goodbye to
+
+
+@pytest.fixture(scope="module")
+def task(world: ModuleType, tiny: Path) -> dict[str, Any]:
+    model = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    tables = [
+        world.table_of(world.make_groups(model, seed=step, first_group=4 * step))
+        for step in range(STEPS)
+    ]
+    return {"tiny": str(tiny), "tables": tables}
+
+
+@pytest.fixture(scope="module")
+def folder(
+    task: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """(where the two processes wrote, what one process finds)."""
+    place = tmp_path_factory.mktemp("two")
+    (place / "task.pkl").write_bytes(ForkingPickler.dumps(task))
+    alone = {}
+    for variant in ("shared", "own"):
+        half = Trained(task, variant).steps(0, 2)
+        half.learner.save(place / f"one-{variant}")
+        alone[variant] = half.steps(2, STEPS).result()
+    store = meeting_place("127.0.0.1", TIMEOUT_S)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(rank), str(store.port), str(place)],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        for rank in range(2)
+    ]
+    try:
+        for variant in VARIANTS.keys() - alone.keys():
+            alone[variant] = Trained(task, variant).steps(0, STEPS).result()
+        codes = [process.wait(300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(10)
+    assert codes == [0, 3]
+    return place, alone
+
+
+@pytest.fixture(scope="module")
+def found(folder: tuple[Path, Any]) -> list[dict[Any, Any]]:
+    return [
+        ForkingPickler.loads((folder[0] / f"found-{rank}.pkl").read_bytes()) for rank in range(2)
+    ]
+
+
+def assert_same(got: dict[str, Any], wanted: dict[str, Any], steps: slice = slice(None)) -> None:
+    assert got["parameters"].keys() == wanted["parameters"].keys()
+    for name, tensor in wanted["parameters"].items():
+        scale = np.abs(tensor).max() + 1e-3  # biases that started at 0
+        difference = np.abs(got["parameters"][name] - tensor).max()
+        assert difference < 1e-6 * scale, (name, difference / scale)
+    for ours, theirs in zip(got["metrics"], wanted["metrics"][steps], strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, number in theirs.items():
+            assert ours[name] == pytest.approx(number, rel=1e-5, abs=1e-6), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_two_processes_train_what_one_trains(
+    folder: tuple[Path, Any], found: list[dict[Any, Any]], tiny: Path, sharding: str, variant: str
+) -> None:
+    ours = [rank[sharding, variant] for rank in found]
+    wanted = folder[1][variant]
+    for result in ours:
+        assert_same(result, wanted)
+    start = AutoModelForCausalLM.from_pretrained(tiny)
+    moved = [
+        np.abs(wanted["parameters"][f"policy.{name}"] - p.detach().numpy()).max()
+        for name, p in start.named_parameters()
+    ]
+    assert max(moved) > 1e-2
+    # Published by the first alone, and nothing but the parameters.
+    assert ours[1]["published"] == {}
+    policy = {n: t for n, t in ours[0]["parameters"].items() if n.startswith("policy.")}
+    assert {f"policy.{name}" for name in ours[0]["published"]} == policy.keys()
+    assert all((ours[0]["published"][n.removeprefix("policy.")] == policy[n]).all() for n in policy)
+    # The same bits everywhere, or the ranks would drift apart.
+    assert all((ours[1]["parameters"][n] == t).all() for n, t in ours[0]["parameters"].items())
+    total = sum(tensor.size for tensor in ours[0]["parameters"].values())
+    assert sum(result["held"] for result in ours) == (total if sharding == "fsdp2" else 2 * total)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sharding", "variant"), [("none", "shared"), ("fsdp2", "own")])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(
+    folder: tuple[Path, Any],
+    found: list[dict[Any, Any]],
+    task: dict[str, Any],
+    sharding: str,
+    variant: str,
+) -> None:
+    place, alone = folder
+    last = slice(2, STEPS)
+    for rank in found:
+        assert_same(rank["resumed", sharding, variant], alone[variant], last)
+    resumed = Trained(task, variant, resume_from=str(place / f"two-{sharding}"))
+    assert_same(resumed.steps(2, STEPS).result(), alone[variant], last)
+    names = [p.relative_to(place / f"one-{variant}") for p in (place / f"one-{variant}").rglob("*")]
+    assert all((place / f"two-{sharding}" / name).exists() for name in names)
+    sizes = [
+        (place / f"{kind}" / "policy" / "model.safetensors").stat().st_size
+        for kind in (f"one-{variant}", f"two-{sharding}")
+    ]
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.slow
+def test_the_one_that_is_left_does_not_wait_for_ever(folder: tuple[Path, Any]) -> None:
+    took, ending = ForkingPickler.loads((folder[0] / "ending.pkl").read_bytes())
+    assert "Error" in ending or "PeerLost" in ending, ending
+    assert took < TIMEOUT_S
+
+
+@pytest.mark.slow
+def test_a_process_that_comes_alone_says_so() -> None:
+    store = meeting_place("127.0.0.1", 1.0)
+    with pytest.raises(PeerLost, match="the learner's 2 processes did not find each other"):
+        join(0, 2, store, gpu=False, timeout_s=1.0)
+
+
+def test_everyone_gets_as_many_and_nothing_counts_twice() -> None:
+    costs = [3.0, 9.0, 1.0, 7.0, 5.0]
+    shares = [Ranks(rank, 2).deal(costs, float) for rank in range(2)]
+    assert [len(share) for share in shares] == [3, 3]
+    counted = sorted(item for share in shares for item, counts in share if counts)
+    assert counted == sorted(costs)
+    # Side by side: 9 and 7, then 3 and 5, then 1 and its repetition.
+    assert [item for item, _ in shares[0]] == [9.0, 3.0, 1.0]
+    assert shares[1] == [(7.0, True), (5.0, True), (1.0, False)]
+    assert SINGLE.deal(costs, float) == [(cost, True) for cost in costs]
+
+
+@pytest.mark.parametrize(
+    ("learner", "words"),
+    [
+        ({"sharding": "fsdp2"}, "learner.processes to 2 or more"),
+        ({"sharding": "fsdp2", "processes": 2, "compile": True}, "learner.compile"),
+        ({"processes": 2, "gpus": 0.5}, "which NCCL refuses"),
+    ],
+)
+def test_settings_that_cannot_work_are_named(learner: dict[str, Any], words: str) -> None:
+    given: dict[str, Any] = {
+        "learner": LearnerConfig(**learner),
+        "reward": SimpleNamespace(sources=()),
+    }
+    config = TrainConfig.model_construct(**given)
+    assert words in "\n".join(train_problems(config))
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
