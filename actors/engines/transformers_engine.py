@@ -17,6 +17,7 @@ from actors.engines.host_tensors import check_prompt, check_update, published_te
 from actors.settings import EngineSettings
 from cluster.contracts.errors import Fatal, Retryable
 from cluster.contracts.records import Completion, VersionSpan
+from cluster.machine.torch_state import prepare_torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -42,6 +43,7 @@ class TransformersEngine:
         self.name = f"transformers {transformers.__version__}"
         self.version = -1
         self._settings = settings
+        prepare_torch()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self._model = AutoModelForCausalLM.from_pretrained(
             settings.model_path,

@@ -8,6 +8,7 @@ from typing import Any
 
 from cluster.contracts.chat import render_prompt, require_template, text_prompt
 from cluster.contracts.config.base import ModelConfig
+from cluster.machine.torch_state import prepare_torch
 from cluster.runs.console import result
 
 
@@ -23,6 +24,7 @@ def chat_loop(
     """Reads a question a line from stdin; writes each model's answer."""
     import torch
 
+    prepare_torch()
     names = [("after", model)] if before is None else [("before", before), ("after", model)]
     voices = [(name, *_load(policy_directory(path))) for name, path in names]
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The optimiser, its schedules, and how torch computes on this machine."""
+"""The optimiser, its schedules, and the type a forward pass computes in."""
 
 from __future__ import annotations
 
@@ -16,9 +16,6 @@ from torch import Tensor, nn
 from learner.compute.ranks import whole
 
 Schedule = Literal["constant", "linear", "cosine"]
-
-_FAST_ERROR_LIMIT = 1e-5
-"""Relative error above which a fast float32 product is no longer float32 (bfloat16 gives 2e-3)."""
 
 
 def make_optimizer(
@@ -71,32 +68,6 @@ def lr_factor(schedule: Schedule, step: float, total: float, warmup: float) -> f
     if schedule == "cosine":
         return 0.5 * (1.0 + math.cos(math.pi * progress))
     raise ValueError(f"unknown schedule {schedule!r}; known: constant, linear, cosine")
-
-
-def prepare_torch(threads: int = 0) -> str:
-    """Set compute threads (0: leave as they are) and the fastest exact-enough float32 product.
-
-    On CPU "medium" moves float32 products from MKL to oneDNN, up to twice as fast on AMD; on a
-    machine where that means real bfloat16 rounding (AMX) the setting is taken back. Returns the
-    setting in force: "medium" or "highest".
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    torch.set_float32_matmul_precision("highest")
-    if torch.cuda.is_available():
-        return "highest"
-    torch.set_float32_matmul_precision("medium")
-    if _product_error() > _FAST_ERROR_LIMIT:
-        torch.set_float32_matmul_precision("highest")
-    return torch.get_float32_matmul_precision()
-
-
-def _product_error() -> float:
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randn(256, 512, generator=generator)
-    b = torch.randn(512, 256, generator=generator)
-    exact = a.double() @ b.double()
-    return float(((a @ b).double() - exact).norm() / exact.norm())
 
 
 def compute_in(

@@ -12,9 +12,9 @@ import torch
 from cluster.contracts.chat import is_text, render_answered, require_template
 from cluster.contracts.config.offline import FitConfig
 from cluster.contracts.errors import UserError
+from cluster.machine.torch_state import prepare_torch
 from learner.compute.microbatches import Sequence as TokenRow
 from learner.compute.microbatches import sequence
-from learner.compute.optimizer import prepare_torch
 from learner.offline.datasets import Messages
 from learner.offline.fit import FitResult
 

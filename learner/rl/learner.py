@@ -16,8 +16,9 @@ import torch
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, last
 from cluster.contracts.records import Canary, StepInput, StepResult, WeightManifest
+from cluster.machine.torch_state import prepare_torch
 from cluster.weights.transports import TRANSPORTS, Publisher, PublisherOptions
-from learner.compute.optimizer import lr_factor, prepare_torch, set_lr
+from learner.compute.optimizer import lr_factor, set_lr
 from learner.compute.ranks import SINGLE, Ranks
 from learner.rl.checkpoint import TrainerState, restore_state, save_state
 from learner.rl.experience import Experience, build_experience, completed
@@ -63,9 +64,8 @@ class PPOLearner:
         Raises UserError for models or settings that cannot work.
         """
         settings = self.settings
-        prepare_torch(self._threads)
+        prepare_torch(self._threads, deterministic=settings.learner.deterministic)
         torch.manual_seed(settings.seed)
-        torch.use_deterministic_algorithms(settings.learner.deterministic)
         networks, tokenizer = build_networks(settings, self._ranks)
         self._state = TrainerState(
             networks=networks,

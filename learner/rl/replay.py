@@ -20,8 +20,8 @@ from safetensors import safe_open
 
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.records import Canary, StepInput, WeightManifest
+from cluster.machine.torch_state import prepare_torch
 from cluster.weights.manifest import build_manifest
-from learner.compute.optimizer import prepare_torch
 from learner.rl.learner import PPOLearner
 from learner.rl.step_record import Differs, RecordedStep, weights_digest
 from learner.settings import LearnerSettings
@@ -84,7 +84,8 @@ def replay_steps(
         for step in steps:
             record = step.record
             if record.threads != threads:
-                prepare_torch(threads := record.threads)
+                threads = record.threads
+                prepare_torch(threads, deterministic=settings.learner.deterministic)
             batch = settings.batch.model_copy(update={"steps": record.total_steps})
             learner.settings = dataclasses.replace(learner.settings, batch=batch)
             _one(learner, step, done, verify)

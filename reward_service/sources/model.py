@@ -14,6 +14,7 @@ from typing import Any
 from cluster.contracts.chat import is_text, render_answered, require_template
 from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.errors import BadReward, UserError
+from cluster.machine.torch_state import prepare_torch
 from reward_service.source import Part, ScoreItem
 
 log = logging.getLogger("accord.reward")
@@ -32,12 +33,9 @@ class ModelScorer:
     type = "model"
 
     def __init__(self, source: RewardModelSource, threads: int = 1) -> None:
-        import torch  # not before a model is really wanted
+        from learner.models import load as models  # torch: not before a model is really wanted
 
-        from learner.models import load as models
-
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision("medium")
+        prepare_torch(threads)
         self.name = source.name
         self._path = source.path
         self._normalise = source.normalise

@@ -166,3 +166,54 @@ def test_no_path_of_one_machine_and_no_registry_host() -> None:
 def test_a_path_of_one_machine_is_seen(folder: str) -> None:
     assert MACHINE_PATH.search(f'open("/{folder}/x")')
     assert not MACHINE_PATH.search(f'run_dir / "{folder}" / "a/{folder}/b"')
+
+
+# One function sets how torch computes; a second place would undo it for a part of the process.
+TORCH_STATE_HOME = "cluster/machine/torch_state.py"
+TORCH_STATE = {
+    "set_float32_matmul_precision",
+    "set_num_threads",
+    "set_num_interop_threads",
+    "use_deterministic_algorithms",
+    "set_default_dtype",
+    "set_default_device",
+    "set_flush_denormal",
+}
+
+
+def torch_state_set_in(code: str) -> list[int]:
+    """Lines that call a setter of torch's global state, or assign to one of `torch.backends`."""
+    lines = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Attribute | ast.alias):
+            name = node.attr if isinstance(node, ast.Attribute) else node.name
+            if name in TORCH_STATE:
+                lines.append(node.lineno)
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        if any(".backends." in f".{ast.unparse(target)}" for target in targets):
+            lines.append(node.lineno)
+    return lines
+
+
+def test_torch_state_is_set_in_one_place() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{line}"
+        for path in python_files()
+        if path.relative_to(ROOT).parts[0] in PACKAGES
+        and path.relative_to(ROOT).as_posix() != TORCH_STATE_HOME
+        for line in torch_state_set_in(path.read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import torch\ntorch.set_float32_matmul_precision('medium')",
+        "from torch import set_num_threads",
+        "import torch\nset_threads = torch.set_num_threads",
+        "import torch\ntorch.backends.cuda.matmul.allow_tf32 = True",
+    ],
+)
+def test_a_second_place_is_seen(code: str) -> None:
+    assert torch_state_set_in(code)

@@ -43,7 +43,7 @@ from parity_paths import (
 )
 
 from cluster.contracts.records import Completion
-from learner.compute.optimizer import prepare_torch
+from cluster.machine.torch_state import prepare_torch
 from learner.rl.publish import host_arrays
 
 DTYPES = ("float32", "bfloat16")

@@ -108,7 +108,7 @@ def both(
 
 
 def job(advantage: str, model: Path, prompts: Path, reward: Path) -> dict[str, Any]:
-    from learner.compute.optimizer import prepare_torch
+    from cluster.machine.torch_state import prepare_torch
 
     before = torch.get_float32_matmul_precision()
     precision = prepare_torch()

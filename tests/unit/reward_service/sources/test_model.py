@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceC
 
 from cluster.contracts.config.reward import RewardConfig, RewardModelSource
 from cluster.contracts.errors import BadReward, UserError
+from cluster.machine import torch_state
 from learner.models.load import load_tokenizer, reward_scores, tokenizer_fingerprint
 from learner.models.reward_artifact import Golden, RewardArtifact, template_hash, write_artifact
 from reward_service.composition import build
@@ -176,3 +177,16 @@ def test_text_prompts_need_no_template(made: tuple[Path, Any]) -> None:
     plain = dataclasses.replace(item("c"), messages=({"role": "text", "content": "a"},))
     value = scorer(path, normalise=False).score([plain])[0].value
     assert value == pytest.approx(raw(model, [4, 6, 1]), abs=1e-5)
+
+
+def test_scores_are_exact_on_a_processor_that_would_round(
+    made: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With AMX "medium" rounds to bfloat16: scores would be off by 2e-3, silently."""
+    monkeypatch.setattr(torch_state, "product_error", lambda: 2e-3)
+    before = torch.get_float32_matmul_precision()
+    try:
+        scorer(made[0])
+        assert torch.get_float32_matmul_precision() == "highest"
+    finally:
+        torch.set_float32_matmul_precision(before)
