@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from cluster.contracts.chat import render_prompt, require_template, text_prompt
-from cluster.contracts.config.base import ModelConfig
-from cluster.machine.torch_state import prepare_torch
-from cluster.runs.console import result
+import typer
+
+
+def chat(
+    model: Annotated[str, typer.Argument(help="Run directory, model directory or hub id.")],
+    before: Annotated[
+        str | None, typer.Option(help="A second model whose answer is shown beside it.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="0: the most likely answer.")] = 0.7,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+) -> None:
+    """Talk to a policy (in this process, with transformers; Ctrl-D ends).
+
+    Example: `accord chat runs/quickstart --before runs/quickstart/sft/policy`
+    """
+    chat_loop(model, before, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
 
 def policy_directory(path: str) -> str:
@@ -23,6 +36,9 @@ def chat_loop(
 ) -> None:
     """Reads a question a line from stdin; writes each model's answer."""
     import torch
+
+    from cluster.machine.torch_state import prepare_torch
+    from cluster.runs.console import result
 
     prepare_torch()
     names = [("after", model)] if before is None else [("before", before), ("after", model)]
@@ -46,6 +62,7 @@ def chat_loop(
 
 
 def _load(path: str) -> tuple[Any, Any]:
+    from cluster.contracts.config.base import ModelConfig
     from learner.models.load import load_policy, load_tokenizer
 
     config = ModelConfig(path=path)
@@ -54,6 +71,8 @@ def _load(path: str) -> tuple[Any, Any]:
 
 def _answer(policy: Any, tokenizer: Any, text: str, max_tokens: int, temperature: float) -> str:
     import torch
+
+    from cluster.contracts.chat import render_prompt, require_template, text_prompt
 
     if getattr(tokenizer, "chat_template", None):
         require_template(tokenizer, "chat")

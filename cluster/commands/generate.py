@@ -1,45 +1,33 @@
-"""`accord generate`: answers of a model to prompts, as JSON lines."""
+"""`accord generate`."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Annotated
 
-from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_in_cluster
-from cluster.contracts.config.base import ClusterConfig, ModelConfig
-from cluster.contracts.config.rollout import DataConfig, RolloutConfig
-from cluster.machine.cores import own_cores
-from cluster.machine.ray_session import ray_cluster
-from cluster.runs.console import Reporter
-from cluster.runs.run import write_text
+import typer
+
+from cluster.commands.options import Quiet, print_path, reporter
 
 
-def generate_to_file(
-    model: str,
-    prompts: str,
-    out: Path,
-    *,
-    samples: int,
-    max_tokens: int,
-    temperature: float,
-    seed: int,
-    reporter: Reporter,
+def generate(
+    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    prompts: Annotated[str, typer.Argument(help="Prompts: JSONL, Parquet or datasets:NAME.")],
+    out: Annotated[Path, typer.Option(help="JSONL file to write.")] = Path("answers.jsonl"),
+    samples: Annotated[int, typer.Option(help="Completions per prompt.")] = 1,
+    max_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """`accord generate`: one JSON line an answer: prompt, completion, finish_reason, tokens."""
-    config = ModelConfig(path=model)
-    data = DataConfig(prompts=prompts, shuffle=False)
-    rollout = RolloutConfig(
-        max_tokens=max_tokens, temperature=temperature, workers=max(1, len(own_cores()))
-    )
-    ready = prompts_for(config, data, seed, max_tokens=max_tokens)
-    job = Sampling(
-        model=config,
-        prompts=ready,
-        samples=samples,
-        rollout=rollout,
-        max_prompt_tokens=max(len(p.token_ids) for p in ready),
-        seed=seed,
-    )
-    with ray_cluster(ClusterConfig()), reporter.stage(f"{len(ready)} prompts"):
-        answers = sample_in_cluster([job])[0]
-    write_text(out, "".join(json.dumps(answer_row(a), ensure_ascii=False) + "\n" for a in answers))
+    """Sample completions from a model with vLLM and write them to a file.
+
+    Example: `accord generate runs/q/sft/policy prompts.jsonl --samples 4 --out answers.jsonl`
+    """
+    from cluster.assembly.generate import generate_to_file
+
+    generate_to_file(
+        model, prompts, out, samples=samples, max_tokens=max_tokens, temperature=temperature,
+        seed=seed, reporter=reporter(quiet),
+    )  # fmt: skip
+    print_path(out)

@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 import learner.rl.learner
-from cluster.commands.replay import replay_run
+from cluster.assembly.replay import replay_run
 from cluster.contracts.rollout_table import from_table
 from cluster.runs.console import Reporter
 

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.commands.simulate import as_row, read_request, show_simulation
 from cluster.contracts.errors import Fatal, UserError
 from cluster.measure.simulation.loop import VirtualLoop
+from cluster.measure.simulation.request import as_row, read_request, show_simulation
 from cluster.measure.simulation.scenario import Scenario, draw_lengths
 from cluster.measure.simulation.simulate import simulate
 from cluster.runs.console import Reporter

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from cluster.commands.status import read_status
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
 from cluster.loop.supervision import GiveUp, Restart, decide
 from cluster.machine.cores import plan_cores
 from cluster.runs.control import want_workers, wanted_workers
 from cluster.runs.run import Run, verify_checkpoint
+from cluster.runs.status import read_status
 
 
 class Settings(BaseModel):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cluster.commands.replay import replay_run
+from cluster.assembly.replay import replay_run
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState, StepInput

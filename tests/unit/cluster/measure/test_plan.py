@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from cluster.commands.plan import table, verdict
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.cores import plan_cores
+from cluster.measure.plan import table, verdict
 from cluster.measure.probe.engine import task_slots
 from cluster.measure.probe.probe import Outlook, outlook
 

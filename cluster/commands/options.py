@@ -1,0 +1,76 @@
+"""What several commands share: argument types, and what they do first and last.
+
+Imports nothing heavy: `accord --help` imports every command.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster.contracts.errors import UserError
+
+if TYPE_CHECKING:
+    from cluster.runs.console import Reporter
+
+_CONFIG = {"help": "TOML file; see examples/.", "metavar": "CONFIG.toml"}
+
+Config = Annotated[Path, typer.Argument(**_CONFIG)]
+OptionalConfig = Annotated[Path | None, typer.Argument(**_CONFIG)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Settings that replace the file's, such as batch.steps=50. "
+        "KEY=none clears a setting that may be left out.",
+        metavar="[KEY=VALUE]...",
+    ),
+]
+Resume = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="RUN",
+        help="Continue this run directory from its newest checkpoint. Give no CONFIG then.",
+    ),
+]
+RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result, no progress.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def load(model: Any, path: Path | None, overrides: list[str] | None, command: str) -> Any:
+    """The config of type ``model``. Raises UserError when there is none, or it is wrong."""
+    from cluster.contracts.config.file import load_config
+
+    if path is None:
+        raise UserError(
+            "no config given", where=f"accord {command}", fix=f"accord {command} CONFIG.toml"
+        )
+    return load_config(model, str(path), overrides or [])
+
+
+def resume_overrides(config: Path | None, overrides: list[str] | None) -> list[str]:
+    """With --resume there is no CONFIG argument: the first word is an override."""
+    return ([str(config)] if config else []) + (overrides or [])
+
+
+def reporter(quiet: bool) -> Reporter:
+    from cluster.runs.console import Reporter
+
+    return Reporter(quiet=quiet)
+
+
+def say_at_once(text: str, quiet: bool) -> None:
+    """A line on stderr before the first import that takes seconds."""
+    if not quiet:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def print_path(path: Path) -> None:
+    """A command's result: where it lies."""
+    from cluster.runs.console import result
+
+    result(str(path))

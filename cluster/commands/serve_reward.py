@@ -1,0 +1,28 @@
+"""`accord serve-reward`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.commands.options import Config, Overrides
+
+
+def serve_reward(
+    config: Config,
+    overrides: Overrides = None,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on. 0: any free port.")] = 0,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File that holds the bearer token clients must send.")
+    ] = None,
+) -> None:
+    """Serve the config's [reward] section over gRPC (accord.reward.v1) until interrupted.
+
+    Example: `accord serve-reward examples/ppo.toml --port 7070`
+    """
+    from cluster.assembly.reward_server import serve_forever
+
+    serve_forever(str(config), overrides or [], host, port, token_file)

@@ -1,0 +1,39 @@
+"""`accord train`."""
+
+from __future__ import annotations
+
+from cluster.commands.options import (
+    OptionalConfig,
+    Overrides,
+    Quiet,
+    Resume,
+    load,
+    print_path,
+    reporter,
+    resume_overrides,
+)
+
+
+def train(
+    config: OptionalConfig = None,
+    overrides: Overrides = None,
+    resume: Resume = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train a policy with PPO, GRPO, RLOO or a relative, on Ray.
+
+    Rollout workers generate completions with vLLM while the learner trains on earlier ones.
+
+    Example: `accord train examples/ppo.toml batch.steps=200 staleness.bound=2`
+
+    Example: `accord train --resume runs/my-run batch.steps=400`
+    """
+    from cluster.assembly.training import resume_training, train_policy
+
+    if resume is not None:
+        words = resume_overrides(config, overrides)
+        print_path(resume_training(str(resume), words, reporter(quiet)))
+        return
+    from cluster.contracts.config.train import TrainConfig
+
+    print_path(train_policy(load(TrainConfig, config, overrides, "train"), reporter(quiet)))

@@ -1,0 +1,127 @@
+"""`accord plan`: the resolved config, what follows from it, and, with a probe, how it will run."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from cluster.contracts.config.file import dump_toml
+from cluster.contracts.config.train import TrainConfig
+from cluster.machine.cores import own_cores, plan_cores
+from cluster.measure.probe.memory import memory_plan
+from cluster.measure.probe.probe import Outlook, probe
+from cluster.runs.console import Reporter, result
+
+MB = 1 << 20
+QUIET = 0.9  # share of a core below which something else was running
+
+
+def show_plan(
+    config: TrainConfig, as_json: bool, with_probe: bool = False, reporter: Reporter | None = None
+) -> None:
+    """Print the plan. With the probe, models are loaded and run for some seconds."""
+    numbers = derived(config)
+    found = probe(config, reporter or Reporter()) if with_probe else None
+    memory = memory_plan(config, found.measured) if found else {}
+    if as_json:
+        shown: dict[str, Any] = {"config": config.model_dump(mode="json"), "derived": numbers}
+        if found is not None:
+            outlook = {**asdict(found), "memory": memory, "verdict": verdict(config, found)}
+            shown["probe"] = outlook
+        result(json.dumps(shown))
+        return
+    result(dump_toml(config))
+    result("# derived")
+    for name, value in numbers.items():
+        result(f"#   {name} = {value}")
+    if found is None:
+        result("# step time, memory and bottleneck: add --probe (runs each role for some seconds)")
+        return
+    sizes = [f"  {name:<44} {size / MB:9.1f}" for name, size in memory.items()]
+    for line in (*table(config, found), "memory, MiB", *sizes, "", verdict(config, found)):
+        result(f"# {line}".rstrip())
+
+
+def table(config: TrainConfig, found: Outlook) -> list[str]:
+    """Seconds a step by role, as the probe measured them, and what the model makes of them."""
+    times, engine = found.times, found.measured["engine"]
+    rows = [
+        ("generation", times.generate_s, f"{engine['tokens_per_s']:.0f} tokens/s a worker"),
+        ("  one answer", times.sample_s, f"{found.mean_length:.1f} tokens on average"),
+        ("  pause of a weight update", times.generation_stall_s, ""),
+        ("scoring", times.scoring_s, f"one call {1000 * times.score_s:.1f} ms"),
+        ("learner", times.learn_s, f"weights ready in {1000 * times.publish_s:.1f} ms"),
+        ("step at bound 0", found.synchronous_s, "synchronous"),
+        (
+            f"step at bound {config.staleness.bound}",
+            found.prediction.step_s,
+            f"{found.samples_per_s:.1f} samples/s, {found.tokens_per_s:.0f} tokens/s",
+        ),
+    ]
+    return [
+        "predicted, seconds a step",
+        *(f"  {name:<28} {seconds:8.3f}   {note}".rstrip() for name, seconds, note in rows),
+        f"  busy: generation {found.prediction.generation_busy:.0%}, "
+        f"learner {found.prediction.learner_busy:.0%}",
+        f"  staleness bound needed: {found.bound} (set: {config.staleness.bound})",
+        f"  workers that keep the learner busy: {found.workers} (set: {config.rollout.workers}); "
+        f"the learner's share of the machine would be {found.learner_share:.0%}",
+        *disturbed(config, found),
+    ]
+
+
+def disturbed(config: TrainConfig, found: Outlook) -> list[str]:
+    """A line where a role got less of a core than it asked for: then all times are too long."""
+    on_gpu = {"engine": config.rollout.gpus, "learner": config.learner.gpus}  # these wait for it
+    shares = [found.measured[role]["cpu_share"] for role in on_gpu if not on_gpu[role]]
+    if not shares or min(shares) >= QUIET:
+        return []
+    return [f"  the machine was busy: a role got {min(shares):.0%} of a core; expect shorter steps"]
+
+
+def verdict(config: TrainConfig, found: Outlook) -> str:
+    """One sentence: what limits the run, and what would help."""
+    prediction, workers = found.prediction, config.rollout.workers
+    step = f"a step of about {prediction.step_s:.2g} s"
+    if prediction.bottleneck == "generation":
+        help_ = (
+            f"rollout.workers={max(found.workers, workers + 1)} on cores of their own would help"
+        )
+        return (
+            f"Bottleneck: generation ({step}; the learner works {prediction.learner_busy:.0%} of "
+            f"it); {help_}."
+        )
+    if prediction.bottleneck == "learner":
+        more = f" {found.workers} worker(s) would be enough;" if found.workers < workers else ""
+        return (
+            f"Bottleneck: the learner ({step}; generation works {prediction.generation_busy:.0%} "
+            f"of it);{more} more cores or fewer passes for the learner would help."
+        )
+    if prediction.bottleneck == "scoring":
+        return f"Bottleneck: the reward service ({step}); run a faster one (`accord serve-reward`)."
+    if prediction.bottleneck == "cores":
+        return f"Bottleneck: the cores of this machine, which all roles share ({step})."
+    return (
+        f"Bottleneck: the staleness bound of {config.staleness.bound} ({step}); "
+        f"staleness.bound={found.bound} would let generation and training overlap."
+    )
+
+
+def derived(config: TrainConfig) -> dict[str, Any]:
+    batch, rollout, bound = config.batch, config.rollout, config.staleness.bound
+    samples = batch.prompts_per_step * batch.samples_per_prompt
+    cores = plan_cores(own_cores(), rollout.workers, pin=config.cluster.pin_cores)
+    slots = rollout.workers * rollout.max_running
+    return {
+        "samples per step": samples,
+        "samples of the whole run": samples * batch.steps,
+        "answer tokens per step, at most": samples * rollout.max_tokens,
+        "groups in flight, at most": (bound + 1) * batch.prompts_per_step,
+        "samples decoded at once, at most": slots,
+        # Little's law: S samples in flight, batches of B: so many steps of lag keep both busy.
+        "staleness bound that keeps both sides busy": -(-slots // samples) + 1,
+        "optimiser steps per learner step": config.learner.epochs * config.learner.minibatches,
+        "cores of rollout workers": [list(c) for c in cores.workers] or "not pinned",
+        "cores of the learner and scoring": list(cores.learner) or "not pinned",
+    }
