@@ -43,10 +43,12 @@ class ModelConfig(Section):
 
 
 class LoggingConfig(Section):
-    tensorboard: bool = True
-    wandb: bool = False
-    wandb_project: str = "accord"
-    ray_metrics: bool = True
+    tensorboard: bool = Field(True, description="Write TensorBoard files into the run.")
+    wandb: bool = Field(False, description="Send the metrics to Weights & Biases.")
+    wandb_project: str = Field("accord", description="Project of Weights & Biases.")
+    ray_metrics: bool = Field(
+        True, description="Export the metrics through Ray, for Prometheus and Grafana."
+    )
     save_rollouts: bool = Field(
         True, description="Write every trained group to rollouts/*.parquet."
     )

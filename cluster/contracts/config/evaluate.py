@@ -10,15 +10,17 @@ from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 
 
 class EvaluateConfig(Section):
-    """`accord evaluate`: answers of two policies to the same prompts, compared."""
+    """`accord evaluate`: completions of two policies for the same prompts, compared."""
 
     run: RunConfig = RunConfig()
     policy: ModelConfig
     baseline: ModelConfig
     data: DataConfig
     judge: RewardConfig = Field(description="Scores both; training should never have seen it.")
-    samples: int = Field(1, ge=1, description="Answers a prompt.")
-    max_prompts: int | None = Field(None, ge=1)
+    samples: int = Field(1, ge=1, description="Completions per prompt.")
+    max_prompts: int | None = Field(
+        None, ge=1, description="Only the first so many prompts; none: all of them."
+    )
     tie_margin: float = Field(0.0, ge=0, description="Scores closer than this are a tie.")
     rollout: RolloutConfig = RolloutConfig()
     cluster: ClusterConfig = ClusterConfig()

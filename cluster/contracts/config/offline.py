@@ -12,26 +12,41 @@ from cluster.contracts.config.base import LoggingConfig, ModelConfig, RunConfig,
 class FitConfig(Section):
     """The loop shared by SFT, reward model and DPO."""
 
-    epochs: int = Field(1, ge=1)
-    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimiser steps.")
+    epochs: int = Field(1, ge=1, description="Passes over all rows.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps.")
     max_seconds: float | None = Field(
-        None, gt=0, description="Stop after so long, with a full schedule."
+        None, gt=0, description="Stop after this many seconds; the learning rate follows the time."
     )
-    lr: float = Field(1e-4, gt=0)
-    warmup_ratio: float = Field(0.05, ge=0, le=1)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    max_grad_norm: float = Field(1.0, gt=0)
+    lr: float = Field(1e-4, gt=0, description="Learning rate at its highest.")
+    warmup_ratio: float = Field(
+        0.05, ge=0, le=1, description="Share of the optimiser steps in which the rate rises to lr."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="How the learning rate goes on after the warm-up: constant, or to 0."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="AdamW: decay of the first and of the second moment."
+    )
+    eps: float = Field(1e-8, description="AdamW: added to the root of the second moment.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="A gradient of a larger norm is scaled down to this norm."
+    )
     rows_per_step: int = Field(32, ge=1, description="Rows of one optimiser step.")
-    tokens_per_microbatch: int = Field(4096, ge=16)
-    max_tokens: int = Field(
-        512, ge=2, description="Longest row; longer ones are left out and counted."
+    tokens_per_microbatch: int = Field(
+        4096, ge=16, description="Padded tokens of one forward pass; bounds the memory it takes."
     )
-    eval_fraction: float = Field(0.05, ge=0, lt=1, description="Held out, by prompt hash.")
+    max_tokens: int = Field(
+        512, ge=2, description="Longest row, in tokens; longer rows are left out and counted."
+    )
+    eval_fraction: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of the prompts held out for evaluation, chosen by a hash.",
+    )
     eval_every: int = Field(100, ge=1, description="Optimiser steps between evaluations.")
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(500, ge=1, description="Optimiser steps between checkpoints.")
     threads: int = Field(0, ge=0, description="Compute threads; 0: one a core.")
 
 
@@ -40,7 +55,7 @@ class SftDataConfig(Section):
         description="JSONL or Parquet file, or `datasets:NAME`, with messages, "
         "prompt+completion or text."
     )
-    split: str = "train"
+    split: str = Field("train", description="Split of `datasets:NAME`.")
 
 
 class SftConfig(Section):
@@ -58,7 +73,7 @@ class PairsConfig(Section):
         description="prompt/chosen/rejected as JSONL, Parquet or `datasets:NAME`, or a preference "
         "store (`*.db`), whose pairs are exported into the run."
     )
-    split: str = "train"
+    split: str = Field("train", description="Split of `datasets:NAME`.")
 
 
 class RewardModelConfig(Section):
@@ -68,8 +83,15 @@ class RewardModelConfig(Section):
     model: ModelConfig
     data: PairsConfig
     fit: FitConfig = FitConfig()
-    use_margin: bool = Field(False, description="Subtract the annotators' strength in the loss.")
-    centre_coef: float = Field(0.0, ge=0, description="Weight of (chosen + rejected)² in the loss.")
+    use_margin: bool = Field(
+        False,
+        description="Margin loss: the chosen completion must win by the annotator's strength.",
+    )
+    centre_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of (chosen score + rejected score)² in the loss; keeps scores near 0.",
+    )
     logging: LoggingConfig = LoggingConfig()
 
 
@@ -80,7 +102,14 @@ class DpoConfig(Section):
     model: ModelConfig
     data: PairsConfig
     fit: FitConfig = FitConfig()
-    beta: float = Field(0.1, gt=0)
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    beta: float = Field(
+        0.1, gt=0, description="Strength of the pull to the reference model; smaller moves further."
+    )
+    loss: Literal["sigmoid", "ipo"] = Field(
+        "sigmoid",
+        description="sigmoid: DPO's own loss; ipo: squared distance to a margin of 1/(2β).",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Assumed share of pairs whose preference is the wrong way."
+    )
     logging: LoggingConfig = LoggingConfig()

@@ -10,13 +10,11 @@ from cluster.contracts.config.base import DType, Section
 
 
 class DataConfig(Section):
-    prompts: str = Field(
-        description="JSONL or Parquet file, or `datasets:NAME` for a datasets name."
-    )
-    split: str = Field("train", description="Split of a datasets name.")
+    prompts: str = Field(description="File of prompts (JSONL or Parquet), or `datasets:NAME`.")
+    split: str = Field("train", description="Split of `datasets:NAME`.")
     prompt_key: str = Field("", description="Column with the prompt; empty: recognised by shape.")
     max_prompt_tokens: int = Field(
-        512, ge=1, description="A longer prompt is an error naming its row."
+        512, ge=1, description="Longest prompt, in tokens; a longer one is an error naming its row."
     )
     skip_long_prompts: bool = Field(
         False, description="Leave prompts over the limit out (counted and reported) instead."
@@ -33,11 +31,11 @@ class RolloutConfig(Section):
     temperature: float = Field(
         1.0, gt=0, description="Sampling temperature, the same in the learner."
     )
-    max_tokens: int = Field(64, ge=1, description="Longest answer, in tokens.")
+    max_tokens: int = Field(64, ge=1, description="Longest completion, in tokens.")
     min_tokens: int = Field(
         0,
         ge=0,
-        description="Shortest answer: before it no end can be sampled (at most max_tokens).",
+        description="Shortest completion, in tokens: before it no end can be sampled.",
     )
     max_running: int = Field(64, ge=1, description="Sequences decoded at once by one worker.")
     kv_cache_mb: int = Field(64, ge=8, description="Key-value cache of a CPU engine, MiB.")

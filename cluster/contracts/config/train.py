@@ -19,8 +19,10 @@ from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 
 
 class BatchConfig(Section):
-    prompts_per_step: int = Field(32, ge=1)
-    samples_per_prompt: int = Field(4, ge=1)
+    prompts_per_step: int = Field(32, ge=1, description="Prompts that one learner step trains on.")
+    samples_per_prompt: int = Field(
+        4, ge=1, description="Completions sampled per prompt (the size of a group)."
+    )
     steps: int = Field(100, ge=1, description="Learner steps of the run.")
 
 
@@ -36,20 +38,35 @@ class StalenessConfig(Section):
 
 class KLConfig(Section):
     coef: float = Field(0.05, ge=0, description="Weight of the per-token KL to the reference.")
-    place: Literal["reward", "loss"] = "reward"
+    place: Literal["reward", "loss"] = Field(
+        "reward",
+        description="Where the KL term acts: taken off each token's reward, or added to the loss.",
+    )
     estimator: Literal["k1", "k2", "k3", "k3+"] = Field(
         "k1", description="k1 belongs in the reward; in the loss use k2 or k3+ (its gradient)."
     )
-    controller: Literal["fixed", "adaptive"] = "fixed"
-    target: float = Field(6.0, gt=0, description="Adaptive: wanted KL, nats per answer.")
-    horizon: int = Field(10000, ge=1, description="Adaptive: samples over which to correct.")
+    controller: Literal["fixed", "adaptive"] = Field(
+        "fixed", description="fixed: coef stays; adaptive: coef follows `target`."
+    )
+    target: float = Field(6.0, gt=0, description="Adaptive: wanted KL, in nats per completion.")
+    horizon: int = Field(
+        10000, ge=1, description="Adaptive: completions over which a deviation is corrected."
+    )
 
 
 class AlgorithmConfig(Section):
-    advantage: Literal["gae", "grpo", "rloo", "reinforce++", "reinforce-baseline"] = "gae"
-    loss: Literal["ppo", "reinforce", "cispo", "gspo"] = "ppo"
-    gamma: float = Field(1.0, gt=0, le=1)
-    lam: float = Field(0.95, ge=0, le=1)
+    advantage: Literal["gae", "grpo", "rloo", "reinforce++", "reinforce-baseline"] = Field(
+        "gae",
+        description="How rewards become advantages. gae needs a value network (PPO); the others "
+        "compare the completions of a group, or of the step.",
+    )
+    loss: Literal["ppo", "reinforce", "cispo", "gspo"] = Field(
+        "ppo", description="Policy loss; docs/algorithms.md has the formulas."
+    )
+    gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
+    lam: float = Field(
+        0.95, ge=0, le=1, description="GAE's λ: 0 trusts the value network, 1 the rewards."
+    )
     clip_low: float | None = Field(
         None,
         gt=0,
@@ -65,36 +82,63 @@ class AlgorithmConfig(Section):
     dual_clip: float | None = Field(
         None, gt=1, description="ppo only: bound of the loss where the advantage is negative."
     )
-    clip_value: float = Field(0.2, gt=0)
-    value_coef: float = Field(0.1, ge=0)
-    entropy_coef: float = Field(0.0, ge=0)
-    whiten_advantages: bool = True
-    whiten_rewards: bool = False
+    clip_value: float = Field(
+        0.2, gt=0, description="Furthest that a value may move from its old estimate in the loss."
+    )
+    value_coef: float = Field(0.1, ge=0, description="Weight of the value loss.")
+    entropy_coef: float = Field(
+        0.0, ge=0, description="Weight of an entropy bonus, per token; 0: none."
+    )
+    whiten_advantages: bool = Field(
+        True,
+        description="gae and reinforce++: scale the advantages of a step to mean 0 and standard "
+        "deviation 1.",
+    )
+    whiten_rewards: bool = Field(
+        False, description="Scale the step's rewards to standard deviation 1, mean kept."
+    )
     scale_by_std: bool = Field(True, description="GRPO: divide by the group's standard deviation.")
-    aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = "token-mean"
+    aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = Field(
+        "token-mean",
+        description="How token losses become one number: mean over all tokens; mean per "
+        "completion, then over completions; sum per completion, then mean over completions.",
+    )
     missing_eos_penalty: float = Field(
-        0.0, ge=0, description="Taken off the score of an answer that did not end by itself."
+        0.0, ge=0, description="Taken off the score of a completion without an end token."
     )
     truncated: Literal["keep", "mask", "bootstrap"] = Field(
         "keep",
-        description="Answers cut at max_tokens: trained as they are, left out of the loss, or "
+        description="Completions cut at max_tokens: trained as they are, left out of the loss, or "
         "continued with the value estimate (gae only).",
     )
     kl: KLConfig = KLConfig()
 
 
 class LearnerConfig(Section):
-    lr: float = Field(1e-5, gt=0)
-    value_lr: float | None = Field(None, gt=0, description="None: as lr.")
-    warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-5
-    max_grad_norm: float = Field(1.0, gt=0)
-    epochs: int = Field(1, ge=1, description="Passes over the samples of a step.")
-    minibatches: int = Field(1, ge=1, description="Optimiser steps a pass.")
-    tokens_per_microbatch: int = Field(2048, ge=16, description="Padded tokens of a forward pass.")
+    lr: float = Field(1e-5, gt=0, description="Learning rate of the policy, at its highest.")
+    value_lr: float | None = Field(
+        None, gt=0, description="Learning rate of the value network; none: as lr."
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="Learner steps in which the learning rate rises to lr."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant",
+        description="How the learning rate goes on after the warm-up: constant, or to 0.",
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    betas: tuple[float, float] = Field(
+        (0.9, 0.95), description="AdamW: decay of the first and of the second moment."
+    )
+    eps: float = Field(1e-5, description="AdamW: added to the root of the second moment.")
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="A gradient of a larger norm is scaled down to this norm."
+    )
+    epochs: int = Field(1, ge=1, description="Passes over the completions of a learner step.")
+    minibatches: int = Field(1, ge=1, description="Optimiser steps per pass.")
+    tokens_per_microbatch: int = Field(
+        2048, ge=16, description="Padded tokens of one forward pass; bounds the memory it takes."
+    )
     packing: Literal["auto", "padded", "packed"] = Field(
         "auto",
         description="Rows of a microbatch: padded to the longest, or packed end to end. auto: "
@@ -114,11 +158,15 @@ class LearnerConfig(Section):
         "a head on the policy's trunk.",
     )
     value_path: str | None = Field(None, description="Reward model the value network starts from.")
-    value_warmup_steps: int = Field(0, ge=0, description="First steps train the value only.")
+    value_warmup_steps: int = Field(
+        0, ge=0, description="First learner steps, which train the value network only."
+    )
     reference_path: str | None = Field(
         None, description="Reference model; None: the starting policy."
     )
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = Field(
+        False, description="Compute activations twice instead of keeping them (less memory)."
+    )
     compile: bool = Field(
         False,
         description="torch.compile of the models. On one CPU core a step got up to 11 % faster, "
@@ -135,8 +183,12 @@ class LearnerConfig(Section):
     )
     cpus: float = Field(1, gt=0, description="Of each process.")
     gpus: float = Field(0, ge=0, description="GPUs of each process of the learner.")
-    start_timeout_s: float = Field(180, gt=0)
-    step_timeout_s: float = Field(1800, gt=0)
+    start_timeout_s: float = Field(
+        180, gt=0, description="A learner that is not ready after so many seconds is an error."
+    )
+    step_timeout_s: float = Field(
+        1800, gt=0, description="A learner step that takes more seconds is an error."
+    )
 
 
 class WeightsConfig(Section):
