@@ -33,13 +33,14 @@ from cluster.machine.core_sharing import SideBalance
 from cluster.machine.cores import CorePlan, own_cores, plan_cores
 from cluster.machine.ray_session import ray_cluster
 from cluster.machine.signals import signal_handlers_kept
+from cluster.runs.alarm_sink import AlarmSink
 from cluster.runs.console import Reporter
 from cluster.runs.control import wanted_workers
 from cluster.runs.run import Run
 from cluster.runs.sinks import make_sinks
 
 # What may differ on resume, as it does not change what is learnt.
-FREE_ON_RESUME = ("logging", "cluster", "checkpoint", "batch.steps", "rollout.workers")
+FREE_ON_RESUME = ("logging", "alarms", "cluster", "checkpoint", "batch.steps", "rollout.workers")
 STOP_S = 3.0  # for the reward service to answer what it is scoring
 
 
@@ -124,6 +125,7 @@ def train_in_cluster(
     # asyncio leaves the default handlers behind, and other stages may follow.
     with run.lock(), signal_handlers_kept(), recorded(run, fresh=state is None):
         sinks = make_sinks(config.logging, run.path, on_ray=True)
+        sinks.append(AlarmSink(config.alarms, run, reporter, state.step if state else 0))
         if cores.workers and hasattr(os, "sched_setaffinity"):
             sinks.append(SideBalance(cores))
         try:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from cluster.contracts.config.alarms import AlarmsConfig
 from cluster.contracts.config.base import (
     ClusterConfig,
     LoggingConfig,
@@ -227,6 +228,7 @@ class TrainConfig(Section):
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    alarms: AlarmsConfig = AlarmsConfig()
     cluster: ClusterConfig = ClusterConfig()
 
     @model_validator(mode="after")
