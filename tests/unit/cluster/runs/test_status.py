@@ -1,0 +1,137 @@
+"""`accord runs` and `accord status`: what a run's files say, whole, damaged or half written."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from cluster.contracts.errors import UserError
+from cluster.runs.control import want_workers
+from cluster.runs.driver import Driver
+from cluster.runs.overview import find_runs, overview, size, span, tail_rows
+from cluster.runs.run import Run, write_json
+from cluster.runs.status import headline, read_status, status_lines
+
+
+class Batch(BaseModel):
+    steps: int = 10
+
+
+class Config(BaseModel):
+    batch: Batch = Batch()
+
+
+def make(folder: Path, name: str = "r", command: str = "train", steps: int = 4) -> Run:
+    run = Run.create(str(folder), name, command, Config())
+    now = time.time()
+    rows = [
+        {"step": s, "time": now - 2.0 * (steps - s), "objective/scores": s / 10}
+        for s in range(1, steps + 1)
+    ]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (run.path / "metrics.jsonl").write_text(text + '{"step": 99, "ti')  # being written
+    return run
+
+
+def kill(run: Run) -> None:
+    """As kill -9 leaves a run: the lock is there, its process is not."""
+    dead = Driver.of_this_process().record() | {"pid": 2**22 + 1}
+    write_json(run.path / "driver.lock", dead)
+
+
+def test_a_running_run_tells_its_step_and_the_time_left(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.event("cluster", address="h:1", dashboard="127.0.0.1:8265")
+    for kind, worker in (
+        ("worker_serving", "worker-0"),
+        ("worker_serving", "worker-1"),
+        ("worker_lost", "worker-0"),
+    ):
+        run.event(kind, worker=worker)
+    with run.lock():
+        status = read_status(run)
+        lines = status_lines(run)
+    assert (status["status"], status["step"], status["steps"]) == ("running", 4, 10)
+    assert status["seconds_left"] == pytest.approx(12.0)
+    assert status["workers"] == ["worker-1"]
+    assert (status["driver"]["pid"], status["driver_alive"]) == (os.getpid(), True)
+    assert lines[0].startswith("r: running (train), step 4 of 10, reward +0.400, 12 s left, last")
+    assert "  workers serving: 1 (worker-1)" in lines
+    assert "  Ray dashboard: 127.0.0.1:8265" in lines
+
+
+def test_a_killed_run_is_dead_and_says_how_to_continue(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    kill(run)
+    step = run.path / "checkpoints" / "step-000003"
+    step.mkdir(parents=True)
+    write_json(step / "manifest.json", {})
+    status = read_status(run)
+    assert (status["status"], status["driver_alive"], status["workers"]) == ("dead", False, [])
+    assert status["seconds_left"] is None
+    assert f"  continue: accord train --resume {run.path}" in status_lines(run)
+    with pytest.raises(UserError, match="status dead"):
+        want_workers(run.path, 2)
+
+
+def test_a_killed_run_without_a_checkpoint_cannot_be_continued(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    kill(run)
+    assert not [line for line in status_lines(run) if "--resume" in line]
+
+
+def test_a_run_on_another_host_is_believed(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    elsewhere = Driver.of_this_process().record() | {"host": "elsewhere"}
+    write_json(run.path / "driver.lock", elsewhere)
+    status = read_status(run)
+    assert (status["status"], status["driver_alive"]) == ("running", None)
+    assert "not visible from here" in "\n".join(status_lines(run))
+
+
+def test_a_finished_run_is_finished_whoever_lives(tmp_path: Path) -> None:
+    run = make(tmp_path, steps=10)
+    kill(run)
+    run.update_manifest(status="finished")
+    assert headline(overview(run.path)) == "r: finished (train), step 10 of 10, reward +1.000"
+
+
+def test_runs_are_found_with_their_stages_and_a_bad_one_hides_no_other(tmp_path: Path) -> None:
+    quick = make(tmp_path, "quick", "quickstart")
+    make(quick.path, "ppo")
+    bad = make(tmp_path, "bad")
+    (bad.path / "manifest.json").write_text("{")
+    (tmp_path / "no-run").mkdir()
+    found = {str(path.relative_to(tmp_path)): overview(path).status for path in find_runs(tmp_path)}
+    assert found == {"bad": "damaged", "quick": "running", "quick/ppo": "running"}
+    with pytest.raises(UserError, match="is damaged"):
+        read_status(bad)
+
+
+def test_a_run_without_metrics_has_an_overview(tmp_path: Path) -> None:
+    run = Run.create(str(tmp_path), "r", "sft", Config())
+    facts = overview(run.path)
+    assert (facts.step, facts.steps, facts.latest_text()) == (0, None, "")
+    assert facts.size_bytes == sum(p.stat().st_size for p in run.path.iterdir())
+
+
+def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: Any) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1000)))
+    monkeypatch.setattr("cluster.runs.overview.TAIL_BYTES", 100)
+    rows = tail_rows(path)
+    assert rows[-1] == {"step": 999}
+    assert 3 < len(rows) < 10
+
+
+def test_spans_and_sizes_are_short() -> None:
+    spans = [span(s) for s in (0.2, 75, 600, 7200, 400_000)]
+    assert spans == ["0 s", "75 s", "10 min", "2.0 h", "4.6 days"]
+    sizes = [size(b) for b in (0, 812, 3_100_000, 105_000_000, 2_400_000_000, 7 * 10**12)]
+    assert sizes == ["0 B", "812 B", "3.1 MB", "105 MB", "2.4 GB", "7.0 TB"]
