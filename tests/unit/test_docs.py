@@ -145,7 +145,7 @@ def test_every_command_would_be_accepted(page: Path) -> None:
     [
         "accord trian examples/ppo.toml",
         "accord quickstart --sede 1",
-        "accord status",
+        "accord report",
         "accord scale runs/q many",
         "accord preferences",
         "accord train examples/no-such.toml",
