@@ -16,7 +16,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
@@ -36,11 +36,33 @@ app = typer.Typer(
     "model, PPO and GRPO with vLLM on Ray, evaluation.\n\n"
     "Start with: accord quickstart",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from cluster.runs.provenance import version_lines
+
+        print("\n".join(version_lines()))
+        raise typer.Exit
+
+
+@app.callback()
+def accord(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            is_eager=True,
+            callback=_show_version,
+            help="Show the versions of Accord, Python and the libraries, and exit.",
+        ),
+    ] = False,
+) -> None:
+    """Reads the options that stand before a command."""
 
 
 def add_command(command: Callable[..., Any] | typer.Typer, heading: str) -> None:

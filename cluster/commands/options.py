@@ -16,6 +16,17 @@ from cluster.contracts.errors import UserError
 if TYPE_CHECKING:
     from cluster.runs.console import Reporter
 
+
+def complete_run(incomplete: str) -> list[str]:
+    """Shell completion: run directories in the folder written so far; without one, here and in
+    runs/."""
+    folder, slash, _ = incomplete.rpartition("/")
+    places = [Path(folder or "/")] if slash else [Path(), Path("runs")]
+    found = [str(p.parent) for place in places for p in sorted(place.glob("*/manifest.json"))]
+    return [path for path in found if path.startswith(incomplete)]
+
+
+_RUN = {"metavar": "RUN", "autocompletion": complete_run}
 _CONFIG = {"help": "TOML file; see examples/.", "metavar": "CONFIG.toml"}
 
 Config = Annotated[Path, typer.Argument(**_CONFIG)]
@@ -25,17 +36,17 @@ Overrides = Annotated[
     typer.Argument(
         help="Settings that replace the file's, such as batch.steps=50. "
         "KEY=none clears a setting that may be left out.",
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE",
     ),
 ]
 Resume = Annotated[
     Path | None,
     typer.Option(
-        metavar="RUN",
+        **_RUN,
         help="Continue this run directory from its newest checkpoint. Give no CONFIG then.",
     ),
 ]
-RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", metavar="RUN")]
+RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", **_RUN)]
 RunsFolder = Annotated[Path, typer.Option("--dir", help="Folder that holds the run directories.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result, no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

