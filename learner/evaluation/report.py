@@ -8,23 +8,16 @@ code points.
 from __future__ import annotations
 
 import json
-import unicodedata
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup
-
 from cluster.contracts.errors import UserError
 from learner.evaluation import panels
+from learner.evaluation.page import plain, render
 from learner.evaluation.run_files import Row, RunFiles, number, write_atomic
 from learner.evaluation.samples import Chosen, Sample, choose, read_samples
 
 MOST_EVENTS = 200
-# Joiners shape letters in Persian, Indic scripts and emoji; they neither hide nor reorder text.
-_HARMLESS = "\n\t\u200c\u200d"
-_SHOWN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 
 def write_report(run_dir: Path) -> Path:
@@ -44,35 +37,8 @@ def write_report(run_dir: Path) -> Path:
         json.dumps(context["figures"], indent=2, allow_nan=False) + "\n",
     )
     page = run_dir / "report.html"
-    write_atomic(page, _template().render(context))
+    write_atomic(page, render("report.html.j2", context))
     return page
-
-
-def visible(text: str) -> str:
-    """Control, direction and invisible characters as their code points; the rest as it is."""
-    if text.isascii() and text.isprintable():
-        return text
-    return "".join(
-        f"⟨U+{ord(c):04X}⟩" if c not in _HARMLESS and unicodedata.category(c) in _SHOWN else c
-        for c in text
-    )
-
-
-def _finalize(value: Any) -> Any:
-    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-
-
-def _template() -> Any:
-    environment = Environment(
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_finalize,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(num=_num, percent=_percent, seconds=_seconds, plain=_plain)
-    source = resources.files("learner.evaluation").joinpath("report.html.j2")
-    return environment.from_string(source.read_text("utf-8"))
 
 
 def _context(files: RunFiles) -> dict[str, Any]:
@@ -163,7 +129,7 @@ def _event(event: Row, start: float) -> dict[str, Any]:
     return {
         "time": event.get("time") if at is None else at - start,
         "kind": str(event.get("kind", "no kind")),
-        "detail": _plain(detail) + (f" {_plain(rest)}" if rest else ""),
+        "detail": plain(detail) + (f" {plain(rest)}" if rest else ""),
     }
 
 
@@ -184,30 +150,4 @@ def _parents(manifest: Row | None) -> list[tuple[str, str]]:
     parents = (manifest or {}).get("parents")
     if not isinstance(parents, dict):
         return []
-    return [(str(role), _plain(origin)) for role, origin in parents.items()]
-
-
-def _num(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "not recorded" if value is None else _plain(value)
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
-
-
-def _percent(value: Any) -> str:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{100 * value:.1f}%" if is_number else _num(value)
-
-
-def _seconds(value: Any) -> str:
-    value = value if not isinstance(value, int | float) else number({"s": value}, "s")
-    if not isinstance(value, float):
-        return _num(value)
-    if value < 120:
-        return f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
-
-
-def _plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return [(str(role), plain(origin)) for role, origin in parents.items()]

@@ -13,7 +13,8 @@ import pytest
 
 from cluster.contracts.errors import UserError
 from learner.evaluation import charts, panels
-from learner.evaluation.report import visible, write_report
+from learner.evaluation.page import visible
+from learner.evaluation.report import write_report
 from learner.evaluation.run_files import RunFiles, write_atomic
 from learner.evaluation.samples import Sample, write_samples
 
