@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cluster.assembly.run_session import open_run, recorded, refuse_changes, run_status
 from cluster.contracts.config.file import load_config
@@ -19,6 +19,9 @@ from cluster.runs.run import Run, write_json, write_text
 from cluster.runs.sinks import make_sinks
 
 CENTRE_ROWS = "centre_rows.txt"  # where the rows lie on which the reward model is centred
+
+if TYPE_CHECKING:
+    from learner.offline.setup import OnRows, TrainingRows
 
 OfflineConfig = SftConfig | RewardModelConfig | DpoConfig
 OnStep = Callable[[int, float, Mapping[str, float]], None]
@@ -61,7 +64,9 @@ def run_sft(config: SftConfig, reporter: Reporter, *, resumed: Run | None = None
 
     return _run(
         "sft", "SFT", config, reporter, resumed,
-        lambda run, progress, stop: train_sft(config, run.path, progress, stop),
+        lambda run, progress, stop: train_sft(
+            config, run.path, progress, stop, telling(run, reporter)
+        ),
     )  # fmt: skip
 
 
@@ -92,7 +97,9 @@ def run_reward_model(
     def train(run: Run, progress: OnStep, stop: Callable[[], bool]) -> Path:
         if centre_rows is not None:
             write_text(run.path / CENTRE_ROWS, f"{centre_rows.absolute()}\n")
-        return train_reward_model(with_pairs(config, run), run.path, progress, centre_rows, stop)
+        return train_reward_model(
+            with_pairs(config, run), run.path, progress, centre_rows, stop, telling(run, reporter)
+        )
 
     return _run("reward-model", "reward model", config, reporter, resumed, train)
 
@@ -104,9 +111,30 @@ def run_dpo(config: DpoConfig, reporter: Reporter, *, resumed: Run | None = None
     return _run(
         "dpo", "DPO", config, reporter, resumed,
         lambda run, progress, stop: train_dpo(
-            with_pairs(config, run), run.path, progress, stop
+            with_pairs(config, run), run.path, progress, stop, telling(run, reporter)
         ),
     )  # fmt: skip
+
+
+def telling(run: Run, reporter: Reporter) -> OnRows:
+    """Says which rows were left out, on the console and in events.jsonl."""
+
+    def tell(rows: TrainingRows[Any]) -> None:
+        bad = rows.left_out
+        run.event(
+            "rows",
+            trained=len(rows.train),
+            held_out=len(rows.held),
+            too_long=rows.too_long,
+            bad=bad.count,
+            first_bad=bad.first,
+        )
+        if rows.too_long:
+            reporter.say(f"left out {rows.too_long} rows longer than fit.max_tokens")
+        if bad.count:
+            reporter.say(str(bad))
+
+    return tell
 
 
 def _run(

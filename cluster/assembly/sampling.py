@@ -9,6 +9,7 @@ from typing import Any
 
 from actors.settings import engine_settings
 from cluster.assembly.prepare import context_length, prompt_room
+from cluster.contracts.chat import is_text
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 from cluster.contracts.records import Prompt, Rollout
@@ -91,10 +92,13 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
 
 
 def answer_row(rollout: Rollout) -> dict[str, Any]:
-    """An answer in the prompt+completion shape that ``accord sft`` reads."""
+    """An answer in the prompt+completion shape that ``accord sft`` reads, and, as prompts, every
+    command that samples."""
+    text = is_text(rollout.prompt.messages)
+    prompt = [dict(m) for m in rollout.prompt.messages]
     return {
-        "prompt": [dict(m) for m in rollout.prompt.messages],
-        "completion": [{"role": "assistant", "content": rollout.text}],
+        "prompt": prompt[0]["content"] if text else prompt,
+        "completion": rollout.text if text else [{"role": "assistant", "content": rollout.text}],
         "sample": rollout.sample_index,
         "finish_reason": rollout.completion.finish_reason,
         "tokens": len(rollout.completion.token_ids),

@@ -58,12 +58,23 @@ def train_policy(config: TrainConfig, reporter: Reporter, *, cores: CorePlan | N
         seed=config.run.seed,
         parents=parents(config),
     )
-    if prepared.prompts.skipped:
-        reporter.say(f"left out {prepared.prompts.skipped} prompts longer than allowed")
+    tell_prompts(prepared.prompts, run, reporter)
     with run.lock(), recorded(run), ray_cluster(config.cluster) as ray_info:
         train_in_cluster(prepared, run, reporter, ray_info, cores=cores)
     _report(run, reporter)
     return run.path
+
+
+def tell_prompts(prompts: Any, run: Run, reporter: Reporter) -> None:
+    """Says which prompts were left out, on the console and in events.jsonl."""
+    bad = prompts.left_out
+    run.event(
+        "rows", prompts=len(prompts), too_long=prompts.skipped, bad=bad.count, first_bad=bad.first
+    )
+    if prompts.skipped:
+        reporter.say(f"left out {prompts.skipped} prompts longer than allowed")
+    if bad.count:
+        reporter.say(str(bad))
 
 
 def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> Path:

@@ -9,8 +9,6 @@ from typing import Annotated
 
 import typer
 
-from cluster.contracts.errors import UserError
-
 preferences = typer.Typer(
     name="preferences",
     no_args_is_help=True,
@@ -51,20 +49,31 @@ def export(
 
 @preferences.command("import")
 def import_rows(
-    rows: Annotated[Path, typer.Argument(help="prompt/chosen/rejected as JSONL.")],
+    rows: Annotated[
+        str,
+        typer.Argument(help="Comparisons: JSONL, JSON, CSV, TSV or Parquet, or datasets:NAME."),
+    ],
     store: Annotated[
         Path, typer.Argument(help="A preference store (*.db). Made if it does not exist.")
     ],
+    skip_bad_rows: Annotated[
+        bool,
+        typer.Option(
+            "--skip-bad-rows", help="Leave bad rows out and count them; else stop at the first."
+        ),
+    ] = False,
 ) -> None:
     """Read prompt/chosen/rejected rows into a store.
 
     Example: `accord preferences import pairs.jsonl preferences.db`
     """
     from cluster.assembly.preferences import open_store
-    from cluster.runs.console import result
-    from reward_service.preferences.import_export import import_jsonl
+    from cluster.runs.console import Reporter, result
+    from reward_service.preferences.import_export import add_preferences, read_preferences
 
-    if not rows.is_file():
-        raise UserError("no such file", where=str(rows), fix="give a JSONL file of comparisons")
-    done = import_jsonl(open_store(store, must_exist=False), rows)
-    result(json.dumps({"store": str(store), **asdict(done)}))
+    # Read first: a bad file leaves no new store behind.
+    read = read_preferences(rows, skip_bad=skip_bad_rows)
+    if read.left_out.count:
+        Reporter().say(str(read.left_out))
+    done = add_preferences(open_store(store, must_exist=False), read)
+    result(json.dumps({"store": str(store), **asdict(done), "bad_rows": read.left_out.count}))

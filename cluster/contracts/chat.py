@@ -17,6 +17,10 @@ TEXT = "text"
 Messages = Sequence[Mapping[str, str]]
 
 
+class TemplateRefusal(UserError):
+    """A chat template raised an error for the messages of one row."""
+
+
 def text_prompt(text: str) -> tuple[dict[str, str], ...]:
     return ({"role": TEXT, "content": text},)
 
@@ -107,9 +111,17 @@ def _cut_after_end(tokenizer: Any, turn: str) -> str:
 
 def _render(tokenizer: Any, messages: Messages, *, generation: bool) -> str:
     plain = [dict(message) for message in messages]
-    return str(
-        tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation)
-    )
+    try:
+        return str(
+            tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=generation)
+        )
+    except Exception as problem:  # a template is a program: it raises what it likes
+        roles = ", ".join(message["role"] for message in messages)
+        raise TemplateRefusal(
+            f"the chat template refuses these messages (roles: {roles}): {problem}",
+            where=str(getattr(tokenizer, "name_or_path", "tokenizer")),
+            fix="order the roles as the template wants, or set model.chat_template to another one",
+        ) from problem
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:

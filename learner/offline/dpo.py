@@ -19,9 +19,9 @@ from learner.compute.microbatches import pad_rows, plan_microbatches
 from learner.compute.optimizer import compute_in
 from learner.compute.optimizer_step import metrics_of
 from learner.models.load import load_policy, load_tokenizer, save_policy, token_logprobs
-from learner.offline.datasets import Comparison, hold_out, read_comparisons
+from learner.offline.datasets import Comparison, read_comparisons
 from learner.offline.fit import OnStep, evaluate_rows, fit, never
-from learner.offline.setup import answered, encode_all, prepare, write_summary
+from learner.offline.setup import OnRows, answered, load_rows, prepare, unheard, write_summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,7 @@ def train_dpo(
     run_dir: Path,
     progress: OnStep | None = None,
     should_stop: Callable[[], bool] = never,
+    on_rows: OnRows = unheard,
 ) -> Path:
     """Optimise config.model on preference pairs; returns run_dir/policy.
 
@@ -59,14 +60,12 @@ def train_dpo(
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    train, held = hold_out(
-        read_comparisons(config.data.path, config.data.split), config.fit.eval_fraction
-    )
-    limit = config.fit.max_tokens
-    pairs, long_train = encode_all(train, tokenizer, encode, lambda row: row.longest, limit)
-    held_pairs, long_held = encode_all(held, tokenizer, encode, lambda row: row.longest, limit)
+    skip_bad = config.data.skip_bad_rows
+    read = read_comparisons(config.data.path, config.data.split, skip_bad)
+    data = load_rows(read, tokenizer, encode, lambda row: row.longest, config.fit, skip_bad)
+    on_rows(data)
     task = DpoTask(load_policy(config.model).to(device), config, device)
-    rows, eval_rows = task.with_reference(pairs), task.with_reference(held_pairs)
+    rows, eval_rows = task.with_reference(data.train), task.with_reference(data.held)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
         task.policy,
@@ -79,14 +78,14 @@ def train_dpo(
         should_stop=should_stop,
         checkpoint=run_dir / "checkpoints",
     )
-    write_summary(run_dir, result, rows=rows, held_out=eval_rows, too_long=long_train + long_held)
+    write_summary(run_dir, result, data)
     return save_policy(task.policy, tokenizer, run_dir / "policy")
 
 
 def encode(tokenizer: Any, row: Comparison) -> DpoRow:
     return DpoRow(
-        chosen=answered(tokenizer, row.messages, row.chosen, row.where),
-        rejected=answered(tokenizer, row.messages, row.rejected, row.where),
+        chosen=answered(tokenizer, row.messages, row.chosen),
+        rejected=answered(tokenizer, row.messages, row.rejected),
     )
 
 

@@ -35,9 +35,17 @@ from learner.models.reward_artifact import (
     tokenizer_fingerprint,
     write_artifact,
 )
-from learner.offline.datasets import Comparison, hold_out, read_comparisons, read_demonstrations
+from learner.offline.datasets import Comparison, read_comparisons, read_demonstrations
 from learner.offline.fit import OnStep, fit, never
-from learner.offline.setup import answered, encode_all, prepare, write_summary
+from learner.offline.setup import (
+    OnRows,
+    answered,
+    encode_all,
+    load_rows,
+    prepare,
+    unheard,
+    write_summary,
+)
 from learner.offline.sft import encode as encode_demonstration
 
 GOLDEN_ROWS = 4
@@ -69,6 +77,7 @@ def train_reward_model(
     progress: OnStep | None = None,
     centre_rows: str | Path | None = None,
     should_stop: Callable[[], bool] = never,
+    on_rows: OnRows = unheard,
 ) -> Path:
     """Train on comparisons; returns run_dir/reward_model, for `models.load.load_reward_model`.
 
@@ -80,14 +89,13 @@ def train_reward_model(
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    train, held = hold_out(
-        read_comparisons(config.data.path, config.data.split), config.fit.eval_fraction
-    )
+    skip_bad, limit = config.data.skip_bad_rows, config.fit.max_tokens
+    read = read_comparisons(config.data.path, config.data.split, skip_bad)
     if config.use_margin:
-        _require_margins([*train, *held])
-    limit = config.fit.max_tokens
-    rows, long_train = encode_all(train, tokenizer, encode, lambda row: row.longest, limit)
-    eval_rows, long_held = encode_all(held, tokenizer, encode, lambda row: row.longest, limit)
+        _require_margins(read.items)
+    data = load_rows(read, tokenizer, encode, lambda row: row.longest, config.fit, skip_bad)
+    on_rows(data)
+    rows, eval_rows = data.train, data.held
     centre = None if centre_rows is None else _read_centre(str(centre_rows), tokenizer, limit)
     task = RewardTask(_fresh_classifier(config, tokenizer).to(device), config, device)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -102,7 +110,7 @@ def train_reward_model(
         should_stop=should_stop,
         checkpoint=run_dir / "checkpoints",
     )
-    write_summary(run_dir, result, rows=rows, held_out=eval_rows, too_long=long_train + long_held)
+    write_summary(run_dir, result, data)
     if not result.finished:  # half a model, whose centring would take long: only its checkpoint
         return run_dir / "checkpoints"
     if eval_rows:
@@ -112,8 +120,8 @@ def train_reward_model(
 
 def encode(tokenizer: Any, row: Comparison) -> PairRow:
     return PairRow(
-        chosen=answered(tokenizer, row.messages, row.chosen, row.where),
-        rejected=answered(tokenizer, row.messages, row.rejected, row.where),
+        chosen=answered(tokenizer, row.messages, row.chosen),
+        rejected=answered(tokenizer, row.messages, row.rejected),
         margin=row.margin or 0.0,
     )
 
@@ -238,8 +246,8 @@ def _require_margins(rows: Sequence[Comparison]) -> None:
 
 
 def _read_centre(path: str, tokenizer: Any, max_tokens: int) -> list[TokenRow]:
-    demonstrations = read_demonstrations(path)
-    rows, _ = encode_all(demonstrations, tokenizer, encode_demonstration, len, max_tokens)
+    demonstrations = read_demonstrations(path).items
+    rows = encode_all(demonstrations, tokenizer, encode_demonstration, len, max_tokens).rows
     if len(rows) < 2:
         raise UserError(
             f"{len(rows)} usable rows cannot centre a reward model",

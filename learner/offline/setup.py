@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from cluster.contracts.chat import is_text, render_answered, require_template
+from cluster.contracts.chat import TemplateRefusal, is_text, render_answered, require_template
 from cluster.contracts.config.offline import FitConfig
-from cluster.contracts.errors import UserError
+from cluster.contracts.rows.files import BadRow
+from cluster.contracts.rows.messages import Messages
+from cluster.contracts.rows.reader import NOTHING, LeftOut, ReadRows
 from cluster.machine.torch_state import prepare_torch
 from learner.compute.microbatches import Sequence as TokenRow
 from learner.compute.microbatches import sequence
-from learner.offline.datasets import Messages
+from learner.offline.datasets import hold_out
 from learner.offline.fit import FitResult
 
 SUMMARY = "fit.json"
@@ -29,8 +32,41 @@ class Source(Protocol):
     def messages(self) -> Messages: ...
 
 
+class Keyed(Source, Protocol):
+    @property
+    def key(self) -> str: ...
+
+
 S = TypeVar("S", bound=Source)
+K = TypeVar("K", bound=Keyed)
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded(Generic[T]):
+    """Rows with token ids; how many were too long; which were bad."""
+
+    rows: list[T]
+    too_long: int
+    left_out: LeftOut
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRows(Generic[T]):
+    """What a task trains on and what it is evaluated on; what was left out of both."""
+
+    train: list[T]
+    held: list[T]
+    too_long: int
+    left_out: LeftOut
+
+
+OnRows = Callable[[TrainingRows[Any]], None]
+"""Told once, before the first step, which rows there are."""
+
+
+def unheard(rows: TrainingRows[Any]) -> None:
+    """An ``OnRows`` for callers who do not ask."""
 
 
 def prepare(config: FitConfig, seed: int) -> torch.device:
@@ -46,43 +82,71 @@ def encode_all(
     encode: Callable[[Any, S], T],
     longest: Callable[[T], int],
     max_tokens: int,
-) -> tuple[list[T], int]:
-    """(encoded rows, how many were left out for having over max_tokens tokens).
+    skip_bad: bool = False,
+) -> Encoded[T]:
+    """The rows with token ids. A row of over `max_tokens` tokens is left out and counted; so is one
+    that `encode` or the chat template refuses, with `skip_bad`.
 
-    Raises UserError naming the row for chat data with a tokenizer that has no template.
+    Raises UserError naming the row otherwise, and for chat data with a tokenizer that has no
+    template.
     """
-    kept, left_out = [], 0
+    kept: list[T] = []
+    too_long, left_out = 0, NOTHING
     for row in rows:
         if not is_text(row.messages):
             require_template(tokenizer, row.where)
-        encoded = encode(tokenizer, row)
+        try:
+            encoded = encode(tokenizer, row)
+        except (BadRow, TemplateRefusal) as problem:
+            left_out = left_out.with_row(problem, row.where, skip_bad=skip_bad)
+            continue
         if longest(encoded) > max_tokens:
-            left_out += 1
+            too_long += 1
         else:
             kept.append(encoded)
-    return kept, left_out
+    return Encoded(kept, too_long, left_out)
 
 
-def answered(tokenizer: Any, messages: Messages, answer: str, where: str) -> TokenRow:
-    """Prompt and answer with its end token as one row, the answer trained."""
+def load_rows(
+    read: ReadRows[K],
+    tokenizer: Any,
+    encode: Callable[[Any, K], T],
+    longest: Callable[[T], int],
+    config: FitConfig,
+    skip_bad: bool,
+) -> TrainingRows[T]:
+    """What was read, split into training and held-out rows, with token ids."""
+    train, held = hold_out(read.items, config.eval_fraction)
+    sides = [
+        encode_all(side, tokenizer, encode, longest, config.max_tokens, skip_bad)
+        for side in (train, held)
+    ]
+    left_out = read.left_out
+    for side in sides:
+        left_out = left_out.and_also(side.left_out)
+    too_long = sum(side.too_long for side in sides)
+    return TrainingRows(sides[0].rows, sides[1].rows, too_long, left_out)
+
+
+def answered(tokenizer: Any, messages: Messages, answer: str) -> TokenRow:
+    """Prompt and answer with its end token as one row, the answer trained. Raises BadRow."""
     prompt, ids = render_answered(tokenizer, messages, answer)
     if not prompt:
-        raise UserError("the prompt is empty", where=where, fix="leave the row out")
+        raise BadRow("the tokenizer makes no token of the prompt")
     return sequence([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
 
 
-def write_summary(
-    run_dir: Path, result: FitResult, *, rows: Sequence[Any], held_out: Sequence[Any], too_long: int
-) -> None:
+def write_summary(run_dir: Path, result: FitResult, data: TrainingRows[Any]) -> None:
     """`fit.json` of the run: how far it came, on how many rows, with which last evaluation."""
     content = {
         "finished": result.finished,
         "steps": result.steps,
         "seconds": round(result.seconds, 3),
         "skipped_steps": result.skipped_steps,
-        "rows": len(rows),
-        "rows_held_out": len(held_out),
-        "rows_too_long": too_long,
+        "rows": len(data.train),
+        "rows_held_out": len(data.held),
+        "rows_too_long": data.too_long,
+        "rows_bad": data.left_out.count,
         "evaluation": dict(result.numbers),
     }
     partial = run_dir / f".{SUMMARY}.part"

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cluster.contracts.chat import is_text, render_conversation, render_prompt
 from cluster.contracts.config.offline import SftConfig
-from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import Metric, mean
+from cluster.contracts.rows.files import BadRow
 from learner.algorithms.logprobs import logprobs_from_logits
 from learner.algorithms.masked import aggregate
 from learner.compute.microbatches import Sequence as TokenRow
@@ -27,9 +27,9 @@ from learner.models.load import (
     save_policy,
     token_logprobs,
 )
-from learner.offline.datasets import Demonstration, hold_out, read_demonstrations
+from learner.offline.datasets import Demonstration, read_demonstrations
 from learner.offline.fit import OnStep, evaluate_rows, fit, never
-from learner.offline.setup import answered, encode_all, prepare, write_summary
+from learner.offline.setup import OnRows, answered, load_rows, prepare, unheard, write_summary
 
 _ACCURACY_CHUNK = 1024
 """Positions whose logits are held at once when accuracy is measured."""
@@ -40,6 +40,7 @@ def train_sft(
     run_dir: Path,
     progress: OnStep | None = None,
     should_stop: Callable[[], bool] = never,
+    on_rows: OnRows = unheard,
 ) -> Path:
     """Fine-tune config.model on config.data; returns run_dir/policy, a complete model directory.
 
@@ -50,26 +51,24 @@ def train_sft(
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    train, held = hold_out(
-        read_demonstrations(config.data.path, config.data.split), config.fit.eval_fraction
-    )
-    limit = config.fit.max_tokens
-    rows, long_train = encode_all(train, tokenizer, encode, len, limit)
-    eval_rows, long_held = encode_all(held, tokenizer, encode, len, limit)
+    skip_bad = config.data.skip_bad_rows
+    read = read_demonstrations(config.data.path, config.data.split, skip_bad)
+    data = load_rows(read, tokenizer, encode, len, config.fit, skip_bad)
+    on_rows(data)
     task = SftTask(load_policy(config.model).to(device), config.model.dtype, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
         task.policy,
-        [SftRow(row) for row in rows],
+        [SftRow(row) for row in data.train],
         task.loss,
         config.fit,
         seed=config.run.seed,
-        evaluate=task.evaluation([SftRow(row) for row in eval_rows], config),
+        evaluate=task.evaluation([SftRow(row) for row in data.held], config),
         on_step=progress,
         should_stop=should_stop,
         checkpoint=run_dir / "checkpoints",
     )
-    write_summary(run_dir, result, rows=rows, held_out=eval_rows, too_long=long_train + long_held)
+    write_summary(run_dir, result, data)
     return save_policy(task.policy, tokenizer, run_dir / "policy")
 
 
@@ -79,12 +78,12 @@ def encode(tokenizer: Any, row: Demonstration) -> TokenRow:
         ids, mask = render_conversation(tokenizer, row.messages)
         encoded = sequence(ids, mask)
     elif row.answer is not None:
-        encoded = answered(tokenizer, row.messages, row.answer, row.where)
+        encoded = answered(tokenizer, row.messages, row.answer)
     else:
         ids = [*render_prompt(tokenizer, row.messages), tokenizer.eos_token_id]
         encoded = sequence(ids, [True] * len(ids))
     if encoded.trained == 0:
-        raise UserError("has no token to learn from", where=row.where, fix="leave the row out")
+        raise BadRow("has no token to learn from")
     return encoded
 
 

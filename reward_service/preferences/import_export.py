@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,8 +19,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cluster.contracts.chat import TEXT, is_text
+from cluster.contracts.chat import is_text
 from cluster.contracts.errors import UserError
+from cluster.contracts.rows.files import BadRow, Columns, Place
+from cluster.contracts.rows.reader import LeftOut, read_rows
+from cluster.contracts.rows.shapes import ComparisonShape, comparison_shape, optional_number
 from reward_service.preferences.labels import PreferenceItem, PreferenceLabel, derived_id
 from reward_service.preferences.store import PreferenceStore
 
@@ -45,6 +48,16 @@ class ImportReport:
     rows: int
     items: int
     labels: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadPreferences:
+    """``rows`` that were read, their items and labels by id, and what was left out as bad."""
+
+    rows: int
+    items: Mapping[str, PreferenceItem]
+    labels: Mapping[str, PreferenceLabel]
+    left_out: LeftOut
 
 
 def export_preferences(
@@ -136,149 +149,103 @@ def _write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
     pq.write_table(table, path)
 
 
-def import_jsonl(
-    store: PreferenceStore,
+def read_preferences(
     path: str | Path,
     *,
     consent: str = UNKNOWN,
     license: str = UNKNOWN,
     source: str = "",
-) -> ImportReport:
-    """Add the pairs of a TRL-shaped JSONL file, all or none; a file imported twice adds nothing.
+    skip_bad: bool = False,
+) -> ReadPreferences:
+    """The comparisons of a file, for ``add_preferences``.
 
-    Rows: prompt, chosen, rejected as strings or messages, or chosen and rejected as messages that
-    share their beginning. ``margin``, ``annotator`` and what Accord exports are kept where present;
-    the arguments stand in where a row does not say. Rows that name no annotator count as labels of
-    different ones. Which answer becomes "a" follows from a hash, so that the order tells nothing.
-    Raises UserError naming file and row.
+    The rows are read as everywhere (``cluster.contracts.rows``: JSONL, CSV, Parquet, HH-RLHF, ...).
+    ``margin``, ``annotator`` and what Accord exports are kept where present; the arguments stand in
+    where a row does not say. Rows that name no annotator count as labels of different ones. Which
+    answer becomes "a" follows from a hash, so that the order tells nothing. ``skip_bad`` leaves bad
+    rows out and counts them. Raises UserError naming file and row.
     """
     items: dict[str, PreferenceItem] = {}
     labels: dict[str, PreferenceLabel] = {}
-    rows = 0
     unnamed: Counter[str] = Counter()
-    for number, row in _rows(Path(path)):
-        rows += 1
-        where = f"{path}, row {number}"
+
+    def make(place: Place, columns: Columns) -> None:
+        shape = comparison_shape(columns)
         try:
-            item = _item(row, license, source or Path(path).name)
-            label = _label(row, item, consent, unnamed)
+            item = _item(columns, shape, license, source or Path(path).name)
+            label = _label(columns, shape, item, consent, unnamed)
         except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"{error}", where=where, fix="a row needs prompt, chosen and rejected"
-            ) from error
+            raise BadRow(f"{error}") from error
         if items.setdefault(item.id, item) != item:
-            raise UserError(f"item {item.id!r} differs from an earlier row's", where=where)
+            raise BadRow(f"item {item.id!r} differs from an earlier row's")
         if labels.setdefault(label.id, label) != label:
-            raise UserError(
-                f"{label.annotator_id!r} labels item {item.id!r} a second time", where=where
-            )
-    items = _as_stored(store.items(), items)
+            raise BadRow(f"{label.annotator_id!r} labels item {item.id!r} a second time")
+
+    read = read_rows(str(path), "train", make, skip_bad=skip_bad, skip_with="--skip-bad-rows")
+    return ReadPreferences(rows=len(read.items), items=items, labels=labels, left_out=read.left_out)
+
+
+def add_preferences(store: PreferenceStore, read: ReadPreferences) -> ImportReport:
+    """Add what was read, all or none; a file added twice adds nothing the second time."""
+    items = _as_stored(store.items(), read.items)
     known = {label.id: label for label in store.labels(history=True)}
-    new = [_dated(label, known.get(label.id)) for label in labels.values()]
+    new = [_dated(label, known.get(label.id)) for label in read.labels.values()]
     new_items, new_labels = store.add(items.values(), new)
-    return ImportReport(rows=rows, items=new_items, labels=new_labels)
+    return ImportReport(rows=read.rows, items=new_items, labels=new_labels)
 
 
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot be read: {error}", where=str(path)) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"not JSON: {error}", where=f"{path}, row {number}") from error
-        if not isinstance(row, dict):
-            raise UserError("not a JSON object", where=f"{path}, row {number}")
-        yield number, row
-
-
-def _item(row: Mapping[str, Any], license: str, source: str) -> PreferenceItem:
-    messages, chosen, rejected = _pair(row)
+def _item(columns: Columns, shape: ComparisonShape, license: str, source: str) -> PreferenceItem:
+    messages, chosen, rejected = shape.messages, shape.chosen, shape.rejected
     if chosen == rejected:
-        raise ValueError("chosen and rejected are the same answer")
+        raise BadRow("chosen and rejected are the same answer")
     first, second = sorted((chosen, rejected), key=lambda text: derived_id(messages, text))
-    choice = row.get("choice") or ("a" if chosen == first else "b")
+    choice = columns.get("choice") or ("a" if chosen == first else "b")
     if choice not in ("a", "b"):
-        raise ValueError(f"choice {choice!r} is neither a nor b")
+        raise BadRow(f"column 'choice' holds {choice!r}, which is neither a nor b")
     won, lost = ("a", "b") if choice == "a" else ("b", "a")
     sides: dict[str, Any] = {f"answer_{won}": chosen, f"answer_{lost}": rejected}
-    for column in ("policy_version", "sampling"):
-        for side, end in ((won, "chosen"), (lost, "rejected")):
-            sides[f"{column}_{side}"] = row.get(f"{column}_{end}")
+    for side, end in ((won, "chosen"), (lost, "rejected")):
+        sides[f"policy_version_{side}"] = columns.get(f"policy_version_{end}")
+        sides[f"sampling_{side}"] = _plain_json(columns.get(f"sampling_{end}"))
     return PreferenceItem(
-        id=row.get("item_id") or derived_id(messages, first, second),
-        messages=tuple(messages),
-        source=row.get("source") or source,
-        license=row.get("license") or license,
-        created_at=row.get("item_created_at") or row.get("created_at") or "",
+        id=columns.get("item_id") or derived_id(messages, first, second),
+        messages=messages,
+        source=columns.get("source") or source,
+        license=columns.get("license") or license,
+        created_at=columns.get("item_created_at") or columns.get("created_at") or "",
         **sides,
     )
 
 
 def _label(
-    row: Mapping[str, Any], item: PreferenceItem, consent: str, unnamed: Counter[str]
+    columns: Columns,
+    shape: ComparisonShape,
+    item: PreferenceItem,
+    consent: str,
+    unnamed: Counter[str],
 ) -> PreferenceLabel:
-    annotator = row.get("annotator")
+    annotator = columns.get("annotator")
     if not annotator:
         annotator = f"{UNKNOWN}-{unnamed[item.id]}"
         unnamed[item.id] += 1
-    margin = row.get("margin")
     return PreferenceLabel(
-        id=row.get("id") or derived_id(item.id, annotator),
+        id=columns.get("id") or derived_id(item.id, annotator),
         item_id=item.id,
         annotator_id=annotator,
-        choice="a" if _pair(row)[1] == item.answer_a else "b",
-        strength=None if margin is None else float(margin),
-        criteria=row.get("criteria") or {},
-        shown_order=row.get("shown_order") or "ab",
-        duration_s=row.get("duration_s"),
-        guideline_version=row.get("guideline_version") or "",
-        consent=row.get("consent") or consent,
-        created_at=row.get("created_at") or "",
+        choice="a" if shape.chosen == item.answer_a else "b",
+        strength=shape.margin,
+        criteria=_plain_json(columns.get("criteria")) or {},
+        shown_order=columns.get("shown_order") or "ab",
+        duration_s=optional_number(columns, "duration_s"),
+        guideline_version=columns.get("guideline_version") or "",
+        consent=columns.get("consent") or consent,
+        created_at=columns.get("created_at") or "",
     )
 
 
-def _pair(row: Mapping[str, Any]) -> tuple[list[dict[str, str]], str, str]:
-    missing = [key for key in ("chosen", "rejected") if key not in row]
-    if missing:
-        raise ValueError(f"no {missing[0]!r}; the row has {sorted(row)}")
-    chosen, rejected = row["chosen"], row["rejected"]
-    if "prompt" in row:
-        prompt = row["prompt"]
-        messages = [{"role": TEXT, "content": prompt}] if isinstance(prompt, str) else prompt
-        return _messages(messages), _answer(chosen, "chosen"), _answer(rejected, "rejected")
-    if isinstance(chosen, str) or isinstance(rejected, str):
-        raise ValueError("no 'prompt', and chosen and rejected are texts: where it ends is unknown")
-    if not chosen or not rejected or chosen[:-1] != rejected[:-1]:
-        raise ValueError("chosen and rejected are not one prompt with two last messages")
-    return (
-        _messages(chosen[:-1]),
-        _answer(chosen[-1:], "chosen"),
-        _answer(rejected[-1:], "rejected"),
-    )
-
-
-def _messages(messages: Any) -> list[dict[str, str]]:
-    if not isinstance(messages, list) or not messages:
-        raise ValueError("the prompt is neither text nor a list of messages")
-    plain = [{"role": m["role"], "content": m["content"]} for m in messages]
-    if not all(isinstance(text, str) for message in plain for text in message.values()):
-        raise ValueError("a message of the prompt is not text")
-    return plain
-
-
-def _answer(answer: Any, key: str) -> str:
-    if isinstance(answer, list):
-        if len(answer) != 1 or answer[0]["role"] != "assistant":
-            raise ValueError(f"{key!r} is not one message of the assistant")
-        answer = answer[0]["content"]
-    if not isinstance(answer, str):
-        raise ValueError(f"{key!r} is a {type(answer).__name__}, not text")
-    return answer
+def _plain_json(value: Any) -> Any:
+    """Columns without a fixed shape are JSON text in a Parquet file (``_write_parquet``)."""
+    return json.loads(value) if isinstance(value, str) and value else value
 
 
 def _as_stored(

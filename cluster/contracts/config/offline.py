@@ -52,10 +52,15 @@ class FitConfig(Section):
 
 class SftDataConfig(Section):
     path: str = Field(
-        description="JSONL or Parquet file, or `datasets:NAME`, with messages, "
-        "prompt+completion or text."
+        description="JSONL, JSON, CSV, TSV or Parquet file (also .gz), or `datasets:NAME`, with "
+        "messages, conversations, prompt+completion, text, or chosen+rejected (then chosen)."
     )
     split: str = Field("train", description="Split of `datasets:NAME`.")
+    skip_bad_rows: bool = Field(
+        False,
+        description="Leave rows that cannot be read out (counted and reported) instead of "
+        "stopping at the first.",
+    )
 
 
 class SftConfig(Section):
@@ -70,10 +75,15 @@ class SftConfig(Section):
 
 class PairsConfig(Section):
     path: str = Field(
-        description="prompt/chosen/rejected as JSONL, Parquet or `datasets:NAME`, or a preference "
-        "store (`*.db`), whose pairs are exported into the run."
+        description="prompt/chosen/rejected as JSONL, JSON, CSV, TSV or Parquet (also .gz) or "
+        "`datasets:NAME`, or a preference store (`*.db`), whose pairs are exported into the run."
     )
     split: str = Field("train", description="Split of `datasets:NAME`.")
+    skip_bad_rows: bool = Field(
+        False,
+        description="Leave rows that cannot be read out (counted and reported) instead of "
+        "stopping at the first.",
+    )
 
 
 class RewardModelConfig(Section):

@@ -10,11 +10,19 @@ from cluster.contracts.config.base import DType, Section
 
 
 class DataConfig(Section):
-    prompts: str = Field(description="File of prompts (JSONL or Parquet), or `datasets:NAME`.")
+    prompts: str = Field(
+        description="File of prompts (JSONL, JSON, CSV, TSV or Parquet, also .gz), or "
+        "`datasets:NAME`."
+    )
     split: str = Field("train", description="Split of `datasets:NAME`.")
     prompt_key: str = Field("", description="Column with the prompt; empty: recognised by shape.")
     max_prompt_tokens: int = Field(
         512, ge=1, description="Longest prompt, in tokens; a longer one is an error naming its row."
+    )
+    skip_bad_rows: bool = Field(
+        False,
+        description="Leave rows that cannot be read out (counted and reported) instead of "
+        "stopping at the first.",
     )
     skip_long_prompts: bool = Field(
         False, description="Leave prompts over the limit out (counted and reported) instead."

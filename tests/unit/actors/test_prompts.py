@@ -132,9 +132,12 @@ def test_parquet_is_the_same_as_jsonl(tmp_path: Path) -> None:
     [
         ("{bad", "not JSON"),
         ("[1, 2]", "holds a list"),
-        ('{"question": "hi"}', "no prompt: there is no column prompt, messages, input, or chosen"),
+        (
+            '{"question": "hi"}',
+            "no prompt: there is no column prompt, messages",
+        ),
         ('{"prompt": null}', "no prompt"),
-        ('{"prompt": 5}', "holds a int"),
+        ('{"prompt": 5}', "holds a number"),
         ('{"prompt": []}', "an empty list"),
         ('{"prompt": "  "}', "is empty"),
         ('{"prompt": [{"role": "robot", "content": "x"}]}', "message 1 is no message"),
@@ -173,7 +176,7 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     for path, words in [
         (tmp_path / "none.jsonl", "no such file"),
         (tmp_path, "directory"),
-        (empty, "no prompts"),
+        (empty, "holds no rows"),
         (binary, "UTF-8"),
         (parquet, "Parquet"),
         (text, "unknown kind"),

@@ -33,7 +33,7 @@ def write(folder: Path, *rows: Any) -> str:
     ],
 )
 def test_conversational_demonstrations_are_one_conversation(tmp_path: Path, row: Any) -> None:
-    (read,) = read_demonstrations(write(tmp_path, row))
+    (read,) = read_demonstrations(write(tmp_path, row)).items
     assert read.messages == (USER, YES)
     assert read.answer is None
     assert read.key == '[["user", "How long?"]]'
@@ -42,7 +42,7 @@ def test_conversational_demonstrations_are_one_conversation(tmp_path: Path, row:
 def test_plain_demonstrations_use_no_template(tmp_path: Path) -> None:
     pair, text = read_demonstrations(
         write(tmp_path, {"prompt": "Q:", "completion": " A"}, {"text": "all of it"})
-    )
+    ).items
     assert (pair.messages[0], pair.answer) == ({"role": "text", "content": "Q:"}, " A")
     assert (text.messages[0]["content"], text.answer) == ("all of it", None)
 
@@ -56,14 +56,14 @@ def test_plain_demonstrations_use_no_template(tmp_path: Path) -> None:
     ],
 )
 def test_conversational_comparisons(tmp_path: Path, row: Any) -> None:
-    (read,) = read_comparisons(write(tmp_path, row))
+    (read,) = read_comparisons(write(tmp_path, row)).items
     assert read.messages == (USER,)
     assert (read.chosen, read.rejected, read.margin) == ("Ten hours.", "Ten years.", 2.0)
 
 
 def test_shared_text_is_cut_between_words(tmp_path: Path) -> None:
     row = {"chosen": "Human: hi\n\nBot: there", "rejected": "Human: hi\n\nBot: then"}
-    (read,) = read_comparisons(write(tmp_path, row))
+    (read,) = read_comparisons(write(tmp_path, row)).items
     assert read.messages[0]["content"] == "Human: hi\n\nBot:"
     assert (read.chosen, read.rejected) == (" there", " then")
 
@@ -71,7 +71,7 @@ def test_shared_text_is_cut_between_words(tmp_path: Path) -> None:
 def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
     rows = [{"prompt": [USER], "chosen": [YES], "rejected": [NO]}] * 3
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    read = read_comparisons(str(tmp_path / "rows.parquet"))
+    read = read_comparisons(str(tmp_path / "rows.parquet")).items
     assert [row.chosen for row in read] == ["Ten hours."] * 3
     assert read[2].where.endswith("rows.parquet, row 3")
 
@@ -81,13 +81,17 @@ def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
     [
         (
             [{"messages": [USER, YES]}, {"question": "x", "prompt": "y"}],
-            r"row 2: columns \['prom.*completion",
+            r"line 2: the columns are of no known shape \(it lacks completion beside prompt\); "
+            "the row has question, prompt",
         ),
-        ([{"messages": "hello"}], r"row 1: `messages` must be a list of .*'hello'"),
-        ([{"messages": [{"role": "user"}]}], r"row 1: `messages` must be a list"),
-        ([{"messages": [USER]}], r"row 1: no assistant turn .*user"),
+        ([{"messages": "hello"}], "line 1: column 'messages' holds text"),
+        (
+            [{"messages": [{"role": "user"}]}],
+            "column 'messages', message 1 is no message",
+        ),
+        ([{"messages": [USER]}], r"line 1: no assistant turn .*user"),
         ([], "holds no rows"),
-        ([[1]], "row 1: is a JSON list"),
+        ([[1]], "line 1: holds a list, not an object"),
     ],
 )
 def test_what_is_wrong_with_a_demonstration(tmp_path: Path, rows: Any, message: str) -> None:
@@ -98,48 +102,54 @@ def test_what_is_wrong_with_a_demonstration(tmp_path: Path, rows: Any, message: 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, "which lacks rejected"),
+        ({"prompt": "a", "chosen": "b"}, "it lacks rejected beside chosen and prompt"),
         ({"prompt": [USER], "chosen": [USER, YES], "rejected": [NO]}, "one assistant message"),
-        ({"chosen": [USER, YES], "rejected": [YES, NO]}, "the same conversation"),
+        (
+            {"chosen": [USER, YES], "rejected": [YES, NO]},
+            "the same conversation|not end with",
+        ),
         ({"chosen": "abc", "rejected": "xyz"}, "begin with the same text"),
         ({"prompt": "a", "chosen": "", "rejected": " "}, "both answers are empty"),
-        ({"prompt": "a", "chosen": "b", "rejected": "c", "margin": True}, "`margin` must be"),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c", "margin": True},
+            "'margin' must be a finite",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_comparison(tmp_path: Path, row: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         read_comparisons(write(tmp_path, row))
-    assert "rows.jsonl, row 1" in str(caught.value)
+    assert "rows.jsonl, line 1" in str(caught.value)
 
 
 def test_broken_json_and_unknown_files(tmp_path: Path) -> None:
     path = tmp_path / "broken.jsonl"
     path.write_text('{"text": "a"}\n\n{"text": \n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"row 3: not valid JSON"):
+    with pytest.raises(UserError, match="line 3: is not JSON"):
         read_demonstrations(str(path))
     with pytest.raises(UserError, match="no such file"):
         read_demonstrations(str(tmp_path / "none.jsonl"))
     (tmp_path / "store.db").touch()
     with pytest.raises(UserError, match="preferences export"):
         read_comparisons(str(tmp_path / "store.db"))
-    (tmp_path / "x.csv").touch()
-    with pytest.raises(UserError, match="unknown file type"):
-        read_comparisons(str(tmp_path / "x.csv"))
+    (tmp_path / "x.txt").touch()
+    with pytest.raises(UserError, match=r"unknown kind of file '\.txt'"):
+        read_comparisons(str(tmp_path / "x.txt"))
 
 
 def test_a_prompt_is_on_one_side_only_whatever_the_file(tmp_path: Path) -> None:
     rows = [{"prompt": f"p{i % 50}", "completion": str(i)} for i in range(200)]
-    train, held = hold_out(read_demonstrations(write(tmp_path, *rows)), 0.3)
+    train, held = hold_out(read_demonstrations(write(tmp_path, *rows)).items, 0.3)
     assert len(train) + len(held) == 200
     held_keys = {row.key for row in held}
     assert not held_keys & {row.key for row in train}
     assert 5 <= len(held_keys) <= 25
-    _, again = hold_out(read_demonstrations(write(tmp_path, *rows[::-1][:120])), 0.3)
+    _, again = hold_out(read_demonstrations(write(tmp_path, *rows[::-1][:120])).items, 0.3)
     assert {row.key for row in again} <= held_keys
 
 
 def test_few_prompts_still_leave_both_sides_something(tmp_path: Path) -> None:
-    rows = read_demonstrations(write(tmp_path, {"text": "a"}, {"text": "b"}))
+    rows = read_demonstrations(write(tmp_path, {"text": "a"}, {"text": "b"})).items
     for fraction in (0.01, 0.99):
         train, held = hold_out(rows, fraction)
         assert (len(train), len(held)) == (1, 1)
@@ -156,14 +166,14 @@ def test_a_datasets_name_is_loaded_by_split(monkeypatch: pytest.MonkeyPatch) -> 
         return datasets.Dataset.from_list([{"text": "a"}, {"text": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    rows = read_demonstrations("datasets:owner/name", "test")
+    rows = read_demonstrations("datasets:owner/name", "test").items
     assert asked == [("owner/name", "test")]
     assert [row.key for row in rows] == ["a", "b"]
-    assert rows[1].where == "datasets:owner/name (test), row 2"
+    assert rows[1].where == "datasets:owner/name, split test, row 2"
 
     def unreachable(name: str, split: str) -> Any:
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(UserError, match="cannot load split 'train': no network"):
+    with pytest.raises(UserError, match="split train: cannot load the data set: no network"):
         read_demonstrations("datasets:owner/name")

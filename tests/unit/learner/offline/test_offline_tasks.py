@@ -72,7 +72,7 @@ def test_sft_mask_covers_the_answers_and_their_end_tokens_only(
     ]
     (tmp_path / "d.jsonl").write_text("\n".join(json.dumps(r) for r in rows), encoding="utf-8")
     chat, plain, text = (
-        encode(tokenizer, row) for row in read_demonstrations(str(tmp_path / "d.jsonl"))
+        encode(tokenizer, row) for row in read_demonstrations(str(tmp_path / "d.jsonl")).items
     )
     assert tokenizer.decode(chat.input_ids[chat.loss_mask]) == "hours<|end|>no yes<|end|>"
     assert tokenizer.decode(chat.input_ids) == (
@@ -212,7 +212,7 @@ def test_margins_are_asked_for_by_row(tiny_policy: Path, tmp_path: Path) -> None
     config = RewardModelConfig(
         model=model(tiny_policy), data=PairsConfig(path=pairs_file(tmp_path, 4)), use_margin=True
     )
-    with pytest.raises(UserError, match=r"row \d: has no margin"):
+    with pytest.raises(UserError, match=r"line \d: has no margin"):
         train_reward_model(config, tmp_path / "run")
 
 
@@ -265,7 +265,7 @@ def test_dpo_starts_at_the_reference_and_learns(
 def test_dpo_log_probabilities_are_sums_over_the_answer(tiny_policy: Path, tmp_path: Path) -> None:
     config = DpoConfig(model=model(tiny_policy), data=PairsConfig(path=pairs_file(tmp_path, 3)))
     tokenizer = load_tokenizer(tiny_policy)
-    rows = [encode_pair(tokenizer, row) for row in read_comparisons(config.data.path)]
+    rows = [encode_pair(tokenizer, row) for row in read_comparisons(config.data.path).items]
     task = DpoTask(load_policy(config.model), config, torch.device("cpu"))
     known = task.with_reference(rows)
     for row in known:

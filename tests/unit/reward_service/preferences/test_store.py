@@ -11,7 +11,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.contracts.errors import UserError
-from reward_service.preferences.import_export import export_preferences, import_jsonl
+from reward_service.preferences.import_export import (
+    add_preferences,
+    export_preferences,
+    read_preferences,
+)
 from reward_service.preferences.labels import PreferenceItem, PreferenceLabel
 from reward_service.preferences.store import PreferenceStore
 
@@ -192,14 +196,14 @@ def test_export_and_import_lose_nothing(store: PreferenceStore, tmp_path: Path, 
     fill(store)
     export_preferences(store, tmp_path / "out.jsonl")
     other = PreferenceStore(tmp_path / "other.db")
-    report = import_jsonl(other, tmp_path / "out.jsonl")
+    report = add_preferences(other, read_preferences(tmp_path / "out.jsonl"))
     exported = [entry for entry in store.labels() if entry.choice in ("a", "b")]
     assert other.labels() == exported
     assert other.pairs() == store.pairs()
     wanted = {entry.item_id for entry in exported}
     assert {i.id: i for i in other.items()} == {i.id: i for i in store.items() if i.id in wanted}
     assert (report.rows, report.labels) == (len(exported), len(exported))
-    again = import_jsonl(other, tmp_path / "out.jsonl")
+    again = add_preferences(other, read_preferences(tmp_path / "out.jsonl"))
     assert (again.items, again.labels) == (0, 0)
 
 
@@ -219,41 +223,41 @@ def test_import_of_trl_shapes(tmp_path: Path) -> None:
     ]
     store = PreferenceStore(tmp_path / "p.db")
     path = write(tmp_path / "in.jsonl", *rows)
-    report = import_jsonl(store, path, consent="yes", license="MIT")
+    report = add_preferences(store, read_preferences(path, consent="yes", license="MIT"))
     assert (report.rows, report.items, report.labels) == (4, 2, 4)
     pairs = store.pairs()
     assert [pair.chosen for pair in pairs] == ["good", "good", "good", "bad"]
     assert (pairs[0].margin, pairs[1].margin, pairs[0].consent) == (1.0, None, "yes")
     assert (store.items()[0].source, store.items()[0].license) == ("in.jsonl", "MIT")
-    report = import_jsonl(store, path, consent="yes", license="MIT")
+    report = add_preferences(store, read_preferences(path, consent="yes", license="MIT"))
     assert (report.items, report.labels) == (0, 0)
 
 
 def test_import_does_not_tell_by_position_which_is_better(tmp_path: Path) -> None:
     rows = [{"prompt": f"q{n}", "chosen": "x", "rejected": "y"} for n in range(200)]
     store = PreferenceStore(tmp_path / "p.db")
-    import_jsonl(store, write(tmp_path / "in.jsonl", *rows))
+    add_preferences(store, read_preferences(write(tmp_path / "in.jsonl", *rows)))
     assert 70 < store.stats()["choices"]["a"] < 130
 
 
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"prompt": "q", "chosen": "x"}, r"no 'rejected'; the row has \['chosen', 'prompt'\]"),
+        ({"prompt": "q", "chosen": "x"}, "lacks rejected beside chosen and prompt"),
         ({"prompt": "q", "chosen": "x", "rejected": "x"}, "the same answer"),
-        ({"chosen": "x", "rejected": "y"}, "where it ends is unknown"),
-        ({"prompt": [], "chosen": "x", "rejected": "y"}, "neither text nor a list"),
-        ({"prompt": "q", "chosen": 3, "rejected": "y"}, "'chosen' is a int"),
+        ({"chosen": "x", "rejected": "y"}, "begin with the same text"),
+        ({"prompt": [], "chosen": "x", "rejected": "y"}, "'prompt' holds an empty list"),
+        ({"prompt": "q", "chosen": 3, "rejected": "y"}, "'chosen' holds a number"),
         ({"prompt": "q", "chosen": "x", "rejected": "y", "margin": -1}, "strength is -1"),
         ({"prompt": "q", "chosen": "x", "rejected": "y", "choice": "tie"}, "neither a nor b"),
-        ([1], "not a JSON object"),
+        ([1], "holds a list, not an object"),
     ],
 )
 def test_a_bad_row_is_named_and_nothing_is_imported(tmp_path: Path, row: Any, says: str) -> None:
     store = PreferenceStore(tmp_path / "p.db")
     good = {"prompt": "q", "chosen": "x", "rejected": "y"}
-    with pytest.raises(UserError, match=f"in.jsonl, row 2: .*{says}"):
-        import_jsonl(store, write(tmp_path / "in.jsonl", good, row))
+    with pytest.raises(UserError, match=f"in.jsonl, line 2: .*{says}"):
+        add_preferences(store, read_preferences(write(tmp_path / "in.jsonl", good, row)))
     assert store.items() == []
 
 
@@ -261,8 +265,8 @@ def test_one_annotator_labels_a_pair_once(tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": "x", "rejected": "y", "annotator": "ann"}
     turned = row | {"chosen": "y", "rejected": "x"}
     store = PreferenceStore(tmp_path / "p.db")
-    with pytest.raises(UserError, match=r"row 2: 'ann' labels item .* a second time"):
-        import_jsonl(store, write(tmp_path / "in.jsonl", row, turned))
+    with pytest.raises(UserError, match=r"line 2: 'ann' labels item .* a second time"):
+        add_preferences(store, read_preferences(write(tmp_path / "in.jsonl", row, turned)))
 
 
 def _writer(path: str, name: str, count: int) -> None:
