@@ -170,13 +170,13 @@ def test_same_advantages(both: Any, advantage: str, monkeypatch: pytest.MonkeyPa
     """The learner does not keep them; its replay, verified bit for bit, computes them again."""
     run, expected = both[0][advantage], both[1][advantage]
     seen: list[Any] = []
-    build = learner.ppo.build_experience
+    build = learner.rl.learner.build_experience
 
     def noting(*given: Any, **named: Any) -> Any:
         seen.append(build(*given, **named))
         return seen[-1]
 
-    monkeypatch.setattr(learner.ppo, "build_experience", noting)
+    monkeypatch.setattr(learner.rl.learner, "build_experience", noting)
     try:
         replay_run(str(run), True, None, Reporter(quiet=True))
     finally:
