@@ -122,7 +122,8 @@ class Run:
     def __init__(self, regime: Regime, variant: Variant, seed: int, base: Path) -> None:
         from cluster.contracts.config.base import ModelConfig
         from cluster.contracts.config.reward import RewardModelSource
-        from learner.models.load import load_policy, tokenizer_fingerprint
+        from learner.models.load import load_policy
+        from learner.models.reward_artifact import tokenizer_fingerprint
         from learner.rl.learner import PPOLearner
         from reward_service.sources.model import ModelScorer
 
@@ -246,11 +247,11 @@ class Run:
         """Sum over rows of log pi - log ref of the sampled tokens, nats."""
         import torch
 
-        from learner.compute.microbatches import pad_rows, sequence
-        from learner.models.load import token_logprobs
+        from learner.compute.microbatches import pad_rows, token_row
+        from learner.models.heads import token_logprobs
 
         encoded = [
-            sequence(
+            token_row(
                 [*p.token_ids, *c.token_ids],
                 [*(False for _ in p.token_ids), *(True for _ in c.token_ids)],
             )

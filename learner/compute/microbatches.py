@@ -6,8 +6,7 @@ ones and packing (a packed row pays attention over the whole pack).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from collections.abc import Sequence as AnySequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sequence:
+class TokenRow:
     """One row: the prompt's and the response's ids together.
 
     input_ids: [T] int32. loss_mask: [T] bool, True at the tokens whose log-probability is trained;
@@ -47,11 +46,11 @@ class Sequence:
         return int(self.loss_mask.sum())
 
 
-def sequence(ids: Iterable[int], mask: Iterable[bool]) -> Sequence:
+def token_row(ids: Iterable[int], mask: Iterable[bool]) -> TokenRow:
     """A row from plain lists. A trained first token leaves the loss: nothing predicts it."""
     loss_mask = np.fromiter(mask, dtype=np.bool_)
     loss_mask[:1] = False
-    return Sequence(input_ids=np.fromiter(ids, dtype=np.int32), loss_mask=loss_mask)
+    return TokenRow(input_ids=np.fromiter(ids, dtype=np.int32), loss_mask=loss_mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +65,7 @@ class PaddedRows:
 
 
 def plan_microbatches(
-    lengths: AnySequence[int], tokens_per_microbatch: int, *, packed: bool = False
+    lengths: Sequence[int], tokens_per_microbatch: int, *, packed: bool = False
 ) -> list[list[int]]:
     """Indices of the rows of each microbatch, such that rows * longest <= the budget.
 
@@ -97,7 +96,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def pad_rows(
-    rows: AnySequence[Sequence], pad_id: int, device: torch.device | str = "cpu"
+    rows: Sequence[TokenRow], pad_id: int, device: torch.device | str = "cpu"
 ) -> PaddedRows:
     """Rows padded on the right with `pad_id` to the longest. Raises ValueError for no rows."""
     if not rows:
@@ -115,12 +114,12 @@ def pad_rows(
 
 
 def pad_array(
-    values: AnySequence[NDArray[np.generic]],
+    values: Sequence[NDArray[np.generic]],
     width: int,
     fill: float,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    starts: AnySequence[int] | None = None,
+    starts: Sequence[int] | None = None,
 ) -> Tensor:
     """[B, width] tensor with values[b] in row b from column starts[b] (0 if None), else `fill`.
 

@@ -20,7 +20,7 @@ from learner.compute.ranks import SINGLE, Ranks, is_sharded
 
 MAX_SKIPS_IN_A_ROW = 3
 
-Microbatch = Callable[[], tuple[Tensor, list[Metric]]]
+MicrobatchLoss = Callable[[], tuple[Tensor, list[Metric]]]
 """Forward and loss of one microbatch -> (0-d loss with gradient, metrics)."""
 
 
@@ -57,7 +57,7 @@ class StepOutcome:
 def optimiser_step(
     optimizer: torch.optim.Optimizer,
     params: Iterable[nn.Parameter],
-    microbatches: Iterable[Microbatch],
+    microbatches: Iterable[MicrobatchLoss],
     max_grad_norm: float,
     skips: SkipCounter,
     ranks: Ranks = SINGLE,
@@ -91,7 +91,7 @@ def optimiser_step(
         optimizer.zero_grad(set_to_none=True)
 
 
-def _accumulate(microbatches: Iterable[Microbatch]) -> tuple[Tensor, list[Metric]]:
+def _accumulate(microbatches: Iterable[MicrobatchLoss]) -> tuple[Tensor, list[Metric]]:
     """(0-d float64 sum of the losses, merged metrics); gradients are in the parameters."""
     total, metrics = None, list[Metric]()
     for run in microbatches:

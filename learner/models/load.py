@@ -26,36 +26,13 @@ from learner.models.files import (
     require_directory,
 )
 from learner.models.heads import (
-    LmHead,
-    SharedValueHead,
     check_lm_head,
-    hidden_states,
-    lm_head,
     reward_scores,
-    token_logprobs,
     trunk_states,
     zero_linear,
 )
 from learner.models.packed_attention import Spans
-from learner.models.reward_artifact import RewardArtifact, read_artifact, tokenizer_fingerprint
-
-__all__ = [
-    "LmHead",
-    "RewardArtifact",
-    "SharedValueHead",
-    "ValueModel",
-    "hidden_states",
-    "lm_head",
-    "load_policy",
-    "load_reward_model",
-    "load_tokenizer",
-    "read_artifact",
-    "reward_scores",
-    "save_policy",
-    "stop_token_ids",
-    "token_logprobs",
-    "tokenizer_fingerprint",
-]
+from learner.models.reward_artifact import RewardArtifact, read_artifact
 
 GOLDEN_TOLERANCE = 1e-2
 """Relative to max(1, |score|): float32 on another machine differs far less, a wrong head more."""

@@ -14,11 +14,11 @@ from cluster.contracts.config.offline import DpoConfig
 from cluster.contracts.metrics import Metric, mean
 from learner.algorithms.loss_terms import LossTerms
 from learner.algorithms.preference_loss import dpo
-from learner.compute.microbatches import Sequence as TokenRow
-from learner.compute.microbatches import pad_rows, plan_microbatches
+from learner.compute.microbatches import TokenRow, pad_rows, plan_microbatches
 from learner.compute.optimizer import compute_in
 from learner.compute.optimizer_step import metrics_of
-from learner.models.load import load_policy, load_tokenizer, save_policy, token_logprobs
+from learner.models.heads import token_logprobs
+from learner.models.load import load_policy, load_tokenizer, save_policy
 from learner.offline.datasets import Comparison, read_comparisons
 from learner.offline.fit import OnStep, evaluate_rows, fit, never
 from learner.offline.setup import OnRows, answered, load_rows, prepare, unheard, write_summary

@@ -16,18 +16,13 @@ from cluster.contracts.config.offline import RewardModelConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import Metric, last, mean, merge
 from learner.algorithms.preference_loss import bradley_terry
-from learner.compute.microbatches import Sequence as TokenRow
-from learner.compute.microbatches import pad_rows, plan_microbatches
+from learner.compute.microbatches import TokenRow, pad_rows, plan_microbatches
 from learner.compute.optimizer import compute_in
 from learner.compute.optimizer_step import metrics_of
 from learner.evaluation.calibration import confidences, ece, reliability
 from learner.models.files import replace_directory
-from learner.models.load import (
-    load_sequence_classifier,
-    load_tokenizer,
-    reward_scores,
-    stop_token_ids,
-)
+from learner.models.heads import reward_scores
+from learner.models.load import load_sequence_classifier, load_tokenizer, stop_token_ids
 from learner.models.reward_artifact import (
     Golden,
     RewardArtifact,

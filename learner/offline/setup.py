@@ -16,8 +16,7 @@ from cluster.contracts.rows.files import BadRow
 from cluster.contracts.rows.messages import Messages
 from cluster.contracts.rows.reader import NOTHING, LeftOut, ReadRows
 from cluster.machine.torch_state import prepare_torch
-from learner.compute.microbatches import Sequence as TokenRow
-from learner.compute.microbatches import sequence
+from learner.compute.microbatches import TokenRow, token_row
 from learner.offline.datasets import hold_out
 from learner.offline.fit import FitResult
 
@@ -133,7 +132,7 @@ def answered(tokenizer: Any, messages: Messages, answer: str) -> TokenRow:
     prompt, ids = render_answered(tokenizer, messages, answer)
     if not prompt:
         raise BadRow("the tokenizer makes no token of the prompt")
-    return sequence([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
+    return token_row([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
 
 
 def write_summary(run_dir: Path, result: FitResult, data: TrainingRows[Any]) -> None:

@@ -16,17 +16,10 @@ from cluster.contracts.metrics import Metric, mean
 from cluster.contracts.rows.files import BadRow
 from learner.algorithms.logprobs import logprobs_from_logits
 from learner.algorithms.masked import aggregate
-from learner.compute.microbatches import Sequence as TokenRow
-from learner.compute.microbatches import pad_rows, sequence
+from learner.compute.microbatches import TokenRow, pad_rows, token_row
 from learner.compute.optimizer import compute_in
-from learner.models.load import (
-    hidden_states,
-    lm_head,
-    load_policy,
-    load_tokenizer,
-    save_policy,
-    token_logprobs,
-)
+from learner.models.heads import hidden_states, lm_head, token_logprobs
+from learner.models.load import load_policy, load_tokenizer, save_policy
 from learner.offline.datasets import Demonstration, read_demonstrations
 from learner.offline.fit import OnStep, evaluate_rows, fit, never
 from learner.offline.setup import OnRows, answered, load_rows, prepare, unheard, write_summary
@@ -76,12 +69,12 @@ def encode(tokenizer: Any, row: Demonstration) -> TokenRow:
     """Ids and loss mask: the assistant's turns with their end tokens, or a whole plain text."""
     if not is_text(row.messages):
         ids, mask = render_conversation(tokenizer, row.messages)
-        encoded = sequence(ids, mask)
+        encoded = token_row(ids, mask)
     elif row.answer is not None:
         encoded = answered(tokenizer, row.messages, row.answer)
     else:
         ids = [*render_prompt(tokenizer, row.messages), tokenizer.eos_token_id]
-        encoded = sequence(ids, [True] * len(ids))
+        encoded = token_row(ids, [True] * len(ids))
     if encoded.trained == 0:
         raise BadRow("has no token to learn from")
     return encoded

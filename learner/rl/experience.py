@@ -7,8 +7,8 @@ token, computed in microbatches and normalised over the whole batch.
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +17,24 @@ from torch import Tensor
 
 from cluster.contracts.config.train import AlgorithmConfig
 from cluster.contracts.errors import Fatal
-from learner.algorithms.advantages import AdvantageInputs, compute_advantages, terminal_rewards
+from learner.algorithms.advantages import (
+    AdvantageInputs,
+    Advantages,
+    compute_advantages,
+    terminal_rewards,
+)
 from learner.algorithms.importance import importance_weights
 from learner.algorithms.kl import k1
 from learner.algorithms.loss_terms import MetricParts
 from learner.algorithms.masked import whiten
 from learner.rl.forward import Microbatches, Networks
-from learner.rl.measuring_pass import Kept, choose_way, run_passes
+from learner.rl.measuring_pass import (
+    MeasuredPasses,
+    PolicyPass,
+    WaitingForward,
+    plan_passes,
+    run_passes,
+)
 from learner.rl.rollouts import RolloutBatch
 from learner.settings import LearnerSettings
 
@@ -36,18 +47,51 @@ _ESTIMATOR = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepPlan:
+    """What a learner step is told apart from its samples.
+
+    step: the policy's version before it. kl_coef: the KL coefficient in force during the step.
+    value_only: the update leaves the policy as it is.
+    """
+
+    step: int
+    kl_coef: float
+    value_only: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Proximal:
+    """What the proximal policy, the weights when the step began, gives for the step's tokens, and
+    what follows from it; float32 [B, R], zero where there is no token.
+
+    kl: k1 to the reference, None without one. importance, importance_parts: see
+    `importance_weights`.
+    """
+
+    logp: Tensor
+    entropy: Tensor
+    kl: Tensor | None
+    importance: Tensor
+    importance_parts: MetricParts
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredByUpdate:
+    """Says that the update's own forward pass is the first of the step, so that its
+    log-probabilities are the proximal ones: the update measures them and returns them."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Experience:
     """One step's samples as tensors, float32 on the learner's device; [B, R] unless said.
 
     mask: bool, real answer tokens. loss_mask: bool, those that are trained (see
-    `algorithm.truncated`). behaviour_logp: the engine's. prox_logp: this learner's when the step
-    began. ref_logp, values, returns: None where the algorithm has no use for them.
-    age: int64, learner steps between sampling and now. scores: float64 [B], as scored.
-    terminal: float64 [B], what was placed on the last token. importance: see `off_policy`.
-    inline: prox_logp and entropy are 0 still, to be filled in by the update's forward pass;
-    `completed` then gives what follows from them (kl, importance). kept: forward passes that wait
-    for their loss, in the order of `micros.of` all rows, or None.
+    `algorithm.truncated`). behaviour_logp: the engine's. ref_logp, values, returns: None where the
+    algorithm has no use for them. age: int64, learner steps between sampling and now.
+    scores: float64 [B], as scored. terminal: float64 [B], what was placed on the last token.
+    proximal: measured, or to be measured by the update. waiting: forward passes that wait for
+    their loss, in the order of `micros.of` all rows, or None.
     """
 
     batch: RolloutBatch
@@ -55,10 +99,7 @@ class Experience:
     mask: Tensor
     loss_mask: Tensor
     behaviour_logp: Tensor
-    prox_logp: Tensor
-    entropy: Tensor
     ref_logp: Tensor | None
-    kl: Tensor | None
     values: Tensor | None
     rewards: Tensor
     advantages: Tensor
@@ -66,90 +107,79 @@ class Experience:
     age: Tensor
     scores: Tensor
     terminal: Tensor
-    importance: Tensor
-    importance_parts: MetricParts
-    inline: bool = False
-    kept: list[Kept] | None = None
+    proximal: Proximal | MeasuredByUpdate
+    waiting: tuple[WaitingForward, ...] | None
 
     def __len__(self) -> int:
         return len(self.batch)
 
 
-def build_experience(
-    batch: RolloutBatch,
-    networks: Networks,
-    settings: LearnerSettings,
-    version: int,
-    kl_coef: float,
-    value_only: bool = False,
-) -> Experience:
-    """The experience of `batch` for a learner at policy `version`.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Tokens:
+    """What rollouts say of their tokens, as tensors; see `Experience`. truncated: bool [B]."""
 
-    value_only: the update will leave the policy as it is.
+    mask: Tensor
+    behaviour_logp: Tensor
+    truncated: Tensor
+    group_ids: Tensor
+
+    @classmethod
+    def of(cls, batch: RolloutBatch, width: int, device: torch.device) -> _Tokens:
+        lengths = torch.from_numpy(batch.response_ids.lengths)[:, None]
+        return cls(
+            mask=(torch.arange(width)[None, :] < lengths).to(device),
+            behaviour_logp=torch.from_numpy(batch.behaviour_logp.padded(width)).to(device),
+            truncated=torch.from_numpy(batch.truncated).to(device),
+            group_ids=torch.from_numpy(batch.group_ids).to(device),
+        )
+
+
+def build_experience(
+    batch: RolloutBatch, networks: Networks, settings: LearnerSettings, plan: StepPlan
+) -> Experience:
+    """The experience of `batch` for a learner at policy version `plan.step`.
+
     Raises Fatal for a token older than the staleness bound (the controller's invariant, checked
     where it matters) or from the future, and for a forward pass that is not finite.
     """
-    algorithm = settings.algorithm
+    algorithm, device = settings.algorithm, networks.device
     width = int(batch.response_ids.lengths.max())
-    device = networks.device
-    age = token_ages(batch, version, settings.staleness.bound, width).to(device)
-    mask = (
-        torch.arange(width)[None, :] < torch.from_numpy(batch.response_ids.lengths)[:, None]
-    ).to(device)
-    behaviour = torch.from_numpy(batch.behaviour_logp.padded(width)).to(device)
-    truncated = torch.from_numpy(batch.truncated).to(device)
-    kept = mask & ~truncated[:, None] if algorithm.truncated == "mask" else mask
-    way = choose_way(settings, networks, value_only)
-    if not batch_trains(batch, algorithm):
-        way = "separate"  # There will be no update to measure in.
-    micros = Microbatches(
-        batch,
-        settings.learner.tokens_per_microbatch,
-        device,
-        packed=networks.packed,
-        ranks=networks.ranks,
+    age = token_ages(batch, plan.step, settings.staleness.bound, width).to(device)
+    tokens = _Tokens.of(batch, width, device)
+    budget = settings.learner.tokens_per_microbatch
+    micros = Microbatches(batch, budget, device, packed=networks.packed, ranks=networks.ranks)
+    passes = run_passes(
+        # Without a token to train there will be no update to measure in.
+        plan_passes(settings, networks, plan.value_only)
+        if batch_trains(batch, algorithm)
+        else "separate",
+        len(batch),
+        width,
+        micros.of(range(len(batch))),
+        networks,
+        settings,
     )
-    rows = range(len(batch))
-    passes = run_passes(way, len(batch), width, micros.of(rows), networks, settings)
-    _require_finite(passes.prox_logp, passes.ref_logp, passes.values)
+    _require_finite({"reference log-probabilities": passes.ref_logp, "values": passes.values})
+    proximal: Proximal | MeasuredByUpdate = MeasuredByUpdate()
+    if passes.policy is not None:
+        proximal = proximal_of(
+            passes.policy, passes.ref_logp, tokens.behaviour_logp, tokens.mask, settings
+        )
     scores = torch.from_numpy(batch.scores.astype(np.float64)).to(device)
-    terminal = terminal_scores(scores, truncated, algorithm)
-    kl = None
-    if passes.ref_logp is not None:
-        kl = k1(passes.prox_logp, passes.ref_logp).where(mask, 0.0)
-    rewards = token_rewards(terminal, kl, mask, algorithm, kl_coef)
-    bootstrap = None
-    if algorithm.truncated == "bootstrap" and passes.after is not None:
-        bootstrap = passes.after.where(truncated, 0.0)
-    inputs = AdvantageInputs(
-        rewards=rewards,
-        mask=mask,
-        group_ids=torch.from_numpy(batch.group_ids).to(device),
-        values=passes.values,
-        bootstrap=bootstrap,
-        gamma=algorithm.gamma,
-        lam=algorithm.lam,
-    )
-    # True follows the estimator: GAE and REINFORCE++ whiten, GRPO and RLOO compare within a group.
-    whitened = None if algorithm.whiten_advantages else False
-    result = compute_advantages(estimator_name(algorithm), inputs, whitened)
-    weights, parts = importance_weights(
-        passes.prox_logp,
-        behaviour,
-        mask,
-        settings.staleness.correction,
-        settings.staleness.cap,
-    )
+    terminal = terminal_scores(scores, tokens.truncated, algorithm)
+    kl = proximal.kl if isinstance(proximal, Proximal) else None
+    rewards = token_rewards(terminal, kl, tokens.mask, algorithm, plan.kl_coef)
+    result = _advantages(rewards, tokens, passes, algorithm)
+    mask = tokens.mask
+    # Masked answers still count in the advantages of their group: only the loss leaves them out.
+    kept = mask & ~tokens.truncated[:, None] if algorithm.truncated == "mask" else mask
     return Experience(
         batch=batch,
         micros=micros,
         mask=mask,
         loss_mask=kept,
-        behaviour_logp=behaviour,
-        prox_logp=passes.prox_logp,
-        entropy=passes.entropy,
+        behaviour_logp=tokens.behaviour_logp,
         ref_logp=passes.ref_logp,
-        kl=kl,
         values=passes.values,
         rewards=rewards,
         advantages=result.advantages,
@@ -157,32 +187,52 @@ def build_experience(
         age=age,
         scores=scores,
         terminal=terminal,
-        importance=weights,
-        importance_parts=parts,
-        inline=passes.way == "inline",
-        kept=passes.kept,
+        proximal=proximal,
+        waiting=passes.waiting,
     )
 
 
-def completed(experience: Experience, settings: LearnerSettings) -> Experience:
-    """`experience` after its update, with everything an "inline" one could not know before.
-
-    Raises Fatal for a forward pass that was not finite.
-    """
-    if not experience.inline:
-        return experience
-    prox, mask = experience.prox_logp, experience.mask
-    _require_finite(prox, None, None)
-    kl = None
-    if experience.ref_logp is not None:
-        kl = k1(prox, experience.ref_logp).where(mask, 0.0)
+def proximal_of(
+    policy: PolicyPass,
+    ref_logp: Tensor | None,
+    behaviour_logp: Tensor,
+    mask: Tensor,
+    settings: LearnerSettings,
+) -> Proximal:
+    """What follows from a pass of the proximal policy. Raises Fatal for one that is not finite."""
+    _require_finite({"policy log-probabilities": policy.logp})
+    kl = None if ref_logp is None else k1(policy.logp, ref_logp).where(mask, 0.0)
     staleness = settings.staleness
     weights, parts = importance_weights(
-        prox, experience.behaviour_logp, mask, staleness.correction, staleness.cap
+        policy.logp, behaviour_logp, mask, staleness.correction, staleness.cap
     )
-    return dataclasses.replace(
-        experience, inline=False, kl=kl, importance=weights, importance_parts=parts
+    return Proximal(
+        logp=policy.logp,
+        entropy=policy.entropy,
+        kl=kl,
+        importance=weights,
+        importance_parts=parts,
     )
+
+
+def _advantages(
+    rewards: Tensor, tokens: _Tokens, passes: MeasuredPasses, algorithm: AlgorithmConfig
+) -> Advantages:
+    bootstrap = None
+    if algorithm.truncated == "bootstrap" and passes.after is not None:
+        bootstrap = passes.after.where(tokens.truncated, 0.0)
+    inputs = AdvantageInputs(
+        rewards=rewards,
+        mask=tokens.mask,
+        group_ids=tokens.group_ids,
+        values=passes.values,
+        bootstrap=bootstrap,
+        gamma=algorithm.gamma,
+        lam=algorithm.lam,
+    )
+    # True follows the estimator: GAE and REINFORCE++ whiten, GRPO and RLOO compare within a group.
+    whitened = None if algorithm.whiten_advantages else False
+    return compute_advantages(estimator_name(algorithm), inputs, whitened)
 
 
 def batch_trains(batch: RolloutBatch, algorithm: AlgorithmConfig) -> bool:
@@ -237,12 +287,9 @@ def estimator_name(algorithm: AlgorithmConfig) -> str:
     return _ESTIMATOR[algorithm.advantage]
 
 
-def _require_finite(prox: Tensor, ref: Tensor | None, values: Tensor | None) -> None:
-    named = {
-        "policy log-probabilities": prox,
-        "reference log-probabilities": ref,
-        "values": values,
-    }
+def _require_finite(named: Mapping[str, Tensor | None]) -> None:
     for name, tensor in named.items():
+        # One sum instead of a look at every number: it is finite only if all of them are (and an
+        # overflow of the sum would need log-probabilities far outside any model's).
         if tensor is not None and not math.isfinite(float(tensor.sum())):
             raise Fatal(f"the {name} of this step are not finite")

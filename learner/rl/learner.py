@@ -5,6 +5,7 @@ Weights of version v are those before step v; step v publishes version v + 1.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from pathlib import Path
@@ -21,7 +22,7 @@ from cluster.weights.transports import TRANSPORTS, Publisher, PublisherOptions
 from learner.compute.optimizer import lr_factor, set_lr
 from learner.compute.ranks import SINGLE, Ranks
 from learner.rl.checkpoint import TrainerState, restore_state, save_state
-from learner.rl.experience import Experience, build_experience, completed
+from learner.rl.experience import Experience, StepPlan, build_experience
 from learner.rl.flops import matrix_peak, step_flops
 from learner.rl.metrics import experience_metrics, sequence_kl
 from learner.rl.networks import build_kl_controller, build_networks, build_optimizers
@@ -29,7 +30,7 @@ from learner.rl.publish import canary, canary_tokens, device_tensors, host_array
 from learner.rl.rollout_files import RolloutWriter
 from learner.rl.rollouts import RolloutBatch, read_batch
 from learner.rl.step_record import attach, step_record, weights_digest
-from learner.rl.update import PolicyUpdate
+from learner.rl.update import PolicyUpdate, UpdateResult
 from learner.settings import LearnerSettings
 
 
@@ -99,15 +100,15 @@ class PPOLearner:
             self._writer.flush()
         tables = [_as_table(payload) for payload in batch.payloads]
         rollouts = read_batch(tables, batch.group_ids, settings.batch.samples_per_prompt)
-        coef = state.kl.coef
-        value_only = self._value_only(batch.step)
-        experience = build_experience(
-            rollouts, state.networks, settings, state.version, coef, value_only
+        plan = StepPlan(
+            step=batch.step, kl_coef=state.kl.coef, value_only=self._value_only(batch.step)
         )
+        experience = build_experience(rollouts, state.networks, settings, plan)
         metrics = [last("time/experience", time.perf_counter() - began)]
-        experience, measured = self._update(experience, batch.step, value_only)
-        metrics += measured
-        metrics += experience_metrics(experience, coef, settings.algorithm.kl.place == "reward")
+        update = self._update(experience, plan)
+        metrics += update.metrics
+        in_reward = settings.algorithm.kl.place == "reward"
+        metrics += experience_metrics(experience, update.proximal, plan.kl_coef, in_reward)
         state.version += 1
         before = self._digest
         publish_began = time.perf_counter()
@@ -119,7 +120,7 @@ class PPOLearner:
         wall = time.perf_counter() - began
         cpu = self._ranks.total(time.process_time() - cpu_began, state.networks.device)
         metrics += _speed(rollouts, wall, cpu)
-        work = step_flops(state.networks, settings, rollouts, value_only)
+        work = step_flops(state.networks, settings, rollouts, plan.value_only)
         metrics.append(last("perf/mfu", work / (wall * self._peak)))
         return StepResult(
             step=batch.step,
@@ -158,23 +159,23 @@ class PPOLearner:
     def _value_only(self, step: int) -> bool:
         return self.state.networks.has_values and step < self.settings.learner.value_warmup_steps
 
-    def _update(
-        self, experience: Experience, step: int, value_only: bool
-    ) -> tuple[Experience, list[Metric]]:
-        """(the experience with all its numbers, metrics of the update)."""
+    def _update(self, experience: Experience, plan: StepPlan) -> UpdateResult:
+        """Train on the experience, then let the KL coefficient follow."""
         state, learner = self.state, self.settings.learner
-        factor = lr_factor(learner.schedule, step, self.settings.batch.steps, learner.warmup_steps)
+        total = self.settings.batch.steps
+        factor = lr_factor(learner.schedule, plan.step, total, learner.warmup_steps)
         rate = set_lr(state.optimizers.policy, factor)
         if state.optimizers.value is not None:
             set_lr(state.optimizers.value, factor)
-        update = PolicyUpdate(state.networks, state.optimizers, self.settings)
-        metrics = update.train(experience, step, state.kl.coef, value_only)
-        experience = completed(experience, self.settings)
-        kl = sequence_kl(experience)
-        if kl is not None and not value_only:
+        result = PolicyUpdate(state.networks, state.optimizers, self.settings).train(
+            experience, plan
+        )
+        kl = sequence_kl(result.proximal)
+        if kl is not None and not plan.value_only:
             # The KL of the batch that was trained, however stale: what the coefficient acted on.
             state.kl.update(kl, len(experience))
-        return experience, [*metrics, last("policy/lr", 0.0 if value_only else rate)]
+        rate_metric = last("policy/lr", 0.0 if plan.value_only else rate)
+        return dataclasses.replace(result, metrics=[*result.metrics, rate_metric])
 
     def _publish(self) -> WeightManifest:
         state, settings, networks = self.state, self.settings, self.state.networks

@@ -23,47 +23,57 @@ from learner.compute.sharding import local
 from learner.rl.forward import Microbatch, Networks, PolicyOutputs, policy_outputs
 from learner.settings import LearnerSettings
 
-Way = Literal["inline", "kept", "separate"]
+PassPlan = Literal["inline", "kept", "separate"]
 
 _CPU_SHARE, _GPU_SHARE = 8, 4  # of the machine's memory, of what is free on the GPU
 
 
-@dataclass(slots=True, eq=False)
-class Kept:
+@dataclass(frozen=True, slots=True, eq=False)
+class WaitingForward:
     """A microbatch's forward pass with gradient, waiting for its loss. values: [b, width]."""
 
     out: PolicyOutputs
     values: Tensor | None
 
 
-@dataclass(slots=True, eq=False)
-class Passes:
-    """[B, R] float32, zero where there is no token; `after` [B]: value after the last token.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PolicyPass:
+    """What the policy's weights of now give for a step's tokens: float32 [B, R], zero where there
+    is no token."""
 
-    prox_logp, entropy: zeros with `way` "inline", until the update has filled them in.
-    kept: one for each microbatch with `way` "kept", else None.
+    logp: Tensor
+    entropy: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MeasuredPasses:
+    """What was measured before the update; [B, R] float32, zero where there is no token.
+
+    policy: None with the plan "inline", whose update measures it. ref_logp, values: None without a
+    reference or a value network. after: [B] values of the states after the last token, as values.
+    waiting: one for each of this rank's microbatches where "kept" found the memory, else None.
     """
 
-    way: Way
-    prox_logp: Tensor
-    entropy: Tensor
+    policy: PolicyPass | None
     ref_logp: Tensor | None
     values: Tensor | None
     after: Tensor | None
-    kept: list[Kept] | None
+    waiting: tuple[WaitingForward, ...] | None
 
 
-def choose_way(settings: LearnerSettings, networks: Networks, value_only: bool) -> Way:
+def plan_passes(settings: LearnerSettings, networks: Networks, value_only: bool) -> PassPlan:
     """How the policy's numbers of a step come about, but for the memory that "kept" needs.
 
     value_only: the step leaves the policy as it is, so its forward pass carries no gradient.
     """
     learner = settings.learner
+    # The first of several updates changes the weights: what is measured has to be older than it.
     if learner.epochs > 1 or learner.minibatches > 1 or value_only:
         return "separate"
     kl_in_reward = networks.reference is not None and settings.algorithm.kl.place == "reward"
     if not networks.has_values and not kl_in_reward:
         return "inline"
+    # Checkpointing throws away what a waiting graph would hold, so waiting would gain nothing.
     if learner.activation_memory_mb == 0 or learner.gradient_checkpointing:
         return "separate"
     if networks.sharded:
@@ -72,76 +82,96 @@ def choose_way(settings: LearnerSettings, networks: Networks, value_only: bool) 
 
 
 def run_passes(
-    way: Way,
+    plan: PassPlan,
     rows: int,
     width: int,
     micros: Sequence[Microbatch],
     networks: Networks,
     settings: LearnerSettings,
-) -> Passes:
+) -> MeasuredPasses:
     """The passes of one step of `rows` samples, answers padded to `width`.
 
     micros: this rank's; the numbers of the others' samples come from them.
     """
     device = networks.device
 
-    def zeros(wanted: bool = True) -> Tensor | None:
-        return torch.zeros(rows, width, device=device) if wanted else None
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(*shape, device=device)
 
-    passes = Passes(
-        way=way,
-        prox_logp=torch.zeros(rows, width, device=device),
-        entropy=torch.zeros(rows, width, device=device),
-        ref_logp=zeros(networks.reference is not None),
-        values=zeros(networks.has_values),
-        after=torch.zeros(rows, device=device) if networks.has_values else None,
-        kept=[] if way == "kept" else None,
-    )
+    policy = None
+    if plan != "inline":
+        policy = PolicyPass(logp=zeros(rows, width), entropy=zeros(rows, width))
+    valued = networks.has_values and policy is not None
+    values, after = (zeros(rows, width), zeros(rows)) if valued else (None, None)
+    ref_logp = zeros(rows, width) if networks.reference is not None else None
+    waiting: tuple[WaitingForward, ...] | None = None
     # One context for all microbatches: autocast casts each weight once, not once a microbatch.
     with compute_in(networks.compute_dtype, device, cached=not networks.sharded):
-        if way != "inline":
-            _policy_passes(passes, micros, networks, settings)
-        if passes.ref_logp is not None:
-            _reference_passes(passes.ref_logp, micros, networks, settings)
+        if policy is not None:
+            into = _PolicyTensors(policy, values, after)
+            waiting = _policy_passes(plan == "kept", into, micros, networks, settings)
+        if ref_logp is not None:
+            _reference_passes(ref_logp, micros, networks, settings)
     # Each rank has filled in its own rows, so these sums add zeros to numbers.
-    found = (passes.prox_logp, passes.entropy, passes.ref_logp, passes.values, passes.after)
+    found = (*((policy.logp, policy.entropy) if policy else ()), ref_logp, values, after)
     networks.ranks.sum_([tensor for tensor in found if tensor is not None])
-    return passes
+    return MeasuredPasses(
+        policy=policy, ref_logp=ref_logp, values=values, after=after, waiting=waiting
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _PolicyTensors:
+    """Where the policy's passes write their numbers."""
+
+    policy: PolicyPass
+    values: Tensor | None
+    after: Tensor | None
+
+    def put(
+        self, micro: Microbatch, out: PolicyOutputs, values: Tensor | None, after: Tensor | None
+    ) -> None:
+        micro.put(self.policy.logp, out.logp)
+        if out.entropy is not None:
+            micro.put(self.policy.entropy, out.entropy)
+        if values is not None and self.values is not None:
+            micro.put(self.values, values)
+        if after is not None and self.after is not None and micro.counts:
+            self.after[micro.rows] = after.detach()
 
 
 def _policy_passes(
-    passes: Passes, micros: Sequence[Microbatch], networks: Networks, settings: LearnerSettings
-) -> None:
-    entropy_gradient = settings.algorithm.entropy_coef > 0
+    keep: bool,
+    into: _PolicyTensors,
+    micros: Sequence[Microbatch],
+    networks: Networks,
+    settings: LearnerSettings,
+) -> tuple[WaitingForward, ...] | None:
+    """Fill `into`; with `keep`, the passes themselves, unless they would take too much memory."""
     total = sum(micro.input_ids.numel() for micro in micros)
+    waiting: list[WaitingForward] = []
     for index, micro in enumerate(micros):
-        with torch.set_grad_enabled(passes.kept is not None):
-            counter = _SavedBytes(networks)
-            with counter.watch(index == 0 and passes.kept is not None):
-                out = policy_outputs(
-                    networks.policy_root,
-                    micro,
-                    settings.temperature,
-                    networks.compute_dtype,
-                    entropy=True,
-                    entropy_gradient=entropy_gradient,
-                )
-                values, after = None, None
-                if networks.has_values:
-                    values, after = networks.values(micro, out.hidden)
-        micro.put(passes.prox_logp, out.logp)
-        if out.entropy is not None:
-            micro.put(passes.entropy, out.entropy)
-        if values is not None and passes.values is not None:
-            micro.put(passes.values, values)
-        if after is not None and passes.after is not None and micro.counts:
-            passes.after[micro.rows] = after.detach()
-        if passes.kept is None:
-            continue
-        passes.kept.append(Kept(out, values))
+        counter = _SavedBytes(networks)
+        with torch.set_grad_enabled(keep), counter.watch(index == 0 and keep):
+            out = policy_outputs(
+                networks.policy_root,
+                micro,
+                settings.temperature,
+                networks.compute_dtype,
+                entropy=True,
+                entropy_gradient=settings.algorithm.entropy_coef > 0,
+            )
+            values, after = None, None
+            if networks.has_values:
+                values, after = networks.values(micro, out.hidden)
+        into.put(micro, out, values, after)
+        if keep:
+            waiting.append(WaitingForward(out, values))
+        # The first microbatch is the longest; memory grows with tokens, so it tells of them all.
         expected = counter.total * total / micro.input_ids.numel()
-        if index == 0 and expected > _memory_limit(settings, networks):
-            passes.way, passes.kept = "separate", None
+        if keep and index == 0 and expected > _memory_limit(settings, networks):
+            keep, waiting = False, []
+    return tuple(waiting) if keep else None
 
 
 @torch.no_grad()

@@ -9,39 +9,46 @@ from torch import Tensor
 from cluster.contracts.metrics import Metric, largest, last, mean, smallest
 from learner.algorithms.importance import effective_sample_size
 from learner.algorithms.value_loss import explained_variance
-from learner.rl.experience import Experience
+from learner.rl.experience import Experience, Proximal
 from learner.rl.rollouts import Array, RolloutBatch
 
 
-def experience_metrics(experience: Experience, kl_coef: float, kl_in_reward: bool) -> list[Metric]:
-    """objective/*, value/*, rewards/*, completions/*, async/*, sampling/* of one step."""
+def experience_metrics(
+    experience: Experience, proximal: Proximal, kl_coef: float, kl_in_reward: bool
+) -> list[Metric]:
+    """objective/*, value/*, rewards/*, completions/*, async/*, sampling/* of one step.
+
+    proximal: as the update returns it.
+    """
     return [
-        *_objective(experience, kl_coef, kl_in_reward),
+        *_objective(experience, proximal, kl_coef, kl_in_reward),
         *_values(experience),
         *_rewards(experience.batch),
         *_completions(experience.batch),
-        *_staleness(experience),
-        *_sampling(experience),
+        *_staleness(experience, proximal),
+        *_sampling(experience, proximal),
     ]
 
 
-def sequence_kl(experience: Experience) -> float | None:
+def sequence_kl(proximal: Proximal) -> float | None:
     """Mean over answers of the KL to the reference summed over tokens, nats; None without one."""
-    if experience.kl is None:
+    if proximal.kl is None:
         return None
-    return float(experience.kl.sum(dtype=torch.float64)) / len(experience)
+    return float(proximal.kl.sum(dtype=torch.float64)) / len(proximal.kl)
 
 
-def _objective(experience: Experience, kl_coef: float, kl_in_reward: bool) -> list[Metric]:
+def _objective(
+    experience: Experience, proximal: Proximal, kl_coef: float, kl_in_reward: bool
+) -> list[Metric]:
     answers, tokens = len(experience), float(experience.mask.sum())
     scores = float(experience.scores.sum())
     penalty = 0.0
     found = [
         mean("objective/scores", scores, answers),
-        mean("objective/entropy", _total(experience.entropy), tokens),
+        mean("objective/entropy", _total(proximal.entropy), tokens),
     ]
-    if experience.kl is not None:
-        kl = _total(experience.kl)
+    if proximal.kl is not None:
+        kl = _total(proximal.kl)
         penalty = -kl_coef * kl if kl_in_reward else 0.0
         found += [
             mean("objective/kl", kl, answers),
@@ -108,8 +115,8 @@ def _completions(batch: RolloutBatch) -> list[Metric]:
     ]
 
 
-def _staleness(experience: Experience) -> list[Metric]:
-    parts = {key: (float(s), float(n)) for key, (s, n) in experience.importance_parts.items()}
+def _staleness(experience: Experience, proximal: Proximal) -> list[Metric]:
+    parts = {key: (float(s), float(n)) for key, (s, n) in proximal.importance_parts.items()}
     weight, square = (s / n if n else 0.0 for s, n in (parts["is_weight"], parts["is_weight_sq"]))
     tokens = float(experience.mask.sum())
     return [
@@ -121,11 +128,11 @@ def _staleness(experience: Experience) -> list[Metric]:
     ]
 
 
-def _sampling(experience: Experience) -> list[Metric]:
+def _sampling(experience: Experience, proximal: Proximal) -> list[Metric]:
     """Engine against learner. Only tokens of the learner's own version show a fault: older ones
     differ by right."""
     mask = experience.mask
-    difference = (experience.prox_logp - experience.behaviour_logp).where(mask, 0.0).double()
+    difference = (proximal.logp - experience.behaviour_logp).where(mask, 0.0).double()
     found = [mean("sampling/logp_diff_all_mean", float(difference.abs().sum()), float(mask.sum()))]
     current = mask & (experience.age == 0)
     count = float(current.sum())

@@ -17,15 +17,10 @@ from learner.algorithms.kl import AdaptiveKL, FixedKL
 from learner.compute.optimizer import make_optimizer
 from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.sharding import shard_layers, shard_model, shard_whole
-from learner.models.load import (
-    SharedValueHead,
-    ValueModel,
-    load_policy,
-    load_tokenizer,
-    tokenizer_fingerprint,
-)
+from learner.models.heads import SharedValueHead
+from learner.models.load import ValueModel, load_policy, load_tokenizer
 from learner.models.packed_attention import choose_layout, use_packed_attention
-from learner.models.reward_artifact import read_artifact
+from learner.models.reward_artifact import read_artifact, tokenizer_fingerprint
 from learner.rl.experience import estimator_name
 from learner.rl.forward import Networks
 from learner.rl.update import Optimizers

@@ -33,16 +33,18 @@ class ModelScorer:
     type = "model"
 
     def __init__(self, source: RewardModelSource, threads: int = 1) -> None:
-        from learner.models import load as models  # torch: not before a model is really wanted
+        # torch: not before a model is really wanted
+        from learner.models.heads import reward_scores
+        from learner.models.load import load_reward_model
 
         prepare_torch(threads)
         self.name = source.name
         self._path = source.path
         self._normalise = source.normalise
         self._tokenizer = own_tokenizer(source)
-        self._model, self._artifact = models.load_reward_model(source.path)
+        self._model, self._artifact = load_reward_model(source.path)
         self.tokenizer = self._artifact.tokenizer
-        self._scores = models.reward_scores
+        self._scores = reward_scores
         self._positions = _positions(self._model)
         self._pad = self._model.config.get_text_config().pad_token_id or 0
         self._warned_long = False
@@ -104,7 +106,8 @@ class ModelScorer:
 def own_tokenizer(source: RewardModelSource) -> Any:
     """The directory's tokenizer; weights are not read. Raises UserError where there is no reward
     model or its tokenizer or template is another than the one it was trained with."""
-    from learner.models import load as models
+    from learner.models.load import load_tokenizer
+    from learner.models.reward_artifact import read_artifact, tokenizer_fingerprint
 
     if not Path(source.path).is_dir():
         raise UserError(
@@ -112,9 +115,9 @@ def own_tokenizer(source: RewardModelSource) -> Any:
             where=f"reward source {source.name!r}, path {source.path!r}",
             fix="give a directory made by `accord reward-model`",
         )
-    artifact = models.read_artifact(Path(source.path))
-    tokenizer = models.load_tokenizer(source.path)
-    found = models.tokenizer_fingerprint(tokenizer)
+    artifact = read_artifact(Path(source.path))
+    tokenizer = load_tokenizer(source.path)
+    found = tokenizer_fingerprint(tokenizer)
     if found != artifact.tokenizer:
         raise UserError(
             "the tokenizer or chat template in the directory is not the one the reward model was "

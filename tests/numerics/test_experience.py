@@ -13,13 +13,23 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.contracts.errors import Fatal
-from learner.rl.experience import Experience, build_experience
+from learner.rl.experience import Experience, Proximal, StepPlan, build_experience
 from learner.rl.forward import Networks
 from learner.rl.metrics import experience_metrics
 from learner.rl.networks import build_networks
 from learner.rl.rollouts import read_batch
 
 COEF = 0.3
+
+
+def _plan(version: int) -> StepPlan:
+    return StepPlan(step=version, kl_coef=COEF)
+
+
+def _proximal(experience: Experience) -> Proximal:
+    """That of a step which measures before its update."""
+    assert isinstance(experience.proximal, Proximal)
+    return experience.proximal
 
 
 def _networks(world: ModuleType, tiny: Path, **settings: Any) -> tuple[Networks, Any, Any]:
@@ -43,7 +53,7 @@ def _experience(
     networks, made, model = _networks(world, tiny, **settings)
     groups = world.make_groups(model, seed=2, version=made_at)
     batch = read_batch([world.table_of(groups)], [0, 1, 2, 3], 2)
-    return build_experience(batch, networks, made, version, COEF), networks, made
+    return build_experience(batch, networks, made, _plan(version)), networks, made
 
 
 @torch.no_grad()
@@ -189,7 +199,7 @@ def test_importance_weights_are_one_on_policy(
 ) -> None:
     experience, _, _ = _experience(world, tiny, staleness={"correction": correction})
     np.testing.assert_allclose(
-        experience.importance.numpy(), experience.mask.numpy().astype(float), atol=2e-5
+        _proximal(experience).importance.numpy(), experience.mask.numpy().astype(float), atol=2e-5
     )
 
 
@@ -203,13 +213,15 @@ def test_stale_tokens_are_weighted_and_do_not_count_as_engine_mismatch(
     fresh_model = networks.policy
     fresh = world.make_groups(fresh_model, seed=3, version=7, first_group=3, groups=1)
     batch = read_batch([world.table_of(stale), world.table_of(fresh)], [0, 1, 2, 3], 2)
-    experience = build_experience(batch, networks, made, 7, COEF)
+    experience = build_experience(batch, networks, made, _plan(7))
     for i, (prompt, answer) in enumerate(_rows(experience)):
         now = _logp(networks.policy, prompt, answer)
         weight = np.minimum(np.exp(now - batch.behaviour_logp.row(i)), 5.0)
-        got = experience.importance[i, : len(answer)].numpy()
+        got = _proximal(experience).importance[i, : len(answer)].numpy()
         np.testing.assert_allclose(got, weight, rtol=2e-4)
-    found = {m.name: m.value for m in experience_metrics(experience, COEF, True)}
+    found = {
+        m.name: m.value for m in experience_metrics(experience, _proximal(experience), COEF, True)
+    }
     tokens = batch.response_ids.lengths
     assert found["async/staleness_max"] == 2
     assert found["async/staleness_mean"] == pytest.approx(2 * tokens[:6].sum() / tokens.sum())
@@ -236,9 +248,9 @@ def test_values_and_logprobs_do_not_depend_on_the_microbatch(world: ModuleType, 
     assert small.values is not None
     assert large.values is not None
     for one, other in (
-        (small.prox_logp, large.prox_logp),
+        (_proximal(small).logp, _proximal(large).logp),
         (small.values, large.values),
-        (small.entropy, large.entropy),
+        (_proximal(small).entropy, _proximal(large).entropy),
         (small.advantages, large.advantages),
     ):
         np.testing.assert_allclose(one.numpy(), other.numpy(), atol=2e-5)
@@ -253,6 +265,6 @@ def test_bfloat16_compute_keeps_masters_and_results_in_float32(
     experience, networks, _ = _experience(world, tiny, model=model)
     exact, _, _ = _experience(world, tiny)
     assert all(p.dtype == torch.float32 for p in networks.policy.parameters())
-    assert experience.prox_logp.dtype == torch.float32
-    difference = (experience.prox_logp - exact.prox_logp).abs().max()
+    assert _proximal(experience).logp.dtype == torch.float32
+    difference = (_proximal(experience).logp - _proximal(exact).logp).abs().max()
     assert 1e-6 < float(difference) < 0.05

@@ -13,13 +13,20 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from cluster.contracts.metrics import values
-from learner.rl.experience import Experience, build_experience, completed
+from learner.rl.experience import (
+    Experience,
+    MeasuredByUpdate,
+    Proximal,
+    StepPlan,
+    build_experience,
+)
 from learner.rl.networks import build_networks, build_optimizers
 from learner.rl.rollouts import read_batch
 from learner.rl.update import PolicyUpdate
 
 COEF = 0.3
 CAP = 1.1
+PLAN = StepPlan(step=1, kl_coef=COEF)
 
 
 def _stale(world: ModuleType, tiny: Path, **settings: Any) -> tuple[Experience, Any, Any]:
@@ -33,7 +40,7 @@ def _stale(world: ModuleType, tiny: Path, **settings: Any) -> tuple[Experience, 
             for p in model.parameters():
                 p.add_(size * torch.randn(p.shape, generator=generator))
     batch = read_batch([world.table_of(world.make_groups(engine, seed=2))], [0, 1, 2, 3], 2)
-    return build_experience(batch, networks, made, 1, COEF), networks, made
+    return build_experience(batch, networks, made, PLAN), networks, made
 
 
 def _rows(policy: Any, experience: Experience) -> list[tuple[Tensor, Tensor]]:
@@ -50,14 +57,20 @@ def _rows(policy: Any, experience: Experience) -> list[tuple[Tensor, Tensor]]:
 
 
 def _loss(
-    policy: Any, experience: Experience, *, kl_in_loss: bool, entropy_coef: float, per_answer: bool
+    policy: Any,
+    experience: Experience,
+    proximal: Proximal,
+    *,
+    kl_in_loss: bool,
+    entropy_coef: float,
+    per_answer: bool,
 ) -> Tensor:
     rows, total = _rows(policy, experience), torch.zeros(())
     tokens = sum(len(logp) for logp, _ in rows)
     assert experience.ref_logp is not None
     for i, (logp, entropy) in enumerate(rows):
         n = len(logp)
-        prox, mu = experience.prox_logp[i, :n], experience.behaviour_logp[i, :n]
+        prox, mu = proximal.logp[i, :n], experience.behaviour_logp[i, :n]
         advantage = experience.advantages[i, :n]
         ratio = (logp - prox).exp()
         surrogate = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
@@ -84,12 +97,17 @@ def test_gradient_of_an_update_on_stale_samples(
     experience, networks, made = _stale(world, tiny, algorithm=algorithm)
     plain = copy.deepcopy(networks.policy)
     optimizers = build_optimizers(networks, made.learner)
-    metrics = values(PolicyUpdate(networks, optimizers, made).train(experience, 0, COEF))
-    assert experience.inline == kl_in_loss
-    experience = completed(experience, made)
-    assert float((experience.importance == CAP).float().mean()) > 0.05, "the cap must bite"
+    result = PolicyUpdate(networks, optimizers, made).train(experience, PLAN)
+    metrics, proximal = values(result.metrics), result.proximal
+    assert isinstance(experience.proximal, MeasuredByUpdate) == kl_in_loss
+    assert float((proximal.importance == CAP).float().mean()) > 0.05, "the cap must bite"
     _loss(
-        plain, experience, kl_in_loss=kl_in_loss, entropy_coef=0.05, per_answer=per_answer
+        plain,
+        experience,
+        proximal,
+        kl_in_loss=kl_in_loss,
+        entropy_coef=0.05,
+        per_answer=per_answer,
     ).backward()
     grads = torch.cat([p.grad.flatten() for p in plain.parameters()])
     assert metrics["policy/grad_norm"] == pytest.approx(float(grads.norm()), rel=1e-4)
@@ -115,7 +133,7 @@ def test_minibatches_cover_every_sample_once_and_differ_by_epoch_and_step(
     update = PolicyUpdate(networks, build_optimizers(networks, settings.learner), settings)
     orders = []
     for step in (0, 1):
-        parts = list(update._parts(experience, step))
+        parts = list(update._minibatches(experience, step))
         for epoch in (parts[:3], parts[3:]):
             assert sorted(row for part in epoch for row in part.rows) == list(range(8))
             assert sorted(len(part.rows) for part in epoch) == [2, 3, 3]

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from cluster.contracts.errors import UserError
-from learner.compute.microbatches import pad_rows, sequence
+from learner.compute.microbatches import pad_rows, token_row
 from learner.models import heads
 from learner.models.heads import LmHead, check_lm_head, hidden_states, lm_head, token_logprobs
 
@@ -52,7 +52,7 @@ def policy(request: pytest.FixtureRequest) -> Any:
 def rows() -> Any:
     rng = torch.Generator().manual_seed(1)
     ids = [torch.randint(0, 61, (n,), generator=rng).tolist() for n in (9, 4, 7)]
-    return pad_rows([sequence(i, [False] * 2 + [True] * (len(i) - 2)) for i in ids], pad_id=0)
+    return pad_rows([token_row(i, [False] * 2 + [True] * (len(i) - 2)) for i in ids], pad_id=0)
 
 
 @torch.no_grad()

@@ -20,9 +20,9 @@ from cluster.contracts.metrics import values
 from learner.compute.optimizer import compute_in
 from learner.models.heads import LmHead
 from learner.models.packed_attention import can_pack
-from learner.rl.experience import Experience, build_experience, completed
+from learner.rl.experience import Experience, Proximal, StepPlan, build_experience
 from learner.rl.forward import Microbatches, policy_outputs
-from learner.rl.measuring_pass import choose_way
+from learner.rl.measuring_pass import plan_passes
 from learner.rl.metrics import experience_metrics
 from learner.rl.networks import build_networks, build_optimizers
 from learner.rl.rollouts import RolloutBatch, read_batch
@@ -65,13 +65,19 @@ def _world(world: ModuleType, tiny: Path, seed: int = 2, **settings: Any) -> Any
     return read_batch([table], [0, 1, 2, 3], 2), networks, made
 
 
-def _step(batch: RolloutBatch, networks: Any, made: Any) -> tuple[Experience, dict[str, float]]:
-    experience = build_experience(batch, networks, made, 1, COEF)
+PLAN = StepPlan(step=1, kl_coef=COEF)
+
+
+def _step(
+    batch: RolloutBatch, networks: Any, made: Any
+) -> tuple[Experience, Proximal, dict[str, float]]:
+    experience = build_experience(batch, networks, made, PLAN)
     update = PolicyUpdate(networks, build_optimizers(networks, made.learner), made)
-    measured = update.train(experience, 0, COEF)
-    experience = completed(experience, made)
-    found = values([*measured, *experience_metrics(experience, COEF, True)])
-    return experience, {k: v for k, v in found.items() if not k.startswith("time/")}
+    result = update.train(experience, PLAN)
+    measured = experience_metrics(experience, result.proximal, COEF, True)
+    found = values([*result.metrics, *measured])
+    numbers = {k: v for k, v in found.items() if not k.startswith("time/")}
+    return experience, result.proximal, numbers
 
 
 def _weights(networks: Any) -> Tensor:
@@ -80,7 +86,7 @@ def _weights(networks: Any) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("way", "variant"),
+    ("plan", "variant"),
     [("inline", v) for v in INLINE] + [("kept", v) for v in KEPT],
     ids=lambda x: str(x),
 )
@@ -88,20 +94,20 @@ def test_a_step_with_one_forward_pass_is_the_step_with_two(
     world: ModuleType,
     tiny: Path,
     monkeypatch: pytest.MonkeyPatch,
-    way: str,
+    plan: str,
     variant: dict[str, Any],
 ) -> None:
     batch, networks, made = _world(world, tiny, **variant)
     twin = copy.deepcopy(networks)
-    assert choose_way(made, networks, value_only=False) == way
-    one, once = _step(batch, networks, made)
-    monkeypatch.setattr("learner.rl.experience.choose_way", lambda *_: "separate")
-    two, twice = _step(batch, twin, made)
+    assert plan_passes(made, networks, value_only=False) == plan
+    _, one, once = _step(batch, networks, made)
+    monkeypatch.setattr("learner.rl.experience.plan_passes", lambda *_: "separate")
+    _, two, twice = _step(batch, twin, made)
     assert not torch.equal(_weights(networks), torch.zeros_like(_weights(networks)))
     assert torch.equal(_weights(networks), _weights(twin))
     assert once == pytest.approx(twice, rel=1e-6, abs=1e-7, nan_ok=True)
     assert once["policy/ratio_max"] == 1.0
-    for name in ("prox_logp", "entropy", "importance", "kl"):
+    for name in ("logp", "entropy", "importance", "kl"):
         ours, theirs = getattr(one, name), getattr(two, name)
         assert (ours is None) == (theirs is None), name
         if ours is not None:
@@ -111,9 +117,9 @@ def test_a_step_with_one_forward_pass_is_the_step_with_two(
 def test_two_updates_or_no_memory_take_two_passes(world: ModuleType, tiny: Path) -> None:
     for learner in ({"epochs": 2}, {"minibatches": 2}, {"activation_memory_mb": 0}):
         _, networks, made = _world(world, tiny, learner=learner)
-        assert choose_way(made, networks, value_only=False) == "separate"
+        assert plan_passes(made, networks, value_only=False) == "separate"
     _, networks, made = _world(world, tiny)
-    assert choose_way(made, networks, value_only=True) == "separate"
+    assert plan_passes(made, networks, value_only=True) == "separate"
 
 
 def test_a_graph_over_the_limit_is_let_go(
@@ -121,11 +127,11 @@ def test_a_graph_over_the_limit_is_let_go(
 ) -> None:
     batch, networks, made = _world(world, tiny)
     twin = copy.deepcopy(networks)
-    kept = build_experience(batch, networks, made, 1, COEF)
-    assert kept.kept is not None
-    assert len(kept.kept) == len(kept.micros.of(range(len(batch)))) > 1
+    kept = build_experience(batch, networks, made, PLAN)
+    assert kept.waiting is not None
+    assert len(kept.waiting) == len(kept.micros.of(range(len(batch)))) > 1
     monkeypatch.setattr("learner.rl.measuring_pass._memory_limit", lambda *_: 1000.0)
-    assert build_experience(batch, networks, made, 1, COEF).kept is None
+    assert build_experience(batch, networks, made, PLAN).waiting is None
     _step(batch, networks, made)
     monkeypatch.undo()
     _step(batch, twin, made)
@@ -147,7 +153,7 @@ def test_packed_rows_give_the_padded_step(
         logp = torch.zeros(len(batch), int(batch.response_ids.lengths.max()))
         for micro in micros:
             micro.put(logp, policy_outputs(networks.policy, micro, 0.9, "float32").logp)
-        experience, metrics = _step(batch, networks, made)
+        experience, _, metrics = _step(batch, networks, made)
         moved = (_weights(networks) - before) / made.learner.lr
         results.append((logp, experience, metrics, moved))
     (logp, padded, metrics, moved), (other_logp, packed, other_metrics, other_moved) = results

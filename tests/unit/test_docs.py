@@ -285,6 +285,7 @@ def test_metrics_written_by_the_controller_and_the_learner_are_documented() -> N
         "cluster/loop/controller.py",
         "learner/rl/metrics.py",
         "learner/rl/update.py",
+        "learner/rl/objective.py",
         "learner/rl/learner.py",
     )
     code = "\n".join((ROOT / file).read_text("utf-8") for file in files)

@@ -11,7 +11,7 @@ from torch import nn
 
 from cluster.contracts.errors import Fatal
 from cluster.contracts.metrics import mean
-from learner.compute.microbatches import pad_array, pad_rows, plan_microbatches, sequence
+from learner.compute.microbatches import pad_array, pad_rows, plan_microbatches, token_row
 from learner.compute.optimizer import lr_factor, make_optimizer, set_lr
 from learner.compute.optimizer_step import SkipCounter, optimiser_step
 
@@ -33,7 +33,7 @@ def test_a_row_over_the_budget_is_alone() -> None:
 
 
 def test_padding_is_right_and_positions_count_real_tokens() -> None:
-    rows = pad_rows([sequence([7, 8, 9], [True, False, True]), sequence([5], [True])], pad_id=3)
+    rows = pad_rows([token_row([7, 8, 9], [True, False, True]), token_row([5], [True])], pad_id=3)
     assert rows.input_ids.tolist() == [[7, 8, 9], [5, 3, 3]]
     assert rows.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0]]
     assert rows.position_ids.tolist() == [[0, 1, 2], [0, 0, 0]]

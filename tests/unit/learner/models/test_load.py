@@ -14,15 +14,9 @@ from cluster.contracts.chat import render_answered, render_prompt
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.errors import UserError
 from learner.models.files import replace_directory
-from learner.models.load import (
-    SharedValueHead,
-    ValueModel,
-    load_policy,
-    load_tokenizer,
-    save_policy,
-    stop_token_ids,
-    tokenizer_fingerprint,
-)
+from learner.models.heads import SharedValueHead
+from learner.models.load import ValueModel, load_policy, load_tokenizer, save_policy, stop_token_ids
+from learner.models.reward_artifact import tokenizer_fingerprint
 from learner.models.tiny import fresh_model, train_tokenizer
 
 

@@ -16,7 +16,7 @@ from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.offline import FitConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import Metric, mean
-from learner.compute.microbatches import sequence
+from learner.compute.microbatches import token_row
 from learner.models.load import load_policy
 from learner.offline.fit import fit
 from learner.offline.sft import SftRow, SftTask
@@ -157,7 +157,7 @@ def test_loss_and_gradient_do_not_depend_on_the_microbatch_budget(tiny_policy: P
     rows = []
     for length in (12, 3, 7, 25, 18, 5, 9, 9):
         ids = torch.randint(5, 270, (length,), generator=generator).tolist()
-        rows.append(SftRow(sequence(ids, [False, False, *[True] * (length - 2)])))
+        rows.append(SftRow(token_row(ids, [False, False, *[True] * (length - 2)])))
     outcomes = []
     for budget in (16, 60, 10_000):
         policy = load_policy(ModelConfig(path=str(tiny_policy)))

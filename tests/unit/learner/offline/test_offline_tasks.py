@@ -23,14 +23,9 @@ from cluster.contracts.config.offline import (
     SftDataConfig,
 )
 from cluster.contracts.errors import UserError
-from learner.compute.microbatches import sequence
-from learner.models.load import (
-    ValueModel,
-    load_policy,
-    load_reward_model,
-    load_tokenizer,
-    reward_scores,
-)
+from learner.compute.microbatches import token_row
+from learner.models.heads import reward_scores
+from learner.models.load import ValueModel, load_policy, load_reward_model, load_tokenizer
 from learner.models.reward_artifact import FILE
 from learner.offline.datasets import read_comparisons, read_demonstrations
 from learner.offline.dpo import DpoTask, train_dpo
@@ -232,7 +227,7 @@ def test_calibration_by_hand(monkeypatch: pytest.MonkeyPatch, tiny_policy: Path)
     config = RewardModelConfig(model=model(tiny_policy), data=PairsConfig(path="x"))
     task = RewardTask(None, config, torch.device("cpu"))
     monkeypatch.setattr(RewardTask, "pair_scores", lambda self, rows: (gaps, 0 * gaps))
-    row = sequence([5, 6], [False, True])
+    row = token_row([5, 6], [False, True])
     measured = task.evaluate([PairRow(row, row, 0.0)] * 5)
     numbers = {metric.name: metric.value for metric in measured}
     assert numbers["rm/ece"] == pytest.approx((4 * 0.0 + 1 * 0.9) / 5, abs=1e-6)

@@ -15,9 +15,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.contracts.errors import Fatal, UserError
-from cluster.contracts.metrics import Metric, values
+from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput
-from learner.rl.experience import Experience
 from learner.rl.learner import PPOLearner
 from learner.rl.publish import host_arrays
 
@@ -258,10 +257,13 @@ def test_a_policy_that_is_not_finite_is_never_published(
     learner, kept = _started(world, tiny)
     before = dict(kept.arrays)
 
-    def break_weights(_: object, experience: Experience, *__: object) -> Any:
+    update = PPOLearner._update
+
+    def break_weights(*given: Any) -> Any:
+        result = update(*given)
         with torch.no_grad():
             learner.state.networks.policy.model.norm.weight[3] = torch.nan
-        return experience, list[Metric]()
+        return result
 
     monkeypatch.setattr(PPOLearner, "_update", break_weights)
     with pytest.raises(Fatal, match=r"'model\.norm\.weight' is not finite"):

@@ -15,8 +15,15 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForSequenceC
 from cluster.contracts.config.reward import RewardConfig, RewardModelSource
 from cluster.contracts.errors import BadReward, UserError
 from cluster.machine import torch_state
-from learner.models.load import load_tokenizer, reward_scores, tokenizer_fingerprint
-from learner.models.reward_artifact import Golden, RewardArtifact, template_hash, write_artifact
+from learner.models.heads import reward_scores
+from learner.models.load import load_tokenizer
+from learner.models.reward_artifact import (
+    Golden,
+    RewardArtifact,
+    template_hash,
+    tokenizer_fingerprint,
+    write_artifact,
+)
 from reward_service.composition import build
 from reward_service.source import ScoreItem
 from reward_service.sources.model import ModelScorer, microbatches
