@@ -26,7 +26,7 @@ COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Start": ("quickstart",),
     "Train": ("sft", "reward_model", "dpo", "train"),
     "Sample and judge": ("generate", "evaluate", "chat", "preferences", "serve_reward"),
-    "Look at a run": ("runs", "status", "compare", "report", "replay", "scale"),
+    "Look at a run": ("runs", "status", "samples", "compare", "report", "replay", "scale"),
     "Plan and measure": ("plan", "bench", "simulate"),
 }
 

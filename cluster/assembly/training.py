@@ -37,6 +37,7 @@ from cluster.runs.alarm_sink import AlarmSink
 from cluster.runs.console import Reporter
 from cluster.runs.control import wanted_workers
 from cluster.runs.run import Run
+from cluster.runs.sample_sink import SampleSink
 from cluster.runs.sinks import make_sinks
 
 # What may differ on resume, as it does not change what is learnt.
@@ -137,6 +138,8 @@ def train_in_cluster(
     with run.lock(), signal_handlers_kept(), recorded(run, fresh=state is None):
         sinks = make_sinks(config.logging, run.path, on_ray=True)
         sinks.append(AlarmSink(config.alarms, run, reporter, state.step if state else 0))
+        if config.logging.samples_every and not reporter.quiet:
+            sinks.append(SampleSink(config.logging, run.path, reporter))
         if cores.workers and hasattr(os, "sched_setaffinity"):
             sinks.append(SideBalance(cores))
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +111,21 @@ def unscored(rollouts: Sequence[Rollout], samples_per_prompt: int) -> list[Sampl
         )
         for at, rollout in enumerate(rollouts)
     ]
+
+
+def pick(samples: Sequence[SampleInfo], count: int, seed: int) -> list[tuple[str, SampleInfo]]:
+    """``count`` samples, none twice, each with why it is there: a third "best", a third "worst",
+    the rest "random" (all of them without scores), drawn by ``seed`` from those that are left."""
+    count = min(count, len(samples))
+    ranked = [s for s in samples if s.score is not None]
+    ranked.sort(key=lambda s: -(s.score or 0.0))
+    best = ranked[: -(-count // 3)]
+    worst = ranked[len(best) :][-((count + 1) // 3) :][::-1] if count > 1 else []
+    taken = {id(sample) for sample in (*best, *worst)}
+    left = [sample for sample in samples if id(sample) not in taken]
+    drawn = random.Random(seed).sample(left, count - len(taken))
+    reasons = (("best", best), ("worst", worst), ("random", drawn))
+    return [(reason, sample) for reason, found in reasons for sample in found]
 
 
 def prompt_text(messages: Sequence[Message]) -> str:

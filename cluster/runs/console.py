@@ -31,12 +31,12 @@ class Reporter:
     def __init__(self, *, quiet: bool = False) -> None:
         self._console = Console(stderr=True, highlight=False, markup=False)
         self.live = self._console.is_terminal and not quiet
-        self._quiet = quiet
+        self.quiet = quiet
 
     def say(self, text: str) -> None:
         """One line for people; control characters cannot reach the terminal."""
-        if not self._quiet:
-            self._console.print(Text(_plain(text)), soft_wrap=True)
+        if not self.quiet:
+            self._console.print(Text(plain_text(text)), soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
@@ -126,7 +126,8 @@ def _bar(console: Console) -> Progress:
     )
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
+    """No character that moves the cursor, colours, or turns the direction of a terminal's text."""
     return "".join(
         c if c == "\n" or c == "\t" or c.isprintable() else "\N{REPLACEMENT CHARACTER}"
         for c in text
@@ -135,5 +136,5 @@ def _plain(text: str) -> str:
 
 def result(text: str) -> None:
     """A command's result on stdout."""
-    sys.stdout.write(_plain(text) + "\n")
+    sys.stdout.write(plain_text(text) + "\n")
     sys.stdout.flush()

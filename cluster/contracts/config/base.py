@@ -52,6 +52,12 @@ class LoggingConfig(Section):
     save_rollouts: bool = Field(
         True, description="Write every trained group to rollouts/*.parquet."
     )
+    samples_every: int = Field(
+        25,
+        ge=0,
+        description="Show some completions with their scores on the console every so many learner "
+        "steps (the best, the worst and a random one of the step); 0: never. Needs save_rollouts.",
+    )
 
 
 class ClusterConfig(Section):

@@ -11,7 +11,14 @@ from cluster.contracts.chat import text_prompt
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import Completion, Prompt, Rollout, RolloutGroup, Score, VersionSpan
 from cluster.contracts.rollout_table import to_table
-from cluster.contracts.samples import prompt_text, read_samples, sampled_steps, unscored
+from cluster.contracts.samples import (
+    SampleInfo,
+    pick,
+    prompt_text,
+    read_samples,
+    sampled_steps,
+    unscored,
+)
 
 
 def group(number: int, *scores: float) -> RolloutGroup:
@@ -83,3 +90,21 @@ def test_a_conversation_names_its_speakers_and_plain_text_does_not() -> None:
     turns = ({"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"})
     assert prompt_text(turns) == "system: Be kind.\n\nuser: Hi"
     assert prompt_text(text_prompt("Once upon")) == "Once upon"
+
+
+def scored(*scores: float | None) -> list[SampleInfo]:
+    return [
+        SampleInfo(step=1, group=0, sample=at, prompt_id="p", prompt=(), completion="", score=value)
+        for at, value in enumerate(scores)
+    ]
+
+
+def test_best_worst_and_random_are_a_third_each_and_none_comes_twice() -> None:
+    found = [(reason, s.score) for reason, s in pick(scored(0.0, 3.0, -1.0, 2.0, 1.0), 5, seed=0)]
+    assert found[:2] == [("best", 3.0), ("best", 2.0)]
+    assert found[2:4] == [("worst", -1.0), ("worst", 0.0)]
+    assert found[4] == ("random", 1.0)
+    assert [reason for reason, _ in pick(scored(1.0, 2.0), 1, seed=0)] == ["best"]
+    assert [reason for reason, _ in pick(scored(1.0, 2.0), 2, seed=0)] == ["best", "worst"]
+    assert [s.score for _, s in pick(scored(1.0, 2.0), 9, seed=0)] == [2.0, 1.0]
+    assert [reason for reason, _ in pick(scored(None, None, None), 2, seed=0)] == ["random"] * 2
