@@ -7,11 +7,12 @@ from pathlib import Path
 
 from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_in_cluster
 from cluster.contracts.config.base import ClusterConfig, ModelConfig
+from cluster.contracts.config.file import check_config
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 from cluster.machine.cores import own_cores
 from cluster.machine.ray_session import ray_cluster
 from cluster.runs.console import Reporter
-from cluster.runs.run import write_text
+from cluster.runs.run import require_writable, write_text
 
 
 def generate_to_file(
@@ -26,10 +27,12 @@ def generate_to_file(
     reporter: Reporter,
 ) -> None:
     """`accord generate`: one JSON line an answer: prompt, completion, finish_reason, tokens."""
+    require_writable(out)
     config = ModelConfig(path=model)
     data = DataConfig(prompts=prompts, shuffle=False)
-    rollout = RolloutConfig(
-        max_tokens=max_tokens, temperature=temperature, workers=max(1, len(own_cores()))
+    sampling = {"max_tokens": max_tokens, "temperature": temperature}
+    rollout = check_config(
+        RolloutConfig, {**sampling, "workers": max(1, len(own_cores()))}, where="command line"
     )
     ready = prompts_for(config, data, seed, max_tokens=max_tokens)
     job = Sampling(

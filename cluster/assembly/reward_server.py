@@ -19,7 +19,12 @@ class _OnlyReward(Section):
 
 
 def serve_forever(
-    path: str, overrides: Sequence[str], host: str, port: int, token_file: Path | None
+    path: str,
+    overrides: Sequence[str],
+    host: str,
+    port: int,
+    token_file: Path | None,
+    reflection: bool = False,
 ) -> None:
     """Prints the address, then serves until interrupted (which is raised then). Other sections of
     the file are not read."""
@@ -27,7 +32,7 @@ def serve_forever(
 
     tree = apply_overrides(_OnlyReward, read_toml(path), overrides)
     config = check_config(_OnlyReward, {"reward": tree.get("reward", {})}, where=path)
-    server = serve(config.reward, host, port, _token(token_file))
+    server = serve(config.reward, host, port, _token(token_file), with_reflection=reflection)
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda signum, frame: stop.set())
@@ -47,4 +52,11 @@ def _token(path: Path | None) -> str | None:
         raise UserError(
             "no such token file", where=str(path), fix="make one with a long random word"
         )
-    return path.read_text(encoding="utf-8").strip()
+    token = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not token or not token.isascii() or not token.isprintable():
+        raise UserError(
+            "holds no token that can travel in a header",
+            where=str(path),
+            fix="write one long random word of ASCII characters into it",
+        )
+    return token

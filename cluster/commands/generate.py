@@ -12,12 +12,14 @@ from cluster.commands.options import Quiet, print_path, reporter
 
 def generate(
     model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
-    prompts: Annotated[str, typer.Argument(help="Prompts: JSONL, Parquet or datasets:NAME.")],
+    prompts: Annotated[
+        str, typer.Argument(help="Prompts: JSONL, CSV, Parquet, ... or datasets:NAME.")
+    ],
     out: Annotated[Path, typer.Option(help="JSONL file to write.")] = Path("answers.jsonl"),
-    samples: Annotated[int, typer.Option(help="Completions per prompt.")] = 1,
-    max_tokens: Annotated[int, typer.Option(help="Longest completion, in tokens.")] = 64,
+    samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Sample completions from a model with vLLM and write them to a file.

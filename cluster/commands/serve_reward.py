@@ -14,10 +14,16 @@ def serve_reward(
     config: Config,
     overrides: Overrides = None,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on. 0: any free port.")] = 0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on. 0: any free port.")
+    ] = 0,
     token_file: Annotated[
         Path | None, typer.Option(help="File that holds the bearer token clients must send.")
     ] = None,
+    reflection: Annotated[
+        bool,
+        typer.Option("--reflection", help="Let clients such as grpcurl ask which calls there are."),
+    ] = False,
 ) -> None:
     """Serve the config's [reward] section over gRPC (accord.reward.v1) until interrupted.
 
@@ -25,4 +31,4 @@ def serve_reward(
     """
     from cluster.assembly.reward_server import serve_forever
 
-    serve_forever(str(config), overrides or [], host, port, token_file)
+    serve_forever(str(config), overrides or [], host, port, token_file, reflection)

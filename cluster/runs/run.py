@@ -22,6 +22,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from cluster.contracts.config.base import folder_name
 from cluster.contracts.config.file import dump_toml
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
@@ -39,6 +40,10 @@ class Run:
     def create(directory: str, name: str, command: str, config: BaseModel, **manifest: Any) -> Run:
         """Make the directory. Raises UserError when it exists: runs never share one."""
         label = name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+        try:
+            folder_name(label)
+        except ValueError as problem:
+            raise UserError(f"{label!r} {problem}", where="run.name", fix="choose a name") from None
         path = Path(directory) / label
         try:
             path.mkdir(parents=True)
@@ -169,6 +174,20 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(staging, path)
+
+
+def require_writable(path: Path) -> None:
+    """Raises UserError when ``path`` cannot become a file, before hours go into its content."""
+    if path.is_dir():
+        raise UserError("is a directory", where=str(path), fix="give the name of a file in it")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"there is no directory {str(path.parent)!r}",
+            where=str(path),
+            fix="make it, or give another place",
+        )
+    if not os.access(path.parent, os.W_OK):
+        raise UserError("cannot be written", where=str(path), fix="give another place")
 
 
 def write_json(path: Path, value: Any) -> None:

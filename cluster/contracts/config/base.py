@@ -7,13 +7,17 @@ nothing is repaired silently, nothing changes while a run goes on.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+LONGEST_NAME = 200  # bytes; file systems allow 255, and files beside it add some
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 DType = Literal["float32", "bfloat16"]
@@ -28,6 +32,34 @@ class RunConfig(Section):
     parents: dict[str, str] = Field(
         default_factory=dict, description="Lineage: role -> run or model directory it came from."
     )
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, name: str) -> str:
+        return folder_name(name)
+
+
+def host_port(address: str) -> str:
+    """``address``, if it is host:port. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("must be host:port with a port from 1 to 65535, such as 127.0.0.1:7070")
+    return address
+
+
+Address = Annotated[str, AfterValidator(host_port)]
+
+
+def folder_name(name: str) -> str:
+    """``name``, if it is the name of one folder. Raises ValueError for a path, which would lead out
+    of the folder of runs, and for what no file system takes."""
+    if name in (".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
+        raise ValueError(
+            "must be the name of one folder, not a path; the folder of runs is run.dir"
+        )
+    if len(name.encode(errors="replace")) > LONGEST_NAME:
+        raise ValueError(f"must have at most {LONGEST_NAME} bytes")
+    return name
 
 
 class ModelConfig(Section):

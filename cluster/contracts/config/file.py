@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,10 @@ def read_toml(path: str) -> dict[str, Any]:
         ) from None
     except IsADirectoryError:
         raise UserError("is a directory", where=path, fix="give the path of a TOML file") from None
+    except OSError as problem:
+        raise UserError(
+            f"cannot be read: {problem.strerror}", where=path, fix="give the path of a TOML file"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as problem:
         raise UserError(f"not valid TOML: {problem}", where=path, fix="correct that line") from None
 
@@ -76,9 +81,7 @@ def _apply(model: type[BaseModel], tree: dict[str, Any], override: str) -> None:
         node[_index(node, leaf, key)] = _value(text)
     elif isinstance(node, dict):
         field = _fields_at(model, path).get(leaf)
-        # "none" is no value for a key that may have none, and a word for all others.
-        word = field is not None and NoneType not in get_args(field.annotation)
-        node[leaf] = text if text == "none" and word else _value(text)
+        node[leaf] = _value(text) if field is None else _value_for(field.annotation, text)
     else:
         raise UserError(f"{key!r} goes below a plain value", where="command line")
 
@@ -87,6 +90,16 @@ def _index(node: Any, part: str, key: str) -> int:
     if isinstance(node, list) and part.isdigit() and int(part) < len(node):
         return int(part)
     raise UserError(f"{part!r} in {key!r} does not name an entry", where="command line")
+
+
+def _value_for(annotation: Any, text: str) -> Any:
+    """The value a key takes from the command line: `run.name=42` is the text "42"."""
+    union = get_origin(annotation) in (Union, UnionType)
+    kinds = get_args(annotation) if union else (annotation,)
+    if text == "none":  # no value for a key that may have none, and a word for all others
+        return None if NoneType in kinds else text
+    value = _value(text)
+    return value if isinstance(value, str) or set(kinds) - {str, NoneType} else text
 
 
 def _value(text: str) -> Any:
@@ -182,5 +195,4 @@ def _toml(value: Any) -> str:
         return repr(value)
     if isinstance(value, list):
         return "[" + ", ".join(_toml(item) for item in value) + "]"
-    text = str(value).replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-    return f'"{text}"'
+    return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from cluster.contracts.config.base import Section
+from cluster.contracts.config.base import Address, Section
 
 
 class RewardModelSource(Section):
@@ -44,7 +44,7 @@ class RulesSource(Section):
 
 class GrpcSource(Section):
     type: Literal["grpc"] = Field("grpc", description="A reward service elsewhere.")
-    address: str = Field(description="host:port of a service speaking accord.reward.v1.")
+    address: Address = Field(description="host:port of a service speaking accord.reward.v1.")
     weight: float = Field(1.0, description="Factor of this reward in the sum.")
     name: str = Field("grpc", description="Name in metrics and reports.")
 
@@ -66,7 +66,7 @@ class RewardConfig(Section):
         5, ge=0, description="Milliseconds that a batch waits for more completions."
     )
     clip: float | None = Field(None, gt=0, description="Clip the weighted sum to ±clip.")
-    address: str | None = Field(
+    address: Address | None = Field(
         None,
         description="Use a running reward service instead of starting one (`accord serve-reward`).",
     )

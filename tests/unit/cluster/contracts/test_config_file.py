@@ -12,6 +12,13 @@ from cluster.contracts.errors import UserError
 BASE = ["model.path=m", "data.prompts=p.jsonl", 'reward.sources=[{type="model",path="rm"}]']
 
 
+TREE = {
+    "model": {"path": "m"},
+    "data": {"prompts": "p.jsonl"},
+    "reward": {"sources": [{"type": "model", "path": "rm"}]},
+}
+
+
 def problem(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
         load_config(TrainConfig, None, [*BASE, *overrides])
@@ -93,3 +100,33 @@ def test_none_is_a_word_where_a_key_has_it_and_no_value_elsewhere() -> None:
     )
     assert (config.staleness.correction, config.learner.sharding) == ("none", "none")
     assert config.learner.value_lr is None
+
+
+def test_text_keys_take_numbers_from_the_command_line_as_text() -> None:
+    config = load_config(TrainConfig, None, [*BASE, "run.name=42", "model.revision=1.0"])
+    assert (config.run.name, config.model.revision) == ("42", "1.0")
+    config = load_config(TrainConfig, None, [*BASE, 'run.name="a b"', "cluster.address=none"])
+    assert (config.run.name, config.cluster.address) == ("a b", None)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "algorithm.kl.coef=1e999", "learner.lr=nan", "learner.lr=inf", "rollout.cpus=-inf",
+        "reward.sources.0.weight=nan", "learner.betas=[0.9, nan]", "learner.eps=inf",
+    ],
+)  # fmt: skip
+def test_numbers_that_are_not_finite_are_refused(override: str) -> None:
+    assert "finite number" in problem(override)
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "..", ".", "a\\b", "a\nb", "x" * 201, "\0"])
+def test_a_run_s_name_is_one_folder(name: str) -> None:
+    with pytest.raises(UserError, match=r"run.name = .*must (be the name of one|have at most)"):
+        check_config(TrainConfig, TREE | {"run": {"name": name}}, where="c.toml")
+
+
+def test_control_characters_in_a_config_read_back_equal() -> None:
+    tree = TREE | {"model": {"path": 'a\r\t"\\\x00\x7f\x1bé'}}
+    config = check_config(TrainConfig, tree, where="")
+    assert check_config(TrainConfig, tomllib.loads(dump_toml(config)), where="") == config
