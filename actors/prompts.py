@@ -50,6 +50,10 @@ class FilePromptSource:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    def all(self) -> tuple[Prompt, ...]:
+        """Every prompt once, in the order of the file."""
+        return self._prompts
+
     def prompt(self, ordinal: int) -> Prompt:
         """The ordinal-th prompt ever admitted, from 0; without end."""
         if ordinal < 0:
@@ -128,4 +132,5 @@ def _prompt(columns: Columns, key: str, tokenizer: Any, place: Place) -> Prompt:
         messages=shape.messages,
         token_ids=token_ids,
         metadata=shape.metadata,
+        where=place.where,
     )

@@ -218,6 +218,8 @@ class RewardClient:
 
     def _failure(self, error: Any, call: _Call) -> BadReward | RewardFailure:
         service = f"the reward service at {', '.join(sorted(call.failed))}"
+        if _code(error) is Code.FAILED_PRECONDITION:  # what the scorer says, of its own author
+            return BadReward(f"{error.details()} ({service})")
         if _code(error) in USERS:
             return BadReward(f"{service} refuses: {error.details()}")
         within = f" within {self._deadline_s:g} s" if _code(error) in AGAIN else ""

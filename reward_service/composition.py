@@ -70,7 +70,7 @@ class Composition:
         except Exception as error:
             raise BadReward(
                 f"the reward source {source.name!r} failed on {len(items)} items (first "
-                f"{items[0].id!r}): {type(error).__name__}: {error}"
+                f"{items[0].label}): {type(error).__name__}: {error}"
             ) from error
         if len(parts) != len(items):
             raise BadReward(
@@ -79,14 +79,14 @@ class Composition:
         for item, part in zip(items, parts, strict=True):
             if not math.isfinite(part.value):
                 raise BadReward(
-                    f"the reward source {source.name!r} scored {item.id!r} as {part.value}"
+                    f"the reward source {source.name!r} scored {item.label} as {part.value}"
                 )
         return parts
 
     def _sum(self, item: ScoreItem, parts: Sequence[Part]) -> Score:
         value = sum(w * part.value for w, part in zip(self._weights, parts, strict=True))
         if not math.isfinite(value):
-            raise BadReward(f"the weighted sum of the rewards of {item.id!r} is {value}")
+            raise BadReward(f"the weighted sum of the rewards of {item.label} is {value}")
         if self._clip is not None:
             value = max(-self._clip, min(self._clip, value))
         return Score(

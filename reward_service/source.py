@@ -11,7 +11,10 @@ from cluster.contracts.records import Message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoreItem:
-    """One answer to be scored. ``tokenizer``: fingerprint the token ids belong to ("" unknown)."""
+    """One completion to be scored. ``tokenizer``: fingerprint the token ids belong to ("" unknown).
+
+    ``where``: file and row of its prompt and which of the completions it is, for messages.
+    """
 
     id: str
     messages: tuple[Message, ...]
@@ -21,6 +24,12 @@ class ScoreItem:
     finish_reason: str = "stop"
     metadata: Mapping[str, Any] = field(default_factory=dict)
     tokenizer: str = ""
+    where: str = ""
+
+    @property
+    def label(self) -> str:
+        """What a person finds the completion by."""
+        return self.where or f"item {self.id!r}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,9 +47,15 @@ def items_of(rollouts: Sequence[Rollout], tokenizer: str = "") -> list[ScoreItem
                 finish_reason=rollout.completion.finish_reason,
                 metadata=rollout.prompt.metadata,
                 tokenizer=tokenizer,
+                where=_place(rollout),
             )
         )
     return items
+
+
+def _place(rollout: Rollout) -> str:
+    where = rollout.prompt.where
+    return f"{where}, completion {rollout.sample_index + 1}" if where else ""
 
 
 def encode_request(request_id: str, items: Sequence[ScoreItem]) -> pb.ScoreRequest:
@@ -64,7 +70,7 @@ def encode_request(request_id: str, items: Sequence[ScoreItem]) -> pb.ScoreReque
             encoded = _encode_item(item, text)
             _check_item(encoded)
         except (BadRequest, TypeError, ValueError) as error:  # ValueError: a lone surrogate
-            raise BadReward(f"item {item.id!r} cannot go to the reward service: {error}") from error
+            raise BadReward(f"{item.label} cannot go to the reward service: {error}") from error
         request.items.append(encoded)
     return request
 
@@ -79,6 +85,7 @@ def _encode_item(item: ScoreItem, metadata_json: str) -> pb.Item:
         finish_reason=item.finish_reason,
         metadata_json=metadata_json,
         tokenizer=item.tokenizer,
+        where=item.where,
     )
 
 
@@ -111,7 +118,7 @@ def _check_item(item: pb.Item) -> None:
         raise BadRequest(f"{where}: id must have 1 to {MAX_ID_CHARS} characters")
     if not 0 < len(item.messages) <= MAX_MESSAGES:
         raise BadRequest(f"{where}: {len(item.messages)} messages, allowed are 1 to {MAX_MESSAGES}")
-    texts = [item.response, item.tokenizer, *(m.role for m in item.messages)]
+    texts = [item.response, item.tokenizer, item.where, *(m.role for m in item.messages)]
     texts += [m.content for m in item.messages]
     if (longest := max(map(len, texts))) > MAX_TEXT_CHARS:
         raise BadRequest(f"{where}: a text of {longest} characters, the limit is {MAX_TEXT_CHARS}")
@@ -140,6 +147,7 @@ def _decode_item(item: pb.Item) -> ScoreItem:
         finish_reason=item.finish_reason,
         metadata=metadata,
         tokenizer=item.tokenizer,
+        where=item.where,
     )
 
 

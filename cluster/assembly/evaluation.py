@@ -22,7 +22,7 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
     from learner.evaluation.report import write_report
 
     prompts = _prompts(config)
-    check_rewards(config.judge)
+    check_rewards(config.judge, prompts[0])
     run = Run.create(
         config.run.dir,
         config.run.name,

@@ -26,18 +26,16 @@ class Prepared:
 def prepare(config: TrainConfig) -> Prepared:
     """Read tokenizer and prompts, check what can be checked without starting anything."""
     from actors.prompts import load_prompts
-    from learner.models.files import require_directory
     from learner.models.load import load_tokenizer, stop_token_ids
-    from learner.models.reward_artifact import read_artifact, tokenizer_fingerprint
+    from learner.models.reward_artifact import require_same_tokenizer, tokenizer_fingerprint
 
+    check_models(config)
     tokenizer = load_tokenizer(config.model)
+    if config.learner.value_path is not None:
+        require_same_tokenizer(config.learner.value_path, tokenizer)
     room = prompt_room(config.model, config.rollout.max_tokens)
     prompts = load_prompts(config.data, tokenizer, config.run.seed, room)
-    check_rewards(config.reward)
-    if config.learner.reference_path is not None:
-        require_directory(config.learner.reference_path)
-    if config.learner.value_path is not None:
-        read_artifact(Path(config.learner.value_path))
+    check_rewards(config.reward, prompts.all())
     return Prepared(
         config=config,
         prompts=prompts,
@@ -45,6 +43,21 @@ def prepare(config: TrainConfig) -> Prepared:
         stop_ids=stop_token_ids(config.model.path, tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
+
+
+def check_models(config: TrainConfig) -> None:
+    """Raise UserError for a policy, reference or value model that cannot be loaded, as far as the
+    headers of the weight files tell."""
+    from learner.models.files import check_causal_model, check_reward_model
+    from learner.models.reward_artifact import read_artifact
+
+    model, learner = config.model, config.learner
+    check_causal_model(model.path, model.revision, model.trust_remote_code)
+    if learner.reference_path is not None:
+        check_causal_model(learner.reference_path, None, model.trust_remote_code)
+    if learner.value_path is not None:
+        read_artifact(Path(learner.value_path))
+        check_reward_model(learner.value_path)
 
 
 def prompt_room(model: ModelConfig, max_tokens: int) -> int | None:

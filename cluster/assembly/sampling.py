@@ -39,8 +39,10 @@ def prompts_for(
     """Prompts of a file in file order, tokenised for ``model``, the first ``most`` of them.
     ``max_tokens``: of an answer, for which the context must have room, too."""
     from actors.prompts import load_prompts
+    from learner.models.files import check_causal_model
     from learner.models.load import load_tokenizer
 
+    check_causal_model(model.path, model.revision, model.trust_remote_code)
     room = None if max_tokens is None else prompt_room(model, max_tokens)
     in_order = data.model_copy(update={"shuffle": False})
     source = load_prompts(in_order, load_tokenizer(model), seed, room)

@@ -23,12 +23,16 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One prompt, tokenised once. ``metadata`` (columns of its row) reaches reward functions."""
+    """One prompt, tokenised once. ``metadata`` (columns of its row) reaches reward functions.
+
+    ``where``: file and row it was read from, for messages; "" where that is not known.
+    """
 
     id: str
     messages: tuple[Message, ...]
     token_ids: tuple[int, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import transformers
 from safetensors import SafetensorError
 
 from cluster.contracts.errors import UserError
+from learner.models.weight_files import check_weight_files
 
 
 def load_checked(
@@ -30,13 +31,8 @@ def load_checked(
 
     config_changes: keys set in its config. Raises UserError for everything that may be wrong.
     """
-    require_directory(path)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = explained(
-        lambda: transformers.AutoConfig.from_pretrained(path, **common, **config_changes),
-        path,
-        "model",
-    )
+    config = checked_config(kind, path, common, may_miss, config_changes)
     with quiet_transformers():
         model, report = explained(
             lambda: kind.from_pretrained(
@@ -59,6 +55,40 @@ def load_checked(
             fix="copy the complete model directory, or use another model",
         )
     return model.eval()
+
+
+def checked_config(
+    kind: Any,
+    path: str,
+    common: Mapping[str, Any],
+    may_miss: tuple[str, ...] = (),
+    changes: Mapping[str, Any] | None = None,
+) -> Any:
+    """The config of a model whose weight files were looked at, but not read.
+
+    Raises UserError for a missing directory, an unknown architecture, weights that are cut off,
+    missing or of other shapes. A model that is not on this machine is not looked at.
+    """
+    require_directory(path)
+    config = explained(
+        lambda: transformers.AutoConfig.from_pretrained(path, **common, **(changes or {})),
+        path,
+        "model",
+    )
+    if Path(path).is_dir():
+        explained(lambda: check_weight_files(kind, Path(path), config, may_miss), path, "model")
+    return config
+
+
+def check_causal_model(path: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Raise UserError where ``load_policy`` would, as far as can be seen without loading."""
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    checked_config(transformers.AutoModelForCausalLM, path, common)
+
+
+def check_reward_model(path: str) -> None:
+    """Raise UserError where ``load_reward_model`` would, as far as can be seen without loading."""
+    checked_config(transformers.AutoModelForSequenceClassification, path, {})
 
 
 @contextmanager

@@ -87,6 +87,13 @@ def load_tokenizer(source: ModelConfig | str | Path) -> Any:
         cfg.path,
         "tokenizer",
     )
+    # Without its vocabulary file, transformers makes a tokenizer of special tokens alone.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise UserError(
+            "the directory holds no tokenizer (tokenizer.json is missing)",
+            where=cfg.path,
+            fix="copy the tokenizer's files of the model it was made from into it",
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(
             "the tokenizer has no end token, so no answer could ever end",

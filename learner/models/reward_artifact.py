@@ -87,3 +87,15 @@ def read_artifact(directory: Path) -> RewardArtifact:
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError) as problem:
         raise UserError(f"damaged: {problem}", where=where, fix=again) from None
+
+
+def require_same_tokenizer(path: str, tokenizer: Any) -> None:
+    """Raise UserError for a reward model made with another tokenizer or template than the policy's,
+    from which no value network can start."""
+    if read_artifact(Path(path)).tokenizer != tokenizer_fingerprint(tokenizer):
+        raise UserError(
+            "this reward model was made with another tokenizer or chat template than the policy's",
+            where=path,
+            fix="train a reward model from the policy's model, or leave it out with "
+            "learner.value_path=none (the value head then starts at 0)",
+        )

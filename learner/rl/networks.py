@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from learner.compute.sharding import shard_layers, shard_model, shard_whole
 from learner.models.heads import SharedValueHead
 from learner.models.load import ValueModel, load_policy, load_tokenizer
 from learner.models.packed_attention import choose_layout, use_packed_attention
-from learner.models.reward_artifact import read_artifact, tokenizer_fingerprint
+from learner.models.reward_artifact import require_same_tokenizer
 from learner.rl.experience import estimator_name
 from learner.rl.forward import Networks
 from learner.rl.update import Optimizers
@@ -139,23 +138,14 @@ def _value(settings: LearnerSettings, policy: Any, tokenizer: Any) -> tuple[nn.M
         raise UserError(
             "a value head on the policy's trunk cannot start from a reward model",
             where="learner.value_path",
-            fix="set learner.value_model = 'own', or leave learner.value_path out",
+            fix="set learner.value_model = 'own', or leave it out with learner.value_path=none",
         )
     if kind == "shared":
         return SharedValueHead(policy.config.get_text_config().hidden_size), True
     if learner.value_path is None:
         return ValueModel.from_policy(policy), False
-    _require_same_tokenizer(learner.value_path, tokenizer)
+    require_same_tokenizer(learner.value_path, tokenizer)
     return ValueModel.from_reward_model(learner.value_path), False
-
-
-def _require_same_tokenizer(path: str, tokenizer: Any) -> None:
-    if read_artifact(Path(path)).tokenizer != tokenizer_fingerprint(tokenizer):
-        raise UserError(
-            "this reward model was made with another tokenizer or chat template than the policy's",
-            where=path,
-            fix="train it from the same model, or set learner.value_model = 'shared'",
-        )
 
 
 def _shard(networks: Networks) -> None:

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!reward_service/proto/reward.proto\x12\x10\x61\x63\x63ord.reward.v1\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xbc\x01\n\x04Item\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x03(\x0b\x32\x19.accord.reward.v1.Message\x12\x10\n\x08response\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12\x14\n\x0cresponse_ids\x18\x05 \x03(\r\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\x15\n\rmetadata_json\x18\x07 \x01(\t\x12\x11\n\ttokenizer\x18\x08 \x01(\t\"I\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05items\x18\x02 \x03(\x0b\x32\x16.accord.reward.v1.Item\"\x9b\x01\n\tItemScore\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x35\n\x05parts\x18\x03 \x03(\x0b\x32&.accord.reward.v1.ItemScore.PartsEntry\x12\x0e\n\x06vetoes\x18\x04 \x03(\t\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"h\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0escorer_version\x18\x02 \x01(\t\x12+\n\x06scores\x18\x03 \x03(\x0b\x32\x1b.accord.reward.v1.ItemScore\"\x10\n\x0eGetInfoRequest\"E\n\x06Source\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\t\"\x88\x01\n\x0fGetInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0escorer_version\x18\x02 \x01(\t\x12)\n\x07sources\x18\x03 \x03(\x0b\x32\x18.accord.reward.v1.Source\x12\x11\n\tmax_batch\x18\x04 \x01(\r\x12\x11\n\ttokenizer\x18\x05 \x01(\t2\xa9\x01\n\rRewardService\x12H\n\x05Score\x12\x1e.accord.reward.v1.ScoreRequest\x1a\x1f.accord.reward.v1.ScoreResponse\x12N\n\x07GetInfo\x12 .accord.reward.v1.GetInfoRequest\x1a!.accord.reward.v1.GetInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n!reward_service/proto/reward.proto\x12\x10\x61\x63\x63ord.reward.v1\"(\n\x07Message\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"\xcb\x01\n\x04Item\x12\n\n\x02id\x18\x01 \x01(\t\x12+\n\x08messages\x18\x02 \x03(\x0b\x32\x19.accord.reward.v1.Message\x12\x10\n\x08response\x18\x03 \x01(\t\x12\x12\n\nprompt_ids\x18\x04 \x03(\r\x12\x14\n\x0cresponse_ids\x18\x05 \x03(\r\x12\x15\n\rfinish_reason\x18\x06 \x01(\t\x12\x15\n\rmetadata_json\x18\x07 \x01(\t\x12\x11\n\ttokenizer\x18\x08 \x01(\t\x12\r\n\x05where\x18\t \x01(\t\"I\n\x0cScoreRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12%\n\x05items\x18\x02 \x03(\x0b\x32\x16.accord.reward.v1.Item\"\x9b\x01\n\tItemScore\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01\x12\x35\n\x05parts\x18\x03 \x03(\x0b\x32&.accord.reward.v1.ItemScore.PartsEntry\x12\x0e\n\x06vetoes\x18\x04 \x03(\t\x1a,\n\nPartsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"h\n\rScoreResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x16\n\x0escorer_version\x18\x02 \x01(\t\x12+\n\x06scores\x18\x03 \x03(\x0b\x32\x1b.accord.reward.v1.ItemScore\"\x10\n\x0eGetInfoRequest\"E\n\x06Source\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04type\x18\x02 \x01(\t\x12\x0e\n\x06weight\x18\x03 \x01(\x01\x12\x0f\n\x07\x63ontent\x18\x04 \x01(\t\"\x88\x01\n\x0fGetInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x16\n\x0escorer_version\x18\x02 \x01(\t\x12)\n\x07sources\x18\x03 \x03(\x0b\x32\x18.accord.reward.v1.Source\x12\x11\n\tmax_batch\x18\x04 \x01(\r\x12\x11\n\ttokenizer\x18\x05 \x01(\t2\xa9\x01\n\rRewardService\x12H\n\x05Score\x12\x1e.accord.reward.v1.ScoreRequest\x1a\x1f.accord.reward.v1.ScoreResponse\x12N\n\x07GetInfo\x12 .accord.reward.v1.GetInfoRequest\x1a!.accord.reward.v1.GetInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,21 +36,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MESSAGE']._serialized_start=55
   _globals['_MESSAGE']._serialized_end=95
   _globals['_ITEM']._serialized_start=98
-  _globals['_ITEM']._serialized_end=286
-  _globals['_SCOREREQUEST']._serialized_start=288
-  _globals['_SCOREREQUEST']._serialized_end=361
-  _globals['_ITEMSCORE']._serialized_start=364
-  _globals['_ITEMSCORE']._serialized_end=519
-  _globals['_ITEMSCORE_PARTSENTRY']._serialized_start=475
-  _globals['_ITEMSCORE_PARTSENTRY']._serialized_end=519
-  _globals['_SCORERESPONSE']._serialized_start=521
-  _globals['_SCORERESPONSE']._serialized_end=625
-  _globals['_GETINFOREQUEST']._serialized_start=627
-  _globals['_GETINFOREQUEST']._serialized_end=643
-  _globals['_SOURCE']._serialized_start=645
-  _globals['_SOURCE']._serialized_end=714
-  _globals['_GETINFORESPONSE']._serialized_start=717
-  _globals['_GETINFORESPONSE']._serialized_end=853
-  _globals['_REWARDSERVICE']._serialized_start=856
-  _globals['_REWARDSERVICE']._serialized_end=1025
+  _globals['_ITEM']._serialized_end=301
+  _globals['_SCOREREQUEST']._serialized_start=303
+  _globals['_SCOREREQUEST']._serialized_end=376
+  _globals['_ITEMSCORE']._serialized_start=379
+  _globals['_ITEMSCORE']._serialized_end=534
+  _globals['_ITEMSCORE_PARTSENTRY']._serialized_start=490
+  _globals['_ITEMSCORE_PARTSENTRY']._serialized_end=534
+  _globals['_SCORERESPONSE']._serialized_start=536
+  _globals['_SCORERESPONSE']._serialized_end=640
+  _globals['_GETINFOREQUEST']._serialized_start=642
+  _globals['_GETINFOREQUEST']._serialized_end=658
+  _globals['_SOURCE']._serialized_start=660
+  _globals['_SOURCE']._serialized_end=729
+  _globals['_GETINFORESPONSE']._serialized_start=732
+  _globals['_GETINFORESPONSE']._serialized_end=868
+  _globals['_REWARDSERVICE']._serialized_start=871
+  _globals['_REWARDSERVICE']._serialized_end=1040
 # @@protoc_insertion_point(module_scope)

@@ -15,7 +15,7 @@ class Message(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class Item(_message.Message):
-    __slots__ = ("id", "messages", "response", "prompt_ids", "response_ids", "finish_reason", "metadata_json", "tokenizer")
+    __slots__ = ("id", "messages", "response", "prompt_ids", "response_ids", "finish_reason", "metadata_json", "tokenizer", "where")
     ID_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
     RESPONSE_FIELD_NUMBER: _ClassVar[int]
@@ -24,6 +24,7 @@ class Item(_message.Message):
     FINISH_REASON_FIELD_NUMBER: _ClassVar[int]
     METADATA_JSON_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FIELD_NUMBER: _ClassVar[int]
+    WHERE_FIELD_NUMBER: _ClassVar[int]
     id: str
     messages: _containers.RepeatedCompositeFieldContainer[Message]
     response: str
@@ -32,7 +33,8 @@ class Item(_message.Message):
     finish_reason: str
     metadata_json: str
     tokenizer: str
-    def __init__(self, id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., response: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., response_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., metadata_json: _Optional[str] = ..., tokenizer: _Optional[str] = ...) -> None: ...
+    where: str
+    def __init__(self, id: _Optional[str] = ..., messages: _Optional[_Iterable[_Union[Message, _Mapping]]] = ..., response: _Optional[str] = ..., prompt_ids: _Optional[_Iterable[int]] = ..., response_ids: _Optional[_Iterable[int]] = ..., finish_reason: _Optional[str] = ..., metadata_json: _Optional[str] = ..., tokenizer: _Optional[str] = ..., where: _Optional[str] = ...) -> None: ...
 
 class ScoreRequest(_message.Message):
     __slots__ = ("request_id", "items")

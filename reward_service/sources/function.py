@@ -18,6 +18,7 @@ import hashlib
 import importlib.util
 import inspect
 import linecache
+import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +32,9 @@ from cluster.contracts.errors import BadReward, UserError
 from reward_service.source import Part, ScoreItem
 
 GIVEN = ("prompts", "completions", "completion_ids")
+
+
+log = logging.getLogger("accord.reward")
 
 
 class FunctionScorer:
@@ -65,6 +69,7 @@ class FunctionScorer:
         try:
             answer = self._function(**arguments)
         except (Exception, SystemExit) as error:
+            log.debug("the reward function %s raised", self._label, exc_info=True)
             raise BadReward(
                 f"the reward function {self._label} raised {self._cause(error)} "
                 f"({self._culprit(items)})"
@@ -85,22 +90,24 @@ class FunctionScorer:
             for item in items
         ]
         columns["completion_ids"] = [list(item.response_ids) for item in items]
-        self._require_columns(items)
+        for item in items:
+            self.require_columns(item.metadata, item.label)
         if self._takes_all:
             return columns
         return {key: values for key, values in columns.items() if key in self._takes}
 
-    def _require_columns(self, items: Sequence[ScoreItem]) -> None:
+    def require_columns(self, metadata: Mapping[str, Any], where: str) -> None:
+        """Raise BadReward when a row lacks a column that the function cannot do without."""
         for name, parameter in self._takes.items():
             named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
             if not named or parameter.default is not parameter.empty or name in GIVEN:
                 continue
-            for item in items:
-                if name not in item.metadata:
-                    raise BadReward(
-                        f"the reward function {self._label} takes {name!r}, but the row of "
-                        f"{item.id!r} has no such column; it has {sorted(item.metadata)}"
-                    )
+            if name not in metadata:
+                has = ", ".join(sorted(metadata)) or "no columns beside the prompt"
+                raise BadReward(
+                    f"the reward function {self._label} takes {name!r}, but the row of {where} has "
+                    f"no such column; it has {has}"
+                )
 
     def _checked(self, answer: Any, items: Sequence[ScoreItem]) -> list[float]:
         try:
@@ -108,12 +115,12 @@ class FunctionScorer:
         except TypeError as error:
             raise BadReward(
                 f"the reward function {self._label} returned a {type(answer).__name__}, not a list "
-                f"of numbers (first item {items[0].id!r})"
+                f"of numbers (first: {items[0].label})"
             ) from error
         if len(values) != len(items):
             raise BadReward(
                 f"the reward function {self._label} returned {len(values)} rewards for "
-                f"{len(items)} completions (first item {items[0].id!r})"
+                f"{len(items)} completions (first: {items[0].label})"
             )
         numbers = []
         for item, value in zip(items, values, strict=True):
@@ -123,7 +130,7 @@ class FunctionScorer:
                 number = math.nan
             if isinstance(value, str) or not math.isfinite(number):
                 raise BadReward(
-                    f"the reward function {self._label} returned {value!r} for {item.id!r}; "
+                    f"the reward function {self._label} returned {value!r} for {item.label}; "
                     "a reward is one finite number"
                 )
             numbers.append(number)
@@ -148,8 +155,8 @@ class FunctionScorer:
             try:
                 self._function(**self._arguments([item]))
             except (Exception, SystemExit):  # the batch's own error is the one reported
-                return f"item {item.id!r}"
-        return f"a batch of {len(items)} items, first {items[0].id!r}; none of them fails alone"
+                return item.label
+        return f"a batch of {len(items)} items, first {items[0].label}; none of them fails alone"
 
     def close(self) -> None:
         """Nothing is held."""

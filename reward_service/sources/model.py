@@ -74,17 +74,18 @@ class ModelScorer:
 
     def _check_length(self, item: ScoreItem, tokens: int) -> None:
         if tokens == 0:
-            raise BadReward(f"{item.id!r} has no tokens for the reward model {self._path}")
+            raise BadReward(f"{item.label} has no tokens for the reward model {self._path}")
         if self._positions is not None and tokens > self._positions:
             raise BadReward(
-                f"{item.id!r} has {tokens} tokens, but the reward model {self._path} has positions "
-                f"for {self._positions}: lower data.max_prompt_tokens or rollout.max_tokens"
+                f"{item.label} has {tokens} tokens, but the reward model {self._path} has "
+                f"positions for {self._positions}: lower data.max_prompt_tokens or "
+                "rollout.max_tokens"
             )
         if tokens > self._artifact.max_tokens and not self._warned_long:
             self._warned_long = True
             log.warning(
-                "%r has %d tokens; the reward model %s was trained on rows of up to %d",
-                item.id, tokens, self._path, self._artifact.max_tokens,
+                "%s has %d tokens; the reward model %s was trained on rows of up to %d",
+                item.label, tokens, self._path, self._artifact.max_tokens,
             )  # fmt: skip
 
     def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:

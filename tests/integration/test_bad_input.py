@@ -270,24 +270,30 @@ def test_a_mistake_is_told_before_anything_starts(name: str, outcomes: dict[str,
     assert tuple(p.name for p in runs.glob("*")) == case.keeps
 
 
-# Each notes when it was first called, so that the way from there to the end can be timed.
+# Good when it is tried before the start; then it notes when it was called, so that the way from
+# there to the end can be timed.
 NOTE = (
     "from pathlib import Path\n\n"
-    "def note():\n    Path(__file__).with_name('called').mkdir(exist_ok=True)\n\n"
+    "def tried(completions):\n"
+    "    if completions[0][0]['content'] == 'A trial completion.':\n"
+    "        return True\n"
+    "    Path(__file__).with_name('called').mkdir(exist_ok=True)\n"
+    "    return False\n\n"
+    "def broken(completions, **columns):\n"
+    "    if tried(completions):\n"
+    "        return [1.0, 1.0]\n"
 )
 
 FUNCTIONS = {
     "raises": (
-        "def broken(completions, **columns):\n    note()\n    known = {}\n"
-        "    return [known['x'] for _ in completions]\n",
-        ("reward.py:broken", "KeyError: 'x'", "reward.py:9 `return [known['x']"),
+        "    known = {}\n    return [known['x'] for _ in completions]\n",
+        ("reward.py:broken", "KeyError: 'x'", "reward.py:13 `return [known['x']"),
     ),
     "returns too few": (
-        "def broken(completions, **columns):\n    note()\n    return [1.0]\n",
+        "    return [1.0]\n",
         ("reward.py:broken", "returned 1 rewards for "),
     ),
     "returns nan": (
-        "def broken(completions, **columns):\n    note()\n"
         "    return [float('nan')] * len(completions)\n",
         ("reward.py:broken", "returned nan for ", "one finite number"),
     ),

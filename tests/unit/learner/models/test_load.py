@@ -48,6 +48,14 @@ def test_paths_that_are_no_model(tiny_policy: Path, tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+def test_a_directory_without_tokenizer_files(copied: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (copied / name).unlink()
+    with pytest.raises(UserError, match=r"holds no tokenizer|cannot load the tokenizer") as caught:
+        load_tokenizer(copied)
+    assert str(copied) in caught.value.where
+
+
 def test_a_hub_id_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("transformers.utils.hub.is_offline_mode", lambda: True)
@@ -75,8 +83,12 @@ def test_weights_that_are_damaged_missing_or_incomplete(copied: Path, damage: st
         tensors = load_file(weights)
         del tensors["model.layers.1.mlp.up_proj.weight"]
         save_file(tensors, weights, metadata={"format": "pt"})
-    expected = "lack 1 tensors.*up_proj" if damage == "lacking" else "cannot load the model"
-    with pytest.raises(UserError, match=expected):
+    expected = {
+        "half": "is no safetensors file|is cut off",
+        "gone": "holds no weights",
+        "lacking": "lack 1 tensors.*up_proj",
+    }
+    with pytest.raises(UserError, match=expected[damage]):
         policy_at(copied)
 
 

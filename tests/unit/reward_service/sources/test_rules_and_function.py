@@ -91,10 +91,10 @@ def test_function_gets_strings_for_plain_prompts_and_keeps_the_order(tmp_path: P
     ("body", "says"),
     [
         ("return [1.0]", r"returned 1 rewards for 2 completions .*'p1'"),
-        ("return [1.0, float('nan')]", r"returned nan for 'p2'"),
-        ("return [1.0, float('inf')]", r"returned inf for 'p2'"),
-        ("return [1.0, None]", r"returned None for 'p2'"),
-        ("return [1.0, '2']", r"returned '2' for 'p2'"),
+        ("return [1.0, float('nan')]", r"returned nan for item 'p2'"),
+        ("return [1.0, float('inf')]", r"returned inf for item 'p2'"),
+        ("return [1.0, None]", r"returned None for item 'p2'"),
+        ("return [1.0, '2']", r"returned '2' for item 'p2'"),
         ("return 1.0", r"returned a float, not a list"),
         (
             "return [1 / len(c[0]['content']) for c in completions]",
@@ -103,7 +103,7 @@ def test_function_gets_strings_for_plain_prompts_and_keeps_the_order(tmp_path: P
         ("raise SystemExit(3)", r"raised SystemExit: 3, at rewards.py:2"),
         (
             "assert len(completions) == 1; return [1.0]",
-            "a batch of 2 items, first 'p1'; none of them fails alone",
+            "a batch of 2 items, first item 'p1'; none of them fails alone",
         ),
     ],
 )
@@ -116,7 +116,9 @@ def test_function_errors_name_function_row_and_line(tmp_path: Path, body: str, s
 
 def test_a_missing_column_is_named_with_what_there_is(tmp_path: Path) -> None:
     scorer = function(tmp_path, "def reward(prompts, completions, answer):\n    return []\n")
-    with pytest.raises(BadReward, match=r"takes 'answer', but the row of 'p2' .* \['other'\]"):
+    with pytest.raises(
+        BadReward, match=r"takes 'answer', but the row of item 'p2' .* it has other"
+    ):
         scorer.score([chat("p1", "a", answer=1), chat("p2", "b", other=1)])
 
 
@@ -183,7 +185,7 @@ def test_the_version_covers_content_weights_and_clip() -> None:
     ("values", "error", "says"),
     [
         ([1.0], BadReward, "'y' gave 1 scores for 2 items"),
-        ([1.0, math.nan], BadReward, "'y' scored 'p2' as nan"),
+        ([1.0, math.nan], BadReward, "'y' scored item 'p2' as nan"),
         (ValueError("broken"), BadReward, "'y' failed on 2 items .*ValueError: broken"),
         (RewardFailure("later"), RewardFailure, "later"),
     ],
@@ -195,7 +197,7 @@ def test_a_failing_source_is_an_error_never_zero(values: Any, error: Any, says: 
 
 def test_an_overflowing_sum_is_refused_before_the_clip() -> None:
     sources = [Fixed("x", [1e308, 0.0]), Fixed("y", [1e308, 0.0])]
-    with pytest.raises(BadReward, match="sum of the rewards of 'p1' is inf"):
+    with pytest.raises(BadReward, match="sum of the rewards of item 'p1' is inf"):
         Composition(sources, [1.0, 1.0], clip=1.0).score(TWO)
 
 
