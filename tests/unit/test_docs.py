@@ -185,7 +185,7 @@ def test_the_readme_is_short() -> None:
     """Words outside code blocks and tables."""
     text = re.sub(r"^```.*?^```$", "", PAGES[0].read_text("utf-8"), flags=re.S | re.M)
     prose = [line for line in text.splitlines() if not line.startswith("|")]
-    assert len(" ".join(prose).split()) <= 1400
+    assert len(" ".join(prose).split()) <= 800
 
 
 def test_the_readme_shows_commands() -> None:
