@@ -7,10 +7,19 @@ nothing is repaired silently, nothing changes while a run goes on.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
+AUTO = "auto"
 LONGEST_NAME = 200  # bytes; file systems allow 255, and files beside it add some
 
 
@@ -18,6 +27,31 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _auto_is_left_out(cls, tree: Any) -> Any:
+        """A key set to "auto" counts as not set, so that `cluster.assembly.auto` chooses it."""
+        if not isinstance(tree, dict):
+            return tree
+        chosen = {name for name, field in cls.model_fields.items() if auto_rule(field)}
+        return {k: v for k, v in tree.items() if k not in chosen or v != AUTO}
+
+
+def auto(fallback: Any, *, rule: str, description: str, **limits: Any) -> Any:
+    """A key whose default is chosen for the machine and the model (`cluster.assembly.auto`).
+
+    It is chosen where the key was not set, which pydantic keeps in `model_fields_set`; so the key
+    keeps its plain type and no role has to ask whether it holds a number. rule: how it is chosen,
+    for the reference page. fallback: its value in a config that was made by hand and not resolved.
+    """
+    return Field(fallback, description=description, json_schema_extra={AUTO: rule}, **limits)
+
+
+def auto_rule(field: FieldInfo) -> str | None:
+    """How a key's value is chosen, None for a key with a default of its own."""
+    extra = field.json_schema_extra
+    return str(extra[AUTO]) if isinstance(extra, dict) and AUTO in extra else None
 
 
 DType = Literal["float32", "bfloat16"]
@@ -66,8 +100,10 @@ class ModelConfig(Section):
     path: str = Field(description="A model directory (HF layout) or a hub id.")
     revision: str | None = Field(None, description="Revision of a hub id.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
-    dtype: DType = Field(
-        "float32", description="Type the learner computes in; master weights stay float32."
+    dtype: DType = auto(
+        "float32",
+        rule="bfloat16 on a GPU, float32 on a CPU",
+        description="Type the learner computes in; master weights stay float32.",
     )
     chat_template: str | None = Field(
         None, description="Path of a Jinja chat template, for a tokenizer that has none."
@@ -97,11 +133,21 @@ class ClusterConfig(Section):
         None,
         description="Ray cluster to join ('auto', host:port); None: start one on this machine.",
     )
-    num_cpus: int | None = Field(
-        None, ge=1, description="Logical CPUs of a started cluster; None: one a core, at least 8."
+    num_cpus: int | None = auto(
+        None,
+        rule="one per core, at least 8, and enough for all roles",
+        ge=1,
+        description="Logical CPUs of a started cluster: what Ray may reserve, not what it uses.",
     )
-    object_store_mb: int = Field(256, ge=80, description="Object store of a started cluster.")
+    object_store_mb: int = auto(
+        256,
+        rule="three versions of the weights, at least 256, at most 80 % of the shared memory",
+        ge=80,
+        description="Object store of a started cluster, in MiB.",
+    )
     dashboard: bool = Field(False, description="Start the Ray dashboard with a started cluster.")
-    pin_cores: bool = Field(
-        True, description="On one machine with few cores: each role keeps to its own core."
+    pin_cores: bool = auto(
+        True,
+        rule="on for roles on the CPUs of this machine, when each gets a core of its own",
+        description="Each role keeps to its own cores.",
     )

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cluster.contracts.config.base import DType, Section
+from cluster.contracts.config.base import DType, Section, auto
 
 
 class DataConfig(Section):
@@ -35,27 +35,65 @@ class RolloutConfig(Section):
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="auto: vllm where it has a build, else transformers (announced)."
     )
-    dtype: DType = Field("float32", description="Type the engine computes in.")
+    dtype: DType = auto(
+        "float32",
+        rule="bfloat16 on a GPU, float32 on a CPU",
+        description="Type the engine computes in.",
+    )
     temperature: float = Field(
         1.0, gt=0, description="Sampling temperature, the same in the learner."
     )
-    max_tokens: int = Field(64, ge=1, description="Longest completion, in tokens.")
+    max_tokens: int = auto(
+        64,
+        rule="what the model's context leaves beside the longest prompt, at most 256",
+        ge=1,
+        description="Longest completion, in tokens.",
+    )
     min_tokens: int = Field(
         0,
         ge=0,
         description="Shortest completion, in tokens: before it no end can be sampled.",
     )
-    max_running: int = Field(64, ge=1, description="Sequences decoded at once by one worker.")
-    kv_cache_mb: int = Field(64, ge=8, description="Key-value cache of a CPU engine, MiB.")
-    gpu_memory_fraction: float = Field(
-        0.45, gt=0, le=0.95, description="Part of a GPU's memory for its engine."
+    max_running: int = auto(
+        64,
+        rule="a worker's part of all completions that may be outstanding, at most 64 on a CPU and "
+        "512 on a GPU, and no more than its cache holds at full length",
+        ge=1,
+        description="Sequences that one worker decodes at once.",
+    )
+    kv_cache_mb: int = auto(
+        64,
+        rule="max_running sequences at full length, at least 64, at most a quarter of the "
+        "machine's memory for all workers",
+        ge=8,
+        description="Key-value cache of a CPU engine, in MiB.",
+    )
+    gpu_memory_fraction: float = auto(
+        0.45,
+        rule="0.9 of a GPU of its own, 0.45 where the learner is on the same GPU, divided by the "
+        "workers on it",
+        gt=0,
+        le=0.95,
+        description="Share of a GPU's memory that one engine takes.",
     )
     block_size: int = Field(
         32, description="Tokens of a cache block; prefixes are shared by block."
     )
     tensor_parallel: int = Field(1, ge=1, description="GPUs of one worker.")
-    cpus: float = Field(1, gt=0, description="CPUs Ray reserves for one worker.")
-    gpus: float = Field(0, ge=0, description="GPUs Ray reserves for one worker.")
+    cpus: float = auto(
+        1,
+        rule="1 for a model below 50 million parameters and on a GPU; else half of the cores, "
+        "divided by the workers, at most 16",
+        gt=0,
+        description="CPU cores of one worker.",
+    )
+    gpus: float = auto(
+        0,
+        rule="0 without a GPU; a GPU for each worker and learner process where there are enough; "
+        "else a share",
+        ge=0,
+        description="GPUs of one worker.",
+    )
     kv_on_swap: Literal["recompute", "keep"] = Field(
         "recompute",
         description="Cache of requests in flight at a weight swap: recomputed under the new "
@@ -76,7 +114,7 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
-        if self.min_tokens > self.max_tokens:
+        if self.min_tokens > self.max_tokens and "max_tokens" in self.model_fields_set:
             raise ValueError(
                 f"min_tokens = {self.min_tokens} is over max_tokens = {self.max_tokens}"
             )

@@ -13,6 +13,7 @@ from cluster.contracts.config.base import (
     ModelConfig,
     RunConfig,
     Section,
+    auto,
 )
 from cluster.contracts.config.checks import train_problems
 from cluster.contracts.config.reward import RewardConfig
@@ -182,8 +183,19 @@ class LearnerConfig(Section):
         description="With several processes. none: each holds all weights. fsdp2: weights, "
         "gradients and optimiser state are dealt out to them (`fully_shard`).",
     )
-    cpus: float = Field(1, gt=0, description="Of each process.")
-    gpus: float = Field(0, ge=0, description="GPUs of each process of the learner.")
+    cpus: float = auto(
+        1,
+        rule="the cores that the workers leave, divided by the processes; at most 8 for a model "
+        "below 50 million parameters; 1 on a GPU",
+        gt=0,
+        description="CPU cores of each process of the learner.",
+    )
+    gpus: float = auto(
+        0,
+        rule="0 without a GPU; 1 where there are enough; 0.5 of the only one",
+        ge=0,
+        description="GPUs of each process of the learner.",
+    )
     start_timeout_s: float = Field(
         180, gt=0, description="A learner that is not ready after so many seconds is an error."
     )
@@ -209,7 +221,12 @@ class WeightsConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(50, ge=1, description="Learner steps between checkpoints.")
+    every: int = auto(
+        50,
+        rule="a fifth of batch.steps, from 10 to 50",
+        ge=1,
+        description="Learner steps between checkpoints.",
+    )
     keep: int = Field(2, ge=1, description="Newest checkpoints kept.")
 
 

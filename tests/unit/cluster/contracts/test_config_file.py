@@ -59,7 +59,9 @@ def test_cross_section_problems_are_told_together() -> None:
 
 
 def test_a_shortest_answer_over_the_longest_is_refused() -> None:
-    assert "min_tokens = 65 is over max_tokens = 64" in problem("rollout.min_tokens=65")
+    assert "min_tokens = 65 is over max_tokens = 64" in problem(
+        "rollout.min_tokens=65", "rollout.max_tokens=64"
+    )
 
 
 def test_overrides_win_over_the_file_and_the_file_over_defaults(tmp_path: Path) -> None:

@@ -1,0 +1,142 @@
+"""Which device a role computes on, on how many cores, and what the cluster has to offer them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from cluster.assembly.auto.choices import WIDTH, Choices, Load, counted, millions, size_of
+from cluster.assembly.model_facts import ModelFacts
+from cluster.contracts.config.rollout import RolloutConfig
+from cluster.contracts.config.train import TrainConfig
+from cluster.machine.hardware import MB, Machine
+
+SMALL = 50_000_000  # parameters; below, a second core makes decoding slower (measured up to 16 M)
+MOST_CORES = 16  # of one worker: decoding waits for memory, which more cores do not make faster
+SMALL_LEARNER_CORES = 8
+OBJECT_STORE_LEAST_MB = 256
+VERSIONS = 3  # of the weights, on their way at once at most
+
+
+def choose_gpus(choices: Choices[TrainConfig]) -> None:
+    config, count = choices.config, choices.machine.gpus
+    workers, processes = config.rollout.workers, config.learner.processes
+    each = config.rollout.tensor_parallel
+    wanted = workers * each + processes
+    if not count:
+        why = "no GPU here that the installed torch can use"
+        if config.cluster.address is not None:
+            why += "; set it where other machines of the cluster have GPUs"
+        choices.settle("learner.gpus", 0.0, why)
+        choices.settle("rollout.gpus", 0.0, why)
+    elif count == 1 and each == processes == 1:
+        set_by_user = "gpus" in config.rollout.model_fields_set
+        left = max(0.0, 1.0 - workers * config.rollout.gpus) if set_by_user else 0.5
+        choices.settle("learner.gpus", left, "learner and workers share the only GPU")
+        rest = 1.0 - choices.config.learner.gpus
+        share = math.floor(10_000 * rest / workers) / 10_000  # Ray counts in ten-thousandths
+        choices.settle("rollout.gpus", share, f"what the learner leaves, for {counted(workers)}")
+    elif count >= wanted or each > 1 or count <= processes:
+        why = f"one for each process; {wanted} of {counted(count, 'GPU')}"
+        choices.settle("learner.gpus", 1.0, why)
+        choices.settle("rollout.gpus", float(each), why)
+    else:
+        choices.settle("learner.gpus", 1.0, f"one for each process, of {count} GPUs")
+        together = math.ceil(workers / (count - processes))
+        share = math.floor(10_000 / together) / 10_000
+        choices.settle(
+            "rollout.gpus", share, f"{counted(workers)} share the {count - processes} GPUs left"
+        )
+
+
+def choose_gpus_alone(choices: Choices[Any], engines: int) -> None:
+    """GPUs of engines beside which nothing else computes."""
+    count, each = choices.machine.gpus, choices.config.rollout.tensor_parallel
+    if not count:
+        choices.settle("rollout.gpus", 0.0, "no GPU here that the installed torch can use")
+    elif count >= engines * each or each > 1:
+        choices.settle("rollout.gpus", float(each), "one for each worker")
+    else:
+        share = math.floor(10_000 / math.ceil(engines / count)) / 10_000
+        choices.settle("rollout.gpus", share, f"{counted(engines)} share {counted(count, 'GPU')}")
+
+
+def dtype_of(on_gpu: bool, role: str) -> tuple[str, str]:
+    if on_gpu:
+        return "bfloat16", f"the {role} runs on a GPU"
+    return "float32", f"the {role} runs on a CPU"
+
+
+def choose_worker_cores(choices: Choices[Any], model: ModelFacts | None, load: Load) -> None:
+    cores, size = choices.machine.cores, size_of(model)
+    if choices.config.rollout.gpus:
+        choices.settle("rollout.cpus", 1.0, "the engine's thread waits for its GPU")
+    elif load.engines >= cores:
+        choices.settle("rollout.cpus", 1.0, f"{counted(cores, 'core')} for {counted(load.engines)}")
+    elif size < SMALL:
+        why = f"a model of {millions(size)} parameters decodes no faster on several cores"
+        choices.settle("rollout.cpus", 1.0, why)
+    else:
+        own = min(MOST_CORES, max(1, cores // 2 // load.engines))
+        why = f"half of the {cores} cores, for {counted(load.engines)}, at most {MOST_CORES} each"
+        choices.settle("rollout.cpus", float(own), why)
+
+
+def choose_learner_cores(choices: Choices[TrainConfig], model: ModelFacts | None) -> None:
+    config, cores, size = choices.config, choices.machine.cores, size_of(model)
+    if config.learner.gpus:
+        choices.settle("learner.cpus", 1.0, "the learner waits for its GPU")
+        return
+    taken = 0.0 if config.rollout.gpus else config.rollout.workers * config.rollout.cpus
+    left = max(1, int((cores - taken) / config.learner.processes))
+    why = f"what {counted(config.rollout.workers)} leave of {counted(cores, 'core')}"
+    if size < SMALL and left > SMALL_LEARNER_CORES:
+        left = SMALL_LEARNER_CORES
+        why = f"enough for a model of {millions(size)} parameters"
+    choices.settle("learner.cpus", float(left), why)
+
+
+def choose_cluster(choices: Choices[Any], model: ModelFacts | None) -> None:
+    config, machine = choices.config, choices.machine
+    rollout, learner = config.rollout, getattr(config, "learner", None)
+    joined = config.cluster.address is not None
+    trained = learner.processes * learner.cpus if learner is not None else 0.0
+    asked = rollout.workers * rollout.cpus + trained
+    choices.settle("cluster.pin_cores", *_pinned(config, machine, joined))
+    if joined:
+        other = "not used: the cluster was started by somebody else"
+        choices.settle("cluster.num_cpus", None, other)
+        choices.settle("cluster.object_store_mb", OBJECT_STORE_LEAST_MB, other)
+        return
+    # One for the reward service, and room for two workers that `accord scale` may add.
+    slots = max(8, machine.cores, math.ceil(asked + 1 + 2 * rollout.cpus))
+    why = f"one per core ({machine.cores}), at least 8, room for all roles"
+    choices.settle("cluster.num_cpus", slots, why)
+    choices.settle("cluster.object_store_mb", *_object_store(rollout, machine, model))
+
+
+def _pinned(config: Any, machine: Machine, joined: bool) -> tuple[bool, str]:
+    if joined:
+        return False, "the cluster's machines are not ours alone"
+    if config.rollout.gpus:
+        return False, "the workers compute on a GPU"
+    if config.rollout.workers >= machine.cores:
+        return False, f"{counted(machine.cores, 'core')} for {counted(config.rollout.workers)}"
+    return True, "enough cores for one per worker and one for the learner"
+
+
+def _object_store(
+    rollout: RolloutConfig, machine: Machine, model: ModelFacts | None
+) -> tuple[int, str]:
+    if model is None:
+        return OBJECT_STORE_LEAST_MB, "the model's config cannot be read"
+    weights = VERSIONS * model.parameters * WIDTH[rollout.dtype] / MB
+    needed, room = math.ceil(1.2 * weights) + 64, int(0.8 * machine.shared_memory_mb)
+    if needed <= OBJECT_STORE_LEAST_MB:
+        return OBJECT_STORE_LEAST_MB, "more than three versions of the weights take"
+    if needed > room >= OBJECT_STORE_LEAST_MB:
+        return room, (
+            f"80 % of the shared memory; three versions of the weights take {weights:.0f} MiB, "
+            "and weights.transport = 'disk' needs no room here"
+        )
+    return needed, f"three versions of the weights take {weights:.0f} MiB"

@@ -1,0 +1,101 @@
+"""Values for the keys that a config leaves at ``auto``, each with the reason for it.
+
+Pure: the machine, the model and the config go in. A key that the user set is never changed, and
+later choices follow from it. The resolved config is what every role gets and what the run stores in
+``config.toml``, where every key is set: a resumed or replayed run chooses nothing anew.
+
+What is learnt must not depend on the machine, so only two of the keys may change it: the type that
+is computed in, and the longest completion, which follows from the model alone.
+"""
+
+from __future__ import annotations
+
+import math
+
+from cluster.assembly.auto.choices import Choices, Load, Resolved
+from cluster.assembly.auto.devices import (
+    choose_cluster,
+    choose_gpus,
+    choose_gpus_alone,
+    choose_learner_cores,
+    dtype_of,
+)
+from cluster.assembly.auto.engines import choose_engines
+from cluster.assembly.model_facts import ModelFacts, read_model_facts
+from cluster.contracts.config.base import Section
+from cluster.contracts.config.evaluate import EvaluateConfig
+from cluster.contracts.config.rollout import RolloutConfig
+from cluster.contracts.config.train import TrainConfig
+from cluster.machine.hardware import Machine, this_machine
+
+
+class _Engines(Section):
+    rollout: RolloutConfig
+
+
+def resolve_here(config: TrainConfig) -> Resolved[TrainConfig]:
+    """``resolve_training`` for this machine and the config's model. Takes milliseconds."""
+    return resolve_training(config, this_machine(), read_model_facts(config.model))
+
+
+def resolve_training(
+    config: TrainConfig, machine: Machine, model: ModelFacts | None
+) -> Resolved[TrainConfig]:
+    """model: None where its config cannot be read; then what depends on it keeps a fallback."""
+    choices = Choices(config, machine)
+    choose_gpus(choices)
+    choices.settle("model.dtype", *dtype_of(choices.config.learner.gpus > 0, "learner"))
+    batch, bound = config.batch, config.staleness.bound
+    load = Load(
+        engines=config.rollout.workers,
+        prompt_tokens=config.data.max_prompt_tokens,
+        prompt_tokens_set="max_prompt_tokens" in config.data.model_fields_set,
+        outstanding=(bound + 1) * batch.prompts_per_step * batch.samples_per_prompt,
+    )
+    choose_engines(choices, model, load)
+    choose_learner_cores(choices, model)
+    choose_cluster(choices, model)
+    steps = config.batch.steps
+    choices.settle(
+        "checkpoint.every",
+        min(50, max(10, math.ceil(steps / 5))),
+        f"a fifth of the {steps} steps, from 10 to 50",
+    )
+    return Resolved(choices.config, choices.reasons)
+
+
+def resolve_evaluation(
+    config: EvaluateConfig, machine: Machine, policy: ModelFacts | None
+) -> Resolved[EvaluateConfig]:
+    """Two policies are sampled side by side, each by its own workers."""
+    choices = Choices(config, machine)
+    for side in ("policy", "baseline"):
+        choices.settle(f"{side}.dtype", "float32", "not used: the engine's is rollout.dtype")
+    choose_gpus_alone(choices, 2 * config.rollout.workers)
+    load = Load(
+        engines=2 * config.rollout.workers,
+        prompt_tokens=config.data.max_prompt_tokens,
+        prompt_tokens_set="max_prompt_tokens" in config.data.model_fields_set,
+        outstanding=None,
+    )
+    choose_engines(choices, policy, load)
+    choose_cluster(choices, policy)
+    return Resolved(choices.config, choices.reasons)
+
+
+def resolve_sampling(
+    rollout: RolloutConfig,
+    machine: Machine,
+    model: ModelFacts | None,
+    *,
+    engines: int,
+    prompt_tokens: int,
+    outstanding: int,
+) -> RolloutConfig:
+    """Engines that sample outside a training run. engines: of all jobs that run side by side."""
+    choices = Choices(_Engines(rollout=rollout), machine)
+    choose_gpus_alone(choices, engines)
+    choose_engines(
+        choices, model, Load(engines=engines, prompt_tokens=prompt_tokens, outstanding=outstanding)
+    )
+    return choices.config.rollout
