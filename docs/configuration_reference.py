@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
+from cluster.contracts.config.base import auto_rule
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.config.train import TrainConfig
@@ -75,9 +76,10 @@ def _table(model: type[BaseModel], names: list[str]) -> str:
         )
         if field.default_factory is not None:
             default = "`empty`"
-        rows.append(
-            f"| `{name}` | {_type(field.annotation)} | {default} | {field.description or ''} |"
-        )
+        meaning, rule = field.description or "", auto_rule(field)
+        if rule is not None:
+            default, meaning = "`auto`", f"{meaning} auto: {rule}."
+        rows.append(f"| `{name}` | {_type(field.annotation)} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.assembly.auto.resolve import resolve_evaluation
+from cluster.assembly.model_facts import read_model_facts
 from cluster.assembly.rewards import check_rewards
 from cluster.assembly.run_session import recorded
 from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.records import Prompt, Rollout
+from cluster.machine.hardware import this_machine
 from cluster.machine.ray_session import ray_cluster
 from cluster.runs.console import Reporter
 from cluster.runs.run import Run, write_json
@@ -21,6 +24,7 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
     """Returns the run directory: evaluation.json, samples.jsonl, report.html."""
     from learner.evaluation.report import write_report
 
+    config = resolve_evaluation(config, this_machine(), read_model_facts(config.policy)).config
     prompts = _prompts(config)
     check_rewards(config.judge, prompts[0])
     run = Run.create(

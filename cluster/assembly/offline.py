@@ -9,10 +9,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from cluster.assembly.auto.resolve import resolve_fit
 from cluster.assembly.run_session import open_run, recorded, refuse_changes, run_status
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.errors import UserError
+from cluster.machine.hardware import this_machine
 from cluster.machine.signals import signal_handlers_kept
 from cluster.runs.console import Reporter, Stage
 from cluster.runs.run import Run, write_json, write_text
@@ -60,6 +62,7 @@ def _config(kind: type[C], run: Run, overrides: Sequence[str]) -> C:
 
 def run_sft(config: SftConfig, reporter: Reporter, *, resumed: Run | None = None) -> Path:
     """Returns the run directory; its ``policy/`` is the result."""
+    config = resolve_fit(config, this_machine())
     from learner.offline.sft import train_sft
 
     return _run(
@@ -92,6 +95,7 @@ def run_reward_model(
     resumed: Run | None = None,
 ) -> Path:
     """Returns the run directory; its ``reward_model/`` is the result."""
+    config = resolve_fit(config, this_machine())
     from learner.offline.reward import train_reward_model
 
     def train(run: Run, progress: OnStep, stop: Callable[[], bool]) -> Path:
@@ -106,6 +110,7 @@ def run_reward_model(
 
 def run_dpo(config: DpoConfig, reporter: Reporter, *, resumed: Run | None = None) -> Path:
     """Returns the run directory; its ``policy/`` is the result."""
+    config = resolve_fit(config, this_machine())
     from learner.offline.dpo import train_dpo
 
     return _run(

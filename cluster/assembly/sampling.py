@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from actors.settings import engine_settings
+from cluster.assembly.auto.resolve import resolve_sampling
+from cluster.assembly.model_facts import read_model_facts
 from cluster.assembly.prepare import context_length, prompt_room
 from cluster.contracts.chat import is_text
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 from cluster.contracts.records import Prompt, Rollout
 from cluster.machine.cores import own_cores
+from cluster.machine.hardware import Machine, this_machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,9 +64,36 @@ async def _sample_all(jobs: Sequence[Sampling]) -> list[list[Rollout]]:
     cores = own_cores()
     each = max(1, len(cores) // len(jobs))
     shares = [cores[i * each : (i + 1) * each] or cores for i in range(len(jobs))]
+    counts = [min(job.rollout.workers, len(own)) for job, own in zip(jobs, shares, strict=True)]
+    machine = this_machine()
+    ready = [
+        _resolved(job, machine, count, sum(counts)) for job, count in zip(jobs, counts, strict=True)
+    ]
     return list(
-        await asyncio.gather(*(_sample(job, own) for job, own in zip(jobs, shares, strict=True)))
+        await asyncio.gather(*(_sample(job, own) for job, own in zip(ready, shares, strict=True)))
     )
+
+
+def _resolved(job: Sampling, machine: Machine, workers: int, engines: int) -> Sampling:
+    """With every value that was left at auto. engines: of all jobs, which share the machine."""
+    rollout = resolve_sampling(
+        job.rollout,
+        machine,
+        read_model_facts(job.model),
+        engines=engines,
+        prompt_tokens=job.max_prompt_tokens,
+        # A job's own completions; engines of other jobs have as many.
+        outstanding=math.ceil(len(job.prompts) * job.samples / workers) * engines,
+    )
+    return dataclasses.replace(job, rollout=rollout)
+
+
+def cores_of_worker(index: int, rollout: RolloutConfig, cores: Sequence[int]) -> tuple[int, ...]:
+    """``rollout.cpus`` cores of its own; workers for which none are left share all of them."""
+    if rollout.gpus:
+        return ()
+    each = max(1, int(rollout.cpus))
+    return tuple(cores[index * each : (index + 1) * each]) or tuple(cores)
 
 
 async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
@@ -83,7 +115,7 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
         spec,
         num_cpus=job.rollout.cpus,
         num_gpus=job.rollout.gpus,
-        cores=lambda index: (cores[index % len(cores)],) if not job.rollout.gpus else (),
+        cores=lambda index: cores_of_worker(index, job.rollout, cores),
     )
     workers = [make(index, 0) for index in range(max(1, count))]
     try:

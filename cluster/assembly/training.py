@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.prepare import Prepared, prepare
 from cluster.assembly.run_session import open_run, recorded, refuse_changes
 from cluster.assembly.training_roles import (
@@ -41,7 +42,10 @@ from cluster.runs.sample_sink import SampleSink
 from cluster.runs.sinks import make_sinks
 
 # What may differ on resume, as it does not change what is learnt.
-FREE_ON_RESUME = ("logging", "alarms", "cluster", "checkpoint", "batch.steps", "rollout.workers")
+FREE_ON_RESUME = (
+    *("logging", "alarms", "cluster", "checkpoint", "batch.steps", "rollout.workers"),
+    *("rollout.cpus", "learner.cpus", "rollout.kv_cache_mb", "rollout.max_running"),
+)
 STOP_S = 3.0  # for the reward service to answer what it is scoring
 
 
@@ -50,6 +54,7 @@ def train_policy(config: TrainConfig, reporter: Reporter, *, cores: CorePlan | N
 
     ``cores``: which role runs where, instead of ``plan_cores``' answer.
     """
+    config = resolve_here(config).config
     prepared = prepare(config)
     run = Run.create(
         config.run.dir,
@@ -85,6 +90,7 @@ def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> 
     before = load_config(TrainConfig, str(run.path / "config.toml"))
     config = load_config(TrainConfig, str(run.path / "config.toml"), overrides)
     refuse_changes(before, config, path, FREE_ON_RESUME)
+    config = resolve_here(config).config  # a run of an older release lacks newer keys
     checkpoint, state = run.latest_checkpoint()
     if state.step >= config.batch.steps:
         raise UserError(

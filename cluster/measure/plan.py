@@ -6,10 +6,13 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from cluster.assembly.auto.choices import WIDTH
+from cluster.assembly.auto.resolve import resolve_here
+from cluster.assembly.model_facts import ModelFacts, read_model_facts
 from cluster.contracts.config.file import dump_toml
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.cores import own_cores, plan_cores
-from cluster.measure.probe.memory import memory_plan
+from cluster.measure.probe.memory import STATE, memory_plan
 from cluster.measure.probe.probe import Outlook, probe
 from cluster.runs.console import Reporter, result
 
@@ -21,17 +24,24 @@ def show_plan(
     config: TrainConfig, as_json: bool, with_probe: bool = False, reporter: Reporter | None = None
 ) -> None:
     """Print the plan. With the probe, models are loaded and run for some seconds."""
-    numbers = derived(config)
+    resolved = resolve_here(config)
+    config = resolved.config
+    numbers = derived(config, read_model_facts(config.model))
     found = probe(config, reporter or Reporter()) if with_probe else None
     memory = memory_plan(config, found.measured) if found else {}
     if as_json:
-        shown: dict[str, Any] = {"config": config.model_dump(mode="json"), "derived": numbers}
+        shown: dict[str, Any] = {
+            "config": config.model_dump(mode="json"),
+            "auto": {key: asdict(reason) for key, reason in resolved.reasons.items()},
+            "derived": numbers,
+        }
         if found is not None:
             outlook = {**asdict(found), "memory": memory, "verdict": verdict(config, found)}
             shown["probe"] = outlook
         result(json.dumps(shown))
         return
-    result(dump_toml(config))
+    chosen = {key: f"auto: {reason.why}" for key, reason in resolved.reasons.items()}
+    result(dump_toml(config, chosen))
     result("# derived")
     for name, value in numbers.items():
         result(f"#   {name} = {value}")
@@ -108,7 +118,8 @@ def verdict(config: TrainConfig, found: Outlook) -> str:
     )
 
 
-def derived(config: TrainConfig) -> dict[str, Any]:
+def derived(config: TrainConfig, model: ModelFacts | None) -> dict[str, Any]:
+    """Numbers that follow from a resolved config. model: None where its config cannot be read."""
     batch, rollout, bound = config.batch, config.rollout, config.staleness.bound
     samples = batch.prompts_per_step * batch.samples_per_prompt
     cores = plan_cores(own_cores(), rollout.workers, pin=config.cluster.pin_cores)
@@ -124,4 +135,24 @@ def derived(config: TrainConfig) -> dict[str, Any]:
         "optimiser steps per learner step": config.learner.epochs * config.learner.minibatches,
         "cores of rollout workers": [list(c) for c in cores.workers] or "not pinned",
         "cores of the learner and scoring": list(cores.learner) or "not pinned",
+        "asynchronous scheduling of vLLM": "off: a token that is under way at a swap would be "
+        "recorded under the wrong version",
+        **({} if model is None else sizes(config, model)),
+    }
+
+
+def sizes(config: TrainConfig, model: ModelFacts) -> dict[str, str]:
+    """Memory that the policy's weights take, from the model's shapes; a probe measures the rest."""
+    width = WIDTH[config.rollout.dtype]
+    trained = STATE * model.parameters / config.learner.processes
+    if config.learner.sharding == "none":
+        trained = STATE * model.parameters
+    return {
+        "parameters of the model, about": f"{model.parameters / 1e6:.1f} million",
+        "memory of a learner process for weights, gradients and moments, about": (
+            f"{trained / MB:.0f} MiB"
+        ),
+        "memory of a worker for weights, in force and staged, about": (
+            f"{2 * width * model.parameters / MB:.0f} MiB"
+        ),
     }

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import cluster.quickstart.helpdesk.gold as gold_module
+from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.evaluation import evaluate_in_cluster, headline
 from cluster.assembly.offline import run_reward_model, run_sft
 from cluster.assembly.preferences import open_store, statistics
@@ -179,7 +180,7 @@ def _make_data(job: _Job) -> None:
 def _fine_tune(job: _Job) -> None:
     config = SftConfig(
         run=job.child("sft"),
-        model=ModelConfig(path=str(job.path("base"))),
+        model=ModelConfig(path=str(job.path("base")), dtype="float32"),
         data=SftDataConfig(path=str(job.path("data", "demonstrations.jsonl"))),
         fit=FitConfig(
             lr=4e-3,
@@ -224,7 +225,7 @@ def _sample(job: _Job, split: str, samples: int) -> list[Rollout]:
         model=model,
         prompts=prompts_for(model, data, job.config.seed),
         samples=samples,
-        rollout=RolloutConfig(max_tokens=MAX_ANSWER_TOKENS, workers=2),
+        rollout=RolloutConfig(max_tokens=MAX_ANSWER_TOKENS, workers=2, gpus=0),
         max_prompt_tokens=MAX_PROMPT_TOKENS,
         seed=job.config.seed,
     )
@@ -307,7 +308,7 @@ def _annotate(job: _Job, store: Any, answers: Sequence[Rollout]) -> None:
 def _learn_reward(job: _Job) -> None:
     config = RewardModelConfig(
         run=job.child("reward_model", preferences=str(job.path("preferences.db"))),
-        model=ModelConfig(path=str(job.path("sft", "policy"))),
+        model=ModelConfig(path=str(job.path("sft", "policy")), dtype="float32"),
         data=PairsConfig(path=str(job.path("data", "pairs.jsonl"))),
         fit=FitConfig(
             lr=7e-4,
@@ -339,9 +340,10 @@ def ppo_config(job: _Job) -> TrainConfig:
         ),
         reward=RewardConfig(sources=[RewardModelSource(path=reward_model)]),
         batch=BatchConfig(prompts_per_step=32, samples_per_prompt=4, steps=job.config.ppo_steps),
-        rollout=RolloutConfig(max_tokens=MAX_ANSWER_TOKENS),
+        rollout=RolloutConfig(max_tokens=MAX_ANSWER_TOKENS, gpus=0),
         algorithm=AlgorithmConfig(missing_eos_penalty=1.0, kl=KLConfig(coef=job.config.kl_coef)),
         learner=LearnerConfig(
+            gpus=0,
             lr=4e-4,
             warmup_steps=8,
             minibatches=4,
@@ -353,7 +355,7 @@ def ppo_config(job: _Job) -> TrainConfig:
 
 
 def _reinforce(job: _Job, ray_info: dict[str, Any]) -> None:
-    config = ppo_config(job)
+    config = resolve_here(ppo_config(job)).config
     with job.timed("ppo", ["sft", "reward model"]) as detail:
         prepared = prepare(config)
         run = Run.create(config.run.dir, "ppo", "train", config, seed=job.config.seed)
@@ -376,7 +378,7 @@ def _evaluate(job: _Job) -> dict[str, Any]:
         ),
         judge=RewardConfig(sources=[judge]),
         tie_margin=0.01,
-        rollout=RolloutConfig(max_tokens=MAX_ANSWER_TOKENS),
+        rollout=RolloutConfig(max_tokens=MAX_ANSWER_TOKENS, gpus=0),
     )
     with job.timed("evaluation", ["ppo", "sft"]) as detail, job.reporter.stage("evaluation"):
         record = evaluate_in_cluster(config, None, job.run.path)

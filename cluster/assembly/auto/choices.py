@@ -54,12 +54,17 @@ class Choices(Generic[C]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """What the engines of a command have to do. outstanding: completions at once, None: many."""
+    """What the engines of a command have to do.
+
+    outstanding: completions at once, of all engines; None: many. alone: no learner computes beside
+    them. prompt_tokens_set: the user said how long a prompt may be.
+    """
 
     engines: int
     prompt_tokens: int
     outstanding: int | None
     prompt_tokens_set: bool = True
+    alone: bool = False
 
 
 def size_of(model: ModelFacts | None) -> int:

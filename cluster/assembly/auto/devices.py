@@ -77,8 +77,9 @@ def choose_worker_cores(choices: Choices[Any], model: ModelFacts | None, load: L
         why = f"a model of {millions(size)} parameters decodes no faster on several cores"
         choices.settle("rollout.cpus", 1.0, why)
     else:
-        own = min(MOST_CORES, max(1, cores // 2 // load.engines))
-        why = f"half of the {cores} cores, for {counted(load.engines)}, at most {MOST_CORES} each"
+        shared = cores if load.alone else cores // 2
+        own = min(MOST_CORES, max(1, shared // load.engines))
+        why = f"{shared} of {cores} cores, for {counted(load.engines)}, at most {MOST_CORES} each"
         choices.settle("rollout.cpus", float(own), why)
 
 
@@ -89,7 +90,7 @@ def choose_learner_cores(choices: Choices[TrainConfig], model: ModelFacts | None
         return
     taken = 0.0 if config.rollout.gpus else config.rollout.workers * config.rollout.cpus
     left = max(1, int((cores - taken) / config.learner.processes))
-    why = f"what {counted(config.rollout.workers)} leave of {counted(cores, 'core')}"
+    why = f"the cores beside {counted(config.rollout.workers)}, {counted(cores, 'core')} in all"
     if size < SMALL and left > SMALL_LEARNER_CORES:
         left = SMALL_LEARNER_CORES
         why = f"enough for a model of {millions(size)} parameters"

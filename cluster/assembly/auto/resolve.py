@@ -11,6 +11,7 @@ is computed in, and the longest completion, which follows from the model alone.
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 from cluster.assembly.auto.choices import Choices, Load, Resolved
 from cluster.assembly.auto.devices import (
@@ -27,6 +28,8 @@ from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.rollout import RolloutConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.hardware import Machine, this_machine
+
+F = TypeVar("F", bound=Section)
 
 
 class _Engines(Section):
@@ -77,10 +80,19 @@ def resolve_evaluation(
         prompt_tokens=config.data.max_prompt_tokens,
         prompt_tokens_set="max_prompt_tokens" in config.data.model_fields_set,
         outstanding=None,
+        alone=True,
     )
     choose_engines(choices, policy, load)
     choose_cluster(choices, policy)
     return Resolved(choices.config, choices.reasons)
+
+
+def resolve_fit(config: F, machine: Machine) -> F:
+    """Supervised fine-tuning, a reward model or DPO: they compute on a GPU where there is one."""
+    choices = Choices(config, machine)
+    on_gpu = machine.gpus > 0
+    choices.settle("model.dtype", *dtype_of(on_gpu, "training"))
+    return choices.config
 
 
 def resolve_sampling(
@@ -95,7 +107,6 @@ def resolve_sampling(
     """Engines that sample outside a training run. engines: of all jobs that run side by side."""
     choices = Choices(_Engines(rollout=rollout), machine)
     choose_gpus_alone(choices, engines)
-    choose_engines(
-        choices, model, Load(engines=engines, prompt_tokens=prompt_tokens, outstanding=outstanding)
-    )
+    load = Load(engines=engines, prompt_tokens=prompt_tokens, outstanding=outstanding, alone=True)
+    choose_engines(choices, model, load)
     return choices.config.rollout

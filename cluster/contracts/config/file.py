@@ -166,26 +166,32 @@ def _options(kind: Any) -> list[Any]:
     return [kind]
 
 
-def dump_toml(config: BaseModel) -> str:
-    """The resolved config as TOML (None left out: TOML has no null, and None is the default)."""
+def dump_toml(config: BaseModel, comments: Mapping[str, str] | None = None) -> str:
+    """The resolved config as TOML (None left out: TOML has no null, and None is the default).
+
+    comments: what is written behind a value, by ``section.key``.
+    """
     lines: list[str] = []
-    _dump(config.model_dump(mode="json", exclude_none=True), "", lines)
+    _dump(config.model_dump(mode="json", exclude_none=True), "", lines, comments or {})
     return "\n".join(lines).lstrip("\n") + "\n"
 
 
-def _dump(node: Mapping[str, Any], prefix: str, lines: list[str]) -> None:
+def _dump(
+    node: Mapping[str, Any], prefix: str, lines: list[str], comments: Mapping[str, str]
+) -> None:
     tables = {k: v for k, v in node.items() if isinstance(v, dict) and v}
     arrays = {k: v for k, v in node.items() if isinstance(v, list) and v and isinstance(v[0], dict)}
     for key, value in node.items():
         if key not in tables and key not in arrays and value != {}:
-            lines.append(f"{key} = {_toml(value)}")
+            comment = comments.get(f"{prefix}{key}")
+            lines.append(f"{key} = {_toml(value)}" + (f"  # {comment}" if comment else ""))
     for key, items in arrays.items():
         for item in items:
             lines.append(f"\n[[{prefix}{key}]]")
-            _dump(item, f"{prefix}{key}.", lines)
+            _dump(item, f"{prefix}{key}.", lines, comments)
     for key, table in tables.items():
         lines.append(f"\n[{prefix}{key}]")
-        _dump(table, f"{prefix}{key}.", lines)
+        _dump(table, f"{prefix}{key}.", lines, comments)
 
 
 def _toml(value: Any) -> str:

@@ -15,6 +15,7 @@ from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import check_config, dump_toml, load_config
 from cluster.contracts.config.rollout import RolloutConfig
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.errors import UserError
 from cluster.machine.hardware import Machine
 
 GB = 1024
@@ -301,7 +302,7 @@ def test_the_word_auto_undoes_what_a_file_sets(key: str) -> None:
 
 
 def test_auto_is_no_value_where_nothing_is_chosen() -> None:
-    with pytest.raises(ValueError, match=r"batch\.steps = .auto."):
+    with pytest.raises(UserError, match=r"batch\.steps = .auto."):
         config("batch.steps=auto")
 
 
