@@ -51,9 +51,13 @@ class EngineThread:
         self.unfinished = 0
         self.gauges: dict[str, float] = {}
 
-    def start(self, timeout_s: float) -> str:
-        """Wait until the engine is built; returns its name."""
+    def begin(self) -> None:
+        """Start to build the engine; returns at once."""
         self._thread.start()
+
+    def ready(self, timeout_s: float) -> str:
+        """Wait until the engine is built; returns its name. Raises what building it raised, and
+        Retryable past the deadline."""
         try:
             return self._ready.result(timeout_s)
         except FutureTimeout:

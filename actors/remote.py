@@ -72,6 +72,8 @@ class RolloutActor:
         self._worker: Any = None  # made in start(): its imports take seconds
 
     def start(self) -> dict[str, Any]:
+        """Build the engine from the model on disk; weights of a version come by `load_weights`.
+        Seconds of it are in the answer."""
         spec, began = self._spec, time.perf_counter()
         prepare_environment(spec.cores, gpu=bool(ray.get_gpu_ids()))
         kind, note = choose_engine(spec.kind)
@@ -85,7 +87,7 @@ class RolloutActor:
             lambda: make_engine(kind, settings),
             make_decoder(settings),
             TRANSPORTS[spec.transport][1](device) if spec.transport else None,
-            spec.make_scorer() if spec.make_scorer else None,
+            spec.make_scorer,
             WorkerSettings(
                 name=self._name,
                 incarnation=self._incarnation,
@@ -167,9 +169,13 @@ class RayRolloutWorker:
         kind = ray.remote(RolloutActor).options(max_concurrency=8, max_restarts=0, **options)
         self._actor: Any = kind.remote(spec, index, incarnation)
         self._call_s = 30.0
+        self._started = False
 
     async def start(self) -> Mapping[str, Any]:
-        return await self._get(self._actor.start.remote(), self._spec.start_timeout_s, "start")
+        limit = self._spec.start_timeout_s
+        info: Mapping[str, Any] = await self._get(self._actor.start.remote(), limit, "start")
+        self._started = True
+        return info
 
     async def submit(self, assignments: Sequence[Assignment]) -> None:
         await self._get(self._actor.submit.remote(list(assignments)), self._call_s, "take work")
@@ -194,9 +200,13 @@ class RayRolloutWorker:
         return await self._get(ref, timeout_s + self._call_s, f"answer {len(prompts)} prompts")
 
     async def stop(self) -> None:
-        """Ask it to end, then end it: an actor that hangs must not keep its core."""
+        """Ask it to end, then end it: an actor that hangs must not keep its core.
+
+        One that is still starting has nothing to lose and could not answer for seconds.
+        """
         try:
-            await self._get(self._actor.stop.remote(), 5.0, "stop")
+            if self._started:
+                await self._get(self._actor.stop.remote(), 5.0, "stop")
         finally:
             ray.kill(self._actor, no_restart=True)
 

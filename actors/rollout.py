@@ -63,30 +63,22 @@ class _Open:
 
 
 class RolloutWorker:
-    """Thread-safe; every wait has a deadline. ``scorer`` None: only ``sample`` may be used."""
+    """Thread-safe; every wait has a deadline. ``make_scorer`` None: only ``sample`` may be used."""
 
     def __init__(
         self,
         make_engine: Callable[[], Engine],
         decode: Decode,
         receiver: Receiver | None,
-        scorer: Scorer | None,
+        make_scorer: Callable[[], Scorer] | None,
         settings: WorkerSettings,
     ) -> None:
         self._settings = settings
         self._decode = decode
         self._receiver = receiver
         self._thread = EngineThread(make_engine, self._sample_done, self._fail, settings.name)
+        self._make_scorer = make_scorer
         self._scoring: GroupScorer | None = None
-        if scorer is not None:
-            self._scoring = GroupScorer(
-                scorer,
-                decode,
-                self._scored,
-                self._fail,
-                threads=settings.scoring_threads,
-                batch=settings.score_batch,
-            )
         self._open: dict[str, _Open] = {}
         self._numbers = itertools.count()
         self._news = threading.Condition()
@@ -99,9 +91,22 @@ class RolloutWorker:
         self._pause_s = 0.0
 
     def start(self) -> dict[str, object]:
-        """Build the engine; returns its name, the process id and the seconds it took."""
+        """Build the engine, and connect to the scorer meanwhile; returns the engine's name, the
+        process id and the seconds that took."""
         began = time.perf_counter()
-        engine = self._thread.start(self._settings.start_timeout_s)
+        self._thread.begin()
+        # The reward service may still be starting: making its client waits for it, while the
+        # engine, which takes longest, is built on its own thread.
+        if self._make_scorer is not None:
+            self._scoring = GroupScorer(
+                self._make_scorer(),
+                self._decode,
+                self._scored,
+                self._fail,
+                threads=self._settings.scoring_threads,
+                batch=self._settings.score_batch,
+            )
+        engine = self._thread.ready(self._settings.start_timeout_s)
         seconds = round(time.perf_counter() - began, 3)
         return {"engine": engine, "pid": os.getpid(), "engine_s": seconds}
 

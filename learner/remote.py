@@ -135,6 +135,7 @@ class RayLearner:
         self._core, self._cores, self._threads = core, tuple(cores), threads
         self._options = dict(options or {})
         self._actors: list[Any] = []
+        self._started = False
 
     async def start(self) -> WeightManifest:
         """Start the processes, load the models, publish. Deadline: `learner.start_timeout_s`."""
@@ -148,6 +149,7 @@ class RayLearner:
         limit, purpose = learner.start_timeout_s, "to load its models"
         place = () if learner.processes == 1 else (await self._first("open_place", limit, purpose),)
         manifest: WeightManifest = await self._call("start", limit, purpose, *place)
+        self._started = True
         return manifest
 
     async def step(self, batch: StepInput) -> StepResult:
@@ -166,11 +168,13 @@ class RayLearner:
         await self._call("save", limit, f"to write the checkpoint {directory}", directory)
 
     async def stop(self) -> None:
-        """Let it finish writing, then end its processes. Raises what the last writing met."""
-        if not self._actors:
-            return
+        """Let it finish writing, then end its processes. Raises what the last writing met.
+
+        One that is still starting has written nothing, and would answer only when it has started.
+        """
         try:
-            await self._call("close", _STOP_TIMEOUT_S, "to finish writing")
+            if self._actors and self._started:
+                await self._call("close", _STOP_TIMEOUT_S, "to finish writing")
         finally:
             self._end()
 

@@ -88,21 +88,31 @@ class Controller:
         self._sink_errors = 0
         self._resized_to: int | None = None
         self._resize_again_at = 0.0
+        self._started = False
+        self._saved = first  # step of the newest checkpoint
+        self._began = 0.0
 
     def request_stop(self) -> None:
         """Finish what is cheap to finish, keep everything done, and return."""
         self._stop.set()
         self._wake.set()
 
-    async def run(self) -> RunState:
-        """Train; returns the state reached. Raises what stopped the run, with its cause."""
+    async def start(self) -> bool:
+        """Bring up learner and workers, side by side. False: a stop was asked for meanwhile."""
         self._began = self._clock.now()
         manifest = await self._start_unless_stopped()
         if manifest is None:
-            return self._state()
+            return False
+        self._started = True
         self._began = self._clock.now()
-        self._accounts = Accounts(self._settings, self._pool, self._clock.now, self._cpu_s)
         self._run.event("loop_started", step=self._step, version=manifest.version)
+        return True
+
+    async def run(self) -> RunState:
+        """Train; returns the state reached. Raises what stopped the run, with its cause."""
+        if not self._started and not await self.start():
+            return self._state()
+        self._accounts = Accounts(self._settings, self._pool, self._clock.now, self._cpu_s)
         self._pool.on_news(self._wake.set)
         self._spawn("look around", self._look_around())
         try:
@@ -136,13 +146,26 @@ class Controller:
             await asyncio.gather(start, stop, return_exceptions=True)
 
     async def _start(self) -> WeightManifest:
-        self._saved = self._step
+        # Engines are built from the model on disk, which takes as long as the learner's own start.
+        # A worker waits for the first published weights only to load and verify them.
+        first = asyncio.ensure_future(self._first_weights())
+        workers = asyncio.ensure_future(self._pool.start(self._settings.workers, first))
+        try:
+            await asyncio.gather(first, workers)  # raises the first problem of either
+            return first.result()
+        finally:
+            first.cancel()
+            workers.cancel()
+
+    async def _first_weights(self) -> WeightManifest:
+        began = self._clock.now()
         manifest = await self._learner.start()
         if manifest.version != self._step:
             raise Fatal(
                 f"the learner starts at version {manifest.version}, the run at {self._step}"
             )
-        await self._pool.start(self._settings.workers, manifest)
+        seconds = round(self._clock.now() - began, 3)
+        self._run.event("learner_ready", version=manifest.version, seconds=seconds)
         return manifest
 
     def _admit(self) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -73,6 +73,7 @@ class WorkerPool:
         self._news: list[Finished | BaseException] = []
         self._on_news: Callable[[], None] = lambda: None
         self._manifest: WeightManifest | None = None
+        self._first: asyncio.Future[WeightManifest] | None = None  # published by the learner's start
         self._tasks: set[asyncio.Task[Any]] = set()
         self._next_index = 0
         self.restarts = 0
@@ -82,9 +83,12 @@ class WorkerPool:
 
     # -- what the controller uses -----------------------------------------------------------------
 
-    async def start(self, count: int, manifest: WeightManifest) -> None:
-        """Start ``count`` workers and bring them to ``manifest``; returns when all serve."""
-        self._manifest = manifest
+    async def start(self, count: int, first: Awaitable[WeightManifest]) -> None:
+        """Start ``count`` workers; returns when all serve.
+
+        ``first``: the first published weights. Workers build their engines before they are there.
+        """
+        self._first = asyncio.ensure_future(first)
         await asyncio.gather(*(self._join() for _ in range(count)))
 
     async def resize(self, count: int) -> None:
@@ -191,9 +195,11 @@ class WorkerPool:
             info = await asyncio.wait_for(member.handle.start(), limit)
         except TimeoutError:
             raise Fatal(f"{member.handle.name} was not ready within {limit:.0f} s") from None
+        if self._manifest is None:
+            assert self._first is not None
+            self._manifest = await asyncio.shield(self._first)  # others wait for it, too
         while True:  # weights may move on while this worker loads them
             manifest = self._manifest
-            assert manifest is not None
             await self._load(member, manifest)
             if manifest is self._manifest:
                 break

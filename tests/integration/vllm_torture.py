@@ -337,7 +337,7 @@ def check_refusals(folder: Path) -> dict[str, Any]:
         lambda: make_engine("vllm", chosen),
         lambda ids: [""] * len(ids),
         shelf,
-        Zero(),
+        Zero,
         WorkerSettings(name="w"),
     )
     worker.start()

@@ -106,7 +106,7 @@ def _worker(settings: Any, reward: str) -> dict[str, float]:
         lambda: make_engine("vllm", settings),
         make_decoder(settings),
         None,
-        client,
+        lambda: client,
         WorkerSettings(name="bench"),
     )
     worker.start()

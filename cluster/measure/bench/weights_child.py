@@ -95,7 +95,7 @@ class Load:
             self._make_engine,
             lambda ids: [""] * len(ids),
             DiskReceiver(),
-            Zeros(),
+            Zeros,
             WorkerSettings(name="w"),
         )
         self.worker.start()

@@ -228,7 +228,7 @@ def make_bench(**settings: Any) -> Bench:
     engine, scorer, shelf = ScriptedEngine(), Lengths(), Shelf()
     chosen = WorkerSettings(**{"name": "w0", "incarnation": 2, **settings})
     decoder = Words()
-    worker = RolloutWorker(lambda: engine, decoder, shelf, scorer, chosen)
+    worker = RolloutWorker(lambda: engine, decoder, shelf, lambda: scorer, chosen)
     worker.start()
     return Bench(engine, scorer, shelf, decoder, worker)
 
@@ -493,7 +493,7 @@ def test_an_engine_that_cannot_be_built_says_why() -> None:
     def broken() -> ScriptedEngine:
         raise UserError("no such model", where="m")
 
-    worker = RolloutWorker(broken, Words(), Shelf(), Lengths(), WorkerSettings())
+    worker = RolloutWorker(broken, Words(), Shelf(), Lengths, WorkerSettings())
     with pytest.raises(UserError, match="no such model"):
         worker.start()
     worker.stop()

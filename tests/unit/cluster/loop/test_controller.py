@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from cluster.contracts.errors import Fatal, Retryable, WeightMismatch
+from cluster.contracts.errors import Fatal, Retryable, UserError, WeightMismatch
 from cluster.contracts.metrics import last
 from cluster.contracts.records import (
     Assignment,
@@ -60,8 +61,13 @@ class FakeLearner:
         self.batches: list[StepInput] = []
         self.saved: list[str] = []
         self.lose: dict[int, int] = {}  # step -> how often its rollouts are lost on the way
+        self.start_s = 0.0
+        self.start_problem: Exception | None = None
 
     async def start(self) -> WeightManifest:
+        await asyncio.sleep(self.start_s)
+        if self.start_problem is not None:
+            raise self.start_problem
         return manifest(self.version)
 
     async def step(self, batch: StepInput) -> StepResult:
@@ -96,6 +102,8 @@ class FakeWorker:
 
     async def start(self) -> Mapping[str, Any]:
         await asyncio.sleep(self._world.start_s)
+        if self._world.start_problem is not None:
+            raise self._world.start_problem
         return {"engine": "fake"}
 
     async def submit(self, assignments: Sequence[Assignment]) -> None:
@@ -151,6 +159,7 @@ class World:
         self.fail: dict[int, tuple[str, bool]] = {}
         self.torn: dict[int, int] = {}  # version -> how many loads of it do not verify
         self.start_s = 0.0
+        self.start_problem: Exception | None = None
 
     def make(self, index: int, incarnation: int) -> FakeWorker:
         self.made.append((index, incarnation))
@@ -362,6 +371,32 @@ def test_a_step_whose_rollouts_are_always_lost_ends_the_run(tmp_path: Path) -> N
     controller, pool, _, _ = build(tmp_path, World(), learner)
     with pytest.raises(Fatal, match="step 1 was tried 3 times: rollouts are lost"):
         asyncio.run(drive(controller, pool))
+
+
+def test_learner_and_workers_start_side_by_side(tmp_path: Path) -> None:
+    world, learner = World(), FakeLearner()
+    world.start_s = learner.start_s = 0.2
+    controller, pool, run, _ = build(tmp_path, world, learner, steps=1)
+    began = time.monotonic()
+    asyncio.run(drive(controller, pool))
+    assert time.monotonic() - began < 0.38  # one after the other they would take 0.4 s
+    kinds = [row["kind"] for row in events(run)]
+    assert kinds.index("learner_ready") < kinds.index("worker_serving")
+
+
+@pytest.mark.parametrize("role", ["learner", "worker"])
+def test_the_first_role_that_cannot_start_ends_the_start_of_the_others(
+    tmp_path: Path, role: str
+) -> None:
+    world, learner = World(), FakeLearner()
+    broken, slow = (learner, world) if role == "learner" else (world, learner)
+    broken.start_problem, slow.start_s = UserError("no such model", where="m"), 30.0
+    controller, pool, _, _ = build(tmp_path, world, learner)
+    began = time.monotonic()
+    with pytest.raises(UserError, match="no such model"):
+        asyncio.run(drive(controller, pool))
+    assert time.monotonic() - began < 5.0
+    assert set(world.stopped) == {(f"w{index}", 0) for index in range(2)}
 
 
 def test_a_stop_while_workers_start_does_not_wait_for_them(tmp_path: Path) -> None:

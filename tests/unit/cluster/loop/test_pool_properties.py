@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.contracts.errors import Retryable
-from cluster.contracts.records import Harvest, StepInput, StepResult
+from cluster.contracts.records import Harvest, StepInput, StepResult, WeightManifest
 from cluster.loop.controller import Controller
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import LoopSettings, PoolSettings
@@ -28,6 +28,10 @@ from cluster.measure.simulation.roles import (
 from cluster.measure.simulation.scenario import Lengths, Scenario
 
 STEPS = 12
+
+
+async def published(first: WeightManifest) -> WeightManifest:
+    return first
 
 
 class Worker(SimulatedWorker):
@@ -195,7 +199,7 @@ def test_a_worker_that_is_starting_again_when_it_is_no_longer_wanted_does_not_se
             start_timeout_s=900, stall_timeout_s=900, weights_timeout_s=900, max_restarts=5
         )
         pool = WorkerPool(make, limits, VirtualClock(loop), trail.event)
-        await pool.start(2, manifest(0))
+        await pool.start(2, published(manifest(0)))
         await asyncio.sleep(1.0)
         made[1]._die()
         await asyncio.sleep(1.0)
