@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def one_start(config: Path, settings: list[str], folder: Path) -> tuple[dict[str, float], Counter]:
-    """Seconds to each event, and CPU seconds by row, of one run that is stopped at its first step."""
+    """Seconds to each event, and CPU seconds by row, of a run that is stopped at its first step."""
     run, output = folder / "run", folder / "output"
     words = [sys.executable, str(LAUNCH), "train", str(config), *settings]
     words += [f"run.dir={folder}", "run.name=run"]

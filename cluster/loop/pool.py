@@ -73,7 +73,7 @@ class WorkerPool:
         self._news: list[Finished | BaseException] = []
         self._on_news: Callable[[], None] = lambda: None
         self._manifest: WeightManifest | None = None
-        self._first: asyncio.Future[WeightManifest] | None = None  # published by the learner's start
+        self._first: asyncio.Future[WeightManifest] | None = None  # from the learner's start
         self._tasks: set[asyncio.Task[Any]] = set()
         self._next_index = 0
         self.restarts = 0
