@@ -1,4 +1,4 @@
-"""A reward function for `type = "function"` sources: called with a batch, returns one number each.
+"""Reward functions for sources of `type = "function"`: called with a batch, one number each.
 
 ``prompts`` and ``completions`` are lists (chat messages, or plain text when the prompts are text);
 every metadata column of the prompt file comes as a further list by its name.
@@ -8,13 +8,25 @@ from __future__ import annotations
 
 from typing import Any
 
+WANTED_WORDS = 30
+
+
+def about_thirty_words(completions: list[Any], **columns: list[Any]) -> list[float]:
+    """1 for thirty words, falling evenly to 0 for none and for sixty. Fits any prompts."""
+    lengths = [len(text_of(completion).split()) for completion in completions]
+    return [max(0.0, 1.0 - abs(n - WANTED_WORDS) / WANTED_WORDS) for n in lengths]
+
 
 def names_the_product(
-    prompts: list[Any], completions: list[Any], product: list[str | None], **columns: list[Any]
+    completions: list[Any], product: list[str | None], **columns: list[Any]
 ) -> list[float]:
-    """1 when the answer names the product the question is about (or there is none), else 0."""
-    texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+    """1 when the completion names what the column `product` of its row says, else 0."""
     return [
-        1.0 if name is None or name in text.lower() else 0.0
-        for name, text in zip(product, texts, strict=True)
+        1.0 if name is None or name in text_of(completion).lower() else 0.0
+        for name, completion in zip(product, completions, strict=True)
     ]
+
+
+def text_of(completion: Any) -> str:
+    """A completion's text: of a chat, what the last message says."""
+    return completion if isinstance(completion, str) else str(completion[-1]["content"])

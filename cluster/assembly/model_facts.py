@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +54,19 @@ def _config_of(model: ModelConfig) -> dict[str, Any] | None:
             return found if isinstance(found, dict) else None
         if model.path.count("/") > 1 or model.path.startswith((".", "~", "/")):
             return None  # a path, not a hub id
-        from transformers import PretrainedConfig
-
-        return dict(PretrainedConfig.get_config_dict(model.path, revision=model.revision)[0])
+        return _of_hub(model)
     except (OSError, ValueError):
         return None
+
+
+def _of_hub(model: ModelConfig) -> dict[str, Any]:
+    """What was downloaded before is not asked for again: a resumed run starts without a network."""
+    from transformers import PretrainedConfig
+
+    read = functools.partial(PretrainedConfig.get_config_dict, model.path, revision=model.revision)
+    with suppress(OSError):
+        return dict(read(local_files_only=True)[0])
+    return dict(read()[0])
 
 
 def facts_of(tree: Mapping[str, Any]) -> ModelFacts:

@@ -9,6 +9,7 @@ from typing import Any
 from cluster.assembly.auto.choices import WIDTH
 from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.model_facts import ModelFacts, read_model_facts
+from cluster.assembly.prepare import prepare
 from cluster.contracts.config.file import dump_toml
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.cores import own_cores, plan_cores
@@ -23,9 +24,13 @@ QUIET = 0.9  # share of a core below which something else was running
 def show_plan(
     config: TrainConfig, as_json: bool, with_probe: bool = False, reporter: Reporter | None = None
 ) -> None:
-    """Print the plan. With the probe, models are loaded and run for some seconds."""
+    """Print the plan. With the probe, models are loaded and run for some seconds.
+
+    Raises UserError for what `accord train` would refuse before it starts anything.
+    """
     resolved = resolve_here(config)
     config = resolved.config
+    prepare(config)
     numbers = derived(config, read_model_facts(config.model))
     found = probe(config, reporter or Reporter()) if with_probe else None
     memory = memory_plan(config, found.measured) if found else {}
