@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from cluster.contracts.config.base import Section
@@ -30,6 +30,8 @@ def recorded(run: Run, *, fresh: bool = True) -> Iterator[None]:
             raise  # recorded further in
         if fresh and isinstance(problem, UserError | BadReward) and not _has_results(run):
             shutil.rmtree(run.path)
+            with suppress(OSError):  # the folder of runs, where this was to be its first
+                run.path.parent.rmdir()
         else:
             run.event("run_failed", cause=str(problem))
             run.update_manifest(status="failed")

@@ -83,13 +83,21 @@ def _apply(model: type[BaseModel], tree: dict[str, Any], override: str) -> None:
         field = _fields_at(model, path).get(leaf)
         node[leaf] = _value(text) if field is None else _value_for(field.annotation, text)
     else:
-        raise UserError(f"{key!r} goes below a plain value", where="command line")
+        raise UserError(
+            f"{key!r} goes below a plain value",
+            where="command line",
+            fix="`accord plan CONFIG` prints every key",
+        )
 
 
 def _index(node: Any, part: str, key: str) -> int:
     if isinstance(node, list) and part.isdigit() and int(part) < len(node):
         return int(part)
-    raise UserError(f"{part!r} in {key!r} does not name an entry", where="command line")
+    raise UserError(
+        f"{part!r} in {key!r} does not name an entry",
+        where="command line",
+        fix="entries of a list are numbered from 0, in the order of the file",
+    )
 
 
 def _value_for(annotation: Any, text: str) -> Any:
