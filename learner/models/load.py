@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.errors import UserError
+from learner.models.directory import require_directory
 from learner.models.files import (
     as_list,
     explained,
@@ -23,7 +24,6 @@ from learner.models.files import (
     quiet_transformers,
     read_template,
     replace_directory,
-    require_directory,
 )
 from learner.models.heads import (
     check_lm_head,
