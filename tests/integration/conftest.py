@@ -217,16 +217,19 @@ class CommandLine:
     folder: Path
     commands: list[Command] = field(default_factory=list)
 
-    def start(self, *words: object) -> Command:
+    def start(self, *words: object, typed: str = "") -> Command:
+        """``typed``: what stands on the command's standard input."""
         number = len(self.commands)
         out, err = self.folder / f"out-{number}", self.folder / f"err-{number}"
+        keys = self.folder / f"in-{number}"
+        keys.write_text(typed, encoding="utf-8")
         environment = {**os.environ, "ACCORD_NO_BOOTSTRAP": "1", "OMP_NUM_THREADS": "1"}
-        with out.open("wb") as stdout, err.open("wb") as stderr:
+        with keys.open("rb") as stdin, out.open("wb") as stdout, err.open("wb") as stderr:
             process = subprocess.Popen(
                 [sys.executable, str(self.root / "launch.py"), *map(str, words)],
                 cwd=self.folder,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=stdin,
                 stdout=stdout,
                 stderr=stderr,
                 start_new_session=True,
@@ -235,8 +238,8 @@ class CommandLine:
         self.commands.append(command)
         return command
 
-    def run(self, *words: object, timeout_s: float = 60.0) -> Command:
-        command = self.start(*words)
+    def run(self, *words: object, typed: str = "", timeout_s: float = 60.0) -> Command:
+        command = self.start(*words, typed=typed)
         command.wait(timeout_s)
         return command
 

@@ -6,7 +6,7 @@ import importlib.util
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
@@ -17,6 +17,7 @@ import typer
 import launch
 from cluster.contracts.config.file import apply_overrides, check_config, load_config, read_toml
 from cluster.contracts.errors import UserError
+from tests.pages import blocks, commands, shown_files
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,30 +29,10 @@ METRIC_GROUPS = (
     "rollout|run|train|eval|rm"
 )
 OTHER_SYSTEMS = {"TRL", "verl", "OpenRLHF"}
-SEPARATORS = {"&&", "||", ";", "|", "&"}
 
 
 def named(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.S | re.M)
-
-
-def commands(block: str) -> Iterator[list[str]]:
-    """Words of each command; continued lines are joined, comments and NAME=value before it cut."""
-    for line in block.replace("\\\n", " ").splitlines():
-        words: list[str] = []
-        for word in [*shlex.split(line, comments=True), ";"]:
-            if word not in SEPARATORS:
-                words.append(word)
-                continue
-            while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
-                words.pop(0)
-            if words:
-                yield words
-            words = []
 
 
 def reference() -> ModuleType:
@@ -71,13 +52,6 @@ def make_targets() -> set[str]:
 
 MODELS: dict[str, Any] = reference().COMMANDS
 MODELS |= dict.fromkeys(("accord plan", "accord serve-reward"), MODELS["accord train"])
-
-
-def shown_files(page: Path) -> dict[str, str]:
-    """Files that a page shows: a code block below a line that ends in the name and a colon."""
-    text = page.read_text("utf-8")
-    found = re.findall(r"`([\w.-]+\.\w+)`:\n\n```\w+\n(.*?)^```", text, re.S | re.M)
-    return dict(found)
 
 
 def problem_of(words: list[str], shown: Mapping[str, str] = MappingProxyType({})) -> str | None:

@@ -1,0 +1,108 @@
+"""The commands of README and of the first-run page do what their reader is told they do.
+
+Every `accord` command of these pages is executed as it stands, in a folder that holds what the page
+tells its reader to have: the files that the page shows, a model, prompts, and the two policies that
+a quickstart leaves. Only the size of the training is cut. `tests/unit/test_docs.py` parses the
+commands of all pages; those of `make`, `git` and `cp` are executed by nobody here.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pages import blocks, commands, shown_files
+
+ROOT = Path(__file__).resolve().parents[2]
+README, FIRST_RUN, OPERATE = (
+    ROOT / n for n in ("README.md", "docs/first-run.md", "docs/operate.md")
+)
+SMALL = (
+    "batch.steps=2",
+    "batch.prompts_per_step=2",
+    "rollout.max_tokens=8",
+    "logging.ray_metrics=false",
+)
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma", "mistral")
+QUESTION = "how much does the kettle cost?\n"
+
+
+def of_accord(*pages: Path) -> Iterator[list[str]]:
+    """Arguments of the `accord` commands of the pages, each command once, whatever it overrides."""
+    seen = set()
+    for page in pages:
+        for words in (words for block in blocks(page, "sh") for words in commands(block)):
+            plain = tuple(word for word in words if "=" not in word or word.startswith("run.name="))
+            if words[0] == "accord" and plain not in seen:
+                seen.add(plain)
+                yield words[1:]
+
+
+def prepare(folder: Path, model: Path, prompts: Path) -> None:
+    """The folder as README's reader has it before the first command of "Use your model"."""
+    for name, text in shown_files(README).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    shutil.copy(prompts, folder / "prompts.jsonl")
+    shutil.copytree(model, folder / "my-model")
+
+
+def do(accord: Any, words: list[str]) -> Any:
+    if words[0] == "train":
+        words = [*words, *SMALL]
+    command = accord.run(*words, typed=QUESTION if words[0] == "chat" else "", timeout_s=240)
+    assert command.process.returncode == 0, f"{words}: {command.stderr}"
+    assert "Traceback" not in command.stderr
+    return command
+
+
+def test_the_pages_show_the_same_files() -> None:
+    assert set(shown_files(README)) == {"reward.py", "grpo.toml"}
+    assert shown_files(README).items() <= shown_files(FIRST_RUN).items()
+    assert len(shown_files(README)["grpo.toml"].splitlines()) <= 12
+    assert len(shown_files(README)["reward.py"].splitlines()) <= 3
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_first_pages_run(accord: Any, world: Any) -> None:
+    folder = accord.folder
+    prepare(folder, world.policy, world.prompts)
+    for place in ("policy", "sft/policy"):  # what `make quickstart` leaves, for `accord chat`
+        shutil.copytree(world.policy, folder / "runs" / "quickstart" / place)
+    said = {}
+    for words in of_accord(README, FIRST_RUN):
+        if words[0] == "chat" and "runs/quickstart" in words:
+            (folder / "runs/quickstart/manifest.json").write_text("{}", encoding="utf-8")
+        said[words[0]] = do(accord, words).stdout
+    assert {"plan", "train", "chat", "samples"} <= set(said)
+    assert "samples_per_prompt = 8" in said["plan"]
+    assert said["chat"].strip()
+    run = folder / "runs" / "mine"
+    assert (run / "policy" / "config.json").is_file()
+    assert (run / "report.html").is_file()
+    # A finished run is what the commands of the operate page want, too.
+    shutil.copytree(run, folder / "runs" / "other")
+    for words in of_accord(OPERATE):
+        if "--steps" not in words:  # twenty, and this run has two
+            assert do(accord, words).stdout
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", FAMILIES)
+def test_use_your_model_with_each_family(family: str, accord: Any, world: Any) -> None:
+    from learner.models.load import load_tokenizer
+    from learner.models.tiny import fresh_model
+
+    model = accord.folder / "fresh"
+    tokenizer = load_tokenizer(str(world.policy))
+    fresh_model(tokenizer, model, hidden=64, layers=2, heads=2, intermediate=64, arch=family)
+    prepare(accord.folder, model, world.prompts)
+    names = []
+    for words in of_accord(README):
+        if "grpo.toml" in words or "runs/mine" in words:
+            assert do(accord, words).stdout.strip()
+            names.append(words[0])
+    assert names == ["plan", "train", "chat"]
