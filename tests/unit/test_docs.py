@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import re
 import shlex
@@ -265,6 +266,26 @@ def test_metrics_written_by_the_controller_and_the_learner_are_documented() -> N
     code = "\n".join((ROOT / file).read_text("utf-8") for file in files)
     names = set(re.findall(rf'"((?:{METRIC_GROUPS})/[a-z0-9_]+)"', code)) - {"policy/ratio"}
     assert sorted(name for name in names if f"`{name}`" not in text) == []
+
+
+def texts_in_code() -> str:
+    """Every string of the packages; an f-string is cut where a value is put in."""
+    found = []
+    for package in PACKAGES:
+        for file in (ROOT / package).rglob("*.py"):
+            nodes = ast.walk(ast.parse(file.read_text("utf-8")))
+            found += [n.value for n in nodes if isinstance(n, ast.Constant)]
+    return "\n".join(text for text in found if isinstance(text, str))
+
+
+def test_messages_quoted_for_troubleshooting_are_those_of_the_code() -> None:
+    """What stands between the numbers of a quoted message; `accord: error` is built from parts."""
+    page, code = ROOT / "docs" / "troubleshooting.md", texts_in_code()
+    lines = [line for block in blocks(page, "text") for line in block.splitlines()]
+    quoted = [line for line in lines if not line.startswith(("accord: error", "  fix:"))]
+    parts = [part for line in quoted for part in re.split(r"\d[\d.]*%?|…", line)]
+    assert len(quoted) > 5
+    assert [part for part in parts if len(part) > 12 and part.strip() not in code] == []
 
 
 def test_documented_events_are_those_that_are_written() -> None:
