@@ -21,6 +21,7 @@ from typing import Annotated, Any
 import typer
 
 from cluster.contracts.errors import AccordError, BadReward, UserError
+from cluster.machine.environment import prepare_environment
 
 COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Start": ("quickstart",),
@@ -86,10 +87,7 @@ def _terminate(signum: int, frame: Any) -> None:
 def main() -> None:
     """Entry point. Exit codes: 0 done, 1 stopped by an error, 2 wrong input, 130 interrupted."""
     signal.signal(signal.SIGTERM, _terminate)
-    # Compute threads that spin while they wait starve the other processes of a small machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # gRPC would write lines of its own beside our one message.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    prepare_environment()
     try:
         # typer hands an Exit back as a number, and an interrupt as 130, instead of raising.
         code = int(app(prog_name="accord", standalone_mode=False) or 0)

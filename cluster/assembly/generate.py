@@ -9,6 +9,7 @@ from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_
 from cluster.contracts.config.base import ClusterConfig, ModelConfig
 from cluster.contracts.config.file import check_config
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
+from cluster.contracts.records import Rollout
 from cluster.machine.cores import own_cores
 from cluster.machine.ray_session import ray_cluster
 from cluster.runs.console import Reporter
@@ -26,8 +27,26 @@ def generate_to_file(
     seed: int,
     reporter: Reporter,
 ) -> None:
-    """`accord generate`: one JSON line an answer: prompt, completion, finish_reason, tokens."""
+    """One JSON line per completion: prompt, completion, finish_reason, tokens."""
     require_writable(out)
+    answers = generate_completions(
+        model, prompts, samples=samples, max_tokens=max_tokens, temperature=temperature,
+        seed=seed, reporter=reporter,
+    )  # fmt: skip
+    write_text(out, "".join(json.dumps(answer_row(a), ensure_ascii=False) + "\n" for a in answers))
+
+
+def generate_completions(
+    model: str,
+    prompts: str,
+    *,
+    samples: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    reporter: Reporter,
+) -> list[Rollout]:
+    """``samples`` completions of each prompt of a file, in its order."""
     config = ModelConfig(path=model)
     data = DataConfig(prompts=prompts, shuffle=False)
     sampling = {"max_tokens": max_tokens, "temperature": temperature}
@@ -44,5 +63,4 @@ def generate_to_file(
         seed=seed,
     )
     with ray_cluster(ClusterConfig()), reporter.stage(f"{len(ready)} prompts"):
-        answers = sample_in_cluster([job])[0]
-    write_text(out, "".join(json.dumps(answer_row(a), ensure_ascii=False) + "\n" for a in answers))
+        return sample_in_cluster([job])[0]

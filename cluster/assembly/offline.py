@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cluster.assembly.auto.resolve import resolve_fit
+from cluster.assembly.listeners import Listeners
 from cluster.assembly.run_session import open_run, recorded, refuse_changes, run_status
+from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.errors import UserError
@@ -36,6 +39,8 @@ def resume_offline(
     path: str,
     overrides: Sequence[str],
     reporter: Reporter,
+    *,
+    callbacks: Sequence[AnyCallback] = (),
 ) -> Path:
     """Continue a run that was interrupted from its newest checkpoint (from the beginning where
     there is none). Only settings that do not change what is learnt may be given anew."""
@@ -43,13 +48,15 @@ def resume_offline(
     if run_status(run) == "finished":
         raise UserError("is finished", where=path, fix="start a new run from its result")
     if command == "sft":
-        return run_sft(_config(SftConfig, run, overrides), reporter, resumed=run)
+        sft = _config(SftConfig, run, overrides)
+        return run_sft(sft, reporter, resumed=run, callbacks=callbacks)
     if command == "dpo":
-        return run_dpo(_config(DpoConfig, run, overrides), reporter, resumed=run)
+        dpo = _config(DpoConfig, run, overrides)
+        return run_dpo(dpo, reporter, resumed=run, callbacks=callbacks)
     centre = run.path / CENTRE_ROWS
     rows = Path(centre.read_text(encoding="utf-8").strip()) if centre.is_file() else None
     config = _config(RewardModelConfig, run, overrides)
-    return run_reward_model(config, reporter, rows, resumed=run)
+    return run_reward_model(config, reporter, rows, resumed=run, callbacks=callbacks)
 
 
 def _config(kind: type[C], run: Run, overrides: Sequence[str]) -> C:
@@ -60,7 +67,13 @@ def _config(kind: type[C], run: Run, overrides: Sequence[str]) -> C:
     return config
 
 
-def run_sft(config: SftConfig, reporter: Reporter, *, resumed: Run | None = None) -> Path:
+def run_sft(
+    config: SftConfig,
+    reporter: Reporter,
+    *,
+    resumed: Run | None = None,
+    callbacks: Sequence[AnyCallback] = (),
+) -> Path:
     """Returns the run directory; its ``policy/`` is the result."""
     config = resolve_fit(config, this_machine())
     from learner.offline.sft import train_sft
@@ -69,7 +82,7 @@ def run_sft(config: SftConfig, reporter: Reporter, *, resumed: Run | None = None
         "sft", "SFT", config, reporter, resumed,
         lambda run, progress, stop: train_sft(
             config, run.path, progress, stop, telling(run, reporter)
-        ),
+        ), callbacks,
     )  # fmt: skip
 
 
@@ -93,6 +106,7 @@ def run_reward_model(
     centre_rows: Path | None = None,
     *,
     resumed: Run | None = None,
+    callbacks: Sequence[AnyCallback] = (),
 ) -> Path:
     """Returns the run directory; its ``reward_model/`` is the result."""
     config = resolve_fit(config, this_machine())
@@ -105,10 +119,16 @@ def run_reward_model(
             with_pairs(config, run), run.path, progress, centre_rows, stop, telling(run, reporter)
         )
 
-    return _run("reward-model", "reward model", config, reporter, resumed, train)
+    return _run("reward-model", "reward model", config, reporter, resumed, train, callbacks)
 
 
-def run_dpo(config: DpoConfig, reporter: Reporter, *, resumed: Run | None = None) -> Path:
+def run_dpo(
+    config: DpoConfig,
+    reporter: Reporter,
+    *,
+    resumed: Run | None = None,
+    callbacks: Sequence[AnyCallback] = (),
+) -> Path:
     """Returns the run directory; its ``policy/`` is the result."""
     config = resolve_fit(config, this_machine())
     from learner.offline.dpo import train_dpo
@@ -117,7 +137,7 @@ def run_dpo(config: DpoConfig, reporter: Reporter, *, resumed: Run | None = None
         "dpo", "DPO", config, reporter, resumed,
         lambda run, progress, stop: train_dpo(
             with_pairs(config, run), run.path, progress, stop, telling(run, reporter)
-        ),
+        ), callbacks,
     )  # fmt: skip
 
 
@@ -149,6 +169,7 @@ def _run(
     reporter: Reporter,
     resumed: Run | None,
     train: Callable[[Run, OnStep, Callable[[], bool]], Path],
+    callbacks: Sequence[AnyCallback],
 ) -> Path:
     """Run, with its files; an interrupt lets the step under way end, saves, and then interrupts."""
     from learner.compute.optimizer import release_memory
@@ -161,13 +182,22 @@ def _run(
         sinks = make_sinks(config.logging, run.path, on_ray=False)
         try:
             with stop_on_signal() as stopped, reporter.stage(title) as stage:
-                train(run, _progress(stage, sinks), stopped)
+                listeners = Listeners(callbacks, run.path, steps=None)
+
+                def should_stop() -> bool:
+                    return stopped() or listeners.stopped or listeners.problem is not None
+
+                train(run, _progress(stage, [*sinks, listeners]), should_stop)
         finally:
             for sink in sinks:
                 sink.close()
             release_memory()
         summary = json.loads((run.path / "fit.json").read_text(encoding="utf-8"))
-        if not summary["finished"]:
+        if listeners.problem is not None:
+            raise listeners.problem
+        if listeners.stopped:
+            run.event("stopped_by_callback", step=summary["steps"])
+        elif not summary["finished"]:
             raise KeyboardInterrupt
         if isinstance(config, RewardModelConfig):
             write_json(run.path / "reward_model.json", reward_model_figures(run.path, summary))
@@ -225,6 +255,7 @@ def stop_on_signal() -> Iterator[Callable[[], bool]]:
         return bool(asked)
 
     with signal_handlers_kept():
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, ask)
+        if threading.current_thread() is threading.main_thread():  # no other may set handlers
+            for name in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(name, ask)
         yield stopped

@@ -18,6 +18,7 @@ from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 from cluster.contracts.records import Prompt, Rollout
 from cluster.machine.cores import own_cores
+from cluster.machine.event_loop import run_coroutine
 from cluster.machine.hardware import Machine, this_machine
 
 
@@ -57,7 +58,7 @@ def prompts_for(
 def sample_in_cluster(jobs: Sequence[Sampling]) -> list[list[Rollout]]:
     """Answers of each job, in the order of its prompts; needs Ray running. Jobs run side by side,
     each with its own workers, as many as there are cores for."""
-    return asyncio.run(_sample_all(jobs))
+    return run_coroutine(_sample_all(jobs))
 
 
 async def _sample_all(jobs: Sequence[Sampling]) -> list[list[Rollout]]:

@@ -6,12 +6,12 @@ import asyncio
 import contextlib
 import os
 import shutil
-import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cluster.assembly.auto.resolve import resolve_here
+from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.prepare import Prepared, prepare
 from cluster.assembly.run_session import open_run, recorded, refuse_changes
 from cluster.assembly.training_roles import (
@@ -20,6 +20,7 @@ from cluster.assembly.training_roles import (
     reward_addresses,
     worker_factory,
 )
+from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import AccordError, UserError
@@ -32,6 +33,7 @@ from cluster.loop.timeline import Timeline
 from cluster.machine.clock import MonotonicClock
 from cluster.machine.core_sharing import SideBalance
 from cluster.machine.cores import CorePlan, own_cores, plan_cores
+from cluster.machine.event_loop import StopSwitch, run_coroutine
 from cluster.machine.ray_session import ray_cluster
 from cluster.machine.signals import signal_handlers_kept
 from cluster.runs.alarm_sink import AlarmSink
@@ -49,11 +51,18 @@ FREE_ON_RESUME = (
 STOP_S = 3.0  # for the reward service to answer what it is scoring
 
 
-def train_policy(config: TrainConfig, reporter: Reporter, *, cores: CorePlan | None = None) -> Path:
+def train_policy(
+    config: TrainConfig,
+    reporter: Reporter,
+    *,
+    cores: CorePlan | None = None,
+    callbacks: Sequence[AnyCallback] = (),
+) -> Path:
     """Train; returns the run directory (its ``policy/`` is the result).
 
     ``cores``: which role runs where, instead of ``plan_cores``' answer.
     """
+    check_callbacks(callbacks, save_rollouts=config.logging.save_rollouts)
     config = resolve_here(config).config
     prepared = prepare(config)
     run = Run.create(
@@ -66,7 +75,7 @@ def train_policy(config: TrainConfig, reporter: Reporter, *, cores: CorePlan | N
     )
     tell_prompts(prepared.prompts, run, reporter)
     with run.lock(), recorded(run), ray_cluster(config.cluster) as ray_info:
-        train_in_cluster(prepared, run, reporter, ray_info, cores=cores)
+        train_in_cluster(prepared, run, reporter, ray_info, cores=cores, callbacks=callbacks)
     _report(run, reporter)
     return run.path
 
@@ -83,7 +92,13 @@ def tell_prompts(prompts: Any, run: Run, reporter: Reporter) -> None:
         reporter.say(str(bad))
 
 
-def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> Path:
+def resume_training(
+    path: str,
+    overrides: Sequence[str],
+    reporter: Reporter,
+    *,
+    callbacks: Sequence[AnyCallback] = (),
+) -> Path:
     """Continue a run from its newest usable checkpoint. Only ``batch.steps`` and settings that do
     not change what was learnt may be given anew."""
     run = open_run(path, "train")
@@ -114,7 +129,15 @@ def resume_training(path: str, overrides: Sequence[str], reporter: Reporter) -> 
         run.event("resumed", step=state.step, checkpoint=checkpoint.name)
         run.update_manifest(status="running")
         with recorded(run, fresh=False), ray_cluster(config.cluster) as ray_info:
-            train_in_cluster(prepared, run, reporter, ray_info, state=state, checkpoint=checkpoint)
+            train_in_cluster(
+                prepared,
+                run,
+                reporter,
+                ray_info,
+                state=state,
+                checkpoint=checkpoint,
+                callbacks=callbacks,
+            )
     _report(run, reporter)
     return run.path
 
@@ -134,12 +157,21 @@ def train_in_cluster(
     state: RunState | None = None,
     checkpoint: Path | None = None,
     cores: CorePlan | None = None,
+    callbacks: Sequence[AnyCallback] = (),
 ) -> None:
     """Everything between a running Ray cluster and a finished ``policy/`` in the run directory."""
     config = prepared.config
     cores = cores or plan_cores(own_cores(), config.rollout.workers, pin=_pins(config))
     run.event("cluster", **dict(ray_info))
     timeline = Timeline()
+    stop = StopSwitch()
+    listeners = Listeners(
+        callbacks,
+        run.path,
+        steps=config.batch.steps,
+        first_step=state.step if state else 0,
+        request_stop=stop.ask,
+    )
     # asyncio leaves the default handlers behind, and other stages may follow.
     with run.lock(), signal_handlers_kept(), recorded(run, fresh=state is None):
         sinks = make_sinks(config.logging, run.path, on_ray=True)
@@ -155,23 +187,29 @@ def train_in_cluster(
                     "PPO" if _is_ppo(config) else "training", config.batch.steps
                 ) as stage,
             ):
-                asyncio.run(
+                run_coroutine(
                     _drive(
                         prepared,
                         run,
                         reporter,
-                        [*sinks, stage],
+                        [*sinks, stage, listeners],
                         cores,
                         addresses,
                         timeline,
                         state,
                         checkpoint,
-                    )
+                        listeners,
+                        stop,
+                    ),
+                    stop,
                 )
         finally:
             for sink in sinks:
                 sink.close()
             timeline.write(run.path / "timeline.json")
+            listeners.close()
+        if listeners.problem is not None:
+            raise listeners.problem
         final, _ = run.latest_checkpoint()
         publish_policy(final / "policy", run.path / "policy")
 
@@ -186,6 +224,8 @@ async def _drive(
     timeline: Timeline,
     state: RunState | None,
     checkpoint: Path | None,
+    listeners: Listeners,
+    stop: StopSwitch,
 ) -> None:
     config = prepared.config
     from learner.remote import RayLearner
@@ -216,21 +256,21 @@ async def _drive(
         prepared.prompts,
         learner,
         pool,
-        run,
+        ListenedRun(run, listeners),
         sinks,
         MonotonicClock(),
         timeline,
         state=state,
         wanted_workers=lambda: wanted_workers(run),
     )
-    loop = asyncio.get_running_loop()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(name, controller.request_stop)
+    stop.bind(controller.request_stop)
     try:
         reached = await controller.run()
     finally:
         await asyncio.gather(pool.stop(), _stop_learner(learner))
-    if reached.step < config.batch.steps:
+    if listeners.stopped:
+        run.event("stopped_by_callback", step=reached.step)
+    elif listeners.problem is None and reached.step < config.batch.steps:
         if reached.step and not run.checkpoint_dir(reached.step).is_dir():
             reporter.say(
                 f"the learner was in the middle of a step, so nothing after the last checkpoint "

@@ -50,6 +50,10 @@ def sampled_steps(run_dir: Path) -> list[int]:
     return sorted(int(path.stem.removeprefix("step-")) + 1 for path in found)
 
 
+def sample_file(run_dir: Path, step: int) -> Path:
+    return Path(run_dir) / "rollouts" / f"step-{step - 1:06d}.parquet"
+
+
 def read_samples(run_dir: Path, step: int) -> list[SampleInfo]:
     """Completions of ``step`` (from 1) by group and sample. Raises UserError where there is no file
     of it or the file is damaged."""
@@ -57,7 +61,7 @@ def read_samples(run_dir: Path, step: int) -> list[SampleInfo]:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    path = Path(run_dir) / "rollouts" / f"step-{step - 1:06d}.parquet"
+    path = sample_file(run_dir, step)
     if not path.is_file():
         raise UserError(
             f"holds no completions of step {step}",

@@ -40,6 +40,12 @@ def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     with signal_handlers_kept():  # Ray puts its own for SIGTERM, which ends with another exit code
         import ray
 
+        if ray.is_initialized():
+            raise UserError(
+                "Ray is already running in this process",
+                where="cluster.address",
+                fix="call ray.shutdown() first; Accord starts or joins Ray itself",
+            )
         # A line at every start, about what nobody has to decide: its token stays on.
         token_log = "ray._private.authentication.authentication_token_setup"
         logging.getLogger(token_log).setLevel(logging.ERROR)

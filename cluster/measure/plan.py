@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from cluster.assembly.auto.choices import WIDTH
+from cluster.assembly.auto.choices import WIDTH, Resolved
 from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.model_facts import ModelFacts, read_model_facts
 from cluster.assembly.prepare import prepare
@@ -28,18 +28,12 @@ def show_plan(
 
     Raises UserError for what `accord train` would refuse before it starts anything.
     """
-    resolved = resolve_here(config)
+    resolved, record = checked_plan(config)
     config = resolved.config
-    prepare(config)
-    numbers = derived(config, read_model_facts(config.model))
     found = probe(config, reporter or Reporter()) if with_probe else None
     memory = memory_plan(config, found.measured) if found else {}
     if as_json:
-        shown: dict[str, Any] = {
-            "config": config.model_dump(mode="json"),
-            "auto": {key: asdict(reason) for key, reason in resolved.reasons.items()},
-            "derived": numbers,
-        }
+        shown = dict(record)
         if found is not None:
             outlook = {**asdict(found), "memory": memory, "verdict": verdict(config, found)}
             shown["probe"] = outlook
@@ -48,7 +42,7 @@ def show_plan(
     chosen = {key: f"auto: {reason.why}" for key, reason in resolved.reasons.items()}
     result(dump_toml(config, chosen))
     result("# derived")
-    for name, value in numbers.items():
+    for name, value in record["derived"].items():
         result(f"#   {name} = {value}")
     if found is None:
         result("# step time, memory and bottleneck: add --probe (runs each role for some seconds)")
@@ -56,6 +50,21 @@ def show_plan(
     sizes = [f"  {name:<44} {size / MB:9.1f}" for name, size in memory.items()]
     for line in (*table(config, found), "memory, MiB", *sizes, "", verdict(config, found)):
         result(f"# {line}".rstrip())
+
+
+def checked_plan(config: TrainConfig) -> tuple[Resolved[TrainConfig], dict[str, Any]]:
+    """The config as it would be in force, and a record of it: ``config``, every value; ``auto``,
+    what was chosen for this machine, and why; ``derived``, what follows from them.
+
+    Raises UserError for what `accord train` would refuse before it starts anything.
+    """
+    resolved = resolve_here(config)
+    prepare(resolved.config)
+    return resolved, {
+        "config": resolved.config.model_dump(mode="json"),
+        "auto": {key: asdict(reason) for key, reason in resolved.reasons.items()},
+        "derived": derived(resolved.config, read_model_facts(resolved.config.model)),
+    }
 
 
 def table(config: TrainConfig, found: Outlook) -> list[str]:

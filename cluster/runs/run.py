@@ -2,7 +2,7 @@
 only once their manifest does.
 
     runs/NAME/  config.toml  manifest.json  metrics.jsonl  events.jsonl  timeline.json
-                rollouts/    checkpoints/step-000010/{policy/, ..., manifest.json}
+                inputs/  rollouts/    checkpoints/step-000010/{policy/, ..., manifest.json}
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from cluster.contracts.records import RunState
 from cluster.runs.driver import LOCK, Driver, driver_of
 from cluster.runs.provenance import git_commit, versions
 
+INPUTS = "inputs"  # objects of the Python session that started the run, written as files
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -38,8 +40,9 @@ class Run:
 
     @staticmethod
     def create(directory: str, name: str, command: str, config: BaseModel, **manifest: Any) -> Run:
-        """Make the directory. Raises UserError when it exists: runs never share one."""
-        label = name or f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
+        """Make the directory. Raises UserError when it exists (with more than ``inputs/``, what was
+        written for this run beforehand): runs never share one."""
+        label = name or name_by_time(command)
         try:
             folder_name(label)
         except ValueError as problem:
@@ -48,11 +51,12 @@ class Run:
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            raise UserError(
-                "the run directory exists",
-                where=str(path),
-                fix="choose another run.name or remove it" + _how_to_continue(command, path),
-            ) from None
+            if path.is_file() or [entry.name for entry in path.iterdir()] != [INPUTS]:
+                raise UserError(
+                    "the run directory exists",
+                    where=str(path),
+                    fix="choose another run.name or remove it" + _how_to_continue(command, path),
+                ) from None
         except OSError as problem:
             raise UserError(
                 f"cannot make the run directory: {problem.strerror}", where=str(path)
@@ -150,6 +154,10 @@ class Run:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+def name_by_time(command: str) -> str:
+    return f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def verify_checkpoint(path: Path) -> str | None:

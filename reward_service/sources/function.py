@@ -22,6 +22,7 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ from cluster.contracts.chat import is_text
 from cluster.contracts.config.reward import FunctionSource
 from cluster.contracts.errors import BadReward, UserError
 from reward_service.source import Part, ScoreItem
+from reward_service.sources.pickled import SUFFIX, load_pickled
 
 GIVEN = ("prompts", "completions", "completion_ids")
 
@@ -45,14 +47,11 @@ class FunctionScorer:
 
     def __init__(self, source: FunctionSource) -> None:
         self.name = source.name
-        self._file, self._label, function_name = _split(source)
-        module = _load(self._file, source.path)
-        self._function = _pick(module, function_name, source.path)
+        loaded = _from_session(source) if source.path.endswith(SUFFIX) else _from_file(source)
+        self._function, self._file, self._label = loaded.function, loaded.file, loaded.label
+        self.content = loaded.content
         self._takes = inspect.signature(self._function).parameters
         self._takes_all = any(p.kind is p.VAR_KEYWORD for p in self._takes.values())
-        digest = hashlib.sha256(self._file.read_bytes())
-        digest.update(f"\0{function_name}".encode())
-        self.content = digest.hexdigest()
 
     def score(self, items: Sequence[ScoreItem]) -> list[Part]:
         parts: list[Part | None] = [None] * len(items)
@@ -141,13 +140,13 @@ class FunctionScorer:
         text = f"{type(error).__name__}: {error}"
         frame, line = error.__traceback__, 0
         while frame is not None:
-            if frame.tb_frame.f_code.co_filename == str(self._file):
+            if frame.tb_frame.f_code.co_filename == self._file:
                 line = frame.tb_lineno
             frame = frame.tb_next
         if not line:
             return text
-        code = linecache.getline(str(self._file), line).strip()
-        return f"{text}, at {self._file.name}:{line} `{code}`"
+        code = linecache.getline(self._file, line).strip()
+        return f"{text}, at {Path(self._file).name}:{line}" + (f" `{code}`" if code else "")
 
     def _culprit(self, items: Sequence[ScoreItem]) -> str:
         """Which row it was: each is tried alone, since the batch does not tell."""
@@ -160,6 +159,39 @@ class FunctionScorer:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """``file``: its source as tracebacks name it; ``content``: hash of all that decides scores."""
+
+    function: Callable[..., Any]
+    file: str
+    label: str
+    content: str
+
+
+def _from_file(source: FunctionSource) -> _Loaded:
+    file, label, name = _split(source)
+    function = _plain(_pick(_load(file, source.path), name, source.path), source.path)
+    digest = hashlib.sha256(file.read_bytes())
+    digest.update(f"\0{name}".encode())
+    return _Loaded(function, str(file), label, digest.hexdigest())
+
+
+def _from_session(source: FunctionSource) -> _Loaded:
+    """A function or object given to ``accord.train``."""
+    path = Path(source.path).expanduser().absolute()
+    function, record = load_pickled(path, source.path)
+    content = hashlib.sha256(path.read_bytes()).hexdigest()
+    return _Loaded(_plain(function, source.path), record.file, record.label, content)
+
+
+def _plain(function: Callable[..., Any], where: str) -> Callable[..., Any]:
+    called = function if inspect.isroutine(function) else type(function).__call__
+    if inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(called):
+        raise UserError("an async function cannot be a reward", where=where, fix="use a plain def")
+    return function
 
 
 def _split(source: FunctionSource) -> tuple[Path, str, str]:
@@ -214,7 +246,5 @@ def _pick(module: ModuleType, name: str, where: str) -> Callable[..., Any]:
         raise UserError(
             f"there is no function {name!r}", where=where, fix=f"it has: {', '.join(own)}"
         )
-    if inspect.iscoroutinefunction(function):
-        raise UserError("an async function cannot be a reward", where=where, fix="use a plain def")
     result: Callable[..., Any] = function
     return result

@@ -12,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("actors", "learner", "reward_service", "cluster")
 PICKLES = {"pickle", "_pickle", "cloudpickle", "ray.cloudpickle", "dill", "marshal", "joblib"}
+# The user's own reward function, on its way to the reward service's process.
+PICKLE_ALLOWED = {"reward_service/sources/pickled.py"}
 # The one writes its drawing through ElementTree, which escapes what it is given; the other inserts
 # our own style sheet.
 MARKUP_ALLOWED = {"learner/evaluation/charts.py", "learner/evaluation/page.py"}
@@ -98,6 +100,7 @@ def test_no_banned_call() -> None:
         f"{path.relative_to(ROOT)}:{line} {reason}"
         for path in python_files()
         for line, reason in banned_in(path.read_text(encoding="utf-8"))
+        if not (path.relative_to(ROOT).as_posix() in PICKLE_ALLOWED and "pickle" in reason)
     ]
     assert found == []
 

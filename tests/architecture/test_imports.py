@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("actors", "learner", "reward_service", "cluster")
-OURS = {*PACKAGES, "launch", "bootstrap"}
+OURS = {*PACKAGES, "accord", "launch", "bootstrap"}
 
 # The one door of each third party: path prefixes, or file names anywhere.
 DOORS = {
@@ -31,7 +31,11 @@ DOORS = {
 def sources() -> list[Path]:
     """Our shipped Python files, generated ones left out."""
     files = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-    files += [path for path in (ROOT / "launch.py", ROOT / "bootstrap.py") if path.exists()]
+    files += [
+        path
+        for path in (ROOT / "accord.py", ROOT / "launch.py", ROOT / "bootstrap.py")
+        if path.exists()
+    ]
     return [path for path in files if "_pb2" not in path.name]
 
 
@@ -187,13 +191,15 @@ def test_the_transports_know_the_contracts_only() -> None:
     assert found == []
 
 
-def test_only_launch_starts_the_program() -> None:
-    """Nothing imports launch; bootstrap serves launch alone."""
+def test_launch_and_accord_are_the_roof() -> None:
+    """Nothing imports launch or accord; bootstrap serves launch alone."""
     found = [
         f"{path}:{line} imports {name}"
         for path, tree in parsed()
         for line, name in imported(tree)
-        if names(name, "launch") or (names(name, "bootstrap") and path != "launch.py")
+        if names(name, "launch")
+        or names(name, "accord")
+        or (names(name, "bootstrap") and path != "launch.py")
     ]
     assert found == []
 
@@ -215,9 +221,10 @@ def test_no_module_is_named_like_the_standard_library() -> None:
     assert found == []
 
 
-def test_reading_a_config_imports_nothing_heavy() -> None:
+@pytest.mark.parametrize("module", ["cluster.contracts.config.train", "accord", "launch"])
+def test_reading_a_config_imports_nothing_heavy(module: str) -> None:
     code = (
-        "import sys, cluster.contracts.config\n"
+        f"import sys, {module}\n"
         "heavy = {'torch', 'ray', 'vllm', 'grpc', 'transformers', 'numpy', 'pyarrow'}\n"
         "print(sorted(heavy & sys.modules.keys()))"
     )

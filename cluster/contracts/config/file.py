@@ -42,6 +42,36 @@ def read_toml(path: str) -> dict[str, Any]:
         raise UserError(f"not valid TOML: {problem}", where=path, fix="correct that line") from None
 
 
+def tree_of(given: str | Path | Mapping[str, Any] | BaseModel | None) -> dict[str, Any]:
+    """A config given in Python: a TOML file, a tree (its keys may be dotted), a config object."""
+    if given is None:
+        return {}
+    if isinstance(given, str | Path):
+        return read_toml(str(given))
+    if isinstance(given, BaseModel):
+        return given.model_dump()
+    tree: dict[str, Any] = {}
+    for key, value in given.items():
+        put(tree, key, value)
+    return tree
+
+
+def put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set ``section.key`` in a tree; a mapping is merged into what is there."""
+    *path, leaf = key.split(".")
+    node = tree
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"{key!r} goes below a plain value", where="config")
+    if isinstance(value, Mapping):
+        below = node.setdefault(leaf, {})
+        for name, entry in value.items():
+            put(below, str(name), entry)
+    else:
+        node[leaf] = value
+
+
 def check_config(model: type[C], tree: Mapping[str, Any], *, where: str) -> C:
     try:
         return model.model_validate(tree)
@@ -88,6 +118,11 @@ def _apply(model: type[BaseModel], tree: dict[str, Any], override: str) -> None:
             where="command line",
             fix="`accord plan CONFIG` prints every key",
         )
+
+
+def override_word(key: str, value: Any) -> str:
+    """``section.key=value`` of a value given in Python."""
+    return f"{key}={'none' if value is None else _toml(value)}"
 
 
 def _index(node: Any, part: str, key: str) -> int:

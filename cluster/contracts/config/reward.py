@@ -21,7 +21,8 @@ class FunctionSource(Section):
     type: Literal["function"] = Field("function", description="A Python function.")
     path: str = Field(
         description="`file.py:function`; called with lists prompts, completions and each metadata "
-        "column by keyword, returns one number per completion."
+        "column by keyword, returns one number per completion. Runs started from Python name the "
+        "file in which they keep the function."
     )
     weight: float = Field(1.0, description="Factor of this reward in the sum.")
     name: str = Field("function", description="Name in metrics and reports.")

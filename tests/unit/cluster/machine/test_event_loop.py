@@ -1,0 +1,101 @@
+"""A coroutine from ordinary code, with and without a loop around it."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+
+import pytest
+
+from cluster.machine.event_loop import StopSwitch, run_coroutine
+
+
+async def answer() -> str:
+    await asyncio.sleep(0)
+    return threading.current_thread().name
+
+
+async def fails() -> None:
+    raise KeyError("inside")
+
+
+def test_without_a_loop_it_runs_here_and_within_one_in_a_thread() -> None:
+    assert run_coroutine(answer()) == threading.current_thread().name
+
+    async def cell() -> str:
+        return run_coroutine(answer())
+
+    assert asyncio.run(cell()) == "accord-loop"
+
+
+def test_what_it_raises_comes_through() -> None:
+    async def cell() -> None:
+        run_coroutine(fails())
+
+    for call in (lambda: run_coroutine(fails()), lambda: asyncio.run(cell())):
+        with pytest.raises(KeyError, match="inside"):
+            call()
+
+
+async def until_stopped(stop: StopSwitch, begun: threading.Event) -> str:
+    stopped = asyncio.Event()
+    stop.bind(stopped.set)
+    begun.set()
+    await stopped.wait()
+    return "stopped"
+
+
+@pytest.mark.parametrize("in_a_loop", [False, True])
+def test_an_interrupt_asks_for_a_stop(in_a_loop: bool) -> None:
+    stop, begun = StopSwitch(), threading.Event()
+
+    def interrupt() -> None:
+        begun.wait(10)
+        signal.raise_signal(signal.SIGINT) if not in_a_loop else signal.pthread_kill(
+            main, signal.SIGINT
+        )
+
+    main = threading.main_thread().ident or 0
+    threading.Thread(target=interrupt).start()
+
+    async def cell() -> str:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a notebook
+        return run_coroutine(until_stopped(stop, begun), stop)
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        found = asyncio.run(cell()) if in_a_loop else run_coroutine(until_stopped(stop, begun))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert found == "stopped"
+
+
+def test_an_interrupt_without_a_switch_cancels() -> None:
+    begun = threading.Event()
+
+    async def forever() -> None:
+        begun.set()
+        await asyncio.sleep(60)
+
+    def interrupt() -> None:
+        begun.wait(10)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+
+    async def cell() -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Thread(target=interrupt).start()
+        run_coroutine(forever())
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            asyncio.run(cell())
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_wish_uttered_before_the_work_begins_is_heard() -> None:
+    stop = StopSwitch()
+    stop.ask()
+    assert run_coroutine(until_stopped(stop, threading.Event()), stop) == "stopped"
