@@ -33,8 +33,12 @@ def choose_engine(kind: EngineKind) -> tuple[Literal["vllm", "transformers"], st
     return "vllm", ""
 
 
-def prepare_environment(cores: Sequence[int] = (), gpu: bool = False) -> None:
+def prepare_environment(
+    cores: Sequence[int] = (), gpu: bool = False, threads: int | None = None
+) -> None:
     """Set variables and core affinity; to be called first thing, as OpenMP reads them once.
+
+    ``threads``: of torch on a CPU; None: one for each of ``cores``.
 
     Raises RuntimeError when torch is already there: the settings would be ignored without a word.
     """
@@ -50,10 +54,9 @@ def prepare_environment(cores: Sequence[int] = (), gpu: bool = False) -> None:
         fixed["TORCHDYNAMO_DISABLE"] = "1"
     os.environ.update(fixed)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    threads = str(max(1, len(cores)))
     if not gpu:
         # Two processes spinning in OpenMP on the same cores are many times slower.
-        os.environ["OMP_NUM_THREADS"] = threads
+        os.environ["OMP_NUM_THREADS"] = str(threads or max(1, len(cores)))
         # It would override kv_cache_mb, in whole GiB, filled with zeros.
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
     if cores and hasattr(os, "sched_setaffinity"):

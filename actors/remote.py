@@ -56,6 +56,7 @@ class WorkerSpec:
     transport: str | None = "object_store"
     make_scorer: Callable[[], Scorer] | None = None
     cores: tuple[int, ...] = ()
+    threads: int | None = None  # of torch on a CPU; None: one for each core
     start_timeout_s: float = 180.0
     weights_timeout_s: float = 120.0
     score_batch: int = 64
@@ -75,7 +76,7 @@ class RolloutActor:
         """Build the engine from the model on disk; weights of a version come by `load_weights`.
         Seconds of it are in the answer."""
         spec, began = self._spec, time.perf_counter()
-        prepare_environment(spec.cores, gpu=bool(ray.get_gpu_ids()))
+        prepare_environment(spec.cores, bool(ray.get_gpu_ids()), spec.threads)
         kind, note = choose_engine(spec.kind)
         from actors.rollout import RolloutWorker, WorkerSettings
         from cluster.weights.transports import TRANSPORTS

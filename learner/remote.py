@@ -31,10 +31,10 @@ class LearnerActor:
     """Runs in its own process, the learner's `rank` of several. One call at a time, in order."""
 
     def __init__(
-        self, settings: LearnerSettings, core: int | None, threads: int, rank: int = 0
+        self, settings: LearnerSettings, cores: Sequence[int], threads: int, rank: int = 0
     ) -> None:
-        if core is not None and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, {core})
+        if cores and hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, set(cores))
         # More threads than cores make small products many times slower, and torch reads this once.
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
         if settings.host == NODE_HOST:
@@ -117,22 +117,20 @@ class RayLearner:
     """LearnerHandle of a learner in Ray actors, `learner.processes` of them. Errors of Accord
     arrive as they were raised; when one process fails and not the others, all are ended.
 
-    core: the CPU it keeps to, or None. cores: of a learner of several processes, dealt out to them
-    by turns; empty: they are not pinned. threads: of torch, in each process.
-    options: more options of the actors, such as a scheduling strategy.
+    cores: dealt out to its processes, `threads` to each; empty: they are not pinned. threads: of
+    torch, in each process. options: more options of the actors, such as a scheduling strategy.
     """
 
     def __init__(
         self,
         settings: LearnerSettings,
         *,
-        core: int | None = None,
         cores: Sequence[int] = (),
         threads: int = 1,
         options: dict[str, Any] | None = None,
     ) -> None:
         self._settings = settings
-        self._core, self._cores, self._threads = core, tuple(cores), threads
+        self._cores, self._threads = tuple(cores), threads
         self._options = dict(options or {})
         self._actors: list[Any] = []
         self._started = False
@@ -143,7 +141,7 @@ class RayLearner:
         options = {"num_cpus": learner.cpus, "num_gpus": learner.gpus, "max_restarts": 0}
         make = ray.remote(LearnerActor).options(**{**options, **self._options})
         self._actors = [
-            make.remote(self._settings, self._core_of(rank), self._threads, rank)
+            make.remote(self._settings, self._cores_of(rank), self._threads, rank)
             for rank in range(learner.processes)
         ]
         limit, purpose = learner.start_timeout_s, "to load its models"
@@ -178,8 +176,9 @@ class RayLearner:
         finally:
             self._end()
 
-    def _core_of(self, rank: int) -> int | None:
-        return self._cores[rank % len(self._cores)] if self._cores else self._core
+    def _cores_of(self, rank: int) -> tuple[int, ...]:
+        own = self._cores[rank * self._threads : (rank + 1) * self._threads]
+        return own or self._cores  # fewer cores than processes: they share them all
 
     async def _first(self, method: str, limit_s: float, purpose: str) -> Any:
         """As `_call`, of the first process alone."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,7 @@ class RewardServiceHandle:
 def start_reward_service(
     cfg: RewardConfig,
     num_cpus: float = 1,
-    core: int | None = None,
+    cores: Sequence[int] = (),
     *,
     reach: Literal["machine", "cluster"] = "machine",
     token: str | None = None,
@@ -52,12 +53,12 @@ def start_reward_service(
 ) -> RewardServiceHandle:
     """Start the service in a Ray actor, which dies with the driver that started it.
 
-    ``core``: keep the process to this core (Linux). ``reach``: listen on loopback, or on the node's
+    ``cores``: keep the process to them (Linux). ``reach``: listen on loopback, or on the node's
     address for workers on other machines (needs a token or client certificates). Raises UserError,
     as raised while loading, or when Ray gave the actor no CPU or it did not start in ``timeout_s``.
     """
     kind: Any = ray.remote(_RewardActor)
-    actor = kind.options(num_cpus=num_cpus, max_concurrency=2).remote(core, threads)
+    actor = kind.options(num_cpus=num_cpus, max_concurrency=2).remote(tuple(cores), threads)
     try:
         outcome = ray.get(
             actor.start.remote(_absolute(cfg), reach, token, tls, remote_token), timeout=timeout_s
@@ -80,14 +81,14 @@ def start_reward_service(
 
 
 class _RewardActor:
-    def __init__(self, core: int | None, threads: int) -> None:
+    def __init__(self, cores: Sequence[int], threads: int) -> None:
         # Before torch or grpc start their threads, which inherit both.
         for variable in THREAD_VARIABLES:
             os.environ[variable] = str(threads)
-        if core is not None:
+        if cores and hasattr(os, "sched_setaffinity"):
             for thread in os.listdir("/proc/self/task"):  # Ray's own threads start ours
                 with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
-                    os.sched_setaffinity(int(thread), {core})
+                    os.sched_setaffinity(int(thread), set(cores))
         self._threads = threads
         self._server: Any = None
 

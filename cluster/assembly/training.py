@@ -32,7 +32,7 @@ from cluster.loop.settings import loop_settings, pool_settings
 from cluster.loop.timeline import Timeline
 from cluster.machine.clock import MonotonicClock
 from cluster.machine.core_sharing import SideBalance
-from cluster.machine.cores import CorePlan, own_cores, plan_cores
+from cluster.machine.cores import CorePlan, core_plan, own_cores
 from cluster.machine.event_loop import StopSwitch, run_coroutine
 from cluster.machine.ray_session import ray_cluster
 from cluster.machine.signals import signal_handlers_kept
@@ -60,7 +60,7 @@ def train_policy(
 ) -> Path:
     """Train; returns the run directory (its ``policy/`` is the result).
 
-    ``cores``: which role runs where, instead of ``plan_cores``' answer.
+    ``cores``: which role runs where, instead of ``core_plan``'s answer.
     """
     check_callbacks(callbacks, save_rollouts=config.logging.save_rollouts)
     config = resolve_here(config).config
@@ -161,7 +161,7 @@ def train_in_cluster(
 ) -> None:
     """Everything between a running Ray cluster and a finished ``policy/`` in the run directory."""
     config = prepared.config
-    cores = cores or plan_cores(own_cores(), config.rollout.workers, pin=_pins(config))
+    cores = cores or core_plan(config, own_cores())
     run.event("cluster", **dict(ray_info))
     timeline = Timeline()
     stop = StopSwitch()
@@ -178,7 +178,7 @@ def train_in_cluster(
         sinks.append(AlarmSink(config.alarms, run, reporter, state.step if state else 0))
         if config.logging.samples_every and not reporter.quiet:
             sinks.append(SampleSink(config.logging, run.path, reporter))
-        if cores.workers and hasattr(os, "sched_setaffinity"):
+        if cores.crowded and hasattr(os, "sched_setaffinity"):
             sinks.append(SideBalance(cores))
         try:
             with (
@@ -239,10 +239,8 @@ async def _drive(
             run_dir=str(run.path.absolute()),
             resume_from=str(checkpoint.absolute()) if checkpoint else None,
         ),
-        core=cores.learner[0] if len(cores.learner) == 1 else None,
-        # With as many threads as it has cores in all, each of several processes would be too wide.
-        cores=cores.learner if config.learner.processes >= max(len(cores.learner), 2) else (),
-        threads=max(1, len(cores.learner) // config.learner.processes),
+        cores=cores.learner,
+        threads=cores.learner_threads,
     )
     pool = WorkerPool(
         worker_factory(prepared, cores, addresses, state),
@@ -305,11 +303,6 @@ def publish_policy(source: Path, target: Path) -> None:
     shutil.copytree(source, staging)
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
-
-
-def _pins(config: TrainConfig) -> bool:
-    """Cores can only be dealt out on a machine of our own."""
-    return config.cluster.pin_cores and config.cluster.address is None and not config.rollout.gpus
 
 
 def _is_ppo(config: TrainConfig) -> bool:

@@ -43,6 +43,7 @@ def worker_factory(
         start_timeout_s=rollout.start_timeout_s,
         weights_timeout_s=config.weights.timeout_s,
         score_batch=config.reward.max_batch,
+        threads=cores.worker_threads,
     )
     return make_worker_factory(
         spec, num_cpus=rollout.cpus, num_gpus=rollout.gpus, cores=cores.worker
@@ -104,11 +105,14 @@ def reward_addresses(config: TrainConfig, cores: CorePlan) -> Iterator[RewardAdd
         return
     from reward_service.remote import start_reward_service
 
-    core = cores.reward[0] if cores.reward else None
     joined = config.cluster.address is not None
     token = secrets.token_urlsafe(32) if joined else None
     service = start_reward_service(
-        config.reward, num_cpus=1, core=core, reach="cluster" if joined else "machine", token=token
+        config.reward,
+        num_cpus=1,
+        cores=cores.reward,
+        reach="cluster" if joined else "machine",
+        token=token,
     )
     try:
         yield RewardAddresses((service.address,), token)

@@ -12,7 +12,7 @@ from cluster.assembly.model_facts import ModelFacts, read_model_facts
 from cluster.assembly.prepare import prepare
 from cluster.contracts.config.file import dump_toml
 from cluster.contracts.config.train import TrainConfig
-from cluster.machine.cores import own_cores, plan_cores
+from cluster.machine.cores import core_plan, own_cores
 from cluster.measure.probe.memory import STATE, memory_plan
 from cluster.measure.probe.probe import Outlook, probe
 from cluster.runs.console import Reporter, result
@@ -136,7 +136,7 @@ def derived(config: TrainConfig, model: ModelFacts | None) -> dict[str, Any]:
     """Numbers that follow from a resolved config. model: None where its config cannot be read."""
     batch, rollout, bound = config.batch, config.rollout, config.staleness.bound
     samples = batch.prompts_per_step * batch.samples_per_prompt
-    cores = plan_cores(own_cores(), rollout.workers, pin=config.cluster.pin_cores)
+    cores = core_plan(config, own_cores())
     slots = rollout.workers * rollout.max_running
     return {
         "samples per step": samples,
@@ -147,8 +147,7 @@ def derived(config: TrainConfig, model: ModelFacts | None) -> dict[str, Any]:
         # Little's law: S samples in flight, batches of B: so many steps of lag keep both busy.
         "staleness bound that keeps both sides busy": -(-slots // samples) + 1,
         "optimiser steps per learner step": config.learner.epochs * config.learner.minibatches,
-        "cores of rollout workers": [list(c) for c in cores.workers] or "not pinned",
-        "cores of the learner and scoring": list(cores.learner) or "not pinned",
+        "threads and cores": cores.describe(),
         "asynchronous scheduling of vLLM": "off: a token that is under way at a swap would be "
         "recorded under the wrong version",
         **({} if model is None else sizes(config, model)),

@@ -49,7 +49,7 @@ def test_it_serves_pinned_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)  # the path below is relative to here, not to the actor's directory
     core = max(os.sched_getaffinity(0))
     handle = start_reward_service(
-        RewardConfig(sources=[FunctionSource(path="rewards.py:where")]), 1, core, timeout_s=60
+        RewardConfig(sources=[FunctionSource(path="rewards.py:where")]), 1, (core,), timeout_s=60
     )
     item = ScoreItem(id="a", messages=({"role": "user", "content": "q"},), response="r")
     with RewardClient([handle.address], deadline_s=10) as client:

@@ -33,7 +33,12 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     cores = None
     if task["mode"] == "colocated":
         everywhere = tuple(own_cores())
-        cores = CorePlan(tuple((core,) for core in everywhere), everywhere, ())
+        cores = CorePlan(
+            tuple((core,) for core in everywhere),
+            everywhere,
+            (),
+            learner_threads=len(everywhere),
+        )
     return {"run": str(train_policy(config, Reporter(quiet=True), cores=cores))}
 
 

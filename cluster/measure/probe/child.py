@@ -35,13 +35,13 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     if cores:
         os.sched_setaffinity(0, set(cores))
     roles = {"engine": probe_engine, "reward": probe_reward, "learner": probe_learner}
-    return roles[task["role"]](config, Path(task["folder"]), cores)
+    return roles[task["role"]](config, Path(task["folder"]), task["threads"])
 
 
 # -- rewards ---------------------------------------------------------------------------------------
 
 
-def probe_reward(config: TrainConfig, folder: Path, cores: tuple[int, ...]) -> dict[str, Any]:
+def probe_reward(config: TrainConfig, folder: Path, threads: int) -> dict[str, Any]:
     """Scores a step's samples as workers ask for it, a few groups a call."""
     from cluster.assembly.rewards import reward_token
     from reward_service.client import RewardClient
@@ -104,7 +104,7 @@ class _Nowhere:
         """Nothing is held."""
 
 
-def probe_learner(config: TrainConfig, folder: Path, cores: tuple[int, ...]) -> dict[str, Any]:
+def probe_learner(config: TrainConfig, folder: Path, threads: int) -> dict[str, Any]:
     """Learner steps on what was sampled and scored. The first, which warms up, does not count."""
     from cluster.contracts.records import StepInput
     from learner.rl.learner import PPOLearner
@@ -118,7 +118,7 @@ def probe_learner(config: TrainConfig, folder: Path, cores: tuple[int, ...]) -> 
     first = from_table(table)[0].samples[0][0].prompt
     settings = learner_settings(config, canary_prompt=tuple(first.token_ids), run_dir=None)
     publisher = _Nowhere()
-    learner = PPOLearner(settings, publisher, threads=len(cores) or 1)
+    learner = PPOLearner(settings, publisher, threads=threads)
     learner.start()
     steps: list[float] = []
     cpu: list[float] = []

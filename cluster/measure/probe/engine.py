@@ -27,10 +27,10 @@ FIRST_S, STEADY_S = 12.0, 6.0  # the longest a first batch and the steady state 
 ANSWERS = "answers.arrow"
 
 
-def probe_engine(config: TrainConfig, folder: Path, cores: tuple[int, ...]) -> dict[str, Any]:
+def probe_engine(config: TrainConfig, folder: Path, threads: int) -> dict[str, Any]:
     from actors.environment import choose_engine, make_engine, prepare_environment
 
-    prepare_environment(cores, gpu=bool(config.rollout.gpus))
+    prepare_environment((), bool(config.rollout.gpus), threads)
     from actors.settings import engine_settings
     from cluster.assembly.prepare import context_length, prepare
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from cluster.contracts.config.train import TrainConfig
-from cluster.machine.cores import CorePlan, own_cores, plan_cores
+from cluster.machine.cores import CorePlan, core_plan, own_cores
 from cluster.measure.bench import children
 from cluster.measure.probe.engine import task_slots
 from cluster.measure.step_time import (
@@ -50,12 +50,9 @@ class Outlook:
 def probe(config: TrainConfig, reporter: Reporter) -> Outlook:
     """Takes 20 to 60 s for a small model. Raises UserError for what `accord train` would refuse,
     AccordError when a role fails."""
-    cores = plan_cores(
-        own_cores(),
-        config.rollout.workers,
-        pin=config.cluster.pin_cores and not config.rollout.gpus,
-    )
+    cores = core_plan(config, own_cores())
     places = {"engine": cores.worker(0), "reward": cores.reward, "learner": cores.learner}
+    threads = {"engine": cores.worker_threads, "learner": cores.learner_threads}
     measured: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="accord-probe-") as folder:
         for role, what in ROLES.items():
@@ -64,6 +61,7 @@ def probe(config: TrainConfig, reporter: Reporter) -> Outlook:
                 "config": config.model_dump(mode="json"),
                 "folder": folder,
                 "cores": places[role],
+                "threads": threads.get(role, 1),
             }
             with reporter.stage(f"probing {what}"):
                 module = "cluster.measure.probe.child"

@@ -53,8 +53,8 @@ def table(world: ModuleType, tiny: Path) -> Any:
 def test_a_step_a_lost_payload_a_deadline_and_death(
     world: ModuleType, tiny: Path, table: Any, tmp_path: Path
 ) -> None:
-    core = min(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
-    learner = RayLearner(world.make_settings(tiny), core=core)
+    cores = sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else []
+    learner = RayLearner(world.make_settings(tiny), cores=cores)
 
     async def live() -> tuple[WeightManifest, Any]:
         started = await learner.start()

@@ -10,7 +10,6 @@ from pydantic import BaseModel
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
 from cluster.loop.supervision import GiveUp, Restart, decide
-from cluster.machine.cores import plan_cores
 from cluster.runs.control import want_workers, wanted_workers
 from cluster.runs.run import Run, verify_checkpoint
 from cluster.runs.status import read_status
@@ -95,13 +94,6 @@ def test_scale_is_asked_for_through_the_run_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a training run in progress"):
         want_workers(run.path, 2)
     assert read_status(run)["status"] == "finished"
-
-
-def test_cores_are_shared_out_only_when_there_are_enough() -> None:
-    plan = plan_cores([0, 1], workers=1, pin=True)
-    assert (plan.worker(0), plan.worker(5), plan.learner, plan.reward) == ((0,), (0,), (1,), (1,))
-    assert plan_cores([0, 1], workers=2, pin=True).worker(0) == ()
-    assert plan_cores(list(range(8)), workers=3, pin=True).learner == (3, 4, 5, 6, 7)
 
 
 def test_restarts_back_off_and_end() -> None:
