@@ -12,7 +12,8 @@ import torch
 
 from actors.engines.transformers_engine import TransformersEngine
 from actors.settings import EngineSettings
-from cluster.commands.chat import chat_loop
+from cluster.chat.session import chat_loop
+from cluster.chat.voice import ChatSettings
 from cluster.contracts.config.offline import FitConfig
 from cluster.machine import torch_state
 from cluster.machine.torch_state import prepare_torch, product_error
@@ -76,5 +77,5 @@ def test_every_process_that_computes_takes_that_state(
         ).close()
     else:
         monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-        chat_loop(str(tiny), None, max_tokens=1, temperature=1.0, seed=0)
+        chat_loop(str(tiny), None, settings=ChatSettings(max_tokens=1), seed=0)
     assert torch.get_float32_matmul_precision() == "highest"
