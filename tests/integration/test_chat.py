@@ -154,4 +154,3 @@ def test_questions_are_piped_to_two_models_and_answers_are_scored(world: Any) ->
     scores = [line for line in lines if line.startswith("(score ")]
     assert len(scores) == 4
     assert scores[0] == scores[1]  # the same model, greedily
-
