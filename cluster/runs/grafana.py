@@ -40,19 +40,19 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Reward",
                 ("objective/scores", "objective/rlhf_reward"),
                 "none",
-                "Mean score of the answers trained on, and the same less the KL penalty.",
+                "Mean score of the trained completions; the same after penalties and KL.",
             ),
             Panel(
                 "KL to the reference",
                 ("objective/kl",),
                 "none",
-                "Nats an answer. A steep rise while the reward rises is a sign of reward hacking.",
+                "Nats per completion. Rising steeply with the reward, it is a sign of reward hacking.",
             ),
             Panel(
                 "Policy entropy",
                 ("policy/entropy",),
                 "none",
-                "Nats a token. Near 0, all answers to a prompt are the same.",
+                "Nats per token. Near 0, all completions of a prompt are the same.",
             ),
             Panel(
                 "Clipped tokens",
@@ -61,10 +61,10 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Share of tokens whose probability moved past the clip range in one step.",
             ),
             Panel(
-                "Answer length",
+                "Completion length",
                 ("completions/mean_length", "completions/max_length"),
                 "none",
-                "Tokens. Growth without better answers is a sign of reward hacking.",
+                "Tokens. Growth without better completions is a sign of reward hacking.",
             ),
             Panel(
                 "Explained variance of the value network",
@@ -81,7 +81,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Throughput",
                 ("perf/throughput", "rollout/tokens_per_s"),
                 "none",
-                "Tokens a second: trained, and generated.",
+                "Tokens per second: trained, and generated.",
             ),
             Panel(
                 "Step time",
@@ -93,7 +93,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Idle",
                 ("perf/trainer_idle_frac", "perf/rollout_idle_frac"),
                 "percentunit",
-                "Share of the time without work. The idler side has too many machines.",
+                "Share of time without work. The side with more is over-provisioned.",
             ),
         ),
     ),

@@ -98,14 +98,15 @@ def about(request: Request) -> list[str]:
     base = request.base
     slots = base.workers * base.slots
     lines = [
-        f"{base.workers} workers x {base.slots} slots, {base.tokens_per_s:g} tokens/s an answer, "
-        f"{base.samples_per_step} samples a step, staleness.bound {base.bound}, "
+        f"{base.workers} workers x {base.slots} slots, "
+        f"{base.tokens_per_s:g} tokens/s per completion, "
+        f"{base.samples_per_step} samples per step, staleness.bound {base.bound}, "
         f"{base.seconds:g} s simulated, the first quarter not counted",
-        f"alone: generation {base.generate_s():.4g} s a step, learner {base.learn_s():.4g} s; "
-        f"needed bound for the mean answer: {needed_bound(slots, base.samples_per_step)}",
+        f"alone: generation {base.generate_s():.4g} s per step, learner {base.learn_s():.4g} s; "
+        f"needed bound for the mean completion: {needed_bound(slots, base.samples_per_step)}",
     ]
     if request.measured_step_s is not None:
-        lines.append(f"the recorded run took {request.measured_step_s:.4g} s a step (median)")
+        lines.append(f"the recorded run took {request.measured_step_s:.4g} s per step (median)")
     return lines
 
 
