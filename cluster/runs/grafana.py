@@ -46,7 +46,7 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "KL to the reference",
                 ("objective/kl",),
                 "none",
-                "Nats per completion. Rising steeply with the reward, it is a sign of reward hacking.",
+                "Nats per completion. A steep rise with the reward is a sign of reward hacking.",
             ),
             Panel(
                 "Policy entropy",
