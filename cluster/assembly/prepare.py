@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.assembly.rewards import check_rewards, model_rewards, require_functions
+from cluster.assembly.rewards import check_rewards
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import UserError
-from cluster.contracts.rows.files import DATASETS, raw_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,26 +43,6 @@ def prepare(config: TrainConfig) -> Prepared:
         stop_ids=stop_token_ids(config.model.path, tokenizer),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
-
-
-def require_inputs(config: TrainConfig) -> None:
-    """Raise UserError for prompts, models or rewards that are not there. Fast: nothing heavy is
-    imported, and of the prompts only the first row is
-    looked for."""
-    from learner.models.directory import require_directory
-    from learner.models.reward_artifact import read_artifact
-
-    require_directory(config.model.path)
-    prompts = config.data.prompts
-    if not prompts.startswith(DATASETS) and next(raw_rows(prompts), None) is None:
-        fix = "give a file with at least one usable row"
-        raise UserError("holds no rows", where=prompts, fix=fix)
-    if config.learner.reference_path is not None:
-        require_directory(config.learner.reference_path)
-    for path in (config.learner.value_path, *model_rewards(config.reward)):
-        if path is not None:
-            read_artifact(Path(path))
-    require_functions(config.reward)
 
 
 def check_models(config: TrainConfig) -> None:
@@ -102,8 +81,7 @@ def context_length(model: ModelConfig) -> int | None:
     """Most tokens the model can attend to, or None when its config does not say."""
     import transformers
 
-    from learner.models.directory import require_directory
-    from learner.models.files import explained
+    from learner.models.files import explained, require_directory
 
     require_directory(model.path, "config.json")
     config = explained(

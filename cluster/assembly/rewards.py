@@ -48,22 +48,6 @@ def check_rewards(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
             _reach(source.address, None)
 
 
-def model_rewards(config: RewardConfig) -> list[str]:
-    """Paths of the reward models that a run would load itself."""
-    own = config.sources if config.address is None else []
-    return [source.path for source in own if isinstance(source, RewardModelSource)]
-
-
-def require_functions(config: RewardConfig) -> None:
-    """Raise UserError for a reward function that cannot be loaded; its file is run."""
-    from reward_service.sources.function import FunctionScorer
-
-    for source in config.sources if config.address is None else []:
-        if isinstance(source, FunctionSource):
-            with contextlib.redirect_stdout(sys.stderr):
-                FunctionScorer(source)
-
-
 def _try_function(source: FunctionSource, prompts: Sequence[Prompt]) -> None:
     from reward_service.source import ScoreItem
     from reward_service.sources.function import FunctionScorer

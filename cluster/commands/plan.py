@@ -23,14 +23,10 @@ def plan(
     With --probe the plan also predicts step time, bottleneck, the staleness bound and the number of
     workers needed, and memory.
 
-    Exit code 2 when the model, the prompts or a reward is missing.
-
     Example: `accord plan examples/ppo.toml batch.prompts_per_step=16`
     """
-    from cluster.assembly.prepare import require_inputs
     from cluster.contracts.config.train import TrainConfig
     from cluster.measure.plan import show_plan
 
     settings = load(TrainConfig, config, overrides, "plan")
     show_plan(settings, as_json, probe, reporter(quiet=as_json))
-    require_inputs(settings)

@@ -15,7 +15,6 @@ import transformers
 from safetensors import SafetensorError
 
 from cluster.contracts.errors import UserError
-from learner.models.directory import require_directory
 from learner.models.weight_files import check_weight_files
 
 
@@ -109,6 +108,28 @@ def _attention(config: Any) -> str:
     """Eager: fastest for short rows on CPU (measured), and the only one with capped scores."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "sdpa" if torch.cuda.is_available() and not capped else "eager"
+
+
+def require_directory(path: str, *markers: str) -> None:
+    """Raise UserError for a path that is no model directory, before any attempt to download.
+
+    A hub id is NAME or OWNER/NAME; anything else that does not exist is a mistyped path, and so is
+    FOLDER/NAME where that folder exists. markers: a directory has one of these files.
+    """
+    place, needed = Path(path), markers or ("config.json",)
+    if place.is_dir():
+        if not any((place / name).exists() for name in needed):
+            raise UserError(
+                f"the directory holds no model ({needed[0]} is missing)",
+                where=path,
+                fix="give a directory in Hugging Face layout, such as runs/NAME/policy",
+            )
+        return
+    if place.exists():
+        raise UserError("is a file, not a model directory", where=path, fix="give its directory")
+    mistyped = path.count("/") == 1 and place.parent.is_dir()
+    if mistyped or path.count("/") > 1 or path.startswith((".", "~", "/")) or not path:
+        raise UserError("no such model directory", where=path, fix="check the path (model.path)")
 
 
 def explained(load: Callable[[], Any], path: str, what: str, *, missing: Any = None) -> Any:

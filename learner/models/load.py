@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.errors import UserError
-from learner.models.directory import require_directory
 from learner.models.files import (
     as_list,
     explained,
@@ -24,6 +23,7 @@ from learner.models.files import (
     quiet_transformers,
     read_template,
     replace_directory,
+    require_directory,
 )
 from learner.models.heads import (
     check_lm_head,

@@ -22,14 +22,12 @@ LONG = json.dumps({"prompt": "battery " * 900})
 @dataclass(frozen=True)
 class Case:
     """`words(world, folder)`: the command line. `says`: all must be in the message. `keeps`: the
-    run directories that lie there afterwards, by name. `usage`: typer's own message is shown.
-    `prints`: the command has a result all the same."""
+    run directories that lie there afterwards, by name. `usage`: typer's own message is shown."""
 
     words: Words
     says: tuple[str, ...]
     keeps: tuple[str, ...] = ()
     usage: bool = False
-    prints: bool = False
 
 
 def train(
@@ -680,17 +678,14 @@ OTHERS = {
     "plan without prompts": Case(
         lambda w, d: ["plan", train(w, d)[1], f"data.prompts={d}/no.jsonl"],
         ("no.jsonl", "no such file"),
-        prints=True,
     ),
     "plan without a model": Case(
         lambda w, d: ["plan", train(w, d)[1], f"model.path={d}/gone/m"],
         ("gone/m", "no such model directory"),
-        prints=True,
     ),
     "plan without a reward": Case(
         lambda w, d: ["plan", train(w, d, reward=FUNCTION + '"absent.py:f"')[1]],
         ("absent.py", "there is no file"),
-        prints=True,
     ),
     "unknown command": usage(lambda w, d: ["trian"], "trian", "No such command"),
     "unknown option": usage(lambda w, d: ["train", "--stpes", "3"], "--stpes", "No such option"),
