@@ -177,8 +177,7 @@ def _run(
     run = resumed or _created(command, config)
     with run.lock(), recorded(run, fresh=resumed is None):
         if resumed is not None:
-            run.event("resumed")
-            run.update_manifest(status="running")
+            run.resume(config)
         sinks = make_sinks(config.logging, run.path, on_ray=False)
         try:
             with stop_on_signal() as stopped, reporter.stage(title) as stage:

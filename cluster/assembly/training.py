@@ -126,8 +126,7 @@ def resume_training(
         f"version {state.version}, from {checkpoint.name}"
     )
     with run.lock():
-        run.event("resumed", step=state.step, checkpoint=checkpoint.name)
-        run.update_manifest(status="running")
+        run.resume(config, step=state.step, checkpoint=checkpoint.name)
         with recorded(run, fresh=False), ray_cluster(config.cluster) as ray_info:
             train_in_cluster(
                 prepared,

@@ -87,6 +87,13 @@ class Run:
         path = self.path / "manifest.json"
         write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **entries})
 
+    def resume(self, config: BaseModel, **detail: Any) -> None:
+        """Mark the run as running again. ``config`` replaces the stored one, so that what was asked
+        for on this resume, such as more steps, also holds for the next."""
+        write_text(self.path / "config.toml", dump_toml(config))
+        self.event("resumed", **detail)
+        self.update_manifest(status="running")
+
     # -- checkpoints ------------------------------------------------------------------------------
 
     def checkpoint_dir(self, step: int) -> Path:
@@ -162,14 +169,18 @@ def name_by_time(command: str) -> str:
 
 def verify_checkpoint(path: Path) -> str | None:
     """None when every file has the size and hash the manifest names, else what is wrong."""
-    manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    for name, entry in manifest["files"].items():
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        entries = {n: (int(e["bytes"]), str(e["sha256"])) for n, e in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as problem:
+        return f"manifest.json is damaged: {problem!r}"
+    for name, (size, digest) in entries.items():
         file = path / name
         if not file.is_file():
             return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} of {entry['bytes']} bytes"
-        if _sha256(file) != entry["sha256"]:
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size} of {size} bytes"
+        if _sha256(file) != digest:
             return f"{name} does not have the recorded hash"
     return None
 

@@ -38,8 +38,8 @@ class SkipCounter:
         if self.in_a_row >= MAX_SKIPS_IN_A_ROW:
             raise Fatal(
                 f"{self.in_a_row} optimiser steps in a row were not finite (last: {reason}). "
-                "Lower the learning rate or look at the data of these steps; the weights of the "
-                "last checkpoint are still good"
+                "Lower the learning rate or look at the data of these steps. None of these steps "
+                "was applied to the weights"
             )
 
 

@@ -438,7 +438,7 @@ def rows(command: str, row: str, *says: str, overrides: tuple[str, ...] = ()) ->
         (folder / "d.jsonl").write_text(row + "\n")
         return [*offline(world, folder, command, folder / "d.jsonl"), *overrides]
 
-    return Case(words, ("d.jsonl", *says))
+    return Case(words, says if "s.toml" in says else ("d.jsonl", *says))
 
 
 def imported(row: str, *says: str) -> Case:
@@ -470,6 +470,9 @@ DATA = {
     ),
     "comparison of unlike texts": rows(
         "dpo", '{"chosen": "a", "rejected": "b"}', "begin with the same text", "three columns"
+    ),
+    "IPO with label smoothing": rows(
+        "dpo", PAIR, "s.toml", "label_smoothing", overrides=("loss=ipo", "label_smoothing=0.1")
     ),
     "margin that is missing": rows(
         "reward-model", PAIR, "line 1", "has no margin", overrides=("use_margin=true",)
@@ -569,6 +572,9 @@ RESUMES = {
     "resume without a checkpoint": resume(says=("no usable checkpoint",), step=0),
     "resume with a damaged checkpoint": resume(
         change=write("checkpoints/step-000001/run_state.json", "{"), says=("no usable checkpoint",)
+    ),
+    "resume with a damaged record of a checkpoint": resume(
+        change=write("checkpoints/step-000001/manifest.json", "{"), says=("no usable checkpoint",)
     ),
     "resume with a damaged manifest": resume(
         change=write("manifest.json", "{"), says=("manifest.json", "is damaged")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.contracts.config.base import LoggingConfig, ModelConfig, RunConfig, Section
 
@@ -123,3 +123,9 @@ class DpoConfig(Section):
         0.0, ge=0, lt=0.5, description="Assumed share of pairs whose preference is the wrong way."
     )
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> DpoConfig:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError("label_smoothing has no effect with loss = 'ipo': leave it at 0")
+        return self

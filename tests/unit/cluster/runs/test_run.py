@@ -37,7 +37,7 @@ def test_a_run_directory_is_never_shared(tmp_path: Path) -> None:
         make(tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped"])
+@pytest.mark.parametrize("damage", ["missing", "truncated", "flipped", "manifest"])
 def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, damage: str) -> None:
     run = make(tmp_path)
     save(run, 4)
@@ -49,6 +49,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_told(tmp_path: Path, damage: st
             file.write_bytes(b"w" * 3)
         case "flipped":
             file.write_bytes(b"w" * 7 + b"x")
+        case "manifest":
+            (file.parent.parent / "manifest.json").write_text("{")
     assert verify_checkpoint(file.parent.parent) is not None
     path, state = run.latest_checkpoint()
     assert (path.name, state.step) == ("step-000004", 4)
@@ -101,3 +103,12 @@ def test_restarts_back_off_and_end() -> None:
     assert decide([0.0, 1.0, 2.0], 2.0, max_restarts=3) == Restart(2.0)
     assert isinstance(decide([0.0, 1.0, 2.0, 3.0], 3.0, max_restarts=3), GiveUp)
     assert decide([0.0, 1.0, 2.0, 700.0], 700.0, max_restarts=3) == Restart(0.0)
+
+
+def test_what_was_asked_for_on_a_resume_holds_for_the_next(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    run.update_manifest(status="finished")
+    run.resume(Settings(seed=5), step=4)
+    assert (run.path / "config.toml").read_text() == "seed = 5\n"
+    assert read_status(run)["events"] == {"resumed": 1}
+    assert json.loads((run.path / "manifest.json").read_text())["status"] == "running"
