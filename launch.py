@@ -59,7 +59,7 @@ def accord(
             "--version",
             is_eager=True,
             callback=_show_version,
-            help="Show the versions of Accord, Python and the libraries, and exit.",
+            help="Show the versions in use and exit.",
         ),
     ] = False,
 ) -> None:

@@ -32,7 +32,9 @@ def bench(
     ] = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure how fast a part of Accord is on this machine. docs/measure.md explains the results.
+    """Measure how fast a part of Accord is on this machine.
+
+    docs/measure.md explains the results.
 
     Example: `accord bench overlap --quick`
     """

@@ -31,9 +31,10 @@ def chat(
     ] = 0.7,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
 ) -> None:
-    """Talk to a policy. It answers in this process, with transformers; /help lists the commands.
+    """Talk to a policy, or to two side by side.
 
-    A model that was trained on single questions answers best with --no-history.
+    The models answer in this process, with transformers. In the chat, /help lists the commands. A
+    model that was trained on single questions answers best with --no-history.
 
     Example: `accord chat runs/quickstart --before runs/quickstart/sft/policy`
 

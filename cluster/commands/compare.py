@@ -26,7 +26,10 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare runs: the settings that differ, last and best metrics, curves.
+    """Compare runs: settings, metrics, curves.
+
+    The command prints the settings that differ, the last and the best value of each metric, and
+    curves as lines of bars. The page has larger curves of all metrics.
 
     Example: `accord compare runs/first runs/second --out compare.html`
     """

@@ -20,7 +20,9 @@ def dpo(
     resume: Resume = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a policy directly on comparisons (direct preference optimisation).
+    """Train a policy directly on comparisons (DPO).
+
+    A row holds a prompt, the chosen and the rejected completion. No reward model is needed.
 
     Example: `accord dpo examples/dpo.toml data.path=pairs.jsonl beta=0.2`
 

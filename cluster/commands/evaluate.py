@@ -6,9 +6,9 @@ from cluster.commands.options import Config, Overrides, Quiet, load, print_path,
 
 
 def evaluate(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Compare two policies on the same prompts: the win rate and its confidence interval.
+    """Compare two policies on the same prompts: the win rate.
 
-    The config chooses the judge.
+    The judge that the config chooses scores both. The result comes with a confidence interval.
 
     Example: `accord evaluate examples/evaluate.toml policy.path=runs/q/policy`
     """

@@ -11,18 +11,23 @@ from cluster.commands.options import Quiet, print_path, reporter
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Model directory or hub id.")],
+    model: Annotated[str, typer.Argument(help="A model directory or a hub id.", metavar="MODEL")],
     prompts: Annotated[
-        str, typer.Argument(help="Prompts: JSONL, CSV, Parquet, ... or datasets:NAME.")
+        str,
+        typer.Argument(
+            help="JSONL, JSON, CSV or Parquet file, or datasets:NAME.", metavar="PROMPTS"
+        ),
     ],
     out: Annotated[Path, typer.Option(help="JSONL file to write.")] = Path("answers.jsonl"),
     samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature.")] = 1.0,
+    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Sample completions from a model with vLLM and write them to a file.
+    """Sample completions with vLLM and write them to a file.
+
+    The file holds one JSON object per completion. It can serve as a file of prompts.
 
     Example: `accord generate runs/q/sft/policy prompts.jsonl --samples 4 --out answers.jsonl`
     """

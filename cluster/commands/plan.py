@@ -18,10 +18,10 @@ def plan(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check a training config; print every value in force and what follows from them.
+    """Check a training config and print every value in force.
 
-    With --probe the plan also predicts step time, bottleneck, the staleness bound and the number of
-    workers needed, and memory.
+    The plan also shows what follows from the values. With --probe it predicts step time,
+    bottleneck, the staleness bound and the number of workers needed, and memory.
 
     Example: `accord plan examples/ppo.toml batch.prompts_per_step=16`
     """

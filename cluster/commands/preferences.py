@@ -19,7 +19,7 @@ Store = Annotated[Path, typer.Argument(help="A preference store (*.db).")]
 
 @preferences.command("stats")
 def stats(store: Store) -> None:
-    """Print a store's counts, agreement between annotators, and position bias.
+    """Print counts, agreement of annotators and position bias.
 
     Example: `accord preferences stats runs/q/preferences.db`
     """
@@ -35,7 +35,9 @@ def export(
     store: Store,
     out: Annotated[Path, typer.Argument(help="*.jsonl or *.parquet to write.")],
 ) -> None:
-    """Write a store as prompt/chosen/rejected rows. Ties and both-bad are left out and counted.
+    """Write a store as prompt/chosen/rejected rows.
+
+    Ties, and pairs of which both are bad, are left out and counted.
 
     Example: `accord preferences export runs/q/preferences.db pairs.jsonl`
     """

@@ -31,7 +31,7 @@ def quickstart(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Run the whole RLHF pipeline on a built-in help-desk task, on CPU and offline.
+    """Run the whole pipeline on a built-in task, offline on CPU.
 
     The command creates a small language model, fine-tunes it on demonstrations, samples completions
     with vLLM, lets simulated annotators compare them, trains a reward model, runs PPO on Ray, and

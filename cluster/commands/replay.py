@@ -23,10 +23,10 @@ def replay(
     ] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train again on a run's saved rollouts, with the learner alone (no Ray, no vLLM).
+    """Train again on a run's saved rollouts, without Ray and vLLM.
 
-    The command measures how fast the learner is by itself. With --verify it also checks that the
-    same weights come out, bit for bit.
+    Only the learner runs. The command measures how fast the learner is by itself. With --verify it
+    also checks that the same weights come out, bit for bit.
 
     Example: `accord replay runs/my-run --verify`
     """

@@ -6,7 +6,10 @@ from cluster.commands.options import RunDirectory, print_path
 
 
 def report(run: RunDirectory) -> None:
-    """Write report.html and summary.json from a run's files, also while the run goes on.
+    """Write a run's report.html, also while the run goes on.
+
+    The command also writes summary.json. `accord train`, `accord evaluate` and `accord quickstart`
+    write both when they end.
 
     Example: `accord report runs/my-run`
     """

@@ -20,7 +20,9 @@ def reward_model(
     resume: Resume = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a reward model on comparisons: prompt, chosen, rejected.
+    """Train a reward model on comparisons of completions.
+
+    A row holds a prompt, the chosen and the rejected completion.
 
     Example: `accord reward-model examples/reward_model.toml data.path=pairs.jsonl`
 

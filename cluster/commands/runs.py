@@ -18,7 +18,9 @@ def runs(
     ] = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """List the runs of a folder, newest last.
+    """List the runs of a folder.
+
+    The newest run comes last. The stages of a quickstart are listed below it.
 
     Example: `accord runs`
 

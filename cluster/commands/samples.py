@@ -24,9 +24,10 @@ def samples(
     ] = 6,
     as_json: Json = False,
 ) -> None:
-    """Show completions of a run with their scores, also while the run goes on.
+    """Show completions of a run with their scores.
 
-    For a run of `accord evaluate` or `accord quickstart`: completions before and after training.
+    The run may still go on. For a run of `accord evaluate` or `accord quickstart`: completions
+    before and after training.
 
     Example: `accord samples runs/my-run --step 20 --count 3`
     """

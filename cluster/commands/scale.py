@@ -13,7 +13,9 @@ def scale(
     run: RunDirectory,
     workers: Annotated[int, typer.Argument(min=1, help="Rollout workers wanted.")],
 ) -> None:
-    """Add rollout workers to a run in progress, or remove some after their current work.
+    """Change the number of rollout workers of a run in progress.
+
+    A worker that is removed first finishes its current work.
 
     Example: `accord scale runs/my-run 3`
     """

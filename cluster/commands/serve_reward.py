@@ -25,7 +25,9 @@ def serve_reward(
         typer.Option("--reflection", help="Let clients such as grpcurl ask which calls there are."),
     ] = False,
 ) -> None:
-    """Serve the config's [reward] section over gRPC (accord.reward.v1) until interrupted.
+    """Serve a config's rewards over gRPC until interrupted.
+
+    Only the section [reward] of the config is read. The protocol is accord.reward.v1.
 
     Example: `accord serve-reward examples/ppo.toml --port 7070`
     """

@@ -20,7 +20,9 @@ def sft(
     resume: Resume = None,
     quiet: Quiet = False,
 ) -> None:
-    """Fine-tune a model on demonstrations. Only the assistant's tokens carry loss.
+    """Fine-tune a model on demonstrations.
+
+    Only the assistant's tokens carry loss.
 
     Example: `accord sft examples/sft.toml model.path=my-model fit.epochs=2`
 

@@ -31,10 +31,10 @@ def simulate(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Simulate a run of another size: the real controller on a virtual clock, without models.
+    """Simulate a run of another size on a virtual clock.
 
-    The command prints how busy generation and learner are, step time, goodput, staleness, waste and
-    scaling efficiency.
+    The real controller drives workers that only let time pass. The command prints how busy
+    generation and learner are, step time, goodput, staleness, waste and scaling efficiency.
 
     Example: `accord simulate --workers 64,256 bound=8 stragglers=0.01`
     """

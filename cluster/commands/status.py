@@ -18,9 +18,10 @@ def status(
     directory: RunsFolder = Path("runs"),
     as_json: Json = False,
 ) -> None:
-    """Show where a run stands: step, time left, workers, newest checkpoint, Ray dashboard.
+    """Show where a run stands, or every run in a line.
 
-    A run is `dead` when its process ended without saying so, for example by kill -9.
+    For one run: step, time left, workers, newest checkpoint, Ray dashboard, events. A run is `dead`
+    when its process ended without saying so, for example by kill -9.
 
     Example: `accord status runs/my-run --json`
     """

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import launch
 
 ROOT = Path(__file__).resolve().parents[4]
+LIST_WIDTH = 61  # columns that `accord --help` leaves for what a command does
 HEAVY = "torch ray vllm grpc transformers numpy pyarrow pydantic datasets scipy matplotlib"
 
 
@@ -44,6 +46,15 @@ def test_help_of_everything_needs_nothing_heavy() -> None:
 def test_each_command_has_an_example_that_names_it(path: str) -> None:
     text = COMMANDS[path].help or ""
     assert f"Example: `{path}" in text
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_each_help_fits_a_screen_and_its_first_line_a_line_of_the_list(path: str) -> None:
+    words = [*path.split()[1:], "--help"]
+    done = CliRunner().invoke(launch.app, words, env={"COLUMNS": "80"})
+    assert len(done.output.splitlines()) <= (52 if path == "accord" else 40)
+    first = (COMMANDS[path].help or "").partition("\n\n")[0]
+    assert path == "accord" or len(first) <= LIST_WIDTH, first
 
 
 @pytest.mark.parametrize("path", COMMANDS)
