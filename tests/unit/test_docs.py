@@ -224,6 +224,20 @@ def test_links_and_files_exist(page: Path) -> None:
     assert gone + [file for file in files if not (ROOT / file).exists()] == []
 
 
+def anchors(page: Path) -> set[str]:
+    """What a link can point at: headings in lower case, without punctuation, with hyphens."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.S | re.M)
+    headings = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in headings}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=named)
+def test_links_point_at_headings_that_exist(page: Path) -> None:
+    links = re.findall(r"\]\(([\w./-]*)#([^)\s]+)\)", page.read_text("utf-8"))
+    files = [(page.parent / target if target else page, anchor) for target, anchor in links]
+    assert [anchor for file, anchor in files if anchor not in anchors(file)] == []
+
+
 def test_the_configuration_page_is_what_the_code_says() -> None:
     module = reference()
     assert module.PAGE.read_text("utf-8") == module.page(), (
