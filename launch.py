@@ -24,7 +24,7 @@ from cluster.contracts.errors import AccordError, BadReward, UserError
 from cluster.machine.environment import prepare_environment
 
 COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
-    "Start": ("quickstart",),
+    "Start": ("quickstart", "init"),
     "Train": ("sft", "reward_model", "dpo", "train"),
     "Sample and judge": ("generate", "evaluate", "chat", "preferences", "serve_reward"),
     "Look at a run": ("runs", "status", "samples", "compare", "report", "replay", "scale"),

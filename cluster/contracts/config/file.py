@@ -227,7 +227,7 @@ def _dump(
     for key, value in node.items():
         if key not in tables and key not in arrays and value != {}:
             comment = comments.get(f"{prefix}{key}")
-            lines.append(f"{key} = {_toml(value)}" + (f"  # {comment}" if comment else ""))
+            lines.append(f"{key} = {toml_value(value)}" + (f"  # {comment}" if comment else ""))
     for key, items in arrays.items():
         for item in items:
             lines.append(f"\n[[{prefix}{key}]]")
@@ -237,11 +237,13 @@ def _dump(
         _dump(table, f"{prefix}{key}.", lines, comments)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(toml_value(item) for item in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{toml_value(k)} = {toml_value(v)}" for k, v in value.items()) + "}"
     return json.dumps(str(value), ensure_ascii=False).replace("\x7f", "\\u007f")
