@@ -122,7 +122,7 @@ def _apply(model: type[BaseModel], tree: dict[str, Any], override: str) -> None:
 
 def override_word(key: str, value: Any) -> str:
     """``section.key=value`` of a value given in Python."""
-    return f"{key}={'none' if value is None else _toml(value)}"
+    return f"{key}={'none' if value is None else toml_value(value)}"
 
 
 def _index(node: Any, part: str, key: str) -> int:

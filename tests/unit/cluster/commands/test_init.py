@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import runpy
 import subprocess
 import sys
 import time
@@ -46,10 +47,7 @@ def test_what_is_written_is_a_valid_config(folder: Path, algorithm: Algorithm) -
 
 def test_the_reward_to_start_from_works_on_texts_and_on_chats(folder: Path) -> None:
     write_new_config(Path(), answers())
-    scope: dict[str, object] = {}
-    exec((folder / "reward.py").read_text("utf-8"), scope)
-    score = scope["score"]
-    assert callable(score)
+    score = runpy.run_path(str(folder / "reward.py"))["score"]
     texts = ["", "word " * 30]
     assert score(prompts=["p", "p"], completions=texts) == [0.0, 1.0]
     chats = [[{"role": "assistant", "content": text}] for text in texts]
