@@ -8,7 +8,6 @@ from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 from cluster.contracts.config.base import AUTO, auto_rule
 from cluster.contracts.config.file import toml_value
@@ -93,11 +92,13 @@ def _key(name: str, field: FieldInfo, values: Mapping[str, Any]) -> Iterator[str
         meaning += f" auto: {rule}."
     yield from textwrap.wrap(meaning, WIDTH, initial_indent="# ", subsequent_indent="# ")
     value = values[name] if name in values else _default(field)
-    if value is None or value is PydanticUndefined:
+    if value is None:  # no value, or one that the user has to give
         yield f"# {name} ="
     else:
         yield f"{name} = {toml_value(value)}"
 
 
 def _default(field: FieldInfo) -> Any:
+    if field.is_required():
+        return None
     return AUTO if auto_rule(field) else field.get_default(call_default_factory=True)
