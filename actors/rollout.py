@@ -2,13 +2,13 @@
 
 submit ──▶ engine thread ──▶ finished groups ──▶ scoring threads ──▶ harvest
               ▲ between two steps
-load_weights: fetch, verify and stage (caller's thread) ──▶ swap ──▶ canary
+load_weights: fetch, verify, stage ──▶ swap ──▶ canary ──▶ proof
+              caller's thread          engine thread       caller's thread
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import queue
 import threading
@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from actors.canary import CanaryCheck
 from actors.engine_thread import EngineThread
 from actors.scoring import Decode, FinishedGroup, GroupScorer, rollouts_of
 from actors.settings import derive_seed
-from cluster.contracts.errors import Fatal, Retryable, UserError, WeightMismatch
+from cluster.contracts.errors import Fatal, Retryable, UserError
 from cluster.contracts.protocols import Engine, Scorer
 from cluster.contracts.records import (
     Assignment,
-    Canary,
     Completion,
     GroupMeta,
     Harvest,
@@ -86,6 +86,8 @@ class RolloutWorker:
         self._pending: set[tuple[int, int]] = set()  # (group, attempt) not harvested yet
         self._failure: BaseException | None = None
         self._swap_lock = threading.Lock()
+        self._canary = CanaryCheck()
+        self._unproven = False  # swapped in, not proven yet: nothing leaves the worker
         self._version: int | None = None
         self._swaps = 0
         self._pause_s = 0.0
@@ -168,11 +170,17 @@ class RolloutWorker:
         """Groups finished since the last call; waits for the first, at most ``timeout_s``.
 
         ``payload`` is the Arrow table itself. Raises what made the worker unfit: BadReward, Fatal.
+        Between a swap and its proof nothing is handed out: were the proof to fail, the versions
+        recorded with those tokens would be wrong.
         """
         with self._news:
-            self._news.wait_for(lambda: self._finished or self._failure, timeout_s)
+            self._news.wait_for(
+                lambda: (self._finished and not self._unproven) or self._failure, timeout_s
+            )
             self._raise_failure()
-            finished, self._finished = self._finished, []
+            finished: list[tuple[GroupMeta, RolloutGroup | None]] = []
+            if not self._unproven:
+                finished, self._finished = self._finished, finished
             self._pending.difference_update((m.group_id, m.attempt) for m, _ in finished)
         groups = [group for _, group in finished if group is not None]
         return Harvest(
@@ -259,12 +267,12 @@ class RolloutWorker:
 
     def load_weights(self, manifest: WeightManifest) -> SwapReport:
         """Fetch, verify and stage while generation goes on, swap between two steps, compare the
-        canary.
+        canary, and prove while generation goes on again that the new weights are in force.
 
         Raises WeightMismatch for a duplicate, late, torn or unfitting update and Retryable when
         staging fails: the worker goes on with the weights it has. Raises WeightMismatch when the
-        engine does not compute what the learner computes and Fatal when it computes NaN: the worker
-        is unfit from then on.
+        engine holds other weights than those published or does not compute what the learner
+        computes, and Fatal when it computes NaN: the worker is unfit from then on.
         """
         if self._receiver is None:
             raise Fatal(f"{self._settings.name} was started without a weight transport")
@@ -288,6 +296,7 @@ class RolloutWorker:
             except Retryable as problem:  # it may still be taken later: nobody could say when
                 self._fail(problem)
                 raise
+            prove_s = self._prove()
             self._version = manifest.version
             self._swaps += 1
             self._pause_s += pause_s
@@ -297,20 +306,37 @@ class RolloutWorker:
             verify_s=verified - fetched,
             stage_s=staged - verified,
             pause_s=pause_s,
+            prove_s=prove_s,
             canary_logp_diff=difference,
         )
 
     def _swap(self, engine: Engine, manifest: WeightManifest) -> tuple[float, float]:
+        with self._news:
+            self._unproven = True
         began = time.perf_counter()
         try:
             engine.swap(manifest.version)
             pause_s = time.perf_counter() - began
             got = engine.sequence_logprobs(manifest.canary.token_ids)
-            difference = canary_difference(manifest.canary, got, manifest.version)
+            dtype = manifest.tensors[0].dtype
+            difference = self._canary.compare(manifest.canary, got, manifest.version, dtype)
         except Exception as problem:
             self._thread.break_off(problem)
             raise
         return pause_s, difference
+
+    def _prove(self) -> float:
+        """Seconds it took. Raises WeightMismatch when the swap did not do what it was to do."""
+        began = time.perf_counter()
+        try:
+            self._thread.beside(lambda engine: engine.prove())
+        except Exception as problem:
+            self._thread.break_off(problem)
+            raise
+        with self._news:
+            self._unproven = False
+            self._news.notify_all()
+        return time.perf_counter() - began
 
     # -- end --------------------------------------------------------------------------------------
 
@@ -328,24 +354,3 @@ class RolloutWorker:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
-
-
-def canary_difference(canary: Canary, got: Sequence[float], version: int) -> float:
-    """Largest |Δ log-probability| (nats) between engine and learner over the canary.
-
-    Raises Fatal when one is not finite, WeightMismatch over the tolerance.
-    """
-    if len(got) != len(canary.logprobs):
-        raise WeightMismatch(
-            f"version {version}: canary of {len(canary.logprobs)} log-probabilities, got {len(got)}"
-        )
-    if not all(map(math.isfinite, got)):
-        raise Fatal(f"version {version}: the engine computes a log-probability that is not finite")
-    difference = max(abs(a - b) for a, b in zip(got, canary.logprobs, strict=True))
-    if not difference <= canary.tolerance:
-        raise WeightMismatch(
-            f"version {version}: the engine's log-probabilities of the canary differ from the "
-            f"learner's by {difference:.3g} (tolerance {canary.tolerance:.3g}): it does not "
-            "compute with the weights that were published"
-        )
-    return difference

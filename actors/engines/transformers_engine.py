@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from actors.engines.host_tensors import check_prompt, check_update, published_tensors, to_tensor
+from actors.engines.proof import differing, fingerprint, require_none_wrong
 from actors.settings import EngineSettings
 from cluster.contracts.errors import Fatal, Retryable
 from cluster.contracts.records import Completion, VersionSpan
@@ -57,6 +58,7 @@ class TransformersEngine:
         self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         self._second: dict[str, torch.Tensor] = {}  # the other set of weights
         self._staged: int | None = None
+        self._expected: dict[str, str] = {}  # digests of the update that was staged last
         self._vocab = int(self._model.get_input_embeddings().weight.shape[0])
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._waiting: deque[_Row] = deque()
@@ -190,7 +192,14 @@ class TransformersEngine:
                 f"{self.name} failed staging version {version}, version {self.version} stays in "
                 f"force: {problem}"
             ) from problem
+        self._expected = self._digests({name: to_tensor(a) for name, a in tensors.items()})
         self._staged = version
+
+    def _digests(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """By name, of each tensor as the model holds it: its device, its type."""
+        return fingerprint(
+            {n: tensors[n].to(p.device, p.dtype) for n, p in self._parameters.items()}
+        )
 
     def swap(self, version: int) -> None:
         """Exchange the two sets of weights between two steps."""
@@ -203,6 +212,17 @@ class TransformersEngine:
         self.version = version
         if self._settings.kv_on_swap == "recompute":
             self._cache = None
+
+    @torch.no_grad()
+    def prove(self) -> None:
+        """Raise WeightMismatch unless the next step computes with exactly what was published.
+
+        Any thread, while another steps: the model's own tensors are compared with digests of the
+        published arrays, not of the copy made of them.
+        """
+        held = published_tensors(self._model)
+        wrong = differing(self._expected, self._digests(held))
+        require_none_wrong(wrong, self.name, self.version)
 
     @torch.inference_mode()
     def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:

@@ -18,6 +18,7 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import vllm
@@ -29,6 +30,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.engines.host_tensors import check_prompt, check_update, parameter_shapes
+from actors.engines.proof import require_none_wrong
 from actors.engines.vllm_weights import WeightStage
 from actors.settings import EngineSettings
 from cluster.contracts.errors import Fatal, Retryable, UserError
@@ -286,6 +288,16 @@ class VllmEngine:
         else:
             self._restart_unbegun()
             self._llm.reset_prefix_cache()  # frees the memory where nothing runs; else salts do it
+
+    def prove(self) -> None:
+        """Raise WeightMismatch unless the next step computes with exactly what was staged last.
+
+        Any thread, while others step. With tensor parallelism it takes its turn between two steps.
+        """
+        alone = self._stepping if self._settings.tensor_parallel > 1 else nullcontext()
+        with alone:
+            wrong = [name for part in self._llm.collective_rpc("accord_wrong") for name in part]
+        require_none_wrong(wrong, self.name, self.version)
 
     def _label(self) -> None:
         if self._native_versions:

@@ -7,11 +7,18 @@ swap:  every tensor and packed kernel of the two instances changes places, or, w
 vLLM's own reload works on the model that decodes: it must stop for as long as loading and packing
 take. It also packs only layers that received a weight of their own, so that on CPU a head tied to
 the embedding goes on with the old one, silently. Here every layer is packed every time.
+
+prove: what is in force is what was published, shown in three links
+       published = loaded   the sum over all numbers is the same, before anything is packed
+       loaded = packed      a packed kernel carries the sums of the weights it was packed from
+       staged = in force    after the swap every tensor and kernel that the model which decodes
+                            holds is compared with what was noted when it was staged
 """
 
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,9 +31,13 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from actors.engines.host_tensors import to_tensor
+from actors.engines.proof import differing, fingerprint, number_sum
 from cluster.contracts.errors import Fatal
 
+log = logging.getLogger("accord.engine")
+
 KERNEL = "cpu_linear"  # vLLM's name for the closure over a layer's packed weight
+ORIGIN = "accord_packed_from"  # our mark on such a kernel: the sums of what it was packed from
 Modules = list[tuple[torch.nn.Module, torch.nn.Module]]
 
 
@@ -50,16 +61,21 @@ class Shadow:
         ]
         self._exchange: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._kernels = [(vars(a), vars(b)) for a, b in self._pairs if KERNEL in vars(a)]
+        self._names = {id(module): name for name, module in live.named_modules()}
         self._ready = False
+        self._staged: dict[str, str] = {}  # digests of what was staged last
+        self._keeps_numbers: bool | None = None  # whether vLLM loads this model's numbers unchanged
 
     @torch.no_grad()
     def stage(self, arrays: Mapping[str, Any]) -> None:
         """Load and pack a whole model's arrays, in the names and shapes of its checkpoint.
 
         What was staged before and not swapped in is lost, also when this fails.
-        Raises Fatal when vLLM's loader left a parameter out or a layer was not packed.
+        Raises Fatal when vLLM's loader left a parameter out or changed its numbers, or a layer was
+        not packed.
         """
         self._ready = False
+        published = number_sum(to_tensor(array) for array in arrays.values())
         with set_current_vllm_config(self._config):
             self._unpack()
             loaded = self._twin.load_weights(
@@ -69,10 +85,14 @@ class Shadow:
                 left_out = {name for name, _ in self._twin.named_parameters()} - loaded
                 if left_out:
                     raise Fatal(f"vLLM's loader passed over {sorted(left_out)[:3]}")
+            sums = self._loaded_sums()
+            self._require_loaded(published, sum(sums.values()) % (1 << 64))
             self._pack()
         if any(KERNEL not in packed for _, packed in self._kernels):
             raise Fatal("vLLM packed fewer layers than at the start")
+        self._mark_kernels(sums)
         self._exchange = list(_tensors(self._pairs))
+        self._staged = self._digests([twin for _, twin in self._pairs])
         _synchronize()
         self._ready = True
 
@@ -90,6 +110,67 @@ class Shadow:
         for mine_packed, staged_packed in self._kernels:
             mine_packed[KERNEL], staged_packed[KERNEL] = staged_packed[KERNEL], mine_packed[KERNEL]
         _synchronize()  # the next stage overwrites what was copied from
+
+    @torch.no_grad()
+    def wrong(self) -> list[str]:
+        """Names of what the model that decodes holds and was not staged last; empty: all is right.
+
+        Reads what the next forward pass reads; may run while another thread computes.
+        """
+        return differing(self._staged, self._digests([live for live, _ in self._pairs]))
+
+    def _digests(self, modules: list[torch.nn.Module]) -> dict[str, str]:
+        """Of every tensor and kernel of `modules`, which are all the live ones or all the twins."""
+        tensors: dict[str, torch.Tensor] = {}
+        origins: dict[str, str] = {}
+        for (live, _), module in zip(self._pairs, modules, strict=True):
+            name = self._names[id(live)]
+            for holder in (module._parameters, module._buffers, vars(module)):
+                held: dict[str, Any] = dict(holder)
+                tensors |= {
+                    f"{name}.{key}": held[key] for key in held if _is_weight(key, held[key])
+                }
+            if KERNEL not in vars(module):
+                continue
+            kernel = vars(module)[KERNEL]
+            origins[f"{name}.{KERNEL}"] = getattr(kernel, ORIGIN, "unknown")
+            # Some kernels hold their packed weight as a tensor: then that is looked at as well.
+            for place, cell in enumerate(getattr(kernel, "__closure__", None) or ()):
+                if isinstance(cell.cell_contents, torch.Tensor):
+                    tensors[f"{name}.{KERNEL}.{place}"] = cell.cell_contents
+        return fingerprint(tensors) | origins
+
+    def _loaded_sums(self) -> dict[int, int]:
+        """Id of each parameter of the twin -> the sum over its numbers, before it is packed."""
+        unique = {id(parameter): parameter for _, _, parameter, _, _ in self._raw}
+        return {key: number_sum([parameter]) for key, parameter in unique.items()}
+
+    def _require_loaded(self, published: int, loaded: int) -> None:
+        """Raise Fatal when the loader changed the numbers of a model whose numbers it keeps.
+
+        Whether it keeps them is learnt from the first update. It does not for a few architectures
+        (Mamba's logarithms) and where each process holds a part of the model.
+        """
+        if self._keeps_numbers is None:
+            self._keeps_numbers = published == loaded
+            if not self._keeps_numbers:
+                log.warning(
+                    "vLLM changes or divides the weights of this model as it loads them: after a "
+                    "swap they are proven to be those it loaded, not those that were published"
+                )
+        elif self._keeps_numbers and published != loaded:
+            raise Fatal("vLLM's loader did not load the numbers that were published")
+
+    def _mark_kernels(self, sums: dict[int, int]) -> None:
+        """Each packed kernel carries the sums of its layer's weights: the packed memory itself
+        belongs to a library that does not show it."""
+        held: dict[int, list[str]] = {}
+        for module, name, parameter, _, _ in self._raw:
+            held.setdefault(id(module), []).append(f"{name}:{sums[id(parameter)]:016x}")
+        for _, twin in self._pairs:
+            kernel = vars(twin).get(KERNEL)
+            if getattr(kernel, "__closure__", None):  # else it reads the layer's own tensors
+                setattr(kernel, ORIGIN, " ".join(held.get(id(twin), ())))
 
     def _unpack(self) -> None:
         """The twin as its loader expects it: parameters as created, with memory of their own.
@@ -140,6 +221,9 @@ class WeightStage:
 
     def accord_swap(self) -> None:
         self._accord_shadow.swap()
+
+    def accord_wrong(self) -> list[str]:
+        return self._accord_shadow.wrong()
 
 
 def addresses_are_fixed() -> bool:
@@ -198,13 +282,18 @@ def _tensors(pairs: Modules) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         )
         for mine, staged in holders:
             for name, tensor in mine.items():
-                if not isinstance(tensor, torch.Tensor) or name == "kv_cache":
+                if not _is_weight(name, tensor):
                     continue
                 if (id(tensor) in seen) != (id(staged[name]) in seen):
                     raise Fatal(f"vLLM shares {name!r} in one set of weights, not in the other")
                 if id(tensor) not in seen:
                     seen |= {id(tensor), id(staged[name])}
                     yield tensor, staged[name]
+
+
+def _is_weight(name: str, held: Any) -> bool:
+    """Whether what a module holds under `name` belongs to its weights; the cache does not."""
+    return isinstance(held, torch.Tensor) and name != "kv_cache"
 
 
 def _shared_parameters(model: torch.nn.Module) -> set[int]:

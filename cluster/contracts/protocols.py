@@ -53,6 +53,14 @@ class Engine(Protocol):
         """Put the staged weights in force, between two steps; takes no longer than a step."""
         ...
 
+    def prove(self) -> None:
+        """Raise WeightMismatch unless the next step computes with exactly what was staged last.
+
+        Called after ``swap`` from another thread, while the engine steps. It looks at the tensors
+        in force, however fused or packed, not at what ``swap`` says it did.
+        """
+        ...
+
     def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         """Log-probabilities of token_ids[1:] at temperature 1 under the current weights."""
         ...

@@ -196,7 +196,8 @@ class TensorEntry:
 class Canary:
     """A fixed sequence and the learner's log-probabilities of tokens[1:], at temperature 1.
 
-    The engine computes the same after the swap; a difference over ``tolerance`` is a failed update.
+    The engine computes the same after the swap. ``tolerance`` (nats) is the most by which the two
+    may ever differ; an engine that has shown less noise is held to less.
     """
 
     token_ids: tuple[int, ...]
@@ -228,6 +229,7 @@ class SwapReport:
     verify_s: float
     stage_s: float  # loading and packing, beside generation
     pause_s: float  # how long generation stood still
+    prove_s: float  # comparing the weights in force with the published ones, beside generation
     canary_logp_diff: float
 
 

@@ -55,6 +55,7 @@ class Timeline:
             fetch_s=report.fetch_s,
             verify_s=report.verify_s,
             stage_s=report.stage_s,
+            prove_s=report.prove_s,
         )
 
     def write(self, path: Path) -> None:

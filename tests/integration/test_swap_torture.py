@@ -79,6 +79,31 @@ def test_every_parameter_reaches_the_engine(measured: dict[str, Any], way: str, 
     assert {name: off for name, (_, off) in got.items() if off > EXACT} == {}
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_swap_that_does_not_do_its_work_is_caught(measured: dict[str, Any], dtype: str) -> None:
+    """At lr 1e-7, where the canary cannot tell the versions apart."""
+    got = measured["recompute"]["undone"] if dtype == "float32" else measured["undone_bfloat16"]
+    assert got["good"] == ["accepted"] * 7
+    for fault in ("nothing", "there and back", "no kernels", "kernels only", "one kernel not"):
+        assert got[fault].startswith("WeightMismatch: vllm"), fault
+        assert "of the tensors it computes with are not of that version" in got[fault]
+    assert got["first half"].startswith("WeightMismatch")
+    assert max(got["old check"]) < {"float32": 1e-3, "bfloat16": 0.5}[dtype]
+
+
+def test_a_copy_over_fixed_addresses_that_copies_nothing_is_caught(
+    measured: dict[str, Any],
+) -> None:
+    first, undone, last = measured["fixed"]["undone"]
+    assert (first, last) == ("accepted", "accepted")
+    assert undone.startswith("WeightMismatch")
+
+
+def test_packed_kernels_hold_the_published_numbers_bit_for_bit(measured: dict[str, Any]) -> None:
+    held, wanted = measured["recompute"]["read_out"]
+    assert held == wanted
+
+
 def test_fixed_addresses_stay_fixed(measured: dict[str, Any]) -> None:
     assert measured["fixed"]["moved"] == []
 

@@ -213,7 +213,9 @@ class WeightsConfig(Section):
     canary_tolerance: float | None = Field(
         None,
         gt=0,
-        description="Largest |Δlogp| of the canary; None: 1e-3 in float32, 0.5 in bfloat16.",
+        description="Most by which engine and learner may differ over the canary, nats: the "
+        "largest difference in float32, the median in bfloat16. None: 1e-3 in float32, 0.5 in "
+        "bfloat16. An engine that has shown less noise is held to 20 times its noise.",
     )
     timeout_s: float = Field(
         120, gt=0, description="A worker not on the new weights by then is replaced."

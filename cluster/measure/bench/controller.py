@@ -105,6 +105,7 @@ class _Worker:
             verify_s=0.0,
             stage_s=0.0,
             pause_s=0.0,
+            prove_s=0.0,
             canary_logp_diff=0.0,
         )
 

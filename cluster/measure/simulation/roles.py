@@ -160,6 +160,7 @@ class SimulatedWorker:
             verify_s=0.0,
             stage_s=0.0,
             pause_s=pause_s,
+            prove_s=0.0,
             canary_logp_diff=0.0,
         )
 

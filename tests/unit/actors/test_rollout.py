@@ -58,6 +58,9 @@ class ScriptedEngine:
         self.break_step = ""
         self.break_stage = ""
         self.break_swap = ""
+        self.break_proof = ""
+        self.proof_gate = threading.Event()
+        self.proof_gate.set()
         self.stage_gate = threading.Event()
         self.stage_gate.set()
         self.staging_thread = 0
@@ -108,6 +111,12 @@ class ScriptedEngine:
         assert self.staged[0] == version
         self.version = version
         self.log.append(f"swap {version} {self.staged[1]}")
+
+    def prove(self) -> None:
+        assert threading.get_ident() not in self.threads  # generation goes on meanwhile
+        assert self.proof_gate.wait(WAIT_S)
+        if self.break_proof:
+            raise WeightMismatch(self.break_proof)
 
     def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
         self.log.append("canary")
@@ -370,6 +379,47 @@ def test_a_failure_in_the_swap_makes_the_worker_unfit(bench: Bench) -> None:
         bench.load(1)
     with pytest.raises(RuntimeError, match="half-way"):
         bench.worker.harvest(WAIT_S)
+
+
+def test_nothing_leaves_the_worker_between_a_swap_and_its_proof(bench: Bench) -> None:
+    bench.load(0)
+    bench.engine.proof_gate.clear()
+    loading = threading.Thread(target=bench.load, args=(1,))
+    loading.start()
+    wait_until(lambda: bench.engine.version == 1)
+    bench.worker.submit([work(0)])
+    wait_until(lambda: bool(bench.worker._finished))
+    assert bench.worker.harvest(0.05).groups == ()
+    bench.engine.proof_gate.set()
+    loading.join(WAIT_S)
+    (meta,), _ = bench.harvest_all(1)
+    assert (meta.version_min, meta.version_max) == (1, 1)
+
+
+def test_a_failed_proof_makes_the_worker_unfit_and_nothing_leaves_it(bench: Bench) -> None:
+    bench.load(0)
+    bench.engine.proof_gate.clear()
+    bench.engine.break_proof = "3 tensors are not of that version"
+    caught: list[BaseException] = []
+
+    def load() -> None:
+        try:
+            bench.load(1)
+        except WeightMismatch as problem:
+            caught.append(problem)
+
+    loading = threading.Thread(target=load)
+    loading.start()
+    wait_until(lambda: bench.engine.version == 1)
+    bench.worker.submit([work(0)])
+    wait_until(lambda: bool(bench.worker._finished))
+    bench.engine.proof_gate.set()
+    loading.join(WAIT_S)
+    assert "3 tensors" in str(caught[0])
+    with pytest.raises(WeightMismatch, match="3 tensors"):
+        bench.worker.harvest(0.2)
+    with pytest.raises(WeightMismatch, match="3 tensors"):
+        bench.worker.submit([work(1)])
 
 
 def test_an_update_for_another_model_is_refused_untouched(bench: Bench) -> None:

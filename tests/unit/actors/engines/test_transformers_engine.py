@@ -222,6 +222,69 @@ def test_an_update_that_does_not_fit_changes_nothing(model: Any, tmp_path: Path)
     assert made.version == -1
 
 
+@torch.no_grad()
+def optimiser_step(model: Any, lr: float, seed: int) -> None:
+    """What AdamW does at its first step: each number moves by lr, up or down."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=generator).sign() * lr)
+
+
+def published(model: Any, dtype: str) -> dict[str, Any]:
+    """As the learner publishes in `dtype`: float32 masters, rounded once."""
+    wanted = getattr(torch, dtype)
+    found = {name: p.detach().to(wanted).clone() for name, p in model.named_parameters()}
+    if dtype == "bfloat16":
+        return {name: tensor.view(torch.uint16).numpy() for name, tensor in found.items()}
+    return {name: tensor.numpy() for name, tensor in found.items()}
+
+
+def _nothing(self: TransformersEngine, version: int) -> None:
+    self.version, self._staged = version, None
+
+
+def _half(self: TransformersEngine, version: int) -> None:
+    for name in list(self._parameters)[::2]:
+        held, staged = self._parameters[name], self._second[name]
+        held.data, staged.data = staged.data, held.data
+    _nothing(self, version)
+
+
+def _there_and_back(self: TransformersEngine, version: int) -> None:
+    for _ in range(2):
+        self._staged = version
+        TransformersEngine.swap(self, version)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sabotage", [_nothing, _half, _there_and_back])
+def test_a_swap_that_does_not_do_its_work_is_caught(
+    model: Any, tmp_path: Path, dtype: str, sabotage: Any
+) -> None:
+    """At a learning rate of 1e-7, where no log-probability moves measurably."""
+    made = engine(tmp_path, dtype=dtype)
+    load(made, published(model, dtype), 0)
+    made.prove()
+    optimiser_step(model, 1e-7, 3)
+    made.stage(published(model, dtype), 1)
+    sabotage(made, 1)
+    with pytest.raises(WeightMismatch, match="was to serve version 1, but"):
+        made.prove()
+    optimiser_step(model, 1e-7, 4)
+    load(made, published(model, dtype), 2)
+    made.prove()
+
+
+def test_tensors_of_a_device_transport_are_proven_as_arrays_are(model: Any, tmp_path: Path) -> None:
+    made = engine(tmp_path)
+    disturb(model, 9)
+    load(made, {name: p.detach() for name, p in model.named_parameters()}, 0)
+    made.prove()
+    made._parameters["model.norm.weight"].data[0] += 1e-6
+    with pytest.raises(WeightMismatch, match=r"1 of the tensors .*: model.norm.weight"):
+        made.prove()
+
+
 def test_seeds_prompts_and_aborts(model: Any, tmp_path: Path) -> None:
     made = engine(tmp_path)
     answers = []

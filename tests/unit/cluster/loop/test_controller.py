@@ -144,6 +144,7 @@ class FakeWorker:
             verify_s=0,
             stage_s=0,
             pause_s=0.001,
+            prove_s=0.0,
             canary_logp_diff=1e-6,
         )
 

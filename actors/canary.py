@@ -1,0 +1,89 @@
+"""Whether an engine computes what the learner computes, over one fixed sequence of tokens.
+
+The proof of a swap (`Engine.prove`) says which weights are in force. The canary says that the
+engine makes the right numbers of them: its kernels, its model code, its cache.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from cluster.contracts.errors import Fatal, WeightMismatch
+from cluster.contracts.records import Canary
+
+# An engine's rounding noise, nats: below this a limit would be about luck. Measured against the
+# learner: 5e-6 in float32 (largest of 31 tokens), 4e-3 to 5e-2 in bfloat16 (median).
+_FLOOR = {"float32": 1e-4, "bfloat16": 5e-2}
+_NOISE_FACTOR = 20.0  # how far over the noise measured so far a difference may lie
+_MEASURABLE = 4.0  # two canaries differ measurably when this many times the noise lies between
+
+
+@dataclass(slots=True)
+class CanaryCheck:
+    """Compares one worker's canaries, in order; remembers its noise and the last canary."""
+
+    _noise: float | None = None  # largest accepted distance so far
+    _last: Canary | None = None
+
+    def compare(self, canary: Canary, got: Sequence[float], version: int, dtype: str) -> float:
+        """Distance in nats between engine and learner, see `distance`. dtype: the engine's.
+
+        The limit is 20 times the largest distance accepted before, at least the floor of the dtype
+        and at most `canary.tolerance`. Where the new canary and the one before differ by 4 times
+        the noise, the engine's answer must be nearer to the new one.
+        Raises Fatal for a number that is not finite, WeightMismatch for the rest.
+        """
+        if len(got) != len(canary.logprobs):
+            raise WeightMismatch(
+                f"version {version}: canary of {len(canary.logprobs)} log-probabilities, "
+                f"got {len(got)}"
+            )
+        if not all(map(math.isfinite, got)):
+            raise Fatal(
+                f"version {version}: the engine computes a log-probability that is not finite"
+            )
+        found = distance(got, canary.logprobs, dtype)
+        limit = self._limit(canary.tolerance, dtype)
+        if not found <= limit:
+            raise WeightMismatch(
+                f"version {version}: the engine's log-probabilities of the canary differ from the "
+                f"learner's by {found:.3g} (limit {limit:.3g}): it does not compute what the "
+                "published weights give"
+            )
+        self._require_nearer(canary, got, version)
+        self._noise = max(found, self._noise or 0.0)
+        self._last = canary
+        return found
+
+    def _limit(self, tolerance: float, dtype: str) -> float:
+        if self._noise is None:
+            return tolerance
+        return min(tolerance, max(_NOISE_FACTOR * self._noise, _FLOOR.get(dtype, tolerance)))
+
+    def _require_nearer(self, canary: Canary, got: Sequence[float], version: int) -> None:
+        last = self._last
+        if last is None or last.token_ids != canary.token_ids or self._noise is None:
+            return
+        # Means, not medians: a step may move a few tokens of the sequence only.
+        moved = _mean_distance(canary.logprobs, last.logprobs)
+        to_new, to_last = (_mean_distance(got, c.logprobs) for c in (canary, last))
+        if moved > _MEASURABLE * self._noise and not to_new < to_last:
+            raise WeightMismatch(
+                f"version {version}: the engine's canary is nearer to the version before "
+                f"({to_last:.3g}) than to this one ({to_new:.3g}), and the two are {moved:.3g} "
+                "apart: it still computes with the old weights"
+            )
+
+
+def distance(got: Sequence[float], wanted: Sequence[float], dtype: str) -> float:
+    """The largest |difference| in float32; the median in bfloat16, where a single improbable token
+    can be off by more than 0.5 in a large and healthy model."""
+    every = [abs(a - b) for a, b in zip(got, wanted, strict=True)]
+    return statistics.median(every) if dtype == "bfloat16" else max(every)
+
+
+def _mean_distance(a: Sequence[float], b: Sequence[float]) -> float:
+    return statistics.fmean(abs(x - y) for x, y in zip(a, b, strict=True))
