@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner.algorithms.token_sets import TokenSets
+
 
 def _scaled(logits: Tensor, temperature: float) -> Tensor:
     """Logits at a temperature, in float32 at least: bfloat16 cannot resolve small ratios."""
@@ -49,6 +51,7 @@ def chunked_linear_logprobs(
     entropy: bool = True,
     keep: bool = False,
     reduced: bool = False,
+    sets: TokenSets | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(log-probabilities [N], entropies [N]) of a linear head, never holding [N, V] logits.
 
@@ -61,6 +64,7 @@ def chunked_linear_logprobs(
     keep: hold the [N, V] probabilities for backward after all, which spares it the head.
     reduced: products as mixed precision has them: those of backward take bfloat16 operands, and on
         a GPU so does the forward one. They are summed up in float32, and logits stay float32.
+    sets: normalise each row over the tokens it was sampled from, instead of the whole vocabulary.
     Raises ValueError for a temperature or chunk that is not positive, or shapes that do not fit.
     """
     if temperature <= 0 or chunk <= 0:
@@ -82,6 +86,7 @@ def chunked_linear_logprobs(
         # Inside a Function's forward nothing records, whoever called it.
         keep=keep and torch.is_grad_enabled(),
         reduced=reduced,
+        sets=sets,
     )
     logp, spread = _ChunkedHead.apply(hidden, weight, bias, labels, how)
     return logp, spread
@@ -89,7 +94,7 @@ def chunked_linear_logprobs(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _How:
-    """The arguments of `chunked_linear_logprobs` that are no tensors."""
+    """The arguments of `chunked_linear_logprobs` that get no gradient, but the labels."""
 
     temperature: float
     chunk: int
@@ -97,6 +102,7 @@ class _How:
     entropy_gradient: bool
     keep: bool
     reduced: bool
+    sets: TokenSets | None
 
     def chunks(self, rows: int) -> list[slice]:
         return [slice(start, start + self.chunk) for start in range(0, rows, self.chunk)]
@@ -117,13 +123,13 @@ class _ChunkedHead(torch.autograd.Function):
         entropy = torch.zeros_like(logp)
         kept = []
         for rows in how.chunks(hidden.shape[0]):
-            every = head.logits(hidden[rows]).log_softmax(dim=-1)
+            every = head.logits(hidden, rows).log_softmax(dim=-1)
             logp[rows] = every.gather(-1, labels[rows, None]).squeeze(-1)
             if not (how.entropy or how.keep):
                 continue
             chances = every.exp()
             if how.entropy:
-                if bias is not None:  # which may forbid tokens; 0 * -inf is no number
+                if bias is not None or how.sets is not None:  # forbidden: 0 * -inf is no number
                     every.masked_fill_(every == -torch.inf, 0.0)
                 entropy[rows] = every.mul_(chances).sum(dim=-1).neg_()
             if how.keep:
@@ -149,7 +155,7 @@ class _ChunkedHead(torch.autograd.Function):
         d_weight = torch.zeros_like(head.weight) if need_weight else None
         d_bias = torch.zeros_like(head.weight[:, 0]) if need_bias else None
         for index, rows in enumerate(how.chunks(hidden.shape[0])):
-            chances = kept[index] if kept else head.logits(hidden[rows]).softmax(dim=-1)
+            chances = kept[index] if kept else head.logits(hidden, rows).softmax(dim=-1)
             up = (grad_logp[rows] / how.temperature)[:, None]
             d_logits = chances * -up.to(chances.dtype)
             # 1 - p without its cancellation, also where p was kept in fewer bits.
@@ -183,6 +189,7 @@ class _Head:
         self.weight = weight.detach().to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self.temperature = how.temperature
+        self._sets = how.sets
         self._reduced = how.reduced and self.dtype == torch.float32
         # torch multiplies bfloat16 into float32 on CUDA only.
         self._wide_results = weight.device.type == "cuda"
@@ -191,15 +198,19 @@ class _Head:
     def _exact(self) -> torch.autocast:
         return torch.autocast(self.weight.device.type, enabled=False)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[n, V] logits of [n, H] hidden states, divided by the temperature; fresh memory."""
+    def logits(self, hidden: Tensor, rows: slice) -> Tensor:
+        """[n, V] logits of the n rows of [N, H] hidden states, divided by the temperature; -inf
+        where a token could not be sampled. Fresh memory."""
+        hidden = hidden[rows]
         with self._exact():
             if self._reduced and self._wide_results:
                 logits = self._times(hidden.bfloat16(), self._short_weight().T)
                 logits = logits if self.bias is None else logits.add_(self.bias)
             else:
                 logits = torch.nn.functional.linear(hidden.to(self.dtype), self.weight, self.bias)
-        return logits if self.temperature == 1.0 else logits.div_(self.temperature)
+        if self.temperature != 1.0:
+            logits.div_(self.temperature)
+        return logits if self._sets is None else self._sets.forbid(logits, rows)
 
     def times_weight(self, d_logits: Tensor) -> Tensor:
         """[n, H] gradient of the hidden states."""

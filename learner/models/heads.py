@@ -19,6 +19,7 @@ from learner.algorithms.logprobs import (
     logprobs_from_logits,
 )
 from learner.algorithms.masked import last_valid_index
+from learner.algorithms.token_sets import TokenSets
 from learner.compute.microbatches import PaddedRows, position_ids
 from learner.models.packed_attention import Spans, run_trunk
 
@@ -88,11 +89,13 @@ class LmHead:
         entropy: bool = False,
         entropy_gradient: bool = False,
         reduced: bool = False,
+        sets: TokenSets | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """([N] log-probabilities of `labels` at `temperature`, [N] entropies or None).
 
         hidden: [N, H]; labels: [N] int64. Entropies carry a gradient only with `entropy_gradient`.
         reduced: see `chunked_linear_logprobs`; a capped head ignores it.
+        sets: what each label was sampled from, where that is not the whole vocabulary.
         """
         if self.softcap is None:
             rows, vocabulary = hidden.shape[0], self.weight.shape[0]
@@ -108,9 +111,13 @@ class LmHead:
                 entropy=entropy,
                 keep=rows * vocabulary <= _KEPT[kind],
                 reduced=reduced,
+                sets=sets,
             )
             return logp, spread if entropy else None
         logits = self.logits(hidden)
+        if sets is not None:
+            forbidden = sets.forbidden(slice(None), logits.shape[-1])
+            logits = logits.masked_fill(forbidden, -torch.inf)
         logp = logprobs_from_logits(logits, labels, temperature)
         if not entropy:
             return logp, None
