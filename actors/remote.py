@@ -19,9 +19,10 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
+from actors.decoding import make_decoder
 from actors.environment import EngineKind, choose_engine, make_engine, prepare_environment
 from actors.settings import EngineSettings, derive_seed
-from cluster.contracts.errors import AccordError, Fatal, Retryable, UserError
+from cluster.contracts.errors import AccordError, Fatal, Retryable
 from cluster.contracts.protocols import Scorer
 from cluster.contracts.records import (
     Assignment,
@@ -127,30 +128,6 @@ class RolloutActor:
 
 def worker_name(index: int) -> str:
     return f"worker-{index}"
-
-
-def make_decoder(settings: EngineSettings) -> Callable[[Sequence[Sequence[int]]], list[str]]:
-    """Token ids -> texts for reward functions and people, special tokens left out."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            settings.model_path,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    except (OSError, ValueError) as problem:
-        raise UserError(
-            f"cannot load the tokenizer: {problem}",
-            where=settings.model_path,
-            fix="keep the tokenizer's files beside the model's",
-        ) from None
-
-    def decode(answers: Sequence[Sequence[int]]) -> list[str]:
-        texts = tokenizer.batch_decode([list(ids) for ids in answers], skip_special_tokens=True)
-        return [str(text) for text in texts]
-
-    return decode
 
 
 class RayRolloutWorker:

@@ -13,7 +13,12 @@ from cluster.contracts.config.rollout import RolloutConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
-    """One engine. ``max_model_len`` is the longest prompt plus ``max_tokens``."""
+    """One engine. ``max_model_len`` is the longest prompt plus ``max_tokens``.
+
+    ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and empty ``allowed_tokens``: no limit (see
+    ``actors.engines.token_limits``). ``record_token_sets``: completions say what they were sampled
+    from, as the learner needs it; nobody else does. ``stop``: strings that end a completion.
+    """
 
     model_path: str
     dtype: str = "float32"
@@ -21,6 +26,13 @@ class EngineSettings:
     max_tokens: int
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...]
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    allowed_tokens: tuple[int, ...] = ()
+    banned_tokens: tuple[int, ...] = ()
+    record_token_sets: bool = True
+    stop: tuple[str, ...] = ()
     max_running: int = 64
     kv_cache_mb: int = 64
     block_size: int = 32
@@ -31,6 +43,13 @@ class EngineSettings:
     gpu_memory_fraction: float = 0.45
     trust_remote_code: bool = False
     revision: str | None = None
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether anything but the temperature shapes what can be sampled."""
+        varies = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        early = self.min_tokens > 0 and bool(self.stop_token_ids)
+        return bool(varies or early or self.allowed_tokens or self.banned_tokens)
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -60,6 +79,12 @@ def engine_settings(
         max_tokens=rollout.max_tokens,
         min_tokens=rollout.min_tokens,
         stop_token_ids=stop_ids,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        min_p=rollout.min_p,
+        allowed_tokens=rollout.allowed_tokens,
+        banned_tokens=rollout.banned_tokens,
+        stop=rollout.stop,
         max_running=rollout.max_running,
         kv_cache_mb=rollout.kv_cache_mb,
         block_size=rollout.block_size,

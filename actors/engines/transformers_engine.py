@@ -13,14 +13,21 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
 
+from actors.decoding import StopStrings, make_text
 from actors.engines.host_tensors import check_prompt, check_update, published_tensors, to_tensor
 from actors.engines.proof import differing, fingerprint, require_none_wrong
+from actors.engines.token_limits import Kept, TokenLimits
 from actors.settings import EngineSettings
 from cluster.contracts.errors import Fatal, Retryable
-from cluster.contracts.records import Completion, VersionSpan
+from cluster.contracts.records import Completion, FinishReason, VersionSpan
 from cluster.machine.torch_state import prepare_torch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def _no_text(ids: Sequence[int]) -> str:
+    """Without stop strings nobody asks for a text, and no tokenizer is needed."""
+    return ""
 
 
 @dataclass(slots=True)
@@ -31,6 +38,7 @@ class _Row:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     starts: list[tuple[int, int]] = field(default_factory=list)  # (version, first token)
+    kept: list[Kept] = field(default_factory=list)  # ids each token was sampled from
 
 
 class TransformersEngine:
@@ -60,6 +68,8 @@ class TransformersEngine:
         self._staged: int | None = None
         self._expected: dict[str, str] = {}  # digests of the update that was staged last
         self._vocab = int(self._model.get_input_embeddings().weight.shape[0])
+        self._limits = TokenLimits(settings, self._vocab)
+        self._stops = StopStrings(settings.stop, make_text(settings) if settings.stop else _no_text)
         self._generator = torch.Generator().manual_seed(settings.seed)
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
@@ -99,15 +109,19 @@ class TransformersEngine:
         if not self._rows:
             return []
         logits = self._forward() / self._settings.temperature
-        self._forbid_early_ends(logits)
+        kept = None
+        if self._limits.any:
+            kept = self._limits.apply(logits, [len(row.tokens) for row in self._rows])
         logprobs = torch.log_softmax(logits, dim=-1)
         if not bool(torch.isfinite(logprobs.amax(dim=-1)).all()):
             raise Fatal(f"{self.name} computed a probability that is not finite")
         done = []
-        for row, distribution in zip(self._rows, logprobs, strict=True):
+        for place, (row, distribution) in enumerate(zip(self._rows, logprobs, strict=True)):
             self._sample(row, distribution)
+            if kept is not None:
+                row.kept.append(kept[place])
             if reason := self._finish_reason(row):
-                done.append((row, _completion(row, reason)))
+                done.append((row, self._completion(row, reason)))
         if done:
             ended = {id(row) for row, _ in done}
             self._keep([i for i, row in enumerate(self._rows) if id(row) not in ended])
@@ -143,13 +157,6 @@ class TransformersEngine:
             mask[i, longest - len(sequence) :] = 1
         return ids.to(self._device), mask.to(self._device)
 
-    def _forbid_early_ends(self, logits: torch.Tensor) -> None:
-        """In place, [rows, vocabulary]: no stop token before ``min_tokens``."""
-        least, stops = self._settings.min_tokens, list(self._settings.stop_token_ids)
-        early = [i for i, row in enumerate(self._rows) if len(row.tokens) < least]
-        if early and stops:
-            logits[torch.tensor(early)[:, None], torch.tensor(stops)] = -torch.inf
-
     def _sample(self, row: _Row, logprobs: torch.Tensor) -> None:
         token = int(torch.multinomial(logprobs.exp(), 1, generator=row.generator))
         if not row.starts or row.starts[-1][0] != self.version:
@@ -157,8 +164,23 @@ class TransformersEngine:
         row.tokens.append(token)
         row.logprobs.append(float(logprobs[token]))
 
-    def _finish_reason(self, row: _Row) -> Any:
+    def _completion(self, row: _Row, reason: FinishReason) -> Completion:
+        ends = [start for _, start in row.starts[1:]] + [len(row.tokens)]
+        return Completion(
+            token_ids=array("i", row.tokens),
+            logprobs=array("f", row.logprobs),
+            versions=tuple(
+                VersionSpan(version=version, start=start, end=end)
+                for (version, start), end in zip(row.starts, ends, strict=True)
+            ),
+            finish_reason=reason,
+            sampled_from=self._limits.sets(len(row.tokens), row.kept),
+        )
+
+    def _finish_reason(self, row: _Row) -> FinishReason | None:
         if row.tokens[-1] in self._settings.stop_token_ids:
+            return "stop"
+        if len(row.tokens) > self._settings.min_tokens and self._stops.ends(row.tokens):
             return "stop"
         return "length" if len(row.tokens) >= self._settings.max_tokens else None
 
@@ -229,16 +251,3 @@ class TransformersEngine:
         ids = torch.tensor([list(token_ids)], device=self._device)
         logprobs = torch.log_softmax(self._model(input_ids=ids).logits[0, :-1].float(), dim=-1)
         return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()
-
-
-def _completion(row: _Row, reason: Any) -> Completion:
-    ends = [start for _, start in row.starts[1:]] + [len(row.tokens)]
-    return Completion(
-        token_ids=array("i", row.tokens),
-        logprobs=array("f", row.logprobs),
-        versions=tuple(
-            VersionSpan(version=version, start=start, end=end)
-            for (version, start), end in zip(row.starts, ends, strict=True)
-        ),
-        finish_reason=reason,
-    )

@@ -31,6 +31,8 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.engines.host_tensors import check_prompt, check_update, parameter_shapes
 from actors.engines.proof import require_none_wrong
+from actors.engines.token_limits import Kept, TokenLimits
+from actors.engines.vllm_limits import limit_args, request_args
 from actors.engines.vllm_weights import WeightStage
 from actors.settings import EngineSettings
 from cluster.contracts.errors import Fatal, Retryable, UserError
@@ -64,12 +66,14 @@ def _engine_args(settings: EngineSettings) -> EngineArgs:
         max_num_seqs=settings.max_running + 1,  # one seat is kept for the canary
         block_size=settings.block_size,
         enable_prefix_caching=True,
-        skip_tokenizer_init=True,  # token ids in, token ids out
+        # Token ids in, token ids out; without a tokenizer vLLM would ignore stop strings.
+        skip_tokenizer_init=not settings.stop,
         generation_config="vllm",  # no sampling defaults out of the model's directory
         logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
         async_scheduling=False,  # a token in flight at a swap would carry the wrong version
         disable_log_stats=True,
         worker_extension_cls=f"{WeightStage.__module__}.{WeightStage.__name__}",
+        **limit_args(settings),
         **_platform_args(settings),
     )
 
@@ -94,6 +98,7 @@ class VllmEngine:
         self._staged: int | None = None
         self._held: Mapping[str, Any] | None = None  # an update that only the swap can hand over
         self._vocab = self._llm.model_config.get_vocab_size()
+        self._limits = TokenLimits(settings, self._vocab)
         # Older releases do not say which weights sampled a token: then we count ourselves.
         self._native_versions = hasattr(self._llm, "set_weight_version") and (
             "weight_versions" in CompletionOutput.__dataclass_fields__
@@ -154,11 +159,11 @@ class VllmEngine:
         self._llm.add_request(
             request_id,
             {"prompt_token_ids": list(prompt), "cache_salt": str(self.version)},
-            self._sampling(seed),
+            self._sampling(request_id, seed),
         )
         self._running[request_id] = (prompt, seed)
 
-    def _sampling(self, seed: int | None) -> SamplingParams:
+    def _sampling(self, request_id: str, seed: int | None) -> SamplingParams:
         settings = self._settings
         kind = RequestOutputKind.FINAL_ONLY
         if not self._native_versions:
@@ -172,8 +177,10 @@ class VllmEngine:
             seed=seed,
             logprobs=0,
             flat_logprobs=True,
-            detokenize=False,
+            stop=list(settings.stop),
+            detokenize=bool(settings.stop),
             output_kind=kind,
+            extra_args=request_args(request_id) if self._limits.any else None,
         )
 
     def _advance(self, probe: str | None = None) -> list[tuple[str, Completion]]:
@@ -197,6 +204,7 @@ class VllmEngine:
 
     def _forget(self, request_id: str) -> None:
         del self._running[request_id]
+        self._kept(request_id)
         self._own_starts.pop(request_id, None)
         self._own_counts.pop(request_id, None)
 
@@ -214,7 +222,15 @@ class VllmEngine:
             logprobs=array("f", sampled.logprobs.logprobs),
             versions=self._versions(request_id, sampled),
             finish_reason=sampled.finish_reason,
+            sampled_from=self._limits.sets(len(sampled.token_ids), self._kept(request_id)),
         )
+
+    def _kept(self, request_id: str) -> list[Kept]:
+        """The ids each token of the request was sampled from, where these vary; forgotten then."""
+        if not self._limits.vary:
+            return []
+        kept: list[Kept] = self._llm.collective_rpc("accord_kept", args=(request_id,))[0]
+        return kept
 
     def _versions(self, request_id: str, sampled: CompletionOutput) -> tuple[VersionSpan, ...]:
         if self._native_versions:

@@ -32,6 +32,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from actors.engines.host_tensors import to_tensor
 from actors.engines.proof import differing, fingerprint, number_sum
+from actors.engines.token_limits import Kept
+from actors.engines.vllm_limits import LimitsProcessor
 from cluster.contracts.errors import Fatal
 
 log = logging.getLogger("accord.engine")
@@ -221,6 +223,13 @@ class WeightStage:
 
     def accord_swap(self) -> None:
         self._accord_shadow.swap()
+
+    def accord_kept(self, request_id: str) -> list[Kept]:
+        """Hands out what the sampler noted of a request, and forgets it."""
+        for processor in self.model_runner.input_batch.logitsprocs.all:
+            if isinstance(processor, LimitsProcessor):
+                return processor.kept.pop(request_id, [])
+        return []
 
     def accord_wrong(self) -> list[str]:
         return self._accord_shadow.wrong()

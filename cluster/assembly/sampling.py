@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from actors.settings import engine_settings
@@ -103,8 +103,11 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
 
     stop_ids = stop_token_ids(job.model.path, load_tokenizer(job.model))
     spec = WorkerSpec(
-        engine=engine_settings(
-            job.model, job.rollout, stop_ids, job.max_prompt_tokens, context_length(job.model)
+        engine=replace(
+            engine_settings(
+                job.model, job.rollout, stop_ids, job.max_prompt_tokens, context_length(job.model)
+            ),
+            record_token_sets=False,  # only a learner asks what a token was sampled from
         ),
         kind=job.rollout.engine,
         seed=job.seed,

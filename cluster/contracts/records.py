@@ -13,6 +13,7 @@ import math
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal
 
 from cluster.contracts.metrics import Metric
@@ -51,19 +52,52 @@ def _compact(code: str, numbers: Sequence[Any]) -> array[Any]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenSets:
+    """From which part of the vocabulary the tokens of a completion were sampled, run by run.
+
+    Run i covers tokens [``ends[i - 1]``, ``ends[i]``). Its ids are the next |``counts[i]``| of
+    ``ids``: with a positive count only these could be sampled, with a negative one all but these,
+    with 0 all. All three are kept as arrays of int32.
+    """
+
+    ends: Sequence[int]
+    counts: Sequence[int]
+    ids: Sequence[int]
+
+    def __post_init__(self) -> None:
+        for name in ("ends", "counts", "ids"):
+            object.__setattr__(self, name, _compact("i", getattr(self, name)))
+        if len(self.ends) != len(self.counts):
+            raise ValueError(f"{len(self.ends)} runs of tokens but {len(self.counts)} sets")
+        if any(end <= start for start, end in pairwise((0, *self.ends))):
+            raise ValueError(f"runs of tokens end at {list(self.ends)}, not one after the other")
+        if sum(map(abs, self.counts)) != len(self.ids):
+            raise ValueError(f"the sets count {sum(map(abs, self.counts))} ids of {len(self.ids)}")
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens the runs cover."""
+        return self.ends[-1] if len(self.ends) else 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """What the engine sampled. ``token_ids`` has the end token if ``finish_reason`` is "stop".
+    """What the engine sampled. With ``finish_reason`` "stop", ``token_ids`` has the end token, or
+    those of the stop string, as its last.
 
     ``logprobs[i]`` is the natural-log probability of ``token_ids[i]`` under the distribution really
     sampled from (after temperature). ``versions`` covers every token exactly once, in order.
-    Both are kept as arrays of 4-byte numbers (int32, float32), whatever sequence they are given as:
-    no Python object per token is held or sent, and ``numpy.frombuffer`` reads them in place.
+    ``sampled_from``: the part of the vocabulary they are probabilities over; None: all of it.
+    Tokens and log-probabilities are kept as arrays of 4-byte numbers (int32, float32), whatever
+    sequence they are given as: no Python object per token is held or sent, and
+    ``numpy.frombuffer`` reads them in place.
     """
 
     token_ids: Sequence[int]
     logprobs: Sequence[float]
     versions: tuple[VersionSpan, ...]
     finish_reason: FinishReason
+    sampled_from: TokenSets | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", _compact("i", self.token_ids))
@@ -82,6 +116,8 @@ class Completion:
             covered = span.end
         if covered != n:
             raise ValueError(f"version spans cover {covered} of {n} tokens")
+        if self.sampled_from is not None and self.sampled_from.tokens != n:
+            raise ValueError(f"token sets cover {self.sampled_from.tokens} of {n} tokens")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

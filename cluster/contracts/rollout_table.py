@@ -2,6 +2,9 @@
 
 A row is one sample. Lists of tokens, log-probabilities and versions stay Arrow lists, so no Python
 object is made per token on the way.
+
+set_end, set_count and set_ids are the `TokenSets` of a completion, empty lists where there are
+none. Tables that were written before there were any do not have these columns.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from cluster.contracts.records import (
     Rollout,
     RolloutGroup,
     Score,
+    TokenSets,
     VersionSpan,
 )
 
@@ -34,6 +38,9 @@ SCHEMA = pa.schema(
         ("span_version", pa.list_(pa.int64())),
         ("span_end", pa.list_(pa.int32())),
         ("finish_reason", pa.string()),
+        ("set_end", pa.list_(pa.int32())),
+        ("set_count", pa.list_(pa.int32())),
+        ("set_ids", pa.list_(pa.int32())),
         ("score", pa.float64()),
         ("score_parts", pa.string()),
         ("scorer_version", pa.string()),
@@ -84,6 +91,17 @@ def _completion_columns(done: Sequence[Completion]) -> dict[str, Any]:
         "span_version": [[span.version for span in c.versions] for c in done],
         "span_end": [[span.end for span in c.versions] for c in done],
         "finish_reason": [c.finish_reason for c in done],
+        **_set_columns([c.sampled_from for c in done]),
+    }
+
+
+def _set_columns(sets: Sequence[TokenSets | None]) -> dict[str, Any]:
+    none = TokenSets(ends=(), counts=(), ids=())
+    made = [none if one is None else one for one in sets]
+    return {
+        "set_end": _lists(pa.int32(), [one.ends for one in made]),
+        "set_count": _lists(pa.int32(), [one.counts for one in made]),
+        "set_ids": _lists(pa.int32(), [one.ids for one in made]),
     }
 
 
@@ -129,6 +147,7 @@ def _sample(row: dict[str, Any]) -> tuple[Rollout, Score]:
         logprobs=row["logprobs"],
         versions=spans(row["span_version"], row["span_end"]),
         finish_reason=row["finish_reason"],
+        sampled_from=_sets(row),
     )
     rollout = Rollout(
         prompt=prompt, completion=completion, sample_index=row["sample"], text=row["text"]
@@ -140,6 +159,12 @@ def _sample(row: dict[str, Any]) -> tuple[Rollout, Score]:
         vetoes=tuple(row["vetoes"]),
     )
     return rollout, score
+
+
+def _sets(row: dict[str, Any]) -> TokenSets | None:
+    if not row.get("set_end"):
+        return None
+    return TokenSets(ends=row["set_end"], counts=row["set_count"], ids=row["set_ids"])
 
 
 def spans(versions: Sequence[int], ends: Sequence[int]) -> tuple[VersionSpan, ...]:

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from learner.algorithms.token_sets import TokenSets
 from learner.compute.microbatches import plan_microbatches
 from learner.compute.optimizer import compute_in
 from learner.compute.ranks import SINGLE, Ranks
@@ -31,7 +32,8 @@ class Microbatch:
     input_ids; all 1 in a pack. spans: where the samples of a pack lie, None in a padded one.
     sources: int64 [N] flat positions in input_ids that predict an answer token. labels: int64 [N].
     targets: int64 [N] flat positions of those tokens in [b, width]. ends: int64 [b], flat position
-    of each sample's last token. counts: False for one that is run only because another rank runs
+    of each sample's last token. sets: what each label was sampled from, None where every one was
+    from the whole vocabulary. counts: False for one that is run only because another rank runs
     one meanwhile (see `Ranks.deal`): nothing may come of it.
     """
 
@@ -44,6 +46,7 @@ class Microbatch:
     targets: Tensor
     ends: Tensor
     width: int
+    sets: TokenSets | None = None
     counts: bool = True
 
     def spread(self, flat: Tensor) -> Tensor:
@@ -178,7 +181,8 @@ def make_microbatch(
     ids[real] = _joined(prompts, answers)
     begins = np.arange(len(rows)) * longest
     mask = real.astype(np.int64)
-    return _microbatch(rows, answers, (ids, mask), begins, starts, counts, None, device)
+    padded = _microbatch(rows, answers, (ids, mask), begins, starts, counts, None, device)
+    return replace(padded, sets=_token_sets(batch, rows, device))
 
 
 def make_pack(batch: RolloutBatch, rows: Sequence[int], device: torch.device | str) -> Microbatch:
@@ -190,7 +194,31 @@ def make_pack(batch: RolloutBatch, rows: Sequence[int], device: torch.device | s
     spans = Spans.of(starts + counts, device)
     begins = np.cumsum(starts + counts) - (starts + counts)
     mask = np.ones_like(ids)
-    return _microbatch(rows, answers, (ids, mask), begins, starts, counts, spans, device)
+    packed = _microbatch(rows, answers, (ids, mask), begins, starts, counts, spans, device)
+    return replace(packed, sets=_token_sets(batch, rows, device))
+
+
+def _token_sets(
+    batch: RolloutBatch, rows: Sequence[int], device: torch.device | str
+) -> TokenSets | None:
+    """The sets of the answer tokens of `rows`, in the order of a microbatch's labels."""
+    sampled = batch.sampled_from
+    if sampled is None:
+        return None
+    bounds = batch.response_ids.offsets
+    set_of = np.concatenate([sampled.set_of[bounds[row] : bounds[row + 1]] for row in rows])
+    used, place = np.unique(set_of[set_of >= 0], return_inverse=True)
+    if len(used) == 0:
+        return None
+    set_of[set_of >= 0] = place
+    lengths = sampled.ids.lengths[used]
+    arrays = {
+        "set_of": set_of,
+        "keeps": sampled.counts[used] > 0,
+        "offsets": np.concatenate([[0], lengths.cumsum()]),
+        "ids": np.concatenate([sampled.ids.row(one) for one in used]).astype(np.int64),
+    }
+    return TokenSets(**{name: torch.from_numpy(a).to(device) for name, a in arrays.items()})
 
 
 def _microbatch(
@@ -267,5 +295,6 @@ def _outputs(
         entropy=entropy,
         entropy_gradient=entropy_gradient,
         reduced=compute_dtype == "bfloat16",
+        sets=micro.sets,
     )
     return micro.spread(logp), None if spread is None else micro.spread(spread), hidden

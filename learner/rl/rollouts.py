@@ -41,12 +41,27 @@ class Ragged:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SampledFrom:
+    """The part of the vocabulary each token was sampled from (`records.TokenSets` of all rows).
+
+    set_of: int64, as the tokens of `response_ids`, index of a token's set; -1: the whole
+    vocabulary. counts: int64 [S], positive where a set lists what could be sampled, negative where
+    it lists what could not. ids: int32 ragged, of each set.
+    """
+
+    set_of: Array
+    counts: Array
+    ids: Ragged
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RolloutBatch:
     """One step's samples, B rows ordered by (group, sample).
 
     group_ids: int64 [B]. prompt_ids, response_ids: int32 ragged. behaviour_logp: float32 ragged,
     the engine's, at the sampling temperature. versions: int64 ragged, the policy version each
-    token was sampled from. truncated: bool [B], the answer was cut at the token limit.
+    token was sampled from. sampled_from: None where each token was sampled from the whole
+    vocabulary. truncated: bool [B], the answer was cut at the token limit.
     scores: float64 [B]. parts: unweighted score by scorer, float64 [B]. table: the rows themselves.
     """
 
@@ -55,6 +70,7 @@ class RolloutBatch:
     response_ids: Ragged
     behaviour_logp: Ragged
     versions: Ragged
+    sampled_from: SampledFrom | None
     truncated: Array
     scores: Array
     parts: dict[str, Array]
@@ -86,6 +102,7 @@ def read_batch(
         response_ids=response,
         behaviour_logp=_ragged(table, "logprobs"),
         versions=_token_versions(table, response),
+        sampled_from=_sampled_from(table, response),
         truncated=np.asarray(pc.equal(table.column("finish_reason"), "length")).astype(bool),
         scores=table.column("score").to_numpy(),
         parts=_parts(table),
@@ -142,13 +159,10 @@ def _ragged(table: pa.Table, name: str) -> Ragged:
 def _token_versions(table: pa.Table, response: Ragged) -> Ragged:
     """Run-length coded versions -> one version a token."""
     version, end = _ragged(table, "span_version"), _ragged(table, "span_end")
-    ends = end.values.astype(np.int64)
     covered = np.zeros(len(response.offsets) - 1, dtype=np.int64)
     filled = end.lengths > 0
-    covered[filled] = ends[end.offsets[1:][filled] - 1]
-    counts = np.diff(ends, prepend=0)
-    first = end.offsets[:-1][filled]
-    counts[first] = ends[first]
+    covered[filled] = end.values[end.offsets[1:][filled] - 1]
+    counts = _run_lengths(end)
     if (
         not np.array_equal(version.offsets, end.offsets)
         or not np.array_equal(covered, response.lengths)
@@ -156,6 +170,64 @@ def _token_versions(table: pa.Table, response: Ragged) -> Ragged:
     ):
         raise Fatal("version spans do not cover each token of the rollouts exactly once")
     return Ragged(np.repeat(version.values, counts), response.offsets)
+
+
+def _sampled_from(table: pa.Table, response: Ragged) -> SampledFrom | None:
+    """Run-length coded sets -> one index per token. Raises Fatal where they do not fit the tokens.
+
+    None where there are no sets.
+    """
+    if "set_end" not in table.column_names:  # written before there were any
+        return None
+    end, count, ids = (_ragged(table, name) for name in ("set_end", "set_count", "set_ids"))
+    if len(end.values) == 0:
+        return None
+    counts = count.values.astype(np.int64)
+    sizes = np.abs(counts)
+    runs = _run_lengths(end)
+    row_of_run = np.repeat(np.arange(len(end.lengths)), end.lengths)
+    tokens = np.bincount(row_of_run, runs, len(end.lengths)).astype(np.int64)
+    some = end.lengths > 0
+    if (
+        not np.array_equal(end.offsets, count.offsets)
+        or not np.array_equal(np.bincount(row_of_run, sizes, len(some)), ids.lengths)
+        or not np.array_equal(tokens[some], response.lengths[some])
+        or bool((runs <= 0).any())
+    ):
+        raise Fatal("the sets that tokens were sampled from do not cover each token exactly once")
+    set_of = np.full(len(response.values), -1, dtype=np.int64)
+    covered = np.repeat(some, response.lengths)
+    set_of[covered] = np.repeat(np.where(counts == 0, -1, np.arange(len(counts))), runs)
+    offsets = np.concatenate([[0], sizes.cumsum()])
+    found = SampledFrom(set_of=set_of, counts=counts, ids=Ragged(ids.values, offsets))
+    _check_membership(found, response)
+    return found
+
+
+def _run_lengths(ends: Ragged) -> Array:
+    """Ends of runs that begin at 0 in each row -> int64 length of each run."""
+    found = np.diff(ends.values.astype(np.int64), prepend=0)
+    first = ends.offsets[:-1][ends.lengths > 0]
+    found[first] = ends.values[first]
+    return found
+
+
+def _check_membership(sampled: SampledFrom, response: Ragged) -> None:
+    """Raise Fatal for a token that could not have been sampled: its probability would be 0."""
+    limited = sampled.set_of >= 0
+    sets, tokens = sampled.set_of[limited], response.values[limited]
+    lengths = sampled.ids.lengths[sets]
+    # A pair for each token and each id of its set; a set that is looked at always has one.
+    starts = lengths.cumsum() - lengths
+    place = np.repeat(sampled.ids.offsets[sets] - starts, lengths) + np.arange(lengths.sum())
+    same = sampled.ids.values[place] == np.repeat(tokens, lengths)
+    listed = np.logical_or.reduceat(same, starts) if len(starts) else same
+    wrong = np.flatnonzero(listed != (sampled.counts[sets] > 0))
+    if len(wrong):
+        raise Fatal(
+            f"token {tokens[wrong[0]]} of a rollout is not among those it is said to have been "
+            "sampled from"
+        )
 
 
 def _parts(table: pa.Table) -> dict[str, Array]:

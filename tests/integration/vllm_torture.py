@@ -271,7 +271,9 @@ def shadow_of(engine: Any) -> Any:
 def undone_swaps(engine: Any, model: Any, dtype: str) -> dict[str, Any]:
     """Swaps that do not do their work, at lr 1e-7: what the proof says of each, and of a good one
     after it. "moved": the largest difference of the canary that such a swap leaves."""
-    shadow, version = shadow_of(engine), 7000
+    version = 7000
+    load(engine, published(model, dtype), version)
+    shadow = shadow_of(engine)
     swap = shadow.swap
 
     def whole_swap_twice() -> None:
@@ -297,7 +299,6 @@ def undone_swaps(engine: Any, model: Any, dtype: str) -> dict[str, Any]:
         "one kernel not": exchanging(every, slice(1, None)),
         "first half": exchanging(slice(len(shadow._exchange) // 2), slice(2)),
     }
-    load(engine, published(model, dtype), version)
     out: dict[str, Any] = {"good": [said(engine.prove)], "moved": 0.0}
     for name, fault in faults.items():
         before = torch.tensor(engine.sequence_logprobs(CANARY))
@@ -320,20 +321,21 @@ def undone_swaps(engine: Any, model: Any, dtype: str) -> dict[str, Any]:
 @torch.no_grad()
 def read_out(engine: Any, model: Any) -> list[int]:
     """Sums over the numbers the engine computes with, packed kernels read by multiplying the unit
-    matrix, and over the numbers published (a tied head is packed once more than it is published).
-    No mark of ours is looked at."""
+    matrix, and over the numbers published (a tied head is published once and packed as often as it
+    is held). No mark of ours is looked at."""
     version = engine.version + 1
     load(engine, arrays(model), version)
     live = engine._llm.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     parts = [p for p in live.get_model().parameters() if p.numel()]
-    inputs = {"qkv_proj": 128, "o_proj": 128, "gate_up_proj": 128, "down_proj": 96, "lm_head": 128}
+    heads = 0
     for name, module in live.get_model().named_modules():
         if "cpu_linear" in vars(module):
-            width = inputs[name.rpartition(".")[2]]
+            width = 96 if name.endswith("down_proj") else 128
+            heads += name.endswith(("embed_tokens", "lm_head"))
             parts.append(module.cpu_linear(torch.eye(width), module.weight, None))
     wanted = [torch.from_numpy(array) for array in arrays(model).values()]
     tied = model.get_input_embeddings().weight
-    return [number_sum(parts), number_sum([*wanted, tied])]
+    return [number_sum(parts), number_sum([*wanted, *[tied] * heads])]
 
 
 def said(work: Callable[[], Any]) -> str:

@@ -5,7 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from cluster.contracts.config.rollout import RolloutConfig
     from cluster.contracts.config.train import LearnerConfig, TrainConfig
+
+MOST_KEPT = 4096
+"""Ids that a token of training data may carry: 16 KiB a token."""
 
 
 def train_problems(config: TrainConfig) -> list[str]:
@@ -40,9 +44,34 @@ def train_problems(config: TrainConfig) -> list[str]:
     if config.learner.minibatches > samples:
         found.append(f"learner.minibatches is over the {samples} samples of a step")
     found += _process_problems(config.learner)
+    found += _sampling_problems(config.rollout)
     names = [source.name for source in config.reward.sources]
     if len(set(names)) != len(names):
         found.append(f"reward.sources have the same name twice ({names}): give each a `name`")
+    return found
+
+
+def _sampling_problems(rollout: RolloutConfig) -> list[str]:
+    """What the learner could not match: it has to know of each token what it was sampled from."""
+    found = []
+    if (rollout.top_p < 1 or rollout.min_p > 0) and rollout.top_k == 0:
+        name = "top_p" if rollout.top_p < 1 else "min_p"
+        found.append(
+            f"rollout.{name} needs rollout.top_k in training: each token carries the ids it was "
+            "sampled from, and without a bound these can be the whole vocabulary. Set "
+            "rollout.top_k = 1024, which leaves out next to nothing"
+        )
+    if rollout.top_k > MOST_KEPT:
+        found.append(
+            f"rollout.top_k = {rollout.top_k} is over {MOST_KEPT}, the most ids that a token "
+            "carries to the learner: lower it, or set 0 for no limit"
+        )
+    if rollout.tensor_parallel > 1 and rollout.limits_tokens:
+        found.append(
+            "rollout.top_k, top_p, min_p, min_tokens, allowed_tokens and banned_tokens cannot be "
+            "recorded with rollout.tensor_parallel over 1, so the learner could not match them: "
+            "leave them out in training"
+        )
     return found
 
 

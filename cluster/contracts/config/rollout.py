@@ -30,6 +30,10 @@ class DataConfig(Section):
     shuffle: bool = Field(True, description="A new seeded order each epoch.")
 
 
+LEAST_TEMPERATURE = 1e-4
+"""Below it vLLM takes the most probable token, whatever limits there are."""
+
+
 class RolloutConfig(Section):
     workers: int = Field(1, ge=1, description="Rollout workers at the start.")
     engine: Literal["auto", "vllm", "transformers"] = Field(
@@ -53,6 +57,39 @@ class RolloutConfig(Section):
         0,
         ge=0,
         description="Shortest completion, in tokens: before it no end can be sampled.",
+    )
+    top_k: int = Field(
+        0,
+        ge=0,
+        description="Sample from the so many most probable tokens only; 0: from all. In training "
+        "each token carries the ids it was sampled from: 4 bytes times top_k per token.",
+    )
+    top_p: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample from the most probable tokens that together make up this much of the "
+        "probability; 1: from all. Training needs top_k beside it, as a bound.",
+    )
+    min_p: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Sample from tokens at least this many times as probable as the most probable "
+        "one; 0: from all. Training needs top_k beside it, as a bound.",
+    )
+    allowed_tokens: tuple[int, ...] = Field(
+        (),
+        description="Token ids of which completions may consist, the end token among them; empty: "
+        "all tokens.",
+    )
+    banned_tokens: tuple[int, ...] = Field(
+        (), description="Token ids that are never sampled; empty: none."
+    )
+    stop: tuple[str, ...] = Field(
+        (),
+        description="Strings that end a completion, as an end token does. Their tokens stay in it "
+        "and are trained; its text ends before them.",
     )
     max_running: int = auto(
         64,
@@ -114,8 +151,21 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
+        if self.temperature < LEAST_TEMPERATURE and self.limits_tokens:
+            raise ValueError(
+                f"temperature = {self.temperature} is as good as none: an engine then takes the "
+                f"most probable token and applies no limits. Set it to {LEAST_TEMPERATURE} or more"
+            )
+        if "" in self.stop:
+            raise ValueError("stop holds an empty string: it would end every completion at once")
         if self.min_tokens > self.max_tokens and "max_tokens" in self.model_fields_set:
             raise ValueError(
                 f"min_tokens = {self.min_tokens} is over max_tokens = {self.max_tokens}"
             )
         return self
+
+    @property
+    def limits_tokens(self) -> bool:
+        """Whether anything but the temperature shapes what can be sampled."""
+        varies = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+        return bool(varies or self.allowed_tokens or self.banned_tokens or self.min_tokens)

@@ -94,8 +94,8 @@ def _plain(settings: Any) -> dict[str, float]:
 
 
 def _worker(settings: Any, reward: str) -> dict[str, float]:
+    from actors.decoding import make_decoder
     from actors.environment import make_engine
-    from actors.remote import make_decoder
     from actors.rollout import RolloutWorker, WorkerSettings
     from cluster.contracts.records import Assignment, Prompt
     from reward_service.client import RewardClient
