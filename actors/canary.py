@@ -17,6 +17,7 @@ from cluster.contracts.records import Canary
 # An engine's rounding noise, nats: below this a limit would be about luck. Measured against the
 # learner: 5e-6 in float32 (largest of 31 tokens), 4e-3 to 5e-2 in bfloat16 (median).
 _FLOOR = {"float32": 1e-4, "bfloat16": 5e-2}
+_CEILING = {"float32": 1e-3, "bfloat16": 0.5}
 _NOISE_FACTOR = 20.0  # how far over the noise measured so far a difference may lie
 _MEASURABLE = 4.0  # two canaries differ measurably when this many times the noise lies between
 
@@ -31,9 +32,10 @@ class CanaryCheck:
     def compare(self, canary: Canary, got: Sequence[float], version: int, dtype: str) -> float:
         """Distance in nats between engine and learner, see `distance`. dtype: the engine's.
 
-        The limit is 20 times the largest distance accepted before, at least the floor of the dtype
-        and at most `canary.tolerance`. Where the new canary and the one before differ by 4 times
-        the noise, the engine's answer must be nearer to the new one.
+        The limit is `canary.tolerance`, or, where that is None, 20 times the largest distance
+        accepted before, but within 1e-4 and 1e-3 in float32, within 0.05 and 0.5 in bfloat16.
+        Where the new canary and the one before differ by 4 times the noise, the engine's answer
+        must be nearer to the new one.
         Raises Fatal for a number that is not finite, WeightMismatch for the rest.
         """
         if len(got) != len(canary.logprobs):
@@ -46,7 +48,7 @@ class CanaryCheck:
                 f"version {version}: the engine computes a log-probability that is not finite"
             )
         found = distance(got, canary.logprobs, dtype)
-        limit = self._limit(canary.tolerance, dtype)
+        limit = self._limit(dtype) if canary.tolerance is None else canary.tolerance
         if not found <= limit:
             raise WeightMismatch(
                 f"version {version}: the engine's log-probabilities of the canary differ from the "
@@ -58,10 +60,10 @@ class CanaryCheck:
         self._last = canary
         return found
 
-    def _limit(self, tolerance: float, dtype: str) -> float:
+    def _limit(self, dtype: str) -> float:
         if self._noise is None:
-            return tolerance
-        return min(tolerance, max(_NOISE_FACTOR * self._noise, _FLOOR.get(dtype, tolerance)))
+            return _CEILING[dtype]
+        return min(_CEILING[dtype], max(_NOISE_FACTOR * self._noise, _FLOOR[dtype]))
 
     def _require_nearer(self, canary: Canary, got: Sequence[float], version: int) -> None:
         last = self._last

@@ -22,8 +22,6 @@ CANARY_TOKENS = 32
 NODE_HOST = "node"
 """The canary: at most so many tokens of a prompt, continued by the starting policy to so many."""
 
-_TOLERANCE: dict[DType, float] = {"float32": 1e-3, "bfloat16": 0.5}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LearnerSettings:
@@ -51,12 +49,6 @@ class LearnerSettings:
     save_rollouts: bool = False
     resume_from: str | None = None
     host: str = "127.0.0.1"
-
-    @property
-    def canary_tolerance(self) -> float:
-        """Largest |difference| in nats between the engine's and the learner's canary."""
-        chosen = self.weights.canary_tolerance
-        return _TOLERANCE[self.rollout_dtype] if chosen is None else chosen
 
 
 def learner_settings(

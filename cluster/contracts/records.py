@@ -233,12 +233,12 @@ class Canary:
     """A fixed sequence and the learner's log-probabilities of tokens[1:], at temperature 1.
 
     The engine computes the same after the swap. ``tolerance`` (nats) is the most by which the two
-    may ever differ; an engine that has shown less noise is held to less.
+    may differ; None: what follows from the noise that the engine has shown (``actors.canary``).
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
-    tolerance: float
+    tolerance: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -185,7 +185,9 @@ class PPOLearner:
         on_device = self._publisher is not None and self._publisher.on_device
         tensors = device_tensors if on_device else host_arrays
         arrays, dtypes = tensors(networks.policy, dtype, first)
-        check = canary(networks.policy_root, state.canary_ids, dtype, settings.canary_tolerance)
+        check = canary(
+            networks.policy_root, state.canary_ids, dtype, settings.weights.canary_tolerance
+        )
         if not first:
             return _nothing(state.version)
         if self._publisher is None:

@@ -109,7 +109,7 @@ def _last_logits(policy: Any, row: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def canary(policy: Any, token_ids: Sequence[int], dtype: str, tolerance: float) -> Canary:
+def canary(policy: Any, token_ids: Sequence[int], dtype: str, tolerance: float | None) -> Canary:
     """The canary under the weights as published: rounded to `dtype`, computed in float32."""
     row = torch.tensor([list(token_ids)], device=lm_head(bare(policy)).weight.device)
     with _rounded(policy, dtype):

@@ -214,8 +214,8 @@ class WeightsConfig(Section):
         None,
         gt=0,
         description="Most by which engine and learner may differ over the canary, nats: the "
-        "largest difference in float32, the median in bfloat16. None: 1e-3 in float32, 0.5 in "
-        "bfloat16. An engine that has shown less noise is held to 20 times its noise.",
+        "largest difference in float32, the median in bfloat16. None: 20 times the noise that the "
+        "engine has shown, but 1e-4 to 1e-3 in float32, 0.05 to 0.5 in bfloat16.",
     )
     timeout_s: float = Field(
         120, gt=0, description="A worker not on the new weights by then is replaced."

@@ -14,7 +14,7 @@ TOKENS = tuple(range(32))
 BASE = tuple(-1.0 - 0.1 * (i % 7) for i in range(31))
 
 
-def canary(shift: float = 0.0, tolerance: float = 1e-3) -> Canary:
+def canary(shift: float = 0.0, tolerance: float | None = None) -> Canary:
     return Canary(token_ids=TOKENS, logprobs=tuple(x + shift for x in BASE), tolerance=tolerance)
 
 
@@ -26,7 +26,7 @@ def noisy(wanted: Canary, noise: float, seed: int = 0) -> list[float]:
     return answers
 
 
-def test_the_first_canary_is_held_to_the_tolerance_alone() -> None:
+def test_the_first_canary_is_held_to_the_ceiling_alone() -> None:
     wanted = canary()
     found = CanaryCheck().compare(wanted, noisy(wanted, 9e-4), 0, "float32")
     assert found == pytest.approx(9e-4)
@@ -42,6 +42,14 @@ def test_later_ones_are_held_to_the_noise_the_engine_has_shown() -> None:
     check.compare(wanted, noisy(wanted, 5e-6), 0, "float32")
     with pytest.raises(WeightMismatch, match=r"limit 0.0001"):
         check.compare(wanted, noisy(wanted, 2e-4), 1, "float32")
+
+
+def test_a_tolerance_that_was_set_is_the_limit() -> None:
+    check, wanted = CanaryCheck(), canary(tolerance=5e-3)
+    check.compare(wanted, noisy(wanted, 5e-6), 0, "float32")
+    check.compare(wanted, noisy(wanted, 4e-3), 1, "float32")
+    with pytest.raises(WeightMismatch, match=r"limit 0\.005"):
+        check.compare(wanted, noisy(wanted, 6e-3), 2, "float32")
 
 
 def test_noise_that_grows_slowly_is_followed() -> None:
@@ -73,7 +81,7 @@ def test_canaries_that_hardly_differ_are_not_told_apart() -> None:
 
 
 def test_one_improbable_token_does_not_fail_bfloat16() -> None:
-    wanted = canary(tolerance=0.5)
+    wanted = canary()
     got = noisy(wanted, 0.02)
     got[9] += 0.9
     assert distance(got, wanted.logprobs, "float32") > 0.8
