@@ -89,7 +89,7 @@ def test_published_weights_and_canary_are_what_a_plain_model_computes(
         logp = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
     expected = logp.gather(-1, ids[0, 1:, None]).squeeze(-1).numpy()
     np.testing.assert_allclose(manifest.canary.logprobs, expected, atol=2e-6)
-    assert manifest.canary.tolerance == (1e-3 if dtype == "float32" else 0.5)
+    assert manifest.canary.tolerance is None  # what follows from the noise of the engine
 
 
 def test_masters_stay_exact_when_weights_are_published_rounded(
