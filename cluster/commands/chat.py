@@ -36,7 +36,7 @@ def chat(
     The models answer in this process, with transformers. In the chat, /help lists the commands. A
     model that was trained on single questions answers best with --no-history.
 
-    Example: `accord chat runs/quickstart --before runs/quickstart/sft/policy`
+    Example: `accord chat runs/quickstart --no-history --before runs/quickstart/sft/policy`
 
     Example: `accord chat my-policy --reward runs/my-reward-model`
     """

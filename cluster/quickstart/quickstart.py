@@ -148,7 +148,10 @@ def quickstart(
     reporter.say(headline(record))
     reporter.say(f"whole loop: {time.monotonic() - began:.0f} s")
     result(f"report: {report}")
-    result(f"talk to it: accord chat {run.path} --before {job.path('sft', 'policy')}")
+    result(
+        f"talk to it: accord chat {run.path} --no-history "  # it was trained on single questions
+        f"--before {job.path('sft', 'policy')}"
+    )
     return run.path
 
 
