@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster.commands.options import Json, complete_run
+from cluster.commands.options import RUN, Json
 from cluster.contracts.errors import UserError
 
 if TYPE_CHECKING:
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            help="Two to four run directories.", metavar="RUN", autocompletion=complete_run
-        ),
+        typer.Argument(help="Two to four run directories.", **RUN),
     ],
     out: Annotated[
         Path | None, typer.Option(metavar="FILE.html", help="Also write a page with the curves.")

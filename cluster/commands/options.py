@@ -26,7 +26,7 @@ def complete_run(incomplete: str) -> list[str]:
     return [path for path in found if path.startswith(incomplete)]
 
 
-_RUN = {"metavar": "RUN", "autocompletion": complete_run}
+RUN = {"metavar": "RUN", "autocompletion": complete_run}
 _CONFIG = {"help": "TOML file; see examples/.", "metavar": "CONFIG.toml"}
 
 Config = Annotated[Path, typer.Argument(**_CONFIG)]
@@ -42,11 +42,11 @@ Overrides = Annotated[
 Resume = Annotated[
     Path | None,
     typer.Option(
-        **_RUN,
+        **RUN,
         help="Continue this run directory from its newest checkpoint. Give no CONFIG then.",
     ),
 ]
-RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", **_RUN)]
+RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", **RUN)]
 RunsFolder = Annotated[Path, typer.Option("--dir", help="Folder that holds the run directories.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result, no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.options import Quiet, reporter
+from cluster.commands.options import RUN, Quiet, reporter
 
 
 def replay(
-    run: Annotated[Path, typer.Argument(help="A run directory of `accord train`.", metavar="RUN")],
+    run: Annotated[Path, typer.Argument(help="A run directory of `accord train`.", **RUN)],
     verify: Annotated[
         bool,
         typer.Option(

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.options import Json, RunsFolder, runs_in
+from cluster.commands.options import RUN, Json, RunsFolder, runs_in
 
 
 def status(
     run: Annotated[
         Path | None,
-        typer.Argument(help="A run directory. Without it: a line for each run.", metavar="RUN"),
+        typer.Argument(help="A run directory. Without it: a line for each run.", **RUN),
     ] = None,
     directory: RunsFolder = Path("runs"),
     as_json: Json = False,

@@ -39,13 +39,21 @@ def folder(tmp_path: Path) -> Path:
 def test_bash_completes_commands_options_and_run_directories(folder: Path) -> None:
     done = subprocess.run(
         ["bash", "-c", COMPLETE, "x",
-         "accord rep", "accord train --re", "accord report runs/f", "accord train --resume runs/s"],
+         "accord rep", "accord train --re", "accord report runs/f", "accord train --resume runs/s", "accord status runs/f",
+         "accord compare runs/first runs/s"],
         cwd=folder,
         env={**os.environ, "PATH": f"{ACCORD.parent}:{os.environ['PATH']}", "SHELL": "bash",
              "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
-    expected = ["report replay", "--resume", "runs/first", "runs/second"]
+    expected = [
+        "report replay",
+        "--resume",
+        "runs/first",
+        "runs/second",
+        "runs/first",
+        "runs/second",
+    ]
     assert done.stdout.splitlines() == expected, done.stderr
 
 
