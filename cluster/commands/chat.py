@@ -16,16 +16,16 @@ def chat(
         str, typer.Argument(help="A run directory, a model directory or a hub id.", **_MODEL)
     ],
     before: Annotated[
-        str | None, typer.Option(help="A second model that answers as well, shown first.", **_MODEL)
+        str | None, typer.Option(help="A second model, which answers first.", **_MODEL)
     ] = None,
     reward: Annotated[
         str | None, typer.Option(help="A reward model that scores each answer.", **_MODEL)
     ] = None,
     history: Annotated[
         bool,
-        typer.Option(help="Let the model see the conversation so far, or the question alone."),
+        typer.Option(help="Whether the model sees earlier turns."),
     ] = True,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[
         float, typer.Option(min=0, help="0: always the most likely token.")
     ] = 0.7,

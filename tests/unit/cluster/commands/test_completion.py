@@ -39,7 +39,8 @@ def folder(tmp_path: Path) -> Path:
 def test_bash_completes_commands_options_and_run_directories(folder: Path) -> None:
     done = subprocess.run(
         ["bash", "-c", COMPLETE, "x",
-         "accord rep", "accord train --re", "accord report runs/f", "accord train --resume runs/s", "accord status runs/f",
+         "accord rep", "accord train --re", "accord report runs/f", "accord train --resume runs/s",
+         "accord status runs/f",
          "accord compare runs/first runs/s"],
         cwd=folder,
         env={**os.environ, "PATH": f"{ACCORD.parent}:{os.environ['PATH']}", "SHELL": "bash",
