@@ -18,9 +18,11 @@ CONTINUED = ("train", "sft", "reward-model", "dpo")  # the commands that have --
 
 
 def read_status(run: Run) -> dict[str, Any]:
-    """For people and --json. ``workers``: rollout workers that serve now, by name;
-    ``checkpoint``: the newest one; ``driver_alive``: None where this machine cannot tell.
-    Raises UserError for a damaged manifest."""
+    """For people and --json. ``alarms``: those that have not ended; ``workers``: names of the
+    rollout workers that serve now; ``driver_alive``: None where this machine cannot tell.
+
+    Raises UserError for a damaged manifest.
+    """
     facts = overview(run.path)
     if facts.status == "damaged":
         raise UserError(
@@ -33,6 +35,7 @@ def read_status(run: Run) -> dict[str, Any]:
     return {
         **facts.record(),
         "metrics": dict(facts.metrics),
+        "alarms": _alarms(events),
         "workers": _serving(events) if facts.status == "running" else [],
         "workers_wanted": wanted_workers(run),
         "checkpoint": checkpoint and {"path": str(checkpoint), "step": _step(checkpoint)},
@@ -74,6 +77,7 @@ def status_lines(run: Run) -> list[str]:
         lines.append(f"  newest checkpoint: {path} ({ago(path.stat().st_mtime)})")
     if status["dashboard"]:
         lines.append(f"  Ray dashboard: {status['dashboard']}")
+    lines += [f"  alarm: {text}" for text in status["alarms"]]
     lines += _process(facts, status)
     lines += [f"  {kind}: {count}" for kind, count in sorted(status["events"].items())]
     return lines
@@ -107,6 +111,18 @@ def _serving(events: Sequence[Row]) -> list[str]:
         elif kind in ("worker_lost", "worker_left"):
             names.pop(name, None)
     return list(names)
+
+
+def _alarms(events: Sequence[Row]) -> list[str]:
+    """What the alarms say that have begun and not ended."""
+    texts: dict[str, str] = {}
+    for event in events:
+        if event.get("kind") == "alarm":
+            name = str(event.get("alarm", "?"))
+            texts.pop(name, None)
+            if event.get("change") == "start":
+                texts[name] = str(event.get("text", name))
+    return list(texts.values())
 
 
 def _newest_checkpoint(run: Run) -> Path | None:

@@ -95,6 +95,14 @@ def test_a_run_on_another_host_is_believed(tmp_path: Path) -> None:
     assert "not visible from here" in "\n".join(status_lines(run))
 
 
+def test_an_alarm_is_shown_until_it_ends(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for alarm, change in (("kl", "start"), ("length", "start"), ("kl", "end")):
+        run.event("alarm", alarm=alarm, change=change, text=f"{alarm} is off")
+    assert read_status(run)["alarms"] == ["length is off"]
+    assert "  alarm: length is off" in status_lines(run)
+
+
 def test_a_finished_run_is_finished_whoever_lives(tmp_path: Path) -> None:
     run = make(tmp_path, steps=10)
     kill(run)
