@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from cluster.assembly.rewards import check_rewards
 from cluster.assembly.run_session import recorded
 from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
 from cluster.contracts.config.evaluate import EvaluateConfig
+from cluster.contracts.config.file import read_toml
 from cluster.contracts.records import Prompt, Rollout
+from cluster.contracts.samples import prompt_text
 from cluster.machine.hardware import this_machine
 from cluster.machine.ray_session import ray_cluster
 from cluster.runs.console import Reporter
@@ -39,6 +42,11 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
         record = evaluate_in_cluster(config, prompts, run.path)
     write_report(run.path)
     reporter.say(headline(record))
+    if record["judge_was_reward"]:
+        reporter.say(
+            f"the judge ({', '.join(record['judge_was_reward'])}) is what the policy was trained "
+            "on: this win rate says nothing about how good the policy is"
+        )
     return run.path
 
 
@@ -81,6 +89,34 @@ def evaluate_in_cluster(
     return judge_and_write(config, after, before, directory)
 
 
+def judges_trained_with(config: EvaluateConfig) -> list[str]:
+    """Names of the judge's sources that were the reward of the policy's own training, as the run
+    that the policy lies in says: scores of these say how far they were optimised, not more."""
+    rewards = {_identity(source) for source in _rewards_of(Path(config.policy.path))}
+    return [s.name for s in config.judge.sources if _identity(s.model_dump()) in rewards]
+
+
+def _rewards_of(policy: Path) -> list[Mapping[str, Any]]:
+    """``reward.sources`` of the training run that ``policy`` (or a checkpoint's) belongs to."""
+    for folder in list(policy.absolute().parents)[:3]:
+        if (folder / "manifest.json").is_file():  # a run; the quickstart's holds runs of its own
+            configs = [folder / "config.toml", *folder.glob("*/config.toml")]
+            trees = [read_toml(str(file)) for file in configs if file.is_file()]
+            return [
+                source for tree in trees for source in tree.get("reward", {}).get("sources", [])
+            ]
+    return []
+
+
+def _identity(source: Mapping[str, Any]) -> tuple[str, str]:
+    """Kind and place; a path is the same however it is written."""
+    path = str(source.get("path") or "")
+    file, colon, name = path.partition(".py:")
+    where = str(Path(file + colon.rstrip(":")).absolute()) + name if path else ""
+    rules = {k: v for k, v in source.items() if k not in ("name", "weight", "path") and v}
+    return where, "" if path else json.dumps(rules, sort_keys=True, default=str)
+
+
 def judge_and_write(
     config: EvaluateConfig, after: Sequence[Rollout], before: Sequence[Rollout], directory: Path
 ) -> dict[str, Any]:
@@ -107,6 +143,7 @@ def judge_and_write(
     record: dict[str, Any] = {
         **rate.as_record(),
         "judge": ", ".join(source.name for source in config.judge.sources),
+        "judge_was_reward": judges_trained_with(config),
         "policy": config.policy.path,
         "baseline": config.baseline.path,
         "mean_score_policy": statistics.fmean(scores[0]),
@@ -130,4 +167,4 @@ def judge_and_write(
 
 
 def _question(rollout: Rollout) -> str:
-    return "\n".join(message["content"] for message in rollout.prompt.messages)
+    return prompt_text(rollout.prompt.messages)

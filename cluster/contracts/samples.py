@@ -133,7 +133,7 @@ def pick(samples: Sequence[SampleInfo], count: int, seed: int) -> list[tuple[str
 
 
 def prompt_text(messages: Sequence[Message]) -> str:
-    """Plain text as it is; a conversation with its speakers written out."""
-    if is_text(messages):
+    """Plain text and a single question as they are; a conversation with its speakers."""
+    if is_text(messages) or [message["role"] for message in messages] == ["user"]:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

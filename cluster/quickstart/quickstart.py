@@ -63,6 +63,10 @@ from cluster.runs.run import Run, write_json, write_text
 MAX_PROMPT_TOKENS = 48
 MAX_ANSWER_TOKENS = 64
 ANSWERS_PER_PROMPT = 6
+JUDGE_NOTE = (
+    "gold is the task's own rule for a good completion. The simulated annotators imitate it with "
+    "noise; training never saw it."
+)
 
 
 class QuickstartConfig(Section):
@@ -385,6 +389,7 @@ def _evaluate(job: _Job) -> dict[str, Any]:
     )
     with job.timed("evaluation", ["ppo", "sft"]) as detail, job.reporter.stage("evaluation"):
         record = evaluate_in_cluster(config, None, job.run.path)
+        write_json(job.run.path / "evaluation.json", {**record, "judge_note": JUDGE_NOTE})
         detail["win rate"] = f"{record['win_rate']:.3f}"
     return record
 

@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 MOST_POINTS = 300
+FEWEST_TO_SMOOTH = 20
 SERIES = ("#010101", "#020202", "#030303", "#040404")  # stand-ins, replaced by the CSS variables
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -41,14 +42,22 @@ class Line:
 
 
 def line_chart(name: str, title: str, lines: Sequence[Line], x_label: str, alt: str) -> Markup:
-    """``name`` makes the ids of this chart unique in the page; ``alt`` says what it shows."""
+    """``name`` makes the ids of this chart unique in the page; ``alt`` says what it shows.
+
+    A long line is drawn thin, with the mean over ``window`` points around each of its points over
+    it.
+    """
     figure, axes = _figure(title, x_label, "")
     for colour, line in zip(SERIES, lines, strict=False):
         x, y = thin(line.x, line.y)
+        width = window(len(line.y))
         marker = "o" if len(x) < 3 else ""
-        axes.plot(x, y, color=colour, linewidth=1.3, label=line.label, marker=marker, markersize=3)
-    if len(lines) > 1:
-        axes.legend(frameon=False, fontsize=8)
+        if width > 1:
+            axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.35)
+            x, y = thin(line.x, smooth(line.y, width))
+        axes.plot(x, y, color=colour, linewidth=1.5, label=line.label, marker=marker, markersize=3)
+    if len(lines) > 1:  # under the axes, where it hides no line
+        figure.legend(loc="outside lower left", ncols=len(lines), frameon=False, fontsize=8)
     return _inline(figure, name, title, alt)
 
 
@@ -76,6 +85,22 @@ def reliability_chart(
         size = 3 + 5 * (count / most) ** 0.5
         axes.plot([probability], [frequency], color=SERIES[0], marker="o", markersize=size)
     return _inline(figure, name, title, alt)
+
+
+def window(points: int) -> int:
+    """Points that ``smooth`` takes the mean of: a tenth of the line, odd; 1 for a short line."""
+    return 1 if points < FEWEST_TO_SMOOTH else points // 20 * 2 + 1
+
+
+def smooth(y: Sequence[float], width: int) -> list[float]:
+    """The mean of the up to ``width`` points around each point; as many on both sides, so that the
+    ends of the line are not pulled towards its middle."""
+    found = []
+    for i in range(len(y)):
+        half = min(width // 2, i, len(y) - 1 - i)
+        part = y[i - half : i + half + 1]
+        found.append(sum(part) / len(part))
+    return found
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -7,7 +7,6 @@ obey are shown by their code points.
 
 from __future__ import annotations
 
-import json
 import unicodedata
 from collections.abc import Mapping
 from importlib import resources
@@ -18,6 +17,7 @@ from markupsafe import Markup
 
 from learner.evaluation.run_files import number
 
+DEEPEST = 4  # levels of a value that are written out
 # Joiners shape letters in Persian, Indic scripts and emoji; they neither hide nor reorder text.
 _HARMLESS = "\n\t\u200c\u200d"
 _SHOWN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -56,9 +56,12 @@ def _file(name: str) -> str:
 
 
 def _num(value: Any) -> str:
+    """Three digits of a fraction; counts as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "not recorded" if value is None else plain(value)
-    return str(value) if isinstance(value, int) else f"{value:.4g}"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def _percent(value: Any) -> str:
@@ -77,5 +80,24 @@ def _seconds(value: Any) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s"
 
 
-def plain(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+def plain(value: Any, depth: int = 0) -> str:
+    """Any JSON value as words: no braces and quotes in a table's cell."""
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "yes", False: "no"}[value]
+    if isinstance(value, int | float):
+        return _num(value)
+    if depth == DEEPEST or not value:
+        return "…" if value else "none"
+    if isinstance(value, Mapping):
+        parts = [(str(key).replace("_", " "), entry) for key, entry in value.items()]
+        return ", ".join(
+            f"{key} ({plain(entry, depth + 1)})"
+            if isinstance(entry, Mapping)
+            else f"{key} {plain(entry, depth + 1)}"
+            for key, entry in parts
+        )
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(entry, depth + 1) for entry in value)
+    return str(value)

@@ -1,4 +1,4 @@
-"""The figures of a report, computed from the rows a run left: curves, tables, headline, warnings.
+"""The figures of a report, computed from the rows a run left: tables, headline, scatter charts.
 
 Pure: rows in, plain values out. Everything that is not in the rows is None and shown as absent.
 """
@@ -8,37 +8,26 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from learner.evaluation import charts, frontier
+from learner.evaluation.curves import ends, series
 from learner.evaluation.run_files import Row, number
 from learner.evaluation.samples import Sample, TextStats, text_stats
 
-# (metric names drawn together, title). A curve whose metrics a run does not have is left out.
-CURVES: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("objective/scores",), "Reward (score of the reward service)"),
-    (("objective/kl",), "KL to the reference, nats an answer"),
-    (("completions/mean_length",), "Answer length, tokens"),
-    (("policy/entropy",), "Policy entropy, nats a token"),
-    (("async/staleness_mean", "async/staleness_max"), "Staleness, learner steps"),
-    (("perf/throughput", "rollout/tokens_per_s"), "Throughput, tokens a second"),
-    (("policy/clipfrac",), "Share of clipped tokens"),
-    (("value/explained_var",), "Explained variance of the value network"),
-    (("eval/win_rate", "eval/win_rate_ci_low", "eval/win_rate_ci_high"), "Win rate while training"),
-    (("rm/accuracy",), "Reward model accuracy"),
-    (("rewards/accuracies",), "Share of pairs ranked right"),
-    (("train/loss", "eval/loss"), "Loss"),
-)
 # Events of a run in which nothing went wrong; every other kind, known or not, is listed singly.
 EVERYDAY = frozenset(
     {
+        "alarm",  # listed at the top
         "checkpoint",
         "cluster",
+        "learner_ready",
         "loop_started",
+        "rows",
         "run_finished",
         "swap",
         "worker_draining",
@@ -54,39 +43,6 @@ class TableRow:
     last: float
     low: float
     high: float
-
-
-def series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:
-    """(steps, values) of the rows that have a finite number under ``name``."""
-    found = [
-        (float(row["step"]), value) for row in rows if (value := number(row, name)) is not None
-    ]
-    return [step for step, _ in found], [value for _, value in found]
-
-
-def ends(values: Sequence[float]) -> tuple[float, float] | None:
-    """Mean of the first and of the last tenth (1 to 10 values each): one step alone is noise."""
-    if not values:
-        return None
-    n = max(1, min(10, len(values) // 10))
-    return statistics.fmean(values[:n]), statistics.fmean(values[-n:])
-
-
-def curves(rows: Sequence[Row]) -> list[Markup]:
-    drawn = []
-    for at, (names, title) in enumerate(CURVES):
-        lines = [charts.Line(name, *found) for name in names if (found := series(rows, name))[0]]
-        if lines:
-            alt = "; ".join(_describe(line) for line in lines)
-            drawn.append(charts.line_chart(f"curve{at}", title, lines, "learner step", alt))
-    return drawn
-
-
-def _describe(line: charts.Line) -> str:
-    return (
-        f"{line.label} over {len(line.y)} steps: from {line.y[0]:.4g} to {line.y[-1]:.4g}, "
-        f"lowest {min(line.y):.4g}, highest {max(line.y):.4g}"
-    )
 
 
 def table(rows: Sequence[Row], prefixes: Sequence[str]) -> list[TableRow]:
@@ -174,7 +130,7 @@ def frontier_chart(rows: Sequence[Row]) -> tuple[Markup | None, str]:
         return None, ""
     whose = "the judge's score" if gold else "the training reward"
     text = (
-        f"The highest of {whose} is {best.score:.4g}, at step {best.step}, "
+        f"The highest of {whose} is {best.score:.3g}, at step {best.step}, "
         f"{best.distance:.3g} from the reference (square root of KL in nats)."
     )
     chart = charts.scatter_chart(
@@ -182,28 +138,37 @@ def frontier_chart(rows: Sequence[Row]) -> tuple[Markup | None, str]:
         "Reward against distance from the reference",
         [p.distance for p in found],
         [p.score for p in found],
-        ("sqrt(KL)", score),
+        ("square root of KL", "judge's score" if gold else "reward"),
         f"{len(found)} points in training order. {text}",
     )
     return chart, text
 
 
-def length_chart(rows: Sequence[Row]) -> tuple[Markup | None, float | None]:
-    """Score against answer length by step, and their correlation."""
+def _lengths_and_scores(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
     pairs = [
         (length, score)
         for row in rows
         if (length := number(row, "completions/mean_length")) is not None
         and (score := number(row, "objective/scores")) is not None
     ]
-    if len(pairs) < 3:
-        return None, None
-    x, y = [p[0] for p in pairs], [p[1] for p in pairs]
+    return [p[0] for p in pairs], [p[1] for p in pairs]
+
+
+def length_correlation(rows: Sequence[Row]) -> float | None:
+    """Of score and completion length over the steps."""
+    return correlation(*_lengths_and_scores(rows))
+
+
+def length_chart(rows: Sequence[Row]) -> Markup | None:
+    """Score against completion length by step."""
+    x, y = _lengths_and_scores(rows)
+    if len(x) < 3:
+        return None
     r = correlation(x, y)
     told = "no correlation can be given" if r is None else f"correlation {r:.2f}"
-    labels = ("mean answer length, tokens", "reward")
-    alt = f"{len(pairs)} learner steps; {told}."
-    return charts.scatter_chart("length", "Reward against answer length", x, y, labels, alt), r
+    labels = ("mean completion length, tokens", "reward")
+    alt = f"{len(x)} learner steps; {told}."
+    return charts.scatter_chart("length", "Reward against completion length", x, y, labels, alt)
 
 
 def correlation(x: Sequence[float], y: Sequence[float]) -> float | None:
@@ -217,35 +182,6 @@ def sample_stats(samples: Sequence[Sample]) -> tuple[TextStats, TextStats] | Non
     if not samples:
         return None
     return text_stats([s.before for s in samples]), text_stats([s.after for s in samples])
-
-
-def warnings(
-    figures: Mapping[str, Any],
-    stats: tuple[TextStats, TextStats] | None,
-    length_r: float | None,
-) -> list[str]:
-    """Signs that the reward was gamed, in plain words with the numbers that raised them."""
-    found = []
-    before, after = figures["length_first"], figures["length_last"]
-    if before and after is not None and not 2 / 3 <= after / before <= 1.5:
-        found.append(f"Answers went from {before:.3g} to {after:.3g} tokens on average.")
-    if length_r is not None and length_r > 0.7:
-        found.append(
-            f"The reward follows answer length (correlation {length_r:.2f} over the steps)."
-        )
-    if stats and stats[1].repeated_3grams > stats[0].repeated_3grams + 0.1:
-        found.append(
-            f"Answers repeat themselves more: {stats[1].repeated_3grams:.0%} of their 3-grams are "
-            f"repeats, {stats[0].repeated_3grams:.0%} before."
-        )
-    start, end = figures["reward_first"], figures["reward_last"]
-    high = figures["ci_high"]
-    if start is not None and end is not None and end > start and high is not None and high < 0.5:
-        found.append("The training reward rose, but the judge prefers the baseline.")
-    entropy = figures["entropy_first"], figures["entropy_last"]
-    if entropy[0] and entropy[1] is not None and entropy[1] < 0.2 * entropy[0]:
-        found.append(f"Entropy fell from {entropy[0]:.3g} to {entropy[1]:.3g} nats a token.")
-    return found
 
 
 def reliability_panel(reward_model: Row) -> Markup | None:

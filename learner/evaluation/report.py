@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.errors import UserError
-from learner.evaluation import panels
+from learner.evaluation import charts, panels
+from learner.evaluation.about import about, expected
+from learner.evaluation.completions import of_training
+from learner.evaluation.curves import curves
 from learner.evaluation.page import plain, render
 from learner.evaluation.run_files import Row, RunFiles, number, write_atomic
-from learner.evaluation.samples import Chosen, Sample, choose, read_samples
+from learner.evaluation.samples import Sample, choose, read_samples
+from learner.evaluation.verdict import alarms, verdict, warnings
 
 MOST_EVENTS = 200
 
@@ -43,6 +47,7 @@ def write_report(run_dir: Path) -> Path:
 
 def _context(files: RunFiles) -> dict[str, Any]:
     manifest = files.json_object("manifest.json")
+    command = (manifest or {}).get("command")
     rows = files.metrics() or []
     events = files.json_lines("events.jsonl")
     evaluation = files.json_object("evaluation.json")
@@ -50,48 +55,92 @@ def _context(files: RunFiles) -> dict[str, Any]:
     stages = files.json_list("stages.json")
     samples = _samples(files)
     stats = panels.sample_stats(samples)
-    frontier_chart, frontier_text = panels.frontier_chart(rows)
-    length_chart, length_r = panels.length_chart(rows)
+    length_r = panels.length_correlation(rows)
+    config = files.text("config.toml")
+    preferences = files.json_object("preferences.json")
+    name = files.directory.resolve().name
     figures = panels.summary(
-        files.directory.resolve().name,
-        rows,
-        evaluation or {},
-        reward_model or {},
-        stages or [],
-        events or [],
+        name, rows, evaluation or {}, reward_model or {}, stages or [], events or []
     )
-    found = panels.warnings(figures, stats, length_r)
+    found = warnings(figures, stats, length_r, evaluation)
+    files.missing = [n for n in files.missing if expected(n, command)]
     context = {
         "figures": figures,
+        "command": command,
+        "verdict": verdict(figures, manifest or {}, rows, events or []),
+        "about": about(manifest or {}, config),
+        "alarms": alarms(events or []),
         "warnings": found,
         "manifest": manifest,
         "evaluation": evaluation,
         "pairs": _pairs(evaluation),
         "reward_model": reward_model,
         "reliability_chart": panels.reliability_panel(reward_model or {}),
-        "preferences": files.json_object("preferences.json"),
+        "preferences": preferences,
         "stages": stages,
-        "chosen": _shown(samples),
+        "chosen": choose(samples, random_count=3, seed=0),
+        "trained": of_training(files),
         "sample_count": len(samples),
         "stats": stats,
-        "curves": panels.curves(rows),
-        "frontier_chart": frontier_chart,
-        "frontier_text": frontier_text,
-        "length_chart": length_chart,
+        "curves": curves(rows),
+        "smoothed": charts.window(len(rows)),
+        **_reward_charts(rows),
         "length_r": length_r,
         "timing": panels.table(rows, ("time/",)),
         "overlap": panels.table(rows, ("async/", "perf/", "weight_sync/", "workers/", "sampling/")),
         "rewards": panels.table(rows, ("rewards/", "monitor/")),
         **_events(events),
         "parents": _parents(manifest),
-        "config": files.text("config.toml"),
+        "config": config,
         "missing": files.missing,
         "notes": files.notes,
     }
+    context["sections"] = _sections(context)
+    figures["verdict"] = context["verdict"]
+    figures["alarms"] = context["alarms"]
     figures["warnings"] = found
     figures["missing"] = sorted(files.missing)
     figures["notes"] = {name: list(texts) for name, texts in sorted(files.notes.items())}
     return context
+
+
+def _reward_charts(rows: list[Row]) -> dict[str, Any]:
+    chart, text = panels.frontier_chart(rows)
+    length = panels.length_chart(rows)
+    return {"frontier_chart": chart, "frontier_text": text, "length_chart": length}
+
+
+# Section -> (heading, what of the context it shows, files it needs).
+SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "headline": ("Result", ("figures",), ()),
+    "curves": ("Curves", ("curves",), ("metrics.jsonl",)),
+    "samples": ("Completions", ("chosen", "trained"), ("samples.jsonl", "rollouts")),
+    "hacking": (
+        "Reward hacking",
+        ("frontier_chart", "length_chart", "stats", "rewards"),
+        ("metrics.jsonl", "samples.jsonl"),
+    ),
+    "reward-model": (
+        "Reward model",
+        ("reward_model", "preferences"),
+        ("reward_model.json", "preferences.json"),
+    ),
+    "lineage": ("Lineage", ("manifest",), ("manifest.json",)),
+    "timing": ("Timing", ("stages", "timing"), ("stages.json",)),
+    "overlap": ("Overlap and staleness", ("overlap",), ()),
+    "events": ("Faults and events", ("event_counts",), ("events.jsonl",)),
+    "config": ("Config", ("config",), ("config.toml",)),
+}
+
+
+def _sections(context: dict[str, Any]) -> dict[str, str]:
+    """Id -> heading of the sections that have something to show or something amiss to name."""
+    troubled = {*context["missing"], *context["notes"]}
+    return {
+        key: heading
+        for key, (heading, contents, needed) in SECTIONS.items()
+        if any(context[name] for name in contents) or troubled & set(needed)
+    }
 
 
 def _samples(files: RunFiles) -> list[Sample]:
@@ -104,10 +153,6 @@ def _samples(files: RunFiles) -> list[Sample]:
     except UserError as error:
         files.note(path.name, str(error))
         return []
-
-
-def _shown(samples: list[Sample]) -> list[Chosen]:
-    return choose(samples, random_count=3, seed=0)
 
 
 def _events(events: list[Row] | None) -> dict[str, Any]:
@@ -129,7 +174,7 @@ def _event(event: Row, start: float) -> dict[str, Any]:
     return {
         "time": event.get("time") if at is None else at - start,
         "kind": str(event.get("kind", "no kind")),
-        "detail": plain(detail) + (f" {plain(rest)}" if rest else ""),
+        "detail": ", ".join(plain(part) for part in (detail, rest) if part),
     }
 
 

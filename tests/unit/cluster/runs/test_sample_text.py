@@ -60,7 +60,7 @@ def test_a_sample_in_full_keeps_its_lines_and_says_what_is_known() -> None:
         "worst: score +0.500; parts: rules +1.000, length -0.500; vetoed by rules; 9 tokens; "
         "cut at max_tokens; policy version 2 to 4; group 7, sample 1"
     )
-    assert rest == ["  prompt", "    user: Why?", "  completion", "    one", "    two"]
+    assert rest == ["  prompt", "    Why?", "  completion", "    one", "    two"]
 
 
 def test_an_empty_completion_and_no_score_are_shown_as_such() -> None:

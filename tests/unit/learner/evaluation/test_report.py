@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from cluster.contracts.errors import UserError
-from learner.evaluation import charts, panels
+from learner.evaluation import charts, curves, panels, verdict
 from learner.evaluation.page import visible
 from learner.evaluation.report import write_report
 from learner.evaluation.run_files import RunFiles, write_atomic
@@ -174,7 +174,7 @@ def test_the_page_needs_no_network_no_script_and_every_reference_resolves(run_di
     assert "prefers-color-scheme: dark" in html
     assert "@media print" in html
     descriptions = page.texts["desc"]
-    assert any("objective/scores over 100 steps: from 0 to 0.99" in d for d in descriptions)
+    assert any("reward over 100 steps: from 0 to 0.99" in d for d in descriptions)
 
 
 def test_the_summary_holds_the_key_figures(run_dir: Path) -> None:
@@ -353,15 +353,15 @@ def test_warnings_name_what_they_saw() -> None:
     rows = [metric_row(step) | {"completions/mean_length": 20.0} for step in range(30)]
     judged = {"win_rate": 0.3, "ci_low": 0.2, "ci_high": 0.4}
     figures = panels.summary("r", rows, judged, {}, [], [])
-    assert panels.warnings(figures, None, None) == [
+    assert verdict.warnings(figures, None, None) == [
         "The training reward rose, but the judge prefers the baseline."
     ]
     loops = Sample(prompt="p", before="a b c d e f", after="a b c a b c a b c")
     stats = panels.sample_stats([loops])
     calm = panels.summary("r", rows, {}, {}, [], [])
-    assert "57% of their 3-grams" in panels.warnings(calm, stats, None)[0]
-    assert panels.warnings(calm, None, None) == []
-    assert panels.warnings(calm, None, 0.9) != []
+    assert "57% of their 3-grams" in verdict.warnings(calm, stats, None)[0]
+    assert verdict.warnings(calm, None, None) == []
+    assert verdict.warnings(calm, None, 0.9) != []
 
 
 def test_wall_time_of_a_live_run_is_read_from_either_kind_of_clock() -> None:
@@ -375,3 +375,153 @@ def test_only_everyday_events_are_folded() -> None:
     kinds = ["checkpoint", "checkpoint_damaged", "worker_lost", "swap", "something_new", None]
     notable = [kind for kind in kinds if panels.notable({"kind": kind})]
     assert notable == ["checkpoint_damaged", "worker_lost", "something_new", None]
+
+
+def manifest_of(run: Path, command: str, status: str = "finished") -> None:
+    content = {"command": command, "status": status, "created": "2026-01-02T03:04:05+0000"}
+    (run / "manifest.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("command", "kept", "sections"),
+    [
+        ("sft", ["metrics.jsonl"], {"headline", "curves", "lineage", "config"}),
+        ("evaluate", ["evaluation.json", "samples.jsonl"], {"headline", "samples", "hacking"}),
+        ("reward-model", ["metrics.jsonl", "reward_model.json"], {"reward-model", "curves"}),
+    ],
+)
+def test_only_what_belongs_to_a_command_is_missed(
+    run_dir: Path, command: str, kept: list[str], sections: set[str]
+) -> None:
+    for name in FILES:
+        if name not in (*kept, "config.toml"):
+            (run_dir / name).unlink()
+    manifest_of(run_dir, command)
+    page = Page(write_report(run_dir).read_text("utf-8"))
+    assert "cannot be shown" not in page.text
+    assert json.loads((run_dir / "summary.json").read_text())["missing"] == []
+    assert sections <= set(page.ids)
+    assert {href[1:] for href in page.hrefs} <= set(page.ids)
+    for absent in {"reward-model", "events", "samples", "timing"} - sections - {"timing"}:
+        assert absent not in page.ids
+
+
+@pytest.mark.parametrize("gone", ["metrics.jsonl", "events.jsonl"])
+def test_what_a_command_should_have_written_is_missed(run_dir: Path, gone: str) -> None:
+    manifest_of(run_dir, "train")
+    (run_dir / gone).unlink()
+    page = Page(write_report(run_dir).read_text("utf-8"))
+    assert f"{gone}\n" in page.text
+    assert "cannot be shown" in page.text
+
+
+def test_the_title_says_what_the_run_is_and_what_came_of_it(run_dir: Path) -> None:
+    manifest_of(run_dir, "train", "interrupted")
+    (run_dir / "config.toml").write_text(
+        '[model]\npath = "my-model"\n[data]\nprompts = "p.jsonl"\n[algorithm]\nadvantage = "rloo"\n'
+        'loss = "ppo"\n'
+    )
+    page = Page(write_report(run_dir).read_text("utf-8"))
+    for shown in (
+        "The run was interrupted. The policy is better than the baseline: it wins 70.0%",
+        *("my-model", "p.jsonl", "rloo advantage, ppo loss", "2026-01-02 03:04"),
+    ):
+        assert shown in page.text
+
+
+@pytest.mark.parametrize(
+    ("rate", "low", "high", "says"),
+    [
+        (0.7, 0.6, 0.8, "is better than the baseline"),
+        (0.3, 0.2, 0.4, "is worse than the baseline"),
+        (0.52, 0.45, 0.6, "No difference between policy and baseline can be told"),
+    ],
+)
+def test_the_verdict_follows_the_interval(rate: float, low: float, high: float, says: str) -> None:
+    judged = {"win_rate": rate, "ci_low": low, "ci_high": high}
+    figures = panels.summary("r", [], judged, {}, [], [])
+    assert says in verdict.verdict(figures, {}, [], [])
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        ([0.0, 1.0], "The reward rose from 0 to 1 over 2 steps"),
+        ([1.0, 0.0], "The reward fell from 1 to 0"),
+        ([0.50, 0.52], "The reward hardly changed over 2 steps (0.5 to 0.52)"),
+    ],
+)
+def test_the_verdict_of_a_training_run(scores: list[float], says: str) -> None:
+    rows = [
+        {"step": step, "objective/scores": score, "rewards/std": 0.5, "objective/kl": 521.3}
+        for step, score in enumerate(scores)
+    ]
+    figures = panels.summary("r", rows, {}, {}, [], [])
+    told = verdict.verdict(figures, {"status": "finished"}, rows, [])
+    assert told.startswith(says)
+    assert "5.2e+02" not in told
+
+
+def test_a_failed_run_says_why(run_dir: Path) -> None:
+    events = [{"kind": "run_failed", "cause": "worker-0 died\n  fix: more memory"}]
+    figures = panels.summary("r", [], {}, {}, [], [])
+    told = verdict.verdict(figures, {"status": "failed"}, [], events)
+    assert told == "The run failed. Cause: worker-0 died"
+
+
+def test_alarms_stand_at_the_top_with_their_steps(run_dir: Path) -> None:
+    alarm = {"kind": "alarm", "time": 1.0, "value": 1.0, "limit": 1.0}
+    lines = [
+        {**alarm, "alarm": "kl-budget", "change": "start", "step": 12, "text": "The KL is high."},
+        {**alarm, "alarm": "kl-budget", "change": "end", "step": 30, "text": "over"},
+        {**alarm, "alarm": "entropy-collapse", "change": "start", "step": 40, "text": "Too sure."},
+    ]
+    with (run_dir / "events.jsonl").open("a") as out:
+        out.writelines(json.dumps(line) + "\n" for line in lines)
+    html = write_report(run_dir).read_text("utf-8")
+    for shown in ("From step 12 to 30: The KL is high.", "From step 40 to the end: Too sure."):
+        assert shown in html
+    assert html.index("Too sure.") < html.index('id="headline"')
+    assert json.loads((run_dir / "summary.json").read_text())["notable_events"] == 1
+
+
+def test_cells_hold_words_and_no_json(run_dir: Path) -> None:
+    preferences = {"agreement": {"annotators": 3, "raw": 0.81234}, "labels": [1, 2], "left": None}
+    (run_dir / "preferences.json").write_text(json.dumps(preferences))
+    page = Page(write_report(run_dir).read_text("utf-8"))
+    assert "annotators 3, raw 0.812" in page.text
+    assert '{"' not in page.text.replace(page.texts["script"][0], "")  # that is for programs
+
+
+def test_a_judge_that_was_the_reward_is_a_warning(run_dir: Path) -> None:
+    judged = json.loads((run_dir / "evaluation.json").read_text())
+    (run_dir / "evaluation.json").write_text(json.dumps({**judged, "judge_was_reward": ["rm"]}))
+    page = Page(write_report(run_dir).read_text("utf-8"))
+    assert "The judge (rm) is what the policy was trained on" in page.text
+
+
+def test_one_curve_per_reward_source_and_generation_does_not_end_at_zero() -> None:
+    rows = [
+        {
+            "step": step,
+            "rewards/brief/mean": 0.5,
+            "rewards/kind/mean": 0.1,
+            "rollout/tokens_per_s": 0.0 if step > 7 else 100.0,
+        }
+        for step in range(10)
+    ]
+    drawn = "".join(map(str, curves.curves(rows)))
+    assert "Reward source brief, mean" in drawn
+    assert "Reward source kind, mean" in drawn
+    assert "generated over 8 steps: from 100 to 100" in drawn
+    one = "".join(map(str, curves.curves([{"step": 1, "rewards/brief/mean": 0.5}])))
+    assert "Reward source" not in one
+
+
+def test_smoothing_keeps_the_ends_and_the_mean_of_a_line() -> None:
+    line = [float(i) for i in range(50)]
+    assert charts.smooth(line, 5) == pytest.approx(line)  # a straight line stays as it is
+    assert charts.window(19) == 1
+    assert charts.window(60) == 7
+    noisy = [0.0, 3.0, 0.0, 3.0, 0.0, 3.0, 0.0]
+    assert charts.smooth(noisy, 3) == pytest.approx([0.0, 1.0, 2.0, 1.0, 2.0, 1.0, 0.0])
