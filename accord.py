@@ -184,9 +184,11 @@ def generate(
     temperature: float = 1.0,
     seed: int = 0,
     quiet: bool = False,
+    **limits: Any,
 ) -> list[SampleInfo]:
     """Completions of each prompt, ``samples`` of each, in the order of the prompts, as
-    `accord generate` samples them. Their scores are None."""
+    `accord generate` samples them. Their scores are None. ``limits``: ``top_k``, ``top_p``,
+    ``min_p``, ``min_tokens``, ``allowed_tokens``, ``banned_tokens`` and ``stop`` of [rollout]."""
     prepare_environment()
     from cluster.assembly.generate import generate_completions
     from cluster.assembly.user_objects import temporary_inputs
@@ -196,7 +198,7 @@ def generate(
             inputs.model(model, tokenizer, "model"),
             inputs.rows(prompts, "prompts", "prompt"),
             samples=samples, max_tokens=max_tokens, temperature=temperature, seed=seed,
-            reporter=Reporter(quiet=quiet),
+            reporter=Reporter(quiet=quiet), limits=limits,
         )  # fmt: skip
     return unscored(rollouts, samples)
 

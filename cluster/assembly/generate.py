@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_in_cluster
 from cluster.contracts.config.base import ClusterConfig, ModelConfig
@@ -26,12 +28,16 @@ def generate_to_file(
     temperature: float,
     seed: int,
     reporter: Reporter,
+    limits: Mapping[str, Any] | None = None,
 ) -> None:
-    """One JSON line per completion: prompt, completion, finish_reason, tokens."""
+    """One JSON line per completion: prompt, completion, finish_reason, tokens.
+
+    limits: as in `generate_completions`.
+    """
     require_writable(out)
     answers = generate_completions(
         model, prompts, samples=samples, max_tokens=max_tokens, temperature=temperature,
-        seed=seed, reporter=reporter,
+        seed=seed, reporter=reporter, limits=limits,
     )  # fmt: skip
     write_text(out, "".join(json.dumps(answer_row(a), ensure_ascii=False) + "\n" for a in answers))
 
@@ -45,11 +51,16 @@ def generate_completions(
     temperature: float,
     seed: int,
     reporter: Reporter,
+    limits: Mapping[str, Any] | None = None,
 ) -> list[Rollout]:
-    """``samples`` completions of each prompt of a file, in its order."""
+    """``samples`` completions of each prompt of a file, in its order.
+
+    limits: further keys of [rollout] that say what may be sampled: top_k, top_p, min_p, min_tokens,
+    allowed_tokens, banned_tokens, stop. Raises UserError for a value that cannot be.
+    """
     config = ModelConfig(path=model)
     data = DataConfig(prompts=prompts, shuffle=False)
-    sampling = {"max_tokens": max_tokens, "temperature": temperature}
+    sampling = {"max_tokens": max_tokens, "temperature": temperature, **(limits or {})}
     rollout = check_config(
         RolloutConfig, {**sampling, "workers": max(1, len(own_cores()))}, where="command line"
     )

@@ -21,7 +21,24 @@ def generate(
     out: Annotated[Path, typer.Option(help="JSONL file to write.")] = Path("answers.jsonl"),
     samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 64,
-    temperature: Annotated[float, typer.Option(help="0: always the most likely token.")] = 1.0,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature, over 0; 0.01: nearly always the likeliest.")
+    ] = 1.0,
+    top_k: Annotated[
+        int, typer.Option(min=0, help="Only the so many most probable tokens; 0: all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option(help="Only the most probable tokens of this much probability; 1: all.")
+    ] = 1.0,
+    min_p: Annotated[
+        float,
+        typer.Option(help="Only tokens this many times as probable as the likeliest; 0: all."),
+    ] = 0.0,
+    min_tokens: Annotated[int, typer.Option(min=0, help="Shortest completion, in tokens.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="A string that ends a completion. May be given several times."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -33,8 +50,12 @@ def generate(
     """
     from cluster.assembly.generate import generate_to_file
 
+    limits = {
+        "top_k": top_k, "top_p": top_p, "min_p": min_p, "min_tokens": min_tokens,
+        "stop": stop or [],
+    }  # fmt: skip
     generate_to_file(
         model, prompts, out, samples=samples, max_tokens=max_tokens, temperature=temperature,
-        seed=seed, reporter=reporter(quiet),
+        seed=seed, reporter=reporter(quiet), limits=limits,
     )  # fmt: skip
     print_path(out)
