@@ -1,4 +1,4 @@
-"""`accord generate`: its limits on sampling reach the engine's settings, and nothing is recorded."""
+"""`accord generate`: its limits on sampling reach the engine's settings."""
 
 from __future__ import annotations
 
