@@ -8,7 +8,11 @@ commands of all pages; those of `make`, `git` and `cp` are executed by nobody he
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -50,13 +54,46 @@ def prepare(folder: Path, model: Path, prompts: Path) -> None:
     shutil.copytree(model, folder / "my-model")
 
 
-def do(accord: Any, words: list[str]) -> Any:
-    if words[0] == "train":
-        words = [*words, *SMALL]
-    command = accord.run(*words, typed=QUESTION if words[0] == "chat" else "", timeout_s=240)
-    assert command.process.returncode == 0, f"{words}: {command.stderr}"
-    assert "Traceback" not in command.stderr
-    return command
+# One process does what needs no process of its own: a dozen imports of torch cost half a minute.
+IN_TURN = """
+import contextlib, io, json, sys
+commands, sys.argv[1:] = json.loads(sys.argv[1]), []
+import launch
+said = []
+for words, typed in commands:
+    sys.argv[1:], sys.stdin, code = words, io.StringIO(typed), 0
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            launch.main()
+        except SystemExit as done:
+            code = done.code
+    said.append([code, out.getvalue()])
+print(json.dumps(said))
+"""
+
+
+def in_turn(folder: Path, lines: list[list[str]]) -> list[str]:
+    """What each command prints. They run one after another in one process."""
+    typed = [(words, QUESTION if words[0] == "chat" else "") for words in lines]
+    done = subprocess.run(
+        [sys.executable, "-c", IN_TURN, json.dumps(typed)],
+        cwd=folder,
+        env={**os.environ, "ACCORD_NO_BOOTSTRAP": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout.splitlines()[-1])
+    failed = [words for words, (code, _) in zip(lines, results, strict=True) if code]
+    assert not failed, f"{failed}: {done.stderr}"
+    return [said for _, said in results]
+
+
+def train(accord: Any, words: list[str]) -> None:
+    command = accord.run(*words, *SMALL, timeout_s=240)
+    assert command.process.returncode == 0, command.stderr
 
 
 def test_the_pages_show_the_same_files() -> None:
@@ -72,22 +109,21 @@ def test_the_commands_of_the_first_pages_run(accord: Any, world: Any) -> None:
     prepare(folder, world.policy, world.prompts)
     for place in ("policy", "sft/policy"):  # what `make quickstart` leaves, for `accord chat`
         shutil.copytree(world.policy, folder / "runs" / "quickstart" / place)
-    said = {}
-    for words in of_accord(README, FIRST_RUN):
-        if words[0] == "chat" and "runs/quickstart" in words:
-            (folder / "runs/quickstart/manifest.json").write_text("{}", encoding="utf-8")
-        said[words[0]] = do(accord, words).stdout
-    assert {"plan", "train", "chat", "samples"} <= set(said)
-    assert "samples_per_prompt = 8" in said["plan"]
-    assert said["chat"].strip()
+    lines = list(of_accord(README, FIRST_RUN))
+    training = [words for words in lines if words[0] == "train"]
+    assert len(training) == 1
+    train(accord, training[0])
     run = folder / "runs" / "mine"
     assert (run / "policy" / "config.json").is_file()
     assert (run / "report.html").is_file()
     # A finished run is what the commands of the operate page want, too.
     shutil.copytree(run, folder / "runs" / "other")
-    for words in of_accord(OPERATE):
-        if "--steps" not in words:  # twenty, and this run has two
-            assert do(accord, words).stdout
+    lines += [words for words in of_accord(OPERATE) if "--steps" not in words]  # it has two
+    lines.remove(training[0])
+    said = in_turn(folder, lines)
+    assert {"plan", "chat", "samples", "status", "replay"} <= {words[0] for words in lines}
+    assert [words for words, text in zip(lines, said, strict=True) if not text.strip()] == []
+    assert "samples_per_prompt = 8" in said[lines.index(["plan", "grpo.toml"])]
 
 
 @pytest.mark.long
@@ -100,9 +136,10 @@ def test_use_your_model_with_each_family(family: str, accord: Any, world: Any) -
     tokenizer = load_tokenizer(str(world.policy))
     fresh_model(tokenizer, model, hidden=64, layers=2, heads=2, intermediate=64, arch=family)
     prepare(accord.folder, model, world.prompts)
-    names = []
-    for words in of_accord(README):
-        if "grpo.toml" in words or "runs/mine" in words:
-            assert do(accord, words).stdout.strip()
-            names.append(words[0])
-    assert names == ["plan", "train", "chat"]
+    plan, training, chat = (
+        words for words in of_accord(README) if {"grpo.toml", "runs/mine"} & set(words)
+    )
+    assert (plan[0], training[0], chat[0]) == ("plan", "train", "chat")
+    in_turn(accord.folder, [plan])
+    train(accord, training)
+    assert in_turn(accord.folder, [chat])[0].strip()
