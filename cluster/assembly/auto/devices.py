@@ -14,6 +14,7 @@ from cluster.machine.hardware import MB, Machine
 SMALL = 50_000_000  # parameters; below, a second core makes decoding slower (measured up to 16 M)
 MOST_CORES = 16  # of one worker: decoding waits for memory, which more cores do not make faster
 SMALL_LEARNER_CORES = 8
+MANY_CORES = 4  # beside the workers; with fewer, the other processes share the learner's
 OBJECT_STORE_LEAST_MB = 256
 VERSIONS = 3  # of the weights, on their way at once at most
 
@@ -89,8 +90,10 @@ def choose_learner_cores(choices: Choices[TrainConfig], model: ModelFacts | None
         choices.settle("learner.cpus", 1.0, "the learner waits for its GPU")
         return
     taken = 0.0 if config.rollout.gpus else config.rollout.workers * config.rollout.cpus
-    left = max(1, int((cores - taken) / config.learner.processes))
-    why = f"the cores beside {counted(config.rollout.workers)}, {counted(cores, 'core')} in all"
+    rest, why = cores - taken, f"the cores beside {counted(config.rollout.workers)}"
+    if rest >= MANY_CORES:
+        rest, why = rest - 1, f"{why}, less one for the reward service and the controller"
+    left = max(1, int(rest / config.learner.processes))
     if size < SMALL and left > SMALL_LEARNER_CORES:
         left = SMALL_LEARNER_CORES
         why = f"enough for a model of {millions(size)} parameters"

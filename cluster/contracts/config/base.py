@@ -14,7 +14,9 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    SerializerFunctionWrapHandler,
     field_validator,
+    model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -36,6 +38,15 @@ class Section(BaseModel):
             return tree
         chosen = {name for name, field in cls.model_fields.items() if auto_rule(field)}
         return {k: v for k, v in tree.items() if k not in chosen or v != AUTO}
+
+    @model_serializer(mode="wrap")
+    def _auto_stays_auto(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What was not set is written as "auto": read again, it is still to be chosen."""
+        tree: dict[str, Any] = dump(self)
+        for name, field in type(self).model_fields.items():
+            if name in tree and auto_rule(field) and name not in self.model_fields_set:
+                tree[name] = AUTO
+        return tree
 
 
 def auto(fallback: Any, *, rule: str, description: str, **limits: Any) -> Any:

@@ -185,7 +185,8 @@ class LearnerConfig(Section):
     )
     cpus: float = auto(
         1,
-        rule="the cores that the workers leave, divided by the processes; at most 8 for a model "
+        rule="the cores that the workers leave, from 4 on less one for the other "
+        "processes, divided by learner.processes; at most 8 for a model "
         "below 50 million parameters; 1 on a GPU",
         gt=0,
         description="CPU cores of each process of the learner.",

@@ -131,14 +131,14 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
         SERVER,
         HALF_B,
         (),
-        {"rollout.cpus": 16.0, "learner.cpus": 48.0, "cluster.num_cpus": 97},
+        {"rollout.cpus": 16.0, "learner.cpus": 47.0, "cluster.num_cpus": 96},
     ),
     (
         "four workers and two learner processes on a large server",
         SERVER,
         SEVEN_B,
         ("rollout.workers=4", "learner.processes=2"),
-        {"rollout.cpus": 8.0, "learner.cpus": 16.0, "cluster.pin_cores": True},
+        {"rollout.cpus": 8.0, "learner.cpus": 15.0, "cluster.pin_cores": True},
     ),
     (
         "one H100 is shared",
@@ -171,7 +171,7 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
             "rollout.gpus": 1.0,
             "rollout.gpu_memory_fraction": 0.9,
             "model.dtype": "float32",
-            "learner.cpus": 16.0,
+            "learner.cpus": 15.0,
         },
     ),
     (
@@ -273,6 +273,18 @@ def test_what_a_run_stores_resolves_to_itself_on_another_machine() -> None:
     resolved = resolve_training(config(), ONE_H100, HALF_B).config
     stored = check_config(TrainConfig, tomllib.loads(dump_toml(resolved)), where="config.toml")
     assert resolve_training(stored, LAPTOP, QUICKSTART).config == resolved
+
+
+def test_a_config_that_is_written_before_it_is_resolved_keeps_auto() -> None:
+    given = config("rollout.max_running=9", "cluster.num_cpus=auto")
+    tree = given.model_dump()
+    assert (tree["rollout"]["max_running"], tree["rollout"]["kv_cache_mb"]) == (9, "auto")
+    read = check_config(TrainConfig, tree, where="")
+    wanted = resolve_training(given, SERVER, HALF_B)
+    assert resolve_training(read, SERVER, HALF_B).config == wanted.config
+    assert wanted.config.model_dump()["rollout"]["kv_cache_mb"] == wanted.config.rollout.kv_cache_mb
+        "'auto'", "", 1
+    )
 
 
 @pytest.mark.parametrize("key", sorted(auto_keys()))
