@@ -98,6 +98,8 @@ def _before_and_after(path: Path, count: int) -> Shown:
         ):
             lines.append(f"  {name}" + ("" if score is None else f", score {score:+.3f}"))
             lines += _indented(text)
+    stages = sorted(folder.parent for folder in path.glob("*/rollouts"))
+    lines += ["", *(f"of its training: accord samples {stage}" for stage in stages)]
     return lines, [{"chosen": c.reason, **asdict(c.sample)} for c in picked]
 
 

@@ -53,9 +53,11 @@ def test_an_evaluation_shows_before_and_after(
 ) -> None:
     row = {"prompt": "Q", "before": "b", "after": "a", "before_score": 0.0, "after_score": 1.0}
     (run / "samples.jsonl").write_text(json.dumps(row) + "\n")
+    (run / "ppo" / "rollouts").mkdir(parents=True)
     samples(run)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[2:] == [
+    assert lines[-1] == f"of its training: accord samples {run / 'ppo'}"
+    assert lines[2:-2] == [
         "largest improvement:",
         "  prompt", "    Q",
         "  before, score +0.000", "    b",
