@@ -11,6 +11,7 @@ from typing import Any
 
 from cluster.contracts.errors import UserError
 from cluster.contracts.samples import SampleInfo, read_samples, sampled_steps
+from cluster.runs.overview import status_of
 from cluster.runs.run import Run
 
 
@@ -36,8 +37,8 @@ class RunView:
 
     @property
     def status(self) -> str:
-        """running, finished, interrupted or failed, as the run itself wrote it."""
-        return str(self.manifest["status"])
+        """running, finished, interrupted, failed, or dead: its process ended without a word."""
+        return status_of(self.path, self.manifest)
 
     @property
     def config(self) -> Mapping[str, Any]:

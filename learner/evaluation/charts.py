@@ -93,14 +93,10 @@ def window(points: int) -> int:
 
 
 def smooth(y: Sequence[float], width: int) -> list[float]:
-    """The mean of the up to ``width`` points around each point; as many on both sides, so that the
-    ends of the line are not pulled towards its middle."""
-    found = []
-    for i in range(len(y)):
-        half = min(width // 2, i, len(y) - 1 - i)
-        part = y[i - half : i + half + 1]
-        found.append(sum(part) / len(part))
-    return found
+    """The mean of the up to ``width`` points around each point, fewer at the ends of the line."""
+    half = width // 2
+    parts = [y[max(0, i - half) : i + half + 1] for i in range(len(y))]
+    return [sum(part) / len(part) for part in parts]
 
 
 def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:

@@ -127,7 +127,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     ),
     "lineage": ("Lineage", ("manifest",), ("manifest.json",)),
     "timing": ("Timing", ("stages", "timing"), ("stages.json",)),
-    "overlap": ("Overlap and staleness", ("overlap",), ()),
+    "overlap": ("Speed, overlap and staleness", ("overlap",), ()),
     "events": ("Faults and events", ("event_counts",), ("events.jsonl",)),
     "config": ("Config", ("config",), ("config.toml",)),
 }
