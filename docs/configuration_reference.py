@@ -5,20 +5,24 @@ A test compares the file with what this makes, so that the page cannot drift fro
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
+from pydantic.fields import FieldInfo
 
-from cluster.contracts.config.base import auto_rule
+from cluster.contracts.config.base import AUTO, auto_rule
+from cluster.contracts.config.commented import FIRST_KEYS, commented_toml, sections_of
 from cluster.contracts.config.evaluate import EvaluateConfig
+from cluster.contracts.config.file import read_toml, toml_value
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.config.train import TrainConfig
 
 PAGE = Path(__file__).with_name("configuration.md")
-COMMANDS = {
+EXAMPLE = Path(__file__).parents[1] / "examples" / "ppo.toml"
+COMMANDS: dict[str, type[BaseModel]] = {
     "accord train": TrainConfig,
     "accord sft": SftConfig,
     "accord reward-model": RewardModelConfig,
@@ -27,64 +31,113 @@ COMMANDS = {
 }
 HEAD = """# Configuration
 
-A command takes one TOML file and any number of `section.key=value` settings after it; a setting
-wins over the file, the file over the defaults. Paths need no quotes on the command line. Lists of
-tables are reached by number: `reward.sources.0.weight=0.5`.
+Every command that trains or evaluates reads one TOML file. This page lists all keys: first the
+fifteen that people change first, then every section, then one full config. The page is made from
+the code (`make docs`).
 
-An unknown key is an error that names the nearest valid one; all problems of a config are told at
-once; nothing is repaired silently and nothing changes while a run goes on. Every value in force is
-printed by `accord plan CONFIG.toml`. The resolved config lies in the run directory as
-`config.toml`.
+`accord init` writes a first config for your model and data.
 
-This page is made from the code (`make docs`).
+**On the command line** you can set any key after the file: `accord train my.toml batch.steps=50`.
+Such a setting replaces the file's. Paths need no quotes. `KEY=none` clears a key that may be left
+out. An entry of a list is reached by its number: `reward.sources.0.weight=0.5`.
+
+**Mistakes** are told all at once, before anything starts. For an unknown key, the message names the
+nearest valid one.
+
+**Keys with the default `auto`** get a value that fits your machine and your model. A key that you
+set is never changed. `KEY=auto` on the command line undoes what the file sets. `accord plan
+my.toml` prints every value in force and, for `auto`, the reason:
+
+```
+max_running = 64  # auto: a CPU decodes no faster with more than 64
+```
+
+The run stores the values in force in its `config.toml`. A resumed or replayed run takes them from
+there, so they stay the same on another machine.
+"""
+FIRST = """## The fifteen keys people change first
+
+Of `accord train`:
+"""
+ALL = """## All keys, by section
+
+A section belongs to the commands that are named under its heading.
+"""
+FULL = """## A full config
+
+`examples/ppo.toml` with every other key at its default. A line such as `# value_lr =` is a key
+without a value.
 """
 
 
 def page() -> str:
-    parts = [HEAD]
-    described: dict[str, str] = {}
+    """The text of docs/configuration.md."""
+    example = commented_toml(TrainConfig, read_toml(str(EXAMPLE)), every_key=True)
+    parts = [HEAD, FIRST, _first_keys(), ALL, *_sections(), FULL, f"```toml\n{example}```\n"]
+    return "\n".join(parts)
+
+
+def _first_keys() -> str:
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for key in FIRST_KEYS:
+        *path, name = key.split(".")
+        model: Any = TrainConfig
+        for part in path:
+            model = model.model_fields[part].annotation
+        default, meaning = _default_and_meaning(model.model_fields[name])
+        rows.append(f"| `{key}` | {default} | {meaning} |")
+    return "\n".join(rows) + "\n"
+
+
+def _sections() -> Iterator[str]:
+    """Each kind of section once, with every name that it has and the commands that have it."""
+    uses: dict[type[BaseModel], dict[str, list[str]]] = {}
     for command, model in COMMANDS.items():
-        sections = [name for name, field in model.model_fields.items() if _models(field.annotation)]
-        plain = [name for name in model.model_fields if name not in sections]
-        parts.append(f"## `{command}`\n")
-        parts.append("Sections: " + ", ".join(f"`[{name}]`" for name in sections) + "\n")
-        if plain:
-            parts.append(_table(model, plain))
-        for name in sections:
-            for section in _models(model.model_fields[name].annotation):
-                described.setdefault(section.__name__, _section(section))
-    parts.append("## Sections\n")
-    parts += described.values()
-    return "\n".join(parts)
-
-
-def _section(model: type[BaseModel]) -> str:
-    parts = [f"### {model.__name__}\n"]
-    own = [n for n, f in model.model_fields.items()]
-    parts.append(_table(model, own))
-    for field in model.model_fields.values():
-        parts += [_section(inner) for inner in _models(field.annotation)]
-    return "\n".join(parts)
-
-
-def _table(model: type[BaseModel], names: list[str]) -> str:
-    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
-    for name in names:
-        field = model.model_fields[name]
-        default = (
-            "required" if field.default is PydanticUndefined else f"`{_default(field.default)}`"
+        if any(not sections_of(field.annotation) for field in model.model_fields.values()):
+            uses.setdefault(model, {}).setdefault("", []).append(command)
+        for name, section in _nested(model, ""):
+            uses.setdefault(section, {}).setdefault(name, []).append(command)
+    for section, names in uses.items():
+        kind = section.model_fields.get("type")
+        brackets = "`[{}]`" if kind is None else "`[[{}]]`"
+        title = brackets.format(next(iter(names)))
+        if kind is not None:
+            title += f', `type = "{kind.default}"`'
+        if "" in names:
+            title = f"Above the first section of `{names[''][0]}`"
+        where = "; ".join(
+            (f"{brackets.format(name)} of " if name else "")
+            + ", ".join(f"`{command}`" for command in commands)
+            for name, commands in names.items()
         )
-        if field.default_factory is not None:
-            default = "`empty`"
-        meaning, rule = field.description or "", auto_rule(field)
-        if rule is not None:
-            default, meaning = "`auto`", f"{meaning} auto: {rule}."
+        yield f"### {title}\n\n{where}\n\n{_table(section)}"
+
+
+def _nested(model: type[BaseModel], prefix: str) -> Iterator[tuple[str, type[BaseModel]]]:
+    for name, field in model.model_fields.items():
+        for section in sections_of(field.annotation):
+            yield f"{prefix}{name}", section
+            yield from _nested(section, f"{prefix}{name}.")
+
+
+def _table(model: type[BaseModel]) -> str:
+    rows = ["| key | type | default | meaning |", "|---|---|---|---|"]
+    for name, field in model.model_fields.items():
+        if sections_of(field.annotation) and get_origin(field.annotation) is not list:
+            continue
+        default, meaning = _default_and_meaning(field)
         rows.append(f"| `{name}` | {_type(field.annotation)} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
-def _default(value: Any) -> str:
-    return "section" if isinstance(value, BaseModel) else str(value)
+def _default_and_meaning(field: FieldInfo) -> tuple[str, str]:
+    meaning, rule = field.description or "", auto_rule(field)
+    if rule is not None:
+        return f"`{AUTO}`", f"{meaning} `{AUTO}`: {rule}."
+    if field.is_required():
+        return "required", meaning
+    value = field.get_default(call_default_factory=True)
+    return "`none`" if value is None else f"`{toml_value(value)}`", meaning
 
 
 def _type(kind: Any) -> str:
@@ -95,15 +148,11 @@ def _type(kind: Any) -> str:
         return " \\| ".join(f"`{value}`" for value in get_args(kind))
     if origin in (Union, UnionType):
         return " or ".join(_type(part) for part in get_args(kind))
+    if origin is list and sections_of(kind):
+        return "list of tables"
     if origin is not None:
         return f"{origin.__name__} of {', '.join(_type(a) for a in get_args(kind))}"
     return "none" if kind is type(None) else getattr(kind, "__name__", str(kind))
-
-
-def _models(kind: Any) -> list[type[BaseModel]]:
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return [kind]
-    return [model for part in get_args(kind) for model in _models(part)]
 
 
 if __name__ == "__main__":

@@ -108,7 +108,7 @@ def folder_name(name: str) -> str:
 
 
 class ModelConfig(Section):
-    path: str = Field(description="A model directory (HF layout) or a hub id.")
+    path: str = Field(description="A model directory (Hugging Face layout) or a hub id.")
     revision: str | None = Field(None, description="Revision of a hub id.")
     trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
     dtype: DType = auto(
@@ -142,7 +142,7 @@ class LoggingConfig(Section):
 class ClusterConfig(Section):
     address: str | None = Field(
         None,
-        description="Ray cluster to join ('auto', host:port); None: start one on this machine.",
+        description="Ray cluster to join ('auto' or host:port); none: start one on this machine.",
     )
     num_cpus: int | None = auto(
         None,

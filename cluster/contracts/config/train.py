@@ -73,13 +73,13 @@ class AlgorithmConfig(Section):
         None,
         gt=0,
         description="Ratio clipped below 1 - this; "
-        "None: the loss's own (ppo 0.2, gspo 3e-4, cispo 1.0).",
+        "none: the loss's own (ppo 0.2, gspo 3e-4, cispo 1.0).",
     )
     clip_high: float | None = Field(
         None,
         gt=0,
         description="Ratio clipped above 1 + this; "
-        "None: the loss's own (ppo 0.2, gspo 4e-4, cispo 0.28).",
+        "none: the loss's own (ppo 0.2, gspo 4e-4, cispo 0.28).",
     )
     dual_clip: float | None = Field(
         None, gt=1, description="ppo only: bound of the loss where the advantage is negative."
@@ -151,7 +151,7 @@ class LearnerConfig(Section):
         ge=0,
         description="With one update a step: memory for the forward pass that measures the step "
         "to wait for its loss, instead of being run twice. A step that needs more runs it twice, "
-        "with the same result. None: an eighth of the machine's, a quarter of what is free on a "
+        "with the same result. none: an eighth of the machine's, a quarter of what is free on a "
         "GPU; 0: always twice.",
     )
     value_model: Literal["auto", "own", "shared"] = Field(
@@ -164,7 +164,7 @@ class LearnerConfig(Section):
         0, ge=0, description="First learner steps, which train the value network only."
     )
     reference_path: str | None = Field(
-        None, description="Reference model; None: the starting policy."
+        None, description="Reference model; none: the starting policy."
     )
     gradient_checkpointing: bool = Field(
         False, description="Compute activations twice instead of keeping them (less memory)."
@@ -215,7 +215,7 @@ class WeightsConfig(Section):
         None,
         gt=0,
         description="Most by which engine and learner may differ over the canary, nats: the "
-        "largest difference in float32, the median in bfloat16. None: 20 times the noise that the "
+        "largest difference in float32, the median in bfloat16. none: 20 times the noise that the "
         "engine has shown, but 1e-4 to 1e-3 in float32, 0.05 to 0.5 in bfloat16.",
     )
     timeout_s: float = Field(
