@@ -79,8 +79,8 @@ def status_lines(run: Run) -> list[str]:
         lines.append(f"  Ray dashboard: {status['dashboard']}")
     lines += [f"  alarm: {text}" for text in status["alarms"]]
     lines += _process(facts, status)
-    lines += [f"  {kind}: {count}" for kind, count in sorted(status["events"].items())]
-    return lines
+    events = ", ".join(f"{kind} {count}" for kind, count in sorted(status["events"].items()))
+    return [*lines, f"  events: {events}"] if events else lines
 
 
 def _process(facts: RunOverview, status: dict[str, Any]) -> list[str]:
