@@ -58,7 +58,7 @@ class SftDataConfig(Section):
     split: str = Field("train", description="Split of `datasets:NAME`.")
     skip_bad_rows: bool = Field(
         False,
-        description="Leave rows that cannot be read out (counted and reported) instead of "
+        description="Leave out rows that cannot be read (counted and reported) instead of "
         "stopping at the first.",
     )
 
@@ -81,7 +81,7 @@ class PairsConfig(Section):
     split: str = Field("train", description="Split of `datasets:NAME`.")
     skip_bad_rows: bool = Field(
         False,
-        description="Leave rows that cannot be read out (counted and reported) instead of "
+        description="Leave out rows that cannot be read (counted and reported) instead of "
         "stopping at the first.",
     )
 

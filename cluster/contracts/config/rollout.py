@@ -21,11 +21,11 @@ class DataConfig(Section):
     )
     skip_bad_rows: bool = Field(
         False,
-        description="Leave rows that cannot be read out (counted and reported) instead of "
+        description="Leave out rows that cannot be read (counted and reported) instead of "
         "stopping at the first.",
     )
     skip_long_prompts: bool = Field(
-        False, description="Leave prompts over the limit out (counted and reported) instead."
+        False, description="Leave out prompts over the limit (counted and reported) instead."
     )
     shuffle: bool = Field(True, description="A new seeded order each epoch.")
 
