@@ -227,9 +227,9 @@ def chat_loop(
     from cluster.machine.torch_state import prepare_torch
 
     prepare_torch()
-    named = {"after": model} if before is None else {"before": before, "after": model}
-    voices = [LocalVoice(name, path) for name, path in named.items()]
     score = reward_scorer(reward) if reward is not None else None
+    named = {"model": model} if before is None else {"before": before, "after": model}
+    voices = [LocalVoice(name, path) for name, path in named.items()]
     torch.manual_seed(seed)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     session = ChatSession(

@@ -24,6 +24,7 @@ RATE_STEPS = 20  # the time left follows from the median duration of this many l
 LATEST = {  # metric -> its name for people; the first that a run has is shown
     "objective/scores": "reward",
     "rm/accuracy": "accuracy",
+    "rewards/accuracies": "accuracy",
     "eval/accuracy": "accuracy",
     "eval/loss": "loss",
     "train/loss": "loss",

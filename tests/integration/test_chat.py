@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each test starts processes that load transformers
 ROOT = Path(__file__).resolve().parents[2]
 CTRL_C, UP = "\x03", "\x1b[A"
 
