@@ -37,3 +37,15 @@ def test_grpo_trains_a_random_model_with_values_chosen_here(
     assert stored.rollout.max_tokens == 256  # of a context of 512
     assert {"dtype", "max_running", "kv_cache_mb", "cpus"} <= stored.rollout.model_fields_set
     assert (run / "policy" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "ppo"])
+def test_what_init_writes_passes_plan(world: Any, accord: Any, algorithm: str) -> None:
+    given = ("--model", world.policy, "--prompts", world.prompts, "--algorithm", algorithm)
+    written = accord.run("init", *given)
+    assert written.wait(0) == 0, written.stderr
+    planned = accord.run("plan", f"{algorithm}.toml", "--json")
+    assert planned.wait(0) == 0, planned.stderr
+    shown = json.loads(planned.stdout)
+    assert shown["config"]["rollout"]["max_tokens"] == 256
+    assert shown["auto"]["rollout.max_tokens"]["why"].startswith("at most 256")
