@@ -13,6 +13,7 @@ from cluster.assembly.prepare import prepare
 from cluster.contracts.config.file import dump_toml
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.cores import core_plan, own_cores
+from cluster.machine.hardware import Machine, this_machine
 from cluster.measure.probe.memory import STATE, memory_plan
 from cluster.measure.probe.probe import Outlook, probe
 from cluster.runs.console import Reporter, result
@@ -139,33 +140,43 @@ def derived(config: TrainConfig, model: ModelFacts | None) -> dict[str, Any]:
     cores = core_plan(config, own_cores())
     slots = rollout.workers * rollout.max_running
     return {
-        "samples per step": samples,
-        "samples of the whole run": samples * batch.steps,
-        "answer tokens per step, at most": samples * rollout.max_tokens,
+        "completions per step": samples,
+        "completions of the whole run": samples * batch.steps,
+        "completion tokens per step, at most": samples * rollout.max_tokens,
         "groups in flight, at most": (bound + 1) * batch.prompts_per_step,
-        "samples decoded at once, at most": slots,
+        "completions decoded at once, at most": slots,
         # Little's law: S samples in flight, batches of B: so many steps of lag keep both busy.
         "staleness bound that keeps both sides busy": -(-slots // samples) + 1,
         "optimiser steps per learner step": config.learner.epochs * config.learner.minibatches,
         "threads and cores": cores.describe(),
         "asynchronous scheduling of vLLM": "off: a token that is under way at a swap would be "
         "recorded under the wrong version",
-        **({} if model is None else sizes(config, model)),
+        **({} if model is None else sizes(config, model, this_machine())),
     }
 
 
-def sizes(config: TrainConfig, model: ModelFacts) -> dict[str, str]:
+def sizes(config: TrainConfig, model: ModelFacts, machine: Machine) -> dict[str, str]:
     """Memory that the policy's weights take, from the model's shapes; a probe measures the rest."""
-    width = WIDTH[config.rollout.dtype]
-    trained = STATE * model.parameters / config.learner.processes
-    if config.learner.sharding == "none":
-        trained = STATE * model.parameters
+    rollout, learner = config.rollout, config.learner
+    trained = STATE * model.parameters / (1 if learner.sharding == "none" else learner.processes)
+    sampling = 2 * WIDTH[rollout.dtype] * model.parameters / rollout.tensor_parallel
     return {
         "parameters of the model, about": f"{model.parameters / 1e6:.1f} million",
-        "memory of a learner process for weights, gradients and moments, about": (
-            f"{trained / MB:.0f} MiB"
+        "a learner process: weights, gradients and moments, about": _beside(
+            trained, machine, on_gpu=learner.gpus > 0
         ),
-        "memory of a worker for weights, in force and staged, about": (
-            f"{2 * width * model.parameters / MB:.0f} MiB"
+        "a worker: weights in force and staged, about": _beside(
+            sampling, machine, on_gpu=rollout.gpus > 0
         ),
     }
+
+
+def _beside(size: float, machine: Machine, *, on_gpu: bool) -> str:
+    """Bytes, and what there is to hold them."""
+    there, what = (
+        (machine.gpu_memory_mb, "a GPU has")
+        if on_gpu and machine.gpu_memory_mb
+        else (machine.memory_mb, "this machine has")
+    )
+    short = ": NOT ENOUGH" if size / MB > there else ""
+    return f"{size / MB:.0f} MiB ({what} {there} MiB{short})"

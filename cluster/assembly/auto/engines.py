@@ -14,6 +14,7 @@ LONGEST = 256  # tokens of a completion where nothing else is asked for
 DECODED_AT_ONCE = {"CPU": 64, "GPU": 512}  # measured on a CPU; on a GPU an estimate
 ENGINE_OVERHEAD_MB = 4096  # of a GPU: CUDA context, graphs, activations
 CACHE_LEAST_MB = 64
+GPU_LEAST = 0.05
 
 
 def choose_engines(choices: Choices[Any], model: ModelFacts | None, load: Load) -> None:
@@ -21,7 +22,7 @@ def choose_engines(choices: Choices[Any], model: ModelFacts | None, load: Load) 
     choices.settle("rollout.dtype", *dtype_of(on_gpu, "engine"))
     choose_worker_cores(choices, model, load)
     choose_longest_completion(choices, model, load)
-    choose_gpu_share(choices, load)
+    choose_gpu_share(choices, model, load)
     choose_seats(choices, model, load)
     choose_cache(choices, model, load)
 
@@ -39,7 +40,7 @@ def choose_longest_completion(choices: Choices[Any], model: ModelFacts | None, l
     choices.settle("rollout.max_tokens", max(least, min(LONGEST, room)), why)
 
 
-def choose_gpu_share(choices: Choices[Any], load: Load) -> None:
+def choose_gpu_share(choices: Choices[Any], model: ModelFacts | None, load: Load) -> None:
     rollout = choices.config.rollout
     if not rollout.gpus:
         choices.settle("rollout.gpu_memory_fraction", 0.45, "not used without a GPU")
@@ -53,7 +54,13 @@ def choose_gpu_share(choices: Choices[Any], load: Load) -> None:
     part = 0.45 if with_learner else 0.9
     why = f"{part} of the GPU, for {counted(together)}"
     why += " beside the learner" if with_learner else ""
-    choices.settle("rollout.gpu_memory_fraction", round(part / together, 3), why)
+    share = part / together
+    if model is not None and not load.alone and choices.machine.gpu_memory_mb:
+        # vLLM does not count the weights that are staged beside those in force.
+        share -= _weights_mb(choices, model) / choices.machine.gpu_memory_mb
+        why += ", less a second copy of the weights"
+    share = max(GPU_LEAST, math.floor(1000 * share + 1e-6) / 1000)
+    choices.settle("rollout.gpu_memory_fraction", share, why)
 
 
 def choose_seats(choices: Choices[Any], model: ModelFacts | None, load: Load) -> None:
@@ -99,10 +106,15 @@ def _cache_budget_mb(choices: Choices[Any], model: ModelFacts, load: Load) -> fl
         return float(rollout.kv_cache_mb)
     if not rollout.gpus:
         return machine.memory_mb / 4 / load.engines
-    # Weights in force and those staged beside them.
-    weights = 2 * model.parameters * WIDTH[rollout.dtype] / MB / rollout.tensor_parallel
-    room = machine.gpu_memory_mb * rollout.gpu_memory_fraction - weights - ENGINE_OVERHEAD_MB
+    taken = _weights_mb(choices, model) + ENGINE_OVERHEAD_MB
+    room = machine.gpu_memory_mb * rollout.gpu_memory_fraction - taken
     return max(0.0, room) * rollout.tensor_parallel
+
+
+def _weights_mb(choices: Choices[Any], model: ModelFacts) -> float:
+    """MiB of the weights on one GPU."""
+    rollout = choices.config.rollout
+    return model.parameters * WIDTH[rollout.dtype] / MB / rollout.tensor_parallel
 
 
 def _sequence_mb(choices: Choices[Any], model: ModelFacts, load: Load) -> float:

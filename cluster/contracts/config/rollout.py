@@ -108,7 +108,7 @@ class RolloutConfig(Section):
     gpu_memory_fraction: float = auto(
         0.45,
         rule="0.9 of a GPU of its own, 0.45 where the learner is on the same GPU, divided by the "
-        "workers on it",
+        "workers on it; less a second copy of the weights, which a weight update stages",
         gt=0,
         le=0.95,
         description="Share of a GPU's memory that one engine takes.",

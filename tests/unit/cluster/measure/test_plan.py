@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+from cluster.assembly.model_facts import ModelFacts
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.cores import plan_cores
-from cluster.measure.plan import table, verdict
+from cluster.machine.hardware import Machine
+from cluster.measure.plan import derived, sizes, table, verdict
 from cluster.measure.probe.engine import task_slots
 from cluster.measure.probe.probe import Outlook, outlook
 
@@ -111,3 +113,30 @@ def test_a_machine_that_was_busy_is_mentioned() -> None:
     given = config()
     assert "busy: a role got 40% of a core" in "\n".join(table(given, probed(given, cpu_share=0.4)))
     assert "the machine was busy" not in "\n".join(table(given, probed(given)))
+
+
+HALF_B = ModelFacts(
+    parameters=500_000_000, layers=24, hidden=896, kv_heads=2, head_size=64, vocabulary=151_936,
+    context=32_768,
+)  # fmt: skip
+
+
+def test_what_follows_from_a_config_needs_no_model() -> None:
+    numbers = derived(config(), None)
+    assert numbers["completions per step"] == 64
+    assert numbers["groups in flight, at most"] == 48
+    assert numbers["asynchronous scheduling of vLLM"].startswith("off: ")
+    assert not any("about" in name for name in numbers)
+
+
+def test_weights_that_do_not_fit_are_shown_beside_what_there_is() -> None:
+    small = Machine(cores=2, memory_mb=4096, shared_memory_mb=2048)
+    shown = sizes(config(), HALF_B, small)
+    learner, worker = list(shown.values())[1:]
+    assert learner == "7629 MiB (this machine has 4096 MiB: NOT ENOUGH)"
+    assert worker == "3815 MiB (this machine has 4096 MiB)"
+    gpu = Machine(
+        cores=16, memory_mb=131_072, shared_memory_mb=65_536, gpus=1, gpu_memory_mb=81_559
+    )
+    on_gpu = sizes(config(learner={"gpus": 0.5}), HALF_B, gpu)
+    assert list(on_gpu.values())[1] == "7629 MiB (a GPU has 81559 MiB)"
