@@ -20,7 +20,9 @@ from typing import Annotated, Any
 
 import typer
 
+from cluster.contracts import registry
 from cluster.contracts.errors import AccordError, BadReward, UserError
+from cluster.contracts.plugins import plugins_from_environment
 from cluster.machine.environment import prepare_environment
 
 COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
@@ -80,6 +82,20 @@ for _heading, _names in COMMANDS.items():
         add_command(getattr(importlib.import_module(f"cluster.commands.{_name}"), _name), _heading)
 
 
+def _add_plugins() -> None:
+    """Commands of the plugin files that ACCORD_PLUGINS names."""
+    plugins_from_environment()
+    own = {name.replace("_", "-") for names in COMMANDS.values() for name in names}
+    for word in registry.COMMANDS:
+        if word in own:
+            raise UserError(
+                f"registers the command {word!r}, which Accord has already",
+                where=registry.COMMANDS.origin(word),
+                fix="give its function another name",
+            )
+        add_command(registry.COMMANDS[word], "Plugins")
+
+
 def _terminate(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
@@ -89,6 +105,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     prepare_environment()
     try:
+        _add_plugins()
         # typer hands an Exit back as a number, and an interrupt as 130, instead of raising.
         code = int(app(prog_name="accord", standalone_mode=False) or 0)
     except (UserError, BadReward) as problem:  # an unusable reward is the reward's author's to mend

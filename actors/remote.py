@@ -23,6 +23,7 @@ from actors.decoding import make_decoder
 from actors.environment import EngineKind, choose_engine, make_engine, prepare_environment
 from actors.settings import EngineSettings, derive_seed
 from cluster.contracts.errors import AccordError, Fatal, Retryable
+from cluster.contracts.plugins import PluginFile, install
 from cluster.contracts.protocols import Scorer
 from cluster.contracts.records import (
     Assignment,
@@ -61,6 +62,7 @@ class WorkerSpec:
     start_timeout_s: float = 180.0
     weights_timeout_s: float = 120.0
     score_batch: int = 64
+    plugins: tuple[PluginFile, ...] = ()
 
 
 class RolloutActor:
@@ -77,10 +79,11 @@ class RolloutActor:
         """Build the engine from the model on disk; weights of a version come by `load_weights`.
         Seconds of it are in the answer."""
         spec, began = self._spec, time.perf_counter()
+        install(spec.plugins)
         prepare_environment(spec.cores, bool(ray.get_gpu_ids()), spec.threads)
         kind, note = choose_engine(spec.kind)
         from actors.rollout import RolloutWorker, WorkerSettings
-        from cluster.weights.transports import TRANSPORTS
+        from cluster.weights.transports import make_receiver
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         seed = derive_seed(spec.seed, "worker", self._index, self._incarnation)
@@ -88,7 +91,7 @@ class RolloutActor:
         self._worker = RolloutWorker(
             lambda: make_engine(kind, settings),
             make_decoder(settings),
-            TRANSPORTS[spec.transport][1](device) if spec.transport else None,
+            make_receiver(spec.transport, device) if spec.transport else None,
             spec.make_scorer,
             WorkerSettings(
                 name=self._name,

@@ -19,6 +19,7 @@ from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import read_toml, toml_value
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.registry import REWARD_KINDS, Registry
 
 PAGE = Path(__file__).with_name("configuration.md")
 EXAMPLE = Path(__file__).parents[1] / "examples" / "ppo.toml"
@@ -102,7 +103,11 @@ def _sections() -> Iterator[str]:
         brackets = "`[{}]`" if kind is None else "`[[{}]]`"
         title = brackets.format(next(iter(names)))
         if kind is not None:
-            title += f', `type = "{kind.default}"`'
+            title += (
+                f', `type = "{kind.default}"`'
+                if kind.default in REWARD_KINDS
+                else ", `type` of a plugin"
+            )
         if "" in names:
             title = f"Above the first section of `{names[''][0]}`"
         where = "; ".join(
@@ -126,7 +131,8 @@ def _table(model: type[BaseModel]) -> str:
         if sections_of(field.annotation) and get_origin(field.annotation) is not list:
             continue
         default, meaning = _default_and_meaning(field)
-        rows.append(f"| `{name}` | {_type(field.annotation)} | {default} | {meaning} |")
+        kind = _words(field) or _type(field.annotation)
+        rows.append(f"| `{name}` | {kind} | {default} | {meaning} |")
     return "\n".join(rows) + "\n"
 
 
@@ -138,6 +144,15 @@ def _default_and_meaning(field: FieldInfo) -> tuple[str, str]:
         return "required", meaning
     value = field.get_default(call_default_factory=True)
     return "`none`" if value is None else f"`{toml_value(value)}`", meaning
+
+
+def _words(field: FieldInfo) -> str:
+    """The built-in words of a key that names code, or nothing."""
+    for rule in field.metadata:
+        known = getattr(getattr(rule, "func", None), "__self__", None)
+        if isinstance(known, Registry):
+            return " \\| ".join(f"`{word}`" for word in known) + " or a plugin's"
+    return ""
 
 
 def _type(kind: Any) -> str:

@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from cluster.contracts.errors import AccordError, Fatal, PeerLost, Retryable
+from cluster.contracts.plugins import install
 from cluster.contracts.records import StepInput, StepResult, WeightManifest
 from learner.settings import NODE_HOST, LearnerSettings
 
@@ -61,6 +62,7 @@ class LearnerActor:
         from learner.rl.learner import PPOLearner
 
         settings, self._ranks = self._settings, SINGLE
+        install(settings.plugins)
         if place is not None:
             self._ranks = join(
                 self._rank,

@@ -16,6 +16,7 @@ from cluster.contracts.config.train import (
     TrainConfig,
     WeightsConfig,
 )
+from cluster.contracts.plugins import PluginFile, loaded
 
 CANARY_PROMPT_TOKENS = 16
 CANARY_TOKENS = 32
@@ -31,6 +32,7 @@ class LearnerSettings:
     canary_prompt: token ids of the run's first prompt; the learner continues it greedily.
     run_dir: where `rollouts/` is written; None with `save_rollouts` off.
     resume_from: directory of a checkpoint written by `save`, or None.
+    plugins: to be installed in the learner's process before anything else.
     host: address at which workers reach this process; NODE_HOST: that of its Ray node.
     """
 
@@ -49,6 +51,7 @@ class LearnerSettings:
     save_rollouts: bool = False
     resume_from: str | None = None
     host: str = "127.0.0.1"
+    plugins: tuple[PluginFile, ...] = ()
 
 
 def learner_settings(
@@ -73,6 +76,7 @@ def learner_settings(
         run_dir=run_dir,
         save_rollouts=config.logging.save_rollouts and run_dir is not None,
         resume_from=resume_from,
+        plugins=loaded(),
         # A cluster that was joined may have its workers on other machines.
         host=NODE_HOST if config.cluster.address is not None else "127.0.0.1",
     )

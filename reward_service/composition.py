@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import math
 from collections.abc import Sequence
 from typing import Any
 
-from cluster.contracts.config.reward import (
-    FunctionSource,
-    GrpcSource,
-    RewardConfig,
-    RewardModelSource,
-    RulesSource,
-)
+from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.errors import AccordError, BadReward, UserError
-from cluster.contracts.records import Score
-from reward_service.source import Part, ScoreItem, ServiceInfo, Source, SourceInfo
+from cluster.contracts.records import Prompt, Score
+from cluster.contracts.registry import REWARD_KINDS
+from reward_service.source import (
+    Part,
+    ScoreItem,
+    ServiceInfo,
+    Source,
+    SourceContext,
+    SourceInfo,
+)
 
 
 class Composition:
@@ -118,21 +121,17 @@ def build(cfg: RewardConfig, *, threads: int = 1, remote_token: str | None = Non
 
 
 def _load(source: Any, cfg: RewardConfig, threads: int, remote_token: str | None) -> Source:
-    # Imported one by one: a service of rules alone needs neither torch nor a channel.
-    if isinstance(source, RulesSource):
-        from reward_service.sources.rules import RulesScorer
+    context = SourceContext(threads=threads, deadline_s=cfg.deadline_s, remote_token=remote_token)
+    made: Source = _module(source).make(source, context)
+    return made
 
-        return RulesScorer(source)
-    if isinstance(source, FunctionSource):
-        from reward_service.sources.function import FunctionScorer
 
-        return FunctionScorer(source)
-    if isinstance(source, RewardModelSource):
-        from reward_service.sources.model import ModelScorer
+def check_source(source: Any, prompts: Sequence[Prompt]) -> None:
+    """What can be found wrong with a source without starting anything. Raises UserError."""
+    _module(source).check(source, prompts)
 
-        return ModelScorer(source, threads)
-    if isinstance(source, GrpcSource):
-        from reward_service.sources.grpc_source import GrpcScorer
 
-        return GrpcScorer(source, deadline_s=cfg.deadline_s, token=remote_token)
-    raise TypeError(f"no scorer for {type(source).__name__}")
+def _module(source: Any) -> Any:
+    """Imported one by one: a service of rules alone needs neither torch nor a channel."""
+    word = "plugin" if REWARD_KINDS.origin(source.type) else source.type
+    return importlib.import_module(f"reward_service.sources.{word}")

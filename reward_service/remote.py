@@ -12,6 +12,7 @@ import ray
 
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.errors import UserError
+from cluster.contracts.plugins import PluginFile, install, loaded
 from reward_service.security import TlsFiles
 from reward_service.source import ServiceInfo
 
@@ -61,7 +62,8 @@ def start_reward_service(
     actor = kind.options(num_cpus=num_cpus, max_concurrency=2).remote(tuple(cores), threads)
     try:
         outcome = ray.get(
-            actor.start.remote(_absolute(cfg), reach, token, tls, remote_token), timeout=timeout_s
+            actor.start.remote(_absolute(cfg), reach, token, tls, remote_token, loaded()),
+            timeout=timeout_s,
         )
     except ray.exceptions.GetTimeoutError as error:
         ray.kill(actor)
@@ -99,12 +101,14 @@ class _RewardActor:
         token: str | None,
         tls: TlsFiles | None,
         remote_token: str | None,
+        plugins: tuple[PluginFile, ...],
     ) -> tuple[str, ServiceInfo] | UserError:
         """Errors of the user are returned, not raised: Ray would wrap and retype them."""
         from reward_service.server import serve
 
         host = "127.0.0.1" if reach == "machine" else str(ray.util.get_node_ip_address())
         try:
+            install(plugins)
             self._server = serve(
                 cfg, host, 0, token, tls, threads=self._threads, remote_token=remote_token
             )

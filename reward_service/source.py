@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from cluster.contracts.records import Message
+from cluster.contracts.records import Message, Prompt
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +57,37 @@ class Source(Protocol):
     def score(self, items: Sequence[ScoreItem]) -> list[Part]: ...
 
     def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceContext:
+    """What the service gives a source that it loads. A kind of reward is the module of its name in
+    `reward_service/sources/`, with `make(source, context) -> Source` and `check(source, prompts)`,
+    which raises UserError for what can be found wrong before anything is started.
+
+    threads: of torch. remote_token: the bearer token for services elsewhere.
+    """
+
+    threads: int = 1
+    deadline_s: float = 30.0
+    remote_token: str | None = None
+
+
+TRIAL_COMPLETIONS = ("A trial completion.", "")  # a policy may write nothing at all
+
+
+def trial_items(prompts: Sequence[Prompt]) -> list[ScoreItem]:
+    """The first prompt with two completions, to try a source on before anything is started."""
+    return [
+        ScoreItem(
+            id=f"trial-{number}",
+            messages=prompts[0].messages,
+            response=text,
+            metadata=prompts[0].metadata,
+            where=f"{prompts[0].where}, trial completion {text!r}",
+        )
+        for number, text in enumerate(TRIAL_COMPLETIONS)
+    ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,9 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.contracts.config.base import Section
+from pydantic import Field
+
+from cluster.contracts.config.base import PluginFiles, Section
 from cluster.contracts.config.file import apply_overrides, check_config, read_toml
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.errors import UserError
@@ -15,6 +17,7 @@ from cluster.runs.console import result
 
 
 class _OnlyReward(Section):
+    plugins: PluginFiles = Field(default_factory=list)
     reward: RewardConfig
 
 
@@ -31,7 +34,8 @@ def serve_forever(
     from reward_service.server import serve
 
     tree = apply_overrides(_OnlyReward, read_toml(path), overrides)
-    config = check_config(_OnlyReward, {"reward": tree.get("reward", {})}, where=path)
+    read = {key: tree[key] for key in _OnlyReward.model_fields if key in tree}
+    config = check_config(_OnlyReward, read, where=path)
     server = serve(config.reward, host, port, _token(token_file), with_reflection=reflection)
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):

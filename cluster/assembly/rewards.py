@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 from collections.abc import Sequence
 
-from cluster.contracts.config.reward import (
-    FunctionSource,
-    GrpcSource,
-    RewardConfig,
-    RewardModelSource,
-    RulesSource,
-)
-from cluster.contracts.errors import BadReward, UserError
+from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.records import Prompt
 
 CONNECT_S = 5.0
-TRIAL_COMPLETIONS = ("A trial completion.", "")  # a policy may write nothing at all
 
 
 def check_rewards(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
@@ -31,48 +21,10 @@ def check_rewards(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
     if config.address is not None:
         _reach(config.address, reward_token())
         return
+    from reward_service.composition import check_source
+
     for source in config.sources:
-        if isinstance(source, FunctionSource):
-            _try_function(source, prompts)
-        elif isinstance(source, RulesSource):
-            from reward_service.sources.rules import RulesScorer
-
-            RulesScorer(source)
-        elif isinstance(source, RewardModelSource):
-            from learner.models.files import check_reward_model
-            from reward_service.sources.model import own_tokenizer
-
-            own_tokenizer(source)
-            check_reward_model(source.path)
-        elif isinstance(source, GrpcSource):
-            _reach(source.address, None)
-
-
-def _try_function(source: FunctionSource, prompts: Sequence[Prompt]) -> None:
-    from reward_service.source import ScoreItem
-    from reward_service.sources.function import FunctionScorer
-
-    where = f"reward source {source.name!r}"
-    with contextlib.redirect_stdout(sys.stderr):  # what it prints is no result of the command
-        scorer = FunctionScorer(source)
-        try:
-            for prompt in prompts:
-                scorer.require_columns(prompt.metadata, prompt.where)
-            scorer.score(
-                [
-                    ScoreItem(
-                        id=f"trial-{number}",
-                        messages=prompts[0].messages,
-                        response=text,
-                        metadata=prompts[0].metadata,
-                        where=f"{prompts[0].where}, trial completion {text!r}",
-                    )
-                    for number, text in enumerate(TRIAL_COMPLETIONS)
-                ]
-            )
-        except BadReward as problem:
-            fix = "mend the function; it must score any completion, an empty one too"
-            raise UserError(str(problem), where=where, fix=fix) from problem
+        check_source(source, prompts)
 
 
 def reward_token() -> str | None:

@@ -11,7 +11,9 @@ from typing import Any
 from actors.settings import engine_settings
 from cluster.assembly.prepare import Prepared, context_length
 from cluster.assembly.rewards import reward_token
+from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.plugins import loaded
 from cluster.contracts.records import RunState
 from cluster.machine.cores import CorePlan
 
@@ -44,6 +46,7 @@ def worker_factory(
         weights_timeout_s=config.weights.timeout_s,
         score_batch=config.reward.max_batch,
         threads=cores.worker_threads,
+        plugins=loaded(),
     )
     return make_worker_factory(
         spec, num_cpus=rollout.cpus, num_gpus=rollout.gpus, cores=cores.worker
@@ -124,6 +127,6 @@ def parents(config: TrainConfig) -> dict[str, str]:
     """Lineage: which models this run grew from."""
     found = {"policy": config.model.path, **config.run.parents}
     for source in config.reward.sources:
-        if source.type == "model":
+        if isinstance(source, RewardModelSource):
             found[f"reward/{source.name}"] = source.path
     return found

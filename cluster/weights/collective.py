@@ -26,6 +26,7 @@ from cluster.contracts.errors import Retryable, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
 from cluster.weights.device_buffer import layout, pack, unpack
 from cluster.weights.manifest import build_manifest
+from cluster.weights.transports import PublisherOptions
 
 NAME = "collective"
 TIMEOUT_S = 120.0
@@ -169,6 +170,14 @@ class CollectiveReceiver:
         self._pair = self._store.add("pairs", 1)
         self._communicator = None
         self._address = (host, port)
+
+
+def publisher(options: PublisherOptions) -> CollectivePublisher:
+    return CollectivePublisher(options.host, options.keep)
+
+
+def receiver(device: str) -> CollectiveReceiver:
+    return CollectiveReceiver(device)
 
 
 def _communicator(

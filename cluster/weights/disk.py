@@ -18,6 +18,7 @@ import numpy as np
 from cluster.contracts.errors import Retryable, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
 from cluster.weights.manifest import build_manifest
+from cluster.weights.transports import PublisherOptions
 
 NAME = "disk"
 INDEX = "names.json"
@@ -95,3 +96,11 @@ class DiskReceiver:
             raise WeightMismatch(
                 f"weights of version {manifest.version} at {directory} are torn: {problem}"
             ) from None
+
+
+def publisher(options: PublisherOptions) -> DiskPublisher:
+    return DiskPublisher(options.directory, options.keep)
+
+
+def receiver(device: str) -> DiskReceiver:
+    return DiskReceiver()

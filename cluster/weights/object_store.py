@@ -13,6 +13,7 @@ from ray.exceptions import GetTimeoutError, RayError
 from cluster.contracts.errors import Retryable, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
 from cluster.weights.manifest import build_manifest
+from cluster.weights.transports import PublisherOptions
 
 NAME = "object_store"
 
@@ -64,3 +65,11 @@ class ObjectStoreReceiver:
         if not isinstance(arrays, dict):
             raise WeightMismatch(f"version {manifest.version} holds a {type(arrays).__name__}")
         return arrays
+
+
+def publisher(options: PublisherOptions) -> ObjectStorePublisher:
+    return ObjectStorePublisher(options.keep)
+
+
+def receiver(device: str) -> ObjectStoreReceiver:
+    return ObjectStoreReceiver()

@@ -18,6 +18,7 @@ from cluster.contracts.errors import Retryable, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
 from cluster.weights.device_buffer import pack, unpack
 from cluster.weights.manifest import build_manifest
+from cluster.weights.transports import PublisherOptions
 
 NAME = "shared_device"
 
@@ -77,6 +78,14 @@ class SharedDeviceReceiver:
             return unpack(self._mapped[handle], manifest.tensors)
         except (ValueError, RuntimeError, AttributeError) as problem:
             raise WeightMismatch(f"weights of version {manifest.version}: {problem}") from None
+
+
+def publisher(options: PublisherOptions) -> SharedDevicePublisher:
+    return SharedDevicePublisher(options.keep)
+
+
+def receiver(device: str) -> SharedDeviceReceiver:
+    return SharedDeviceReceiver()
 
 
 def _handle(snapshot: Tensor) -> tuple[Any, ...]:

@@ -1,15 +1,18 @@
-"""Transport name -> how to make its publisher and its receiver.
+"""How the two ends of a weight transport are made from its name.
 
-Imports are inside, so that only the transport in use is loaded.
+A built-in transport is the module of its name beside this one, with `publisher(options)` and
+`receiver(device)`; a plugin's is what it has registered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.contracts.records import Canary, WeightManifest
+from cluster.contracts.registry import WEIGHT_TRANSPORTS
 
 
 class Publisher(Protocol):
@@ -41,58 +44,20 @@ class PublisherOptions:
     keep: int = 2
 
 
-def _object_store_publisher(options: PublisherOptions) -> Publisher:
-    from cluster.weights.object_store import ObjectStorePublisher
-
-    return ObjectStorePublisher(options.keep)
-
-
-def _object_store_receiver(device: str) -> Receiver:
-    from cluster.weights.object_store import ObjectStoreReceiver
-
-    return ObjectStoreReceiver()
+def make_publisher(word: str, options: PublisherOptions) -> Publisher:
+    """The learner's end of the transport that `weights.transport` names."""
+    plugin = WEIGHT_TRANSPORTS[word].publisher
+    made: Publisher = (plugin or _module(word).publisher)(options)
+    return made
 
 
-def _disk_publisher(options: PublisherOptions) -> Publisher:
-    from cluster.weights.disk import DiskPublisher
-
-    return DiskPublisher(options.directory, options.keep)
-
-
-def _disk_receiver(device: str) -> Receiver:
-    from cluster.weights.disk import DiskReceiver
-
-    return DiskReceiver()
+def make_receiver(word: str, device: str) -> Receiver:
+    """A worker's end. device: the one the engine computes on; host transports ignore it."""
+    plugin = WEIGHT_TRANSPORTS[word].receiver
+    made: Receiver = (plugin or _module(word).receiver)(device)
+    return made
 
 
-def _collective_publisher(options: PublisherOptions) -> Publisher:
-    from cluster.weights.collective import CollectivePublisher
-
-    return CollectivePublisher(options.host, options.keep)
-
-
-def _collective_receiver(device: str) -> Receiver:
-    from cluster.weights.collective import CollectiveReceiver
-
-    return CollectiveReceiver(device)
-
-
-def _shared_device_publisher(options: PublisherOptions) -> Publisher:
-    from cluster.weights.shared_device import SharedDevicePublisher
-
-    return SharedDevicePublisher(options.keep)
-
-
-def _shared_device_receiver(device: str) -> Receiver:
-    from cluster.weights.shared_device import SharedDeviceReceiver
-
-    return SharedDeviceReceiver()
-
-
-# The receiver's argument is the device the engine computes on; host transports ignore it.
-TRANSPORTS: dict[str, tuple[Callable[[PublisherOptions], Publisher], Callable[[str], Receiver]]] = {
-    "object_store": (_object_store_publisher, _object_store_receiver),
-    "disk": (_disk_publisher, _disk_receiver),
-    "collective": (_collective_publisher, _collective_receiver),
-    "shared_device": (_shared_device_publisher, _shared_device_receiver),
-}
+def _module(word: str) -> Any:
+    """Imported here, so that only the transport in use is loaded (torch, ray)."""
+    return importlib.import_module(f"cluster.weights.{word}")

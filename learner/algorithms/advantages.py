@@ -135,12 +135,16 @@ class AdvantageInputs:
 
     rewards, mask: [B, T], see `terminal_rewards`; group-based estimators sum rewards over the row,
         so a KL penalty inside them counts and one in the loss (kl_coef 0 here) does not.
+    scores: [B], what `rewards` holds on the last token apart from penalties. penalties: [B, T], the
+        KL penalties that `rewards` holds, or None where it holds none.
     group_ids: [B] int64. values: [B, T], for "gae" only. bootstrap: [B] or None, for "gae" only.
     """
 
     rewards: Tensor
     mask: Tensor
     group_ids: Tensor
+    scores: Tensor
+    penalties: Tensor | None = None
     values: Tensor | None = None
     bootstrap: Tensor | None = None
     gamma: float = 1.0
@@ -155,15 +159,6 @@ class Advantages:
     returns: Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Estimator:
-    """compute gives RAW advantages; whitens says whether the method whitens them by definition."""
-
-    compute: Callable[[AdvantageInputs], Advantages]
-    whitens: bool
-    needs_values: bool = False
-
-
 def _gae(inputs: AdvantageInputs) -> Advantages:
     if inputs.values is None:
         raise ValueError("the advantage estimator 'gae' needs values from a critic")
@@ -173,36 +168,48 @@ def _gae(inputs: AdvantageInputs) -> Advantages:
     return Advantages(advantages=advantages, returns=returns)
 
 
+def _grpo(inputs: AdvantageInputs, *, scale_by_std: bool = True) -> Advantages:
+    """GRPO's standard deviation is that of the SCORES: a KL penalty in the reward is centred within
+    the group, but not divided. Divided together, a group whose scores are all equal would be
+    trained on the noise of its KL estimates, blown up to the size of a full score."""
+    if not scale_by_std or inputs.penalties is None:
+        totals = masked_sum(inputs.rewards, inputs.mask, dim=1)
+        return _to_tokens(grpo(totals, inputs.group_ids, scale_by_std), inputs)
+    penalty = masked_sum(inputs.penalties, inputs.mask, dim=1)
+    scored = grpo(inputs.scores.to(penalty.dtype), inputs.group_ids)
+    return _to_tokens(scored + grpo(penalty, inputs.group_ids, scale_by_std=False), inputs)
+
+
+def _rloo(inputs: AdvantageInputs) -> Advantages:
+    totals = masked_sum(inputs.rewards, inputs.mask, dim=1)
+    return _to_tokens(rloo(totals, inputs.group_ids), inputs)
+
+
 def _returns_to_go(inputs: AdvantageInputs) -> Advantages:
     return Advantages(advantages=discounted_returns(inputs.rewards, inputs.mask, inputs.gamma))
 
 
-def _by_sequence(
-    per_sequence: Callable[[Tensor, Tensor], Tensor],
-) -> Callable[[AdvantageInputs], Advantages]:
-    """Give every token of a response the advantage of the whole response."""
-
-    def compute(inputs: AdvantageInputs) -> Advantages:
-        totals = masked_sum(inputs.rewards, inputs.mask, dim=1)
-        advantages = per_sequence(totals, inputs.group_ids)[:, None].expand_as(inputs.rewards)
-        return Advantages(advantages=zero_masked(advantages, inputs.mask))
-
-    return compute
+def _reinforce_baseline(inputs: AdvantageInputs) -> Advantages:
+    totals = masked_sum(inputs.rewards, inputs.mask, dim=1)
+    return _to_tokens(grpo(totals, inputs.group_ids, scale_by_std=False), inputs)
 
 
-def _centred(scores: Tensor, group_ids: Tensor) -> Tensor:
-    return grpo(scores, group_ids, scale_by_std=False)
+def _to_tokens(per_response: Tensor, inputs: AdvantageInputs) -> Advantages:
+    """Every token of a response gets the advantage [B] of the whole response."""
+    spread = per_response[:, None].expand_as(inputs.rewards)
+    return Advantages(advantages=zero_masked(spread, inputs.mask))
 
 
-ESTIMATORS: dict[str, Estimator] = {
-    "gae": Estimator(compute=_gae, whitens=True, needs_values=True),
-    "grpo": Estimator(compute=_by_sequence(grpo), whitens=False),
-    "dr_grpo": Estimator(compute=_by_sequence(_centred), whitens=False),
-    "rloo": Estimator(compute=_by_sequence(rloo), whitens=False),
-    "reinforce_plus_plus": Estimator(compute=_returns_to_go, whitens=True),
-    "reinforce_plus_plus_baseline": Estimator(compute=_by_sequence(_centred), whitens=True),
+ESTIMATORS: dict[str, Callable[..., Advantages]] = {
+    "gae": _gae,
+    "grpo": _grpo,
+    "rloo": _rloo,
+    "reinforce++": _returns_to_go,
+    "reinforce-baseline": _reinforce_baseline,
 }
-"""REINFORCE++ (Hu et al. 2025): returns to go, or rewards minus the group mean; both whitened."""
+"""By the word of `algorithm.advantage`; each is called as (inputs, **options) and gives RAW
+advantages. `cluster.contracts.registry` has the same words, and says which whiten by definition.
+REINFORCE++ (Hu et al. 2025): returns to go, or rewards minus the group mean; both whitened."""
 
 
 def _one_rank(sums: Tensor) -> Tensor:
@@ -211,25 +218,22 @@ def _one_rank(sums: Tensor) -> Tensor:
 
 @torch.no_grad()
 def compute_advantages(
-    name: str,
+    estimator: Callable[[AdvantageInputs], Advantages],
     inputs: AdvantageInputs,
-    whitened: bool | None = None,
+    whitened: bool,
     add_over_ranks: Callable[[Tensor], Tensor] = _one_rank,
 ) -> Advantages:
-    """Advantages by the named estimator, whitened over the global batch if wanted.
+    """Advantages by the estimator, whitened over the global batch if wanted. Returns never are.
 
-    whitened: None follows the method's definition, True and False override it. Returns never are.
     add_over_ranks: adds a [3] float64 tensor over all ranks that hold a part of the batch, so that
         mean and variance are those of the whole. Every rank must call it, also one without tokens.
-    Raises ValueError for an unknown name, missing values, or shapes that do not fit.
+    Raises ValueError for missing values or shapes that do not fit.
     """
-    if name not in ESTIMATORS:
-        raise ValueError(f"unknown advantage estimator {name!r}; known: {', '.join(ESTIMATORS)}")
     require_same_shape(inputs.mask, rewards=inputs.rewards)
-    require_same_shape(inputs.mask[:, 0], group_ids=inputs.group_ids)
-    estimator = ESTIMATORS[name]
-    raw = estimator.compute(inputs)
-    if not (estimator.whitens if whitened is None else whitened):
+    require_same_shape(inputs.mask[:, 0], group_ids=inputs.group_ids, scores=inputs.scores)
+    raw = estimator(inputs)
+    require_same_shape(inputs.mask, advantages=raw.advantages)
+    if not whitened:
         return raw
     moments = moments_from_sums(add_over_ranks(moment_sums(raw.advantages, inputs.mask)))
     return Advantages(

@@ -25,13 +25,13 @@ def ppo_clip(
     advantages: Tensor,
     mask: Tensor,
     *,
-    eps_low: float = 0.2,
-    eps_high: float = 0.2,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
     dual_clip: float | None = None,
 ) -> LossTerms:
-    """-min(r A, clip(r, 1 - eps_low, 1 + eps_high) A), r = pi / pi_prox (Schulman et al. 2017).
+    """-min(r A, clip(r, 1 - clip_low, 1 + clip_high) A), r = pi / pi_prox (Schulman et al. 2017).
 
-    eps_high above eps_low is DAPO's "clip higher" (.2/.28).
+    clip_high above clip_low is DAPO's "clip higher" (.2/.28).
     dual_clip: c > 1 bounds the loss of a token with negative advantage by -c A, for otherwise a
         huge ratio gives a huge loss (Ye et al. 2020; c = 3). Raises ValueError for c <= 1.
     """
@@ -39,9 +39,9 @@ def ppo_clip(
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
     logp, prox_logp, advantages = _clean(logp, prox_logp, advantages, mask)
     ratio = clamped_log_ratio(logp, prox_logp).exp()
-    losses = _clipped_surrogate(ratio, advantages, eps_low, eps_high)
+    losses = _clipped_surrogate(ratio, advantages, clip_low, clip_high)
     metrics = _ratio_metrics(logp, prox_logp, ratio, mask)
-    metrics |= _clip_metrics(ratio, advantages, mask, eps_low, eps_high)
+    metrics |= _clip_metrics(ratio, advantages, mask, clip_low, clip_high)
     if dual_clip is not None:
         bound = -dual_clip * advantages
         bounded = (advantages < 0) & (losses > bound)
@@ -66,18 +66,19 @@ def cispo(
     advantages: Tensor,
     mask: Tensor,
     *,
-    eps_low: float = 1.0,
-    eps_high: float = 0.28,
+    clip_low: float = 1.0,
+    clip_high: float = 0.28,
 ) -> LossTerms:
-    """-sg(clip(r, 1 - eps_low, 1 + eps_high)) A log pi: the clip limits the weight of a token but,
-    unlike PPO's, never takes its gradient away (MiniMax-M1 2025). eps_low 1 means no lower bound.
+    """-sg(clip(r, 1 - clip_low, 1 + clip_high)) A log pi: the clip limits the weight of a token
+    but, unlike PPO's, never takes its gradient away (MiniMax-M1 2025). clip_low 1 means no lower
+    bound.
     """
     logp, prox_logp, advantages = _clean(logp, prox_logp, advantages, mask)
     ratio = clamped_log_ratio(logp, prox_logp).exp()
-    weight = ratio.detach().clamp(1.0 - eps_low, 1.0 + eps_high)
+    weight = ratio.detach().clamp(1.0 - clip_low, 1.0 + clip_high)
     metrics = _ratio_metrics(logp, prox_logp, ratio, mask)
-    metrics["clipfrac_low"] = metric_parts(ratio < 1.0 - eps_low, mask)
-    metrics["clipfrac_high"] = metric_parts(ratio > 1.0 + eps_high, mask)
+    metrics["clipfrac_low"] = metric_parts(ratio < 1.0 - clip_low, mask)
+    metrics["clipfrac_high"] = metric_parts(ratio > 1.0 + clip_high, mask)
     metrics["clipfrac"] = metric_parts(weight != ratio, mask)
     return LossTerms(losses=zero_masked(-weight * advantages * logp, mask), metrics=metrics)
 
@@ -88,8 +89,8 @@ def gspo(
     advantages: Tensor,
     mask: Tensor,
     *,
-    eps_low: float = 3e-4,
-    eps_high: float = 4e-4,
+    clip_low: float = 3e-4,
+    clip_high: float = 4e-4,
 ) -> LossTerms:
     """PPO-clip with one ratio per sequence, s = exp(mean over tokens of log r) (Zheng et al. 2025).
 
@@ -101,27 +102,20 @@ def gspo(
     mean_log_ratio = masked_mean(logp.detach() - prox_logp, mask, dim=1)[:, None]
     own = logp - logp.detach()
     ratio = (mean_log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT) + own).exp()
-    losses = _clipped_surrogate(ratio, advantages, eps_low, eps_high)
+    losses = _clipped_surrogate(ratio, advantages, clip_low, clip_high)
     metrics = _ratio_metrics(logp, prox_logp, ratio, mask)
-    metrics |= _clip_metrics(ratio, advantages, mask, eps_low, eps_high)
+    metrics |= _clip_metrics(ratio, advantages, mask, clip_low, clip_high)
     return LossTerms(losses=zero_masked(losses, mask), metrics=metrics)
 
 
 POLICY_LOSSES: dict[str, Callable[..., LossTerms]] = {
-    "ppo_clip": ppo_clip,
+    "ppo": ppo_clip,
     "reinforce": reinforce,
     "cispo": cispo,
     "gspo": gspo,
 }
-"""Each is called as (logp, prox_logp, advantages, mask, **options)."""
-
-POLICY_LOSS_OPTIONS: dict[str, tuple[str, ...]] = {
-    "ppo_clip": ("eps_low", "eps_high", "dual_clip"),
-    "reinforce": (),
-    "cispo": ("eps_low", "eps_high"),
-    "gspo": ("eps_low", "eps_high"),
-}
-"""The named numbers each loss takes, so that a configuration can refuse those without effect."""
+"""By the word of `algorithm.loss`; each is called as (logp, prox_logp, advantages, mask, **options)
+with options named as keys of [algorithm]. `cluster.contracts.registry` has the same words."""
 
 
 def _clean(
@@ -137,9 +131,9 @@ def _clean(
 
 
 def _clipped_surrogate(
-    ratio: Tensor, advantages: Tensor, eps_low: float, eps_high: float
+    ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float
 ) -> Tensor:
-    clipped = ratio.clamp(1.0 - eps_low, 1.0 + eps_high)
+    clipped = ratio.clamp(1.0 - clip_low, 1.0 + clip_high)
     return -torch.minimum(ratio * advantages, clipped * advantages)
 
 
@@ -151,11 +145,11 @@ def _ratio_metrics(logp: Tensor, prox_logp: Tensor, ratio: Tensor, mask: Tensor)
 
 
 def _clip_metrics(
-    ratio: Tensor, advantages: Tensor, mask: Tensor, eps_low: float, eps_high: float
+    ratio: Tensor, advantages: Tensor, mask: Tensor, clip_low: float, clip_high: float
 ) -> MetricParts:
     """Shares of tokens on which the clip decides, that is, which have lost their gradient."""
-    low = (ratio < 1.0 - eps_low) & (advantages < 0)
-    high = (ratio > 1.0 + eps_high) & (advantages > 0)
+    low = (ratio < 1.0 - clip_low) & (advantages < 0)
+    high = (ratio > 1.0 + clip_high) & (advantages > 0)
     return {
         "clipfrac": metric_parts(low | high, mask),
         "clipfrac_low": metric_parts(low, mask),

@@ -19,7 +19,6 @@ from cluster.contracts.config.train import AlgorithmConfig
 from cluster.contracts.errors import Fatal
 from learner.algorithms.advantages import (
     AdvantageInputs,
-    Advantages,
     compute_advantages,
     terminal_rewards,
 )
@@ -27,6 +26,7 @@ from learner.algorithms.importance import importance_weights
 from learner.algorithms.kl import k1
 from learner.algorithms.loss_terms import MetricParts
 from learner.algorithms.masked import whiten
+from learner.rl.chosen import chosen_estimator, whitened
 from learner.rl.forward import Microbatches, Networks
 from learner.rl.measuring_pass import (
     MeasuredPasses,
@@ -37,14 +37,6 @@ from learner.rl.measuring_pass import (
 )
 from learner.rl.rollouts import RolloutBatch
 from learner.settings import LearnerSettings
-
-_ESTIMATOR = {
-    "gae": "gae",
-    "grpo": "grpo",
-    "rloo": "rloo",
-    "reinforce++": "reinforce_plus_plus",
-    "reinforce-baseline": "reinforce_plus_plus_baseline",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +160,20 @@ def build_experience(
     scores = torch.from_numpy(batch.scores.astype(np.float64)).to(device)
     terminal = terminal_scores(scores, tokens.truncated, algorithm)
     kl = proximal.kl if isinstance(proximal, Proximal) else None
-    rewards = token_rewards(terminal, kl, tokens.mask, algorithm, plan.kl_coef)
-    result = _advantages(rewards, tokens, passes, algorithm)
+    in_reward = kl if algorithm.kl.place == "reward" else None
+    rewards = token_rewards(terminal, in_reward, tokens.mask, algorithm, plan.kl_coef)
+    inputs = AdvantageInputs(
+        rewards=rewards,
+        mask=tokens.mask,
+        group_ids=tokens.group_ids,
+        scores=terminal.float(),
+        penalties=None if in_reward is None else -plan.kl_coef * in_reward,
+        values=passes.values,
+        bootstrap=_bootstrap(passes, tokens, algorithm),
+        gamma=algorithm.gamma,
+        lam=algorithm.lam,
+    )
+    result = compute_advantages(chosen_estimator(algorithm), inputs, whitened(algorithm))
     mask = tokens.mask
     # Masked answers still count in the advantages of their group: only the loss leaves them out.
     kept = mask & ~tokens.truncated[:, None] if algorithm.truncated == "mask" else mask
@@ -204,7 +208,13 @@ def proximal_of(
     kl = None if ref_logp is None else k1(policy.logp, ref_logp).where(mask, 0.0)
     staleness = settings.staleness
     weights, parts = importance_weights(
-        policy.logp, behaviour_logp, mask, staleness.correction, staleness.cap
+        policy.logp,
+        behaviour_logp,
+        mask,
+        staleness.correction,
+        staleness.cap,
+        staleness.floor,
+        staleness.veto,
     )
     return Proximal(
         logp=policy.logp,
@@ -215,24 +225,12 @@ def proximal_of(
     )
 
 
-def _advantages(
-    rewards: Tensor, tokens: _Tokens, passes: MeasuredPasses, algorithm: AlgorithmConfig
-) -> Advantages:
-    bootstrap = None
-    if algorithm.truncated == "bootstrap" and passes.after is not None:
-        bootstrap = passes.after.where(tokens.truncated, 0.0)
-    inputs = AdvantageInputs(
-        rewards=rewards,
-        mask=tokens.mask,
-        group_ids=tokens.group_ids,
-        values=passes.values,
-        bootstrap=bootstrap,
-        gamma=algorithm.gamma,
-        lam=algorithm.lam,
-    )
-    # True follows the estimator: GAE and REINFORCE++ whiten, GRPO and RLOO compare within a group.
-    whitened = None if algorithm.whiten_advantages else False
-    return compute_advantages(estimator_name(algorithm), inputs, whitened)
+def _bootstrap(
+    passes: MeasuredPasses, tokens: _Tokens, algorithm: AlgorithmConfig
+) -> Tensor | None:
+    if algorithm.truncated != "bootstrap" or passes.after is None:
+        return None
+    return passes.after.where(tokens.truncated, 0.0)
 
 
 def batch_trains(batch: RolloutBatch, algorithm: AlgorithmConfig) -> bool:
@@ -271,20 +269,11 @@ def terminal_scores(scores: Tensor, truncated: Tensor, algorithm: AlgorithmConfi
 def token_rewards(
     terminal: Tensor, kl: Tensor | None, mask: Tensor, algorithm: AlgorithmConfig, kl_coef: float
 ) -> Tensor:
-    """float32 [B, R]: -kl_coef * k1 on each token (if the KL belongs in the reward), plus the
-    terminal score on the last one; scaled to unit variance over the batch if asked for."""
-    penalty = torch.zeros_like(mask, dtype=torch.float32)
-    if kl is not None and algorithm.kl.place == "reward":
-        penalty = kl
+    """float32 [B, R]: -kl_coef * k1 on each token (kl: None where the KL is not in the reward),
+    plus the terminal score on the last one; scaled to unit variance over the batch if asked for."""
+    penalty = torch.zeros_like(mask, dtype=torch.float32) if kl is None else kl
     rewards = terminal_rewards(terminal.float(), penalty, mask, kl_coef)
     return whiten(rewards, mask, shift_mean=False) if algorithm.whiten_rewards else rewards
-
-
-def estimator_name(algorithm: AlgorithmConfig) -> str:
-    """The configured estimator's name in `advantages.ESTIMATORS`."""
-    if algorithm.advantage == "grpo" and not algorithm.scale_by_std:
-        return "dr_grpo"
-    return _ESTIMATOR[algorithm.advantage]
 
 
 def _require_finite(named: Mapping[str, Tensor | None]) -> None:

@@ -18,7 +18,7 @@ from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, last
 from cluster.contracts.records import Canary, StepInput, StepResult, WeightManifest
 from cluster.machine.torch_state import prepare_torch
-from cluster.weights.transports import TRANSPORTS, Publisher, PublisherOptions
+from cluster.weights.transports import Publisher, PublisherOptions, make_publisher
 from learner.compute.optimizer import lr_factor, set_lr
 from learner.compute.ranks import SINGLE, Ranks
 from learner.rl.checkpoint import TrainerState, restore_state, save_state
@@ -210,13 +210,13 @@ def _publisher(settings: LearnerSettings) -> Publisher:
             where="weights.transport",
             fix="set weights.transport = 'object_store', or run.dir",
         )
-    make, _ = TRANSPORTS[settings.weights.transport]
-    return make(
+    return make_publisher(
+        settings.weights.transport,
         PublisherOptions(
             directory=str(Path(settings.run_dir or "") / "weights"),
             host=settings.host,
             keep=settings.staleness.bound + 2,
-        )
+        ),
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.train import LearnerConfig
 from cluster.contracts.errors import UserError
-from learner.algorithms.advantages import ESTIMATORS
+from cluster.contracts.registry import ADVANTAGE_ESTIMATORS
 from learner.algorithms.kl import AdaptiveKL, FixedKL
 from learner.compute.optimizer import make_optimizer
 from learner.compute.ranks import SINGLE, Ranks
@@ -20,7 +20,6 @@ from learner.models.heads import SharedValueHead
 from learner.models.load import ValueModel, load_policy, load_tokenizer
 from learner.models.packed_attention import choose_layout, use_packed_attention
 from learner.models.reward_artifact import require_same_tokenizer
-from learner.rl.experience import estimator_name
 from learner.rl.forward import Networks
 from learner.rl.update import Optimizers
 from learner.settings import LearnerSettings
@@ -129,7 +128,7 @@ def _reference(settings: LearnerSettings, policy: Any) -> Any:
 
 def _value(settings: LearnerSettings, policy: Any, tokenizer: Any) -> tuple[nn.Module | None, bool]:
     learner = settings.learner
-    if not ESTIMATORS[estimator_name(settings.algorithm)].needs_values:
+    if not ADVANTAGE_ESTIMATORS[settings.algorithm.advantage].needs_values:
         return None, False
     kind = learner.value_model
     if kind == "auto":

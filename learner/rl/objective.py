@@ -13,15 +13,14 @@ from torch import Tensor
 from learner.algorithms.importance import importance_weights
 from learner.algorithms.kl import KL_ESTIMATORS, clamped_log_ratio
 from learner.algorithms.masked import aggregate
-from learner.algorithms.policy_loss import POLICY_LOSS_OPTIONS, POLICY_LOSSES
 from learner.algorithms.value_loss import clipped_value_loss
 from learner.compute.meter import Meter
+from learner.rl.chosen import chosen_loss
 from learner.rl.experience import Experience, Proximal, StepPlan
 from learner.rl.forward import Microbatch, Networks, PolicyOutputs
 from learner.rl.measuring_pass import WaitingForward
 from learner.settings import LearnerSettings
 
-_LOSS = {"ppo": "ppo_clip", "reinforce": "reinforce", "cispo": "cispo", "gspo": "gspo"}
 _RENAMED = {"ratio": "ratio_mean"}
 
 
@@ -50,18 +49,7 @@ class Objective:
 
     def __init__(self, networks: Networks, settings: LearnerSettings) -> None:
         self._networks, self._settings = networks, settings
-        algorithm = settings.algorithm
-        name = _LOSS[algorithm.loss]
-        self._loss = POLICY_LOSSES[name]
-        given = {
-            "eps_low": algorithm.clip_low,
-            "eps_high": algorithm.clip_high,
-            "dual_clip": algorithm.dual_clip,
-        }
-        # What is not set is the loss's own default: sensible limits differ a lot between losses.
-        self._options = {
-            key: value for key in POLICY_LOSS_OPTIONS[name] if (value := given[key]) is not None
-        }
+        self._loss = chosen_loss(settings.algorithm)
 
     def policy_loss(
         self,
@@ -80,7 +68,7 @@ class Objective:
         mask = micro.cut(experience.loss_mask)
         prox = self._proximal(experience, micro, out)
         advantages = micro.cut(experience.advantages)
-        terms = self._loss(out.logp, prox.logp, advantages, mask, **self._options)
+        terms = self._loss(out.logp, prox.logp, advantages, mask)
         # The ORIGINAL mask stays the denominator, whatever the correction drops: dividing by the
         # tokens that are left would give them more weight the more others are dropped.
         policy = self._reduce(terms.losses * prox.importance, mask, part)
@@ -152,6 +140,8 @@ class Objective:
             micro.cut(experience.mask),
             staleness.correction,
             staleness.cap,
+            staleness.floor,
+            staleness.veto,
         )
         return _ProximalPart(logp=prox, importance=weights, entropy=out.entropy)
 
@@ -170,4 +160,6 @@ class Objective:
         return weight * estimator(logp, micro.cut(experience.ref_logp))
 
     def _reduce(self, losses: Tensor, mask: Tensor, part: Minibatch) -> Tensor:
-        return aggregate(losses, mask, self._settings.algorithm.aggregate, part.denominator)
+        settings = self._settings
+        mode = settings.algorithm.aggregate
+        return aggregate(losses, mask, mode, part.denominator, max_length=settings.max_tokens)

@@ -10,6 +10,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 
@@ -24,6 +25,10 @@ _LEFT_OUT = {
     "learner": {"reference_path", "value_path", "cpus", "start_timeout_s", "step_timeout_s"},
     "batch": {"steps"},
 }
+# A setting is left out of the digest where it has this value or, if it is not here, its default of
+# today: the default that it had when runs began to be recorded. A default that changes belongs in
+# here with its old value, or the runs of before could not be replayed.
+_FIRST_DEFAULTS: dict[str, dict[str, Any]] = {"learner": {"eps": 1e-5}}
 _SECTIONS = ("model", "learner", "algorithm", "staleness", "batch")
 _VALUES = ("rollout_dtype", "temperature", "max_tokens", "seed")
 
@@ -90,7 +95,12 @@ def settings_digest(settings: LearnerSettings) -> str:
     for name in _SECTIONS:
         section = getattr(settings, name)
         left_out = _LEFT_OUT.get(name)
-        content[name] = section.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
+        values = section.model_dump(mode="json", exclude=left_out, exclude_defaults=True)
+        for key, first in _FIRST_DEFAULTS.get(name, {}).items():
+            values.pop(key, None)
+            if (value := getattr(section, key)) != first:
+                values[key] = value
+        content[name] = values
     content |= {name: getattr(settings, name) for name in _VALUES}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -14,6 +14,7 @@ TRL, None as a reward is an error, and answers from several workers may share a 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -30,13 +31,32 @@ from typing import Any
 from cluster.contracts.chat import is_text
 from cluster.contracts.config.reward import FunctionSource
 from cluster.contracts.errors import BadReward, UserError
-from reward_service.source import Part, ScoreItem
+from cluster.contracts.records import Prompt
+from reward_service.source import Part, ScoreItem, SourceContext, trial_items
 from reward_service.sources.pickled import SUFFIX, load_pickled
 
 GIVEN = ("prompts", "completions", "completion_ids")
 
 
 log = logging.getLogger("accord.reward")
+
+
+def make(source: FunctionSource, context: SourceContext) -> FunctionScorer:
+    return FunctionScorer(source)
+
+
+def check(source: FunctionSource, prompts: Sequence[Prompt]) -> None:
+    """The file is run, as the service will run it, and the function is called once with the first
+    prompt and two completions."""
+    with contextlib.redirect_stdout(sys.stderr):  # what it prints is no result of the command
+        scorer = FunctionScorer(source)
+        try:
+            for prompt in prompts:
+                scorer.require_columns(prompt.metadata, prompt.where)
+            scorer.score(trial_items(prompts))
+        except BadReward as problem:
+            fix = "mend the function; it must score any completion, an empty one too"
+            raise UserError(str(problem), where=f"reward source {source.name!r}", fix=fix) from None
 
 
 class FunctionScorer:

@@ -14,12 +14,25 @@ from typing import Any
 from cluster.contracts.chat import is_text, render_answered, require_template
 from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.errors import BadReward, UserError
+from cluster.contracts.records import Prompt
 from cluster.machine.torch_state import prepare_torch
-from reward_service.source import Part, ScoreItem
+from reward_service.source import Part, ScoreItem, SourceContext
 
 log = logging.getLogger("accord.reward")
 
 TOKENS_PER_MICROBATCH = 4096
+
+
+def make(source: RewardModelSource, context: SourceContext) -> ModelScorer:
+    return ModelScorer(source, context.threads)
+
+
+def check(source: RewardModelSource, prompts: Sequence[Prompt]) -> None:
+    """Everything is looked at but the numbers of the weights."""
+    from learner.models.files import check_reward_model
+
+    own_tokenizer(source)
+    check_reward_model(source.path)
 
 
 class ModelScorer:

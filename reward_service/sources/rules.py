@@ -9,7 +9,16 @@ from collections.abc import Sequence
 
 from cluster.contracts.config.reward import RulesSource
 from cluster.contracts.errors import UserError
-from reward_service.source import Part, ScoreItem
+from cluster.contracts.records import Prompt
+from reward_service.source import Part, ScoreItem, SourceContext
+
+
+def make(source: RulesSource, context: SourceContext) -> RulesScorer:
+    return RulesScorer(source)
+
+
+def check(source: RulesSource, prompts: Sequence[Prompt]) -> None:
+    RulesScorer(source)
 
 
 class RulesScorer:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from cluster.contracts.registry import ADVANTAGE_ESTIMATORS
 from learner.algorithms.advantages import (
     ESTIMATORS,
     AdvantageInputs,
+    Advantages,
     compute_advantages,
     discounted_returns,
     gae,
@@ -174,16 +177,31 @@ def test_group_estimators_do_not_depend_on_row_order(estimator: PerSequence) -> 
 
 
 def _inputs(rewards: Tensor, mask: Tensor, **more: Tensor) -> AdvantageInputs:
-    groups = torch.tensor([0, 0, 1, 1])
-    return AdvantageInputs(rewards=rewards, mask=mask, group_ids=groups, gamma=0.9, lam=0.8, **more)
+    given: dict[str, Any] = {
+        "rewards": rewards,
+        "mask": mask,
+        "group_ids": torch.tensor([0, 0, 1, 1]),
+        "scores": torch.zeros(4),
+        "gamma": 0.9,
+        "lam": 0.8,
+    }
+    return AdvantageInputs(**{**given, **more})
+
+
+def _compute(name: str, inputs: AdvantageInputs, **more: Any) -> Advantages:
+    """As a method does by definition."""
+    whitens = ADVANTAGE_ESTIMATORS[name].whitens
+    return compute_advantages(ESTIMATORS[name], inputs, **{"whitened": whitens, **more})
 
 
 def test_every_estimator_can_be_called_in_one_way() -> None:
     mask = HOLES.clone()
     mask[3, :2] = True
     rewards, values = _random(4, 6, seed=4), _random(4, 6, seed=5)
-    for name, estimator in ESTIMATORS.items():
-        found = compute_advantages(name, _inputs(rewards, mask, values=values))
+    assert list(ESTIMATORS) == list(ADVANTAGE_ESTIMATORS)
+    for name in ESTIMATORS:
+        estimator = ADVANTAGE_ESTIMATORS[name]
+        found = _compute(name, _inputs(rewards, mask, values=values))
         assert found.advantages.shape == (4, 6)
         assert (found.advantages[~mask] == 0).all()
         assert (found.returns is not None) == estimator.needs_values
@@ -196,8 +214,8 @@ def test_whitening_can_be_overridden_and_leaves_returns_alone() -> None:
     rewards, values = _random(4, 6, seed=4), _random(4, 6, seed=5)
     inputs = _inputs(rewards, HOLES, values=values)
     raw, raw_returns = gae(rewards, values, HOLES, 0.9, 0.8)
-    off = compute_advantages("gae", inputs, whitened=False)
-    on = compute_advantages("gae", inputs)
+    off = _compute("gae", inputs, whitened=False)
+    on = _compute("gae", inputs)
     assert torch.equal(off.advantages, raw)
     assert not torch.allclose(on.advantages, raw)
     for found in (on, off):
@@ -210,20 +228,21 @@ def test_sequence_estimators_spread_the_summed_reward_over_the_response() -> Non
     kl = torch.zeros(4, 3)
     kl[0, 0] = 2.0
     rewards = terminal_rewards(torch.tensor([4.0, 1.0, 5.0, 9.0]), kl, mask, kl_coef=0.5)
-    found = compute_advantages("rloo", _inputs(rewards, mask)).advantages
+    found = _compute("rloo", _inputs(rewards, mask)).advantages
     # Totals 3 and 1, 5 and 9: leave-one-out differences +-2 and +-4.
     assert found.tolist() == [[2, 0, 2], [-2, -2, 0], [-4, -4, -4], [0, 4, 0]]
 
 
-@pytest.mark.parametrize("name", ["reinforce_plus_plus", "reinforce_plus_plus_baseline", "gae"])
+@pytest.mark.parametrize("name", ["reinforce++", "reinforce-baseline", "gae"])
 def test_whitening_is_global_over_ranks(name: str) -> None:
     rewards, values = _random(4, 6, seed=4), _random(4, 6, seed=5)
-    whole = compute_advantages(name, _inputs(rewards, HOLES, values=values)).advantages
+    whole = _compute(name, _inputs(rewards, HOLES, values=values)).advantages
     halves = [
         AdvantageInputs(
             rewards=rewards[rows],
             mask=HOLES[rows],
             group_ids=torch.zeros(2, dtype=torch.int64),
+            scores=torch.zeros(2),
             values=values[rows],
             gamma=0.9,
             lam=0.8,
@@ -237,19 +256,33 @@ def test_whitening_is_global_over_ranks(name: str) -> None:
         return mine
 
     for half in halves:
-        compute_advantages(name, half, add_over_ranks=remember)
+        _compute(name, half, add_over_ranks=remember)
     total = sums[0] + sums[1]
-    parts = [compute_advantages(name, h, add_over_ranks=lambda _: total).advantages for h in halves]
+    parts = [_compute(name, h, add_over_ranks=lambda _: total).advantages for h in halves]
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-9, rtol=0)
 
 
 def test_bad_requests_are_refused() -> None:
     rewards = torch.zeros(4, 6)
     with pytest.raises(ValueError, match="needs values"):
-        compute_advantages("gae", _inputs(rewards, HOLES))
-    with pytest.raises(ValueError, match="unknown advantage estimator 'ppo'; known: gae, grpo"):
-        compute_advantages("ppo", _inputs(rewards, HOLES))
+        _compute("gae", _inputs(rewards, HOLES))
     with pytest.raises(ValueError, match="rewards has shape"):
-        compute_advantages("rloo", _inputs(rewards[:, :5], HOLES))
+        _compute("rloo", _inputs(rewards[:, :5], HOLES))
     with pytest.raises(ValueError, match="group_ids has shape"):
         grpo(torch.zeros(4), torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_kl_in_the_reward_leaves_the_standard_deviation_to_the_scores() -> None:
+    """Scores 1 and 3 have the standard deviation sqrt(2); KL penalties are centred, not divided."""
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    penalties = torch.tensor([[-0.1, -0.1], [-0.3, -0.1], [0.0, -0.2], [0.0, 0.0]])
+    scores = torch.tensor([1.0, 3.0, 5.0, 5.0])
+    rewards = penalties.clone()
+    rewards[:, -1] += scores
+    inputs = _inputs(rewards, mask, scores=scores, penalties=penalties)
+    found = ESTIMATORS["grpo"](inputs).advantages
+    half = 1.0 / (2.0**0.5 + 1e-6)
+    expected = torch.tensor([-half + 0.1, half - 0.1, -0.1, 0.1])
+    torch.testing.assert_close(found, expected[:, None].expand(4, 2), atol=1e-6, rtol=0)
+    dr = ESTIMATORS["grpo"](inputs, scale_by_std=False).advantages
+    torch.testing.assert_close(dr[:, 0], torch.tensor([-0.9, 0.9, -0.1, 0.1]))

@@ -143,8 +143,12 @@ def test_critic_free_advantages_by_hand(world: ModuleType, tiny: Path, name: str
         rewards.append(reward)
     totals = np.array([row.sum() for row in rewards]).reshape(-1, 2)
     centred = totals - totals.mean(axis=1, keepdims=True)
+    scores = experience.batch.scores.reshape(-1, 2)
+    penalties = totals - scores
+    standardised = scores - scores.mean(axis=1, keepdims=True)
+    standardised /= scores.std(axis=1, ddof=1, keepdims=True) + 1e-6
     per_answer: Mapping[str, Any] = {
-        "grpo": centred / (totals.std(axis=1, ddof=1, keepdims=True) + 1e-6),
+        "grpo": standardised + penalties - penalties.mean(axis=1, keepdims=True),
         "rloo": totals - totals[:, ::-1],
         "reinforce-baseline": centred,
     }
@@ -268,3 +272,23 @@ def test_bfloat16_compute_keeps_masters_and_results_in_float32(
     assert _proximal(experience).logp.dtype == torch.float32
     difference = (_proximal(experience).logp - _proximal(exact).logp).abs().max()
     assert 1e-6 < float(difference) < 0.05
+
+
+def test_equal_scores_give_grpo_no_advantage_of_the_size_of_a_score(
+    world: ModuleType, tiny: Path
+) -> None:
+    """With the KL in the reward: its differences are small and must stay small, not be divided by
+    their own standard deviation."""
+    networks, made, model = _networks(
+        world, tiny, algorithm={"advantage": "grpo"}, batch={"samples_per_prompt": 8}
+    )
+    groups = world.make_groups(model, seed=2, groups=1, samples=8, score=lambda _: 1.0)
+    batch = read_batch([world.table_of(groups)], [0], 8)
+    experience = build_experience(batch, networks, made, StepPlan(step=0, kl_coef=1e-3))
+    kl = _proximal(experience).kl
+    assert kl is not None
+    per_answer = kl.sum(dim=1)
+    expected = -1e-3 * (per_answer - per_answer.mean())
+    assert float(expected.abs().max()) > 1e-6
+    got = experience.advantages[:, 0]
+    np.testing.assert_allclose(got.numpy(), expected.numpy(), atol=1e-8, rtol=1e-5)

@@ -67,7 +67,7 @@ def _logp(theta: Tensor) -> Tensor:
 
 
 def _gradients(
-    theta: Tensor, prox: Tensor, mu: Tensor, mode: Correction, cap: float, loss: str = "ppo_clip"
+    theta: Tensor, prox: Tensor, mu: Tensor, mode: Correction, cap: float, loss: str = "ppo"
 ) -> Array:
     """[15, 21]: minus the gradient of the loss of each answer alone, as `PolicyUpdate` forms it:
     token losses times weights, then `aggregate` over the original mask."""
@@ -104,7 +104,7 @@ def _history() -> list[Tensor]:
         prox = _logp(theta).detach()
         rows = torch.multinomial(prox.sum(1).exp(), 48, replacement=True, generator=generator)
         mask = MASK[rows]
-        losses = POLICY_LOSSES["ppo_clip"](_logp(theta)[rows], prox[rows], SCORES[rows], mask)
+        losses = POLICY_LOSSES["ppo"](_logp(theta)[rows], prox[rows], SCORES[rows], mask)
         optimizer.zero_grad()
         aggregate(losses.losses, mask, "seq-mean-token-sum", 48).backward()
         optimizer.step()
@@ -285,7 +285,7 @@ def test_the_true_gradient_is_that_of_the_expected_reward() -> None:
     _close(true_gradient(NOW), torch.autograd.grad(reward, theta)[0].numpy())
 
 
-@pytest.mark.parametrize("loss", ["ppo_clip", "reinforce", "cispo"])
+@pytest.mark.parametrize("loss", ["ppo", "reinforce", "cispo"])
 @pytest.mark.parametrize("mode", [*MODES, "none"])
 def test_on_policy_every_correction_gives_the_true_gradient(mode: Correction, loss: str) -> None:
     _close(_expected(NOW, NOW, mode, CAP, loss=loss), true_gradient(NOW))
@@ -350,7 +350,7 @@ def test_a_batch_of_two_expects_what_one_answer_does(mode: Correction) -> None:
     first, second = (torch.arange(15).repeat_interleave(15), torch.arange(15).repeat(15))
     behaviour, proximal = _logp(mu).detach(), _logp(NOW).detach()
     weights, _ = importance_weights(proximal, behaviour, MASK, mode, CAP)
-    losses = POLICY_LOSSES["ppo_clip"](_logp(theta), proximal, SCORES, MASK).losses * weights
+    losses = POLICY_LOSSES["ppo"](_logp(theta), proximal, SCORES, MASK).losses * weights
     chance = torch.from_numpy(_chance(mu))
     total = torch.zeros((), dtype=torch.float64)
     for i, j in zip(first.tolist(), second.tolist(), strict=True):

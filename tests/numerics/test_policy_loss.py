@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 
@@ -11,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from cluster.contracts import registry
 from learner.algorithms.loss_terms import LossTerms
 from learner.algorithms.masked import aggregate
 from learner.algorithms.policy_loss import (
-    POLICY_LOSS_OPTIONS,
     POLICY_LOSSES,
     cispo,
     gspo,
@@ -46,7 +45,7 @@ def _mean(terms: LossTerms, name: str) -> float:
 @pytest.mark.parametrize("dual_clip", [None, 1.1, 3.0])
 def test_ppo_clip_matches_a_loop(dual_clip: float | None) -> None:
     logp, prox, advantages = _case()
-    terms = ppo_clip(logp, prox, advantages, MASK, eps_low=0.1, eps_high=0.3, dual_clip=dual_clip)
+    terms = ppo_clip(logp, prox, advantages, MASK, clip_low=0.1, clip_high=0.3, dual_clip=dual_clip)
     clipped = dual = 0
     for b, t in _set_positions():
         ratio = math.exp(logp[b, t] - prox[b, t])
@@ -91,7 +90,7 @@ def test_clipped_tokens_have_no_gradient_and_the_others_have_ratio_times_advanta
 def test_cispo_keeps_the_gradient_of_a_clipped_token() -> None:
     logp = torch.tensor([[math.log(0.6), math.log(0.1)]], requires_grad=True)
     prox = torch.tensor([[math.log(0.3), math.log(0.4)]])
-    terms = cispo(logp, prox, torch.tensor([[2.0, -1.0]]), torch.ones(1, 2), eps_high=0.5)
+    terms = cispo(logp, prox, torch.tensor([[2.0, -1.0]]), torch.ones(1, 2), clip_high=0.5)
     # Ratio 2 is cut to 1.5, ratio .25 stays: weights times -A log pi.
     expected = [-1.5 * 2 * math.log(0.6), 0.25 * math.log(0.1)]
     assert terms.losses[0].tolist() == pytest.approx(expected)
@@ -100,7 +99,7 @@ def test_cispo_keeps_the_gradient_of_a_clipped_token() -> None:
     assert logp.grad[0].tolist() == pytest.approx([-3.0, 0.25])
     assert _mean(terms, "clipfrac_high") == 0.5
     assert _mean(terms, "clipfrac_low") == 0.0
-    bounded = cispo(logp, prox, torch.ones(1, 2), torch.ones(1, 2), eps_low=0.2)
+    bounded = cispo(logp, prox, torch.ones(1, 2), torch.ones(1, 2), clip_low=0.2)
     assert bounded.losses[0, 1].item() == pytest.approx(-0.8 * math.log(0.1))
 
 
@@ -108,9 +107,9 @@ def test_gspo_has_value_and_gradient_of_the_sequence_form() -> None:
     logp, prox, _ = _case()
     prox = logp + (prox - logp) * 0.02  # near the narrow clip range, on both sides of it
     advantages = torch.tensor([[1.0], [-2.0], [0.5]], dtype=torch.float64)
-    eps_low, eps_high = 0.004, 0.003
+    clip_low, clip_high = 0.004, 0.003
     mine = logp.clone().requires_grad_()
-    terms = gspo(mine, prox, advantages.expand(3, 5), MASK, eps_low=eps_low, eps_high=eps_high)
+    terms = gspo(mine, prox, advantages.expand(3, 5), MASK, clip_low=clip_low, clip_high=clip_high)
     loss = aggregate(terms.losses, MASK, "seq-mean-token-mean", 3)
     loss.backward()
 
@@ -121,7 +120,7 @@ def test_gspo_has_value_and_gradient_of_the_sequence_form() -> None:
         ratio = torch.exp((theirs - prox)[b][MASK[b]].mean())
         ratios.append(ratio.item())
         a = advantages[b, 0]
-        clipped = ratio.clamp(1 - eps_low, 1 + eps_high)
+        clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
         expected = expected - torch.minimum(ratio * a, clipped * a) / 3
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), abs=1e-12)
@@ -147,7 +146,7 @@ def test_first_step_identities(name: str) -> None:
     for clip in ("clipfrac", "clipfrac_low", "clipfrac_high"):
         if clip in terms.metrics:
             assert _mean(terms, clip) == 0.0
-    if name in ("ppo_clip", "gspo"):
+    if name in ("ppo", "gspo"):
         assert terms.losses[MASK].mean().item() == pytest.approx(-advantages[MASK].mean().item())
     # All of them are the plain policy gradient there.
     expected = (-advantages / tokens).masked_fill(~MASK, 0.0)
@@ -170,11 +169,11 @@ def test_padding_of_any_content_changes_nothing(name: str) -> None:
             assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["ppo_clip", "reinforce"])
+@pytest.mark.parametrize("name", ["ppo", "reinforce"])
 def test_gradcheck(name: str) -> None:
     logp, prox, advantages = _case()
     logp.requires_grad_()
-    options = {"dual_clip": 3.0} if name == "ppo_clip" else {}
+    options = {"dual_clip": 3.0} if name == "ppo" else {}
     loss = POLICY_LOSSES[name]
     assert torch.autograd.gradcheck(
         lambda x: loss(x, prox, advantages, MASK, **options).losses, logp
@@ -200,12 +199,9 @@ def test_wild_ratios_stay_finite() -> None:
 
 
 def test_the_table_of_options_tells_the_truth() -> None:
-    assert POLICY_LOSSES.keys() == POLICY_LOSS_OPTIONS.keys()
+    assert list(registry.POLICY_LOSSES) == list(POLICY_LOSSES)
     for name, loss in POLICY_LOSSES.items():
-        parameters = inspect.signature(loss).parameters.values()
-        assert POLICY_LOSS_OPTIONS[name] == tuple(
-            p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY
-        )
+        assert registry.POLICY_LOSSES[name].options == registry.keywords(loss)[0]
 
 
 def test_bad_arguments_are_refused() -> None:

@@ -21,6 +21,8 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
+from cluster.contracts.plugins import load_plugins
+
 AUTO = "auto"
 LONGEST_NAME = 200  # bytes; file systems allow 255, and files beside it add some
 
@@ -66,6 +68,9 @@ def auto_rule(field: FieldInfo) -> str | None:
 
 
 DType = Literal["float32", "bfloat16"]
+PluginFiles = Annotated[list[str], AfterValidator(load_plugins)]
+"""Loads the files. A config has them first, so that their words are known when others are read."""
+Option = bool | int | float | str
 
 
 class RunConfig(Section):

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from cluster.contracts.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
+
 if TYPE_CHECKING:
     from cluster.contracts.config.rollout import RolloutConfig
-    from cluster.contracts.config.train import LearnerConfig, TrainConfig
+    from cluster.contracts.config.train import (
+        AlgorithmConfig,
+        LearnerConfig,
+        StalenessConfig,
+        TrainConfig,
+    )
 
 MOST_KEPT = 4096
 """Ids that a token of training data may carry: 16 KiB a token."""
@@ -16,15 +23,20 @@ def train_problems(config: TrainConfig) -> list[str]:
     """Every cross-section problem, so that the user sees all of them at once."""
     found = []
     algorithm, batch = config.algorithm, config.batch
-    groups = ("grpo", "rloo", "reinforce-baseline")
-    if algorithm.advantage in groups and batch.samples_per_prompt < 2:
+    estimator = ADVANTAGE_ESTIMATORS[algorithm.advantage]
+    if estimator.needs_groups and batch.samples_per_prompt < 2:
         found.append(
-            f"algorithm.advantage = {algorithm.advantage!r} compares answers to one prompt: "
+            f"algorithm.advantage = {algorithm.advantage!r} compares completions of one prompt: "
             "set batch.samples_per_prompt to 2 or more"
         )
-    if algorithm.truncated == "bootstrap" and algorithm.advantage != "gae":
+    if algorithm.truncated == "bootstrap" and not estimator.needs_values:
         found.append(
             "algorithm.truncated = 'bootstrap' needs values: set algorithm.advantage = 'gae'"
+        )
+    if algorithm.whiten_rewards and "scale_by_std" in estimator.options and algorithm.scale_by_std:
+        found.append(
+            f"algorithm.whiten_rewards scales rewards that {algorithm.advantage!r} scales by the "
+            "standard deviation of their group: set it to false"
         )
     if algorithm.kl.place == "reward" and algorithm.kl.estimator != "k1":
         found.append("algorithm.kl.estimator must be 'k1' in the reward (an unbiased penalty)")
@@ -32,14 +44,8 @@ def train_problems(config: TrainConfig) -> list[str]:
         found.append(
             "algorithm.kl.estimator = 'k1' has no useful gradient in the loss: use 'k3+' or 'k2'"
         )
-    if algorithm.dual_clip is not None and algorithm.loss != "ppo":
-        found.append(
-            f"algorithm.dual_clip belongs to algorithm.loss = 'ppo', not {algorithm.loss!r}"
-        )
-    if algorithm.loss == "reinforce" and (algorithm.clip_low or algorithm.clip_high):
-        found.append(
-            "algorithm.clip_low and clip_high do nothing with algorithm.loss = 'reinforce'"
-        )
+    found += _loss_problems(algorithm)
+    found += _staleness_problems(config.staleness)
     samples = batch.prompts_per_step * batch.samples_per_prompt
     if config.learner.minibatches > samples:
         found.append(f"learner.minibatches is over the {samples} samples of a step")
@@ -73,6 +79,46 @@ def _sampling_problems(rollout: RolloutConfig) -> list[str]:
             "leave them out in training"
         )
     return found
+
+
+def _loss_problems(algorithm: AlgorithmConfig) -> list[str]:
+    found = []
+    loss, estimator = POLICY_LOSSES[algorithm.loss], ADVANTAGE_ESTIMATORS[algorithm.advantage]
+    for key in ("clip_low", "clip_high", "dual_clip"):
+        if getattr(algorithm, key) is not None and key not in loss.options:
+            takers = [repr(word) for word in POLICY_LOSSES if key in POLICY_LOSSES[word].options]
+            found.append(
+                f"algorithm.{key} does nothing with algorithm.loss = {algorithm.loss!r} (it "
+                f"belongs to {', '.join(takers)}): remove it"
+            )
+    for section, known, given in (
+        ("loss_options", loss.options, algorithm.loss_options),
+        ("advantage_options", estimator.options, algorithm.advantage_options),
+    ):
+        own = [name for name in known if name not in type(algorithm).model_fields]
+        for name in given:
+            if name not in own:
+                valid = ", ".join(own) or "none"
+                found.append(f"unknown option algorithm.{section}.{name}; valid here: {valid}")
+    if loss.per_completion and algorithm.aggregate != "seq-mean-token-mean":
+        found.append(
+            f"algorithm.loss = {algorithm.loss!r} has one ratio for a whole completion, so that "
+            f"algorithm.aggregate = {algorithm.aggregate!r} would weight completions by their "
+            "length: set algorithm.aggregate = 'seq-mean-token-mean'"
+        )
+    if loss.per_completion and estimator.per_token:
+        found.append(
+            f"algorithm.loss = {algorithm.loss!r} has one ratio for a whole completion, but "
+            f"algorithm.advantage = {algorithm.advantage!r} gives each token its own advantage: "
+            "set algorithm.advantage = 'grpo' (or 'rloo')"
+        )
+    return found
+
+
+def _staleness_problems(staleness: StalenessConfig) -> list[str]:
+    if staleness.floor > 0 and staleness.correction == "none":
+        return ["staleness.floor does nothing with staleness.correction = 'none': remove it"]
+    return []
 
 
 def _process_problems(learner: LearnerConfig) -> list[str]:

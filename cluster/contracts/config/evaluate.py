@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from cluster.contracts.config.base import ClusterConfig, ModelConfig, RunConfig, Section
+from cluster.contracts.config.base import (
+    ClusterConfig,
+    ModelConfig,
+    PluginFiles,
+    RunConfig,
+    Section,
+)
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 
@@ -12,6 +18,9 @@ from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 class EvaluateConfig(Section):
     """`accord evaluate`: completions of two policies for the same prompts, compared."""
 
+    plugins: PluginFiles = Field(
+        [], description="Python files that add kinds of reward; see docs/extend.md."
+    )
     run: RunConfig = RunConfig()
     policy: ModelConfig
     baseline: ModelConfig

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from cluster.contracts.config.base import Address, Section
+from cluster.contracts.registry import REWARD_KINDS
 
 
 class RewardModelSource(Section):
@@ -50,8 +52,55 @@ class GrpcSource(Section):
     name: str = Field("grpc", description="Name in metrics and reports.")
 
 
+class PluginSource(Section):
+    """A kind of reward that a plugin file adds; further keys are the kind's own options."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Annotated[str, AfterValidator(REWARD_KINDS.check)] = Field(
+        description="The word that the plugin file registers."
+    )
+    weight: float = Field(1.0, description="Factor of this reward in the sum.")
+    name: str = Field("plugin", description="Name in metrics and reports.")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+    @model_validator(mode="after")
+    def _check(self) -> PluginSource:
+        kind = REWARD_KINDS[self.type]
+        for key in self.options:
+            if key not in kind.options:
+                near = difflib.get_close_matches(key, kind.options, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"valid: {', '.join(kind.options)}"
+                raise ValueError(f"a reward of kind {self.type!r} has no key {key}: {hint}")
+        missing = [key for key in kind.required if key not in self.options]
+        if missing:
+            raise ValueError(f"a reward of kind {self.type!r} needs the key {missing[0]}")
+        return self
+
+
+def _kind(source: Any) -> str | None:
+    """Which of the sections below reads this source."""
+    word = source.get("type") if isinstance(source, dict) else getattr(source, "type", None)
+    if word is None:
+        return None
+    return word if word in REWARD_KINDS and not REWARD_KINDS.origin(word) else "plugin"
+
+
 RewardSource = Annotated[
-    RewardModelSource | FunctionSource | RulesSource | GrpcSource, Field(discriminator="type")
+    Annotated[RewardModelSource, Tag("model")]
+    | Annotated[FunctionSource, Tag("function")]
+    | Annotated[RulesSource, Tag("rules")]
+    | Annotated[GrpcSource, Tag("grpc")]
+    | Annotated[PluginSource, Tag("plugin")],
+    Discriminator(
+        _kind,
+        custom_error_type="no_type",
+        custom_error_message="a reward source needs a type: "
+        + ", ".join(f"'{word}'" for word in REWARD_KINDS),
+    ),
 ]
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from cluster.contracts.config.alarms import AlarmsConfig
 from cluster.contracts.config.base import (
     ClusterConfig,
     LoggingConfig,
     ModelConfig,
+    Option,
+    PluginFiles,
     RunConfig,
     Section,
     auto,
@@ -18,6 +20,7 @@ from cluster.contracts.config.base import (
 from cluster.contracts.config.checks import train_problems
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
+from cluster.contracts.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, WEIGHT_TRANSPORTS
 
 
 class BatchConfig(Section):
@@ -36,6 +39,20 @@ class StalenessConfig(Section):
         "none", "decoupled", "token-tis", "sequence-tis", "token-mask", "sequence-mask"
     ] = Field("decoupled", description="Importance correction of tokens from older weights.")
     cap: float = Field(5.0, gt=1, description="Upper limit of the importance weight.")
+    floor: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Lower limit of the importance weight; with a -mask correction, what lies "
+        "below it is left out as well (IcePop's two-sided mask).",
+    )
+    veto: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="A completion with any token whose ratio of probabilities, learner to engine, "
+        "is below this is left out whole; 0: off, 1e-4 is usual.",
+    )
 
 
 class KLConfig(Section):
@@ -57,13 +74,19 @@ class KLConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    advantage: Literal["gae", "grpo", "rloo", "reinforce++", "reinforce-baseline"] = Field(
+    advantage: Annotated[str, AfterValidator(ADVANTAGE_ESTIMATORS.check)] = Field(
         "gae",
         description="How rewards become advantages. gae needs a value network (PPO); the others "
         "compare the completions of a group, or of the step.",
     )
-    loss: Literal["ppo", "reinforce", "cispo", "gspo"] = Field(
+    loss: Annotated[str, AfterValidator(POLICY_LOSSES.check)] = Field(
         "ppo", description="Policy loss; docs/algorithms.md has the formulas."
+    )
+    advantage_options: dict[str, Option] = Field(
+        default_factory=dict, description="Options of a plugin's advantage estimator, by name."
+    )
+    loss_options: dict[str, Option] = Field(
+        default_factory=dict, description="Options of a plugin's policy loss, by name."
     )
     gamma: float = Field(1.0, gt=0, le=1, description="Discount per token.")
     lam: float = Field(
@@ -100,10 +123,13 @@ class AlgorithmConfig(Section):
         False, description="Scale the step's rewards to standard deviation 1, mean kept."
     )
     scale_by_std: bool = Field(True, description="GRPO: divide by the group's standard deviation.")
-    aggregate: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum"] = Field(
+    aggregate: Literal[
+        "token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"
+    ] = Field(
         "token-mean",
         description="How token losses become one number: mean over all tokens; mean per "
-        "completion, then over completions; sum per completion, then mean over completions.",
+        "completion, then over completions; sum per completion, then mean over completions; the "
+        "same divided by rollout.max_tokens (Dr. GRPO).",
     )
     missing_eos_penalty: float = Field(
         0.0, ge=0, description="Taken off the score of a completion without an end token."
@@ -132,7 +158,7 @@ class LearnerConfig(Section):
     betas: tuple[float, float] = Field(
         (0.9, 0.95), description="AdamW: decay of the first and of the second moment."
     )
-    eps: float = Field(1e-5, description="AdamW: added to the root of the second moment.")
+    eps: float = Field(1e-8, description="AdamW: added to the root of the second moment.")
     max_grad_norm: float = Field(
         1.0, gt=0, description="A gradient of a larger norm is scaled down to this norm."
     )
@@ -206,7 +232,7 @@ class LearnerConfig(Section):
 
 
 class WeightsConfig(Section):
-    transport: Literal["object_store", "disk", "collective", "shared_device"] = Field(
+    transport: Annotated[str, AfterValidator(WEIGHT_TRANSPORTS.check)] = Field(
         "object_store",
         description="How weights travel: Ray's object store; a shared directory; NCCL between GPUs "
         "(gloo on CPU); memory of the one GPU that learner and engine share (CUDA IPC).",
@@ -236,6 +262,11 @@ class CheckpointConfig(Section):
 class TrainConfig(Section):
     """`accord train`: on-line reinforcement learning."""
 
+    plugins: PluginFiles = Field(
+        [],
+        description="Python files that add policy losses, advantage estimators, kinds of reward or "
+        "weight transports; see docs/extend.md.",
+    )
     run: RunConfig = RunConfig()
     model: ModelConfig
     data: DataConfig

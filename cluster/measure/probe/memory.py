@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.registry import ADVANTAGE_ESTIMATORS
 
 BYTES = {"float32": 4, "bfloat16": 2}
 STATE = 16  # bytes a trained parameter in float32: weight, gradient, two moments
@@ -23,7 +24,8 @@ def memory_plan(config: TrainConfig, measured: Mapping[str, Mapping[str, Any]]) 
     plan = {"learner: policy, gradients, moments": STATE * count}
     if algorithm.kl.coef > 0 or learner.reference_path is not None:
         plan["learner: reference"] = 4 * count
-    if algorithm.advantage == "gae" and (learner.value_path or learner.value_model == "own"):
+    valued = ADVANTAGE_ESTIMATORS[algorithm.advantage].needs_values
+    if valued and (learner.value_path or learner.value_model == "own"):
         plan["learner: value network"] = STATE * count
     plan["learner: peak of the probe's process"] = int(measured["learner"]["peak_rss_bytes"])
     longest = config.data.max_prompt_tokens + rollout.max_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.contracts.errors import Retryable, WeightMismatch
+from cluster.contracts.errors import Retryable, UserError, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
+from cluster.contracts.registry import WEIGHT_TRANSPORTS
 from cluster.weights.disk import DiskPublisher, DiskReceiver
 from cluster.weights.manifest import build_manifest, check_order, checksum, verify_arrays
-from cluster.weights.transports import TRANSPORTS, PublisherOptions
+from cluster.weights.transports import PublisherOptions, make_publisher, make_receiver
 
 CANARY = Canary(token_ids=(1, 2, 3), logprobs=(-1.0, -2.0), tolerance=1e-3)
 DTYPES = {"a.weight": "float32", "b": "bfloat16", "norm": "float32"}
@@ -183,16 +185,17 @@ def test_torn_files_are_refused(tmp_path: Path, how: str) -> None:
         DiskReceiver().fetch(made)
 
 
-def test_the_table_of_transports_is_the_config_literal() -> None:
-    from typing import get_args
+@pytest.mark.parametrize("word", list(WEIGHT_TRANSPORTS))
+def test_each_transport_is_the_module_of_its_name(word: str) -> None:
+    module = importlib.import_module(f"cluster.weights.{word}")
+    assert word == module.NAME
+    assert callable(module.publisher)
+    assert callable(module.receiver)
 
-    from cluster.contracts.config.train import WeightsConfig
 
-    assert set(TRANSPORTS) == set(get_args(WeightsConfig.model_fields["transport"].annotation))
-
-
-def test_the_table_makes_a_pair_that_fits(tmp_path: Path) -> None:
-    make_publisher, make_receiver = TRANSPORTS["disk"]
+def test_a_transport_is_made_by_its_name(tmp_path: Path) -> None:
     options = PublisherOptions(directory=str(tmp_path), keep=2)
-    made = make_publisher(options).publish(arrays(), DTYPES, 0, CANARY)
-    verify_arrays(made, make_receiver("cpu").fetch(made))
+    made = make_publisher("disk", options).publish(arrays(), DTYPES, 0, CANARY)
+    verify_arrays(made, make_receiver("disk", "cpu").fetch(made))
+    with pytest.raises(UserError, match="no weight transport of this name; did you mean 'disk'"):
+        make_publisher("dsik", options)

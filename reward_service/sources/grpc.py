@@ -5,8 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cluster.contracts.config.reward import GrpcSource
+from cluster.contracts.records import Prompt
 from reward_service.client import RewardClient
-from reward_service.source import Part, ScoreItem
+from reward_service.source import Part, ScoreItem, SourceContext
+
+CONNECT_S = 5.0
+
+
+def make(source: GrpcSource, context: SourceContext) -> GrpcScorer:
+    return GrpcScorer(source, deadline_s=context.deadline_s, token=context.remote_token)
+
+
+def check(source: GrpcSource, prompts: Sequence[Prompt]) -> None:
+    with RewardClient([source.address], token=None) as client:
+        client.connect(CONNECT_S)
 
 
 class GrpcScorer:
