@@ -57,7 +57,7 @@ class Loop:
             self.head = torch.nn.Linear(self.policy.config.hidden_size, 1)
             self.trained += (ends := [torch.nn.init.zeros_(p) for p in self.head.parameters()])
             groups.append({"params": ends, "weight_decay": 0})
-        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-5, fused=True)
+        self.adam = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
 
     def run(self) -> list[dict[str, Any]]:
         for step in range(self.job["steps"]):

@@ -99,7 +99,7 @@ def config() -> GRPOConfig:
         learning_rate=SETTINGS["lr"],
         lr_scheduler_type="constant",
         adam_beta2=0.95,
-        adam_epsilon=1e-5,
+        adam_epsilon=1e-8,
         gradient_checkpointing=SETTINGS["gradient_checkpointing"],
         dataloader_num_workers=0,
         logging_steps=1,

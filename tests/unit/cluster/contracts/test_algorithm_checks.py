@@ -55,5 +55,5 @@ def test_what_belongs_together_is_taken() -> None:
 
 
 def test_a_floor_without_a_correction_is_refused() -> None:
-    with pytest.raises(UserError, match="floor does nothing with staleness.correction = 'none'"):
+    with pytest.raises(UserError, match=r"floor does nothing with staleness\.correction = 'none'"):
         check({}, staleness={"correction": "none", "floor": 0.5})
