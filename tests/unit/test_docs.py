@@ -18,6 +18,7 @@ import typer
 import launch
 from cluster.contracts.config.file import apply_overrides, check_config, load_config, read_toml
 from cluster.contracts.errors import UserError
+from cluster.contracts.plugins import forget
 from tests.pages import blocks, commands, shown_files
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,11 +175,20 @@ def test_examples_are_valid_configs(example: Path) -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=named)
-def test_toml_blocks_are_valid_over_an_example(page: Path) -> None:
+def test_toml_blocks_are_valid_over_an_example(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base = read_toml(str(EXAMPLES_BY_COMMAND["accord train"]))
-    for block in blocks(page, "toml"):
-        tree = apply_overrides(MODELS["accord train"], {**base, **tomllib.loads(block)}, [])
-        check_config(MODELS["accord train"], tree, where=named(page))
+    # The plugin file that a page shows is made of its Python blocks.
+    plugin = tmp_path / "my_plugin.py"
+    plugin.write_text("\n\n".join(blocks(page, "python")), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    try:
+        for block in blocks(page, "toml"):
+            tree = apply_overrides(MODELS["accord train"], {**base, **tomllib.loads(block)}, [])
+            check_config(MODELS["accord train"], tree, where=named(page))
+    finally:
+        forget(str(plugin))
 
 
 def without_other_systems(text: str) -> str:
