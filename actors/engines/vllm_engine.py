@@ -3,7 +3,7 @@
 ``LLMEngine`` is driven step by step by one thread: a weight swap falls exactly between two tokens.
 Call ``actors.environment.prepare_environment`` before this module is imported.
 
-Run on CPU only so far: the CUDA choices in ``_platform_args`` and ``tensor_parallel`` follow vLLM's
+Run on CPU only so far: the CUDA choices in ``vllm_args`` and ``tensor_parallel`` follow vLLM's
 documentation and have not been run by us.
 
 Weights come as host arrays. They are loaded and packed into a second set beside the one that
@@ -23,59 +23,20 @@ from typing import Any
 
 import vllm
 from vllm import SamplingParams
-from vllm.engine.arg_utils import EngineArgs
 from vllm.outputs import CompletionOutput, RequestOutput
-from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.engines.host_tensors import check_prompt, check_update, parameter_shapes
 from actors.engines.proof import require_none_wrong
 from actors.engines.token_limits import Kept, TokenLimits
-from actors.engines.vllm_limits import limit_args, request_args
-from actors.engines.vllm_weights import WeightStage
+from actors.engines.vllm_args import engine_args
+from actors.engines.vllm_limits import request_args
 from actors.settings import EngineSettings
 from cluster.contracts.errors import Fatal, Retryable, UserError
 from cluster.contracts.records import Completion, VersionSpan
 
 PROBE_TIMEOUT_S = 120.0
-
-
-def _platform_args(settings: EngineSettings) -> dict[str, Any]:
-    """Engine arguments that differ between CPU and CUDA."""
-    if current_platform.is_cpu():
-        return {
-            "enforce_eager": True,  # compiling costs 25 s and gains nothing on a CPU
-            "kv_cache_memory_bytes": settings.kv_cache_mb << 20,
-        }
-    return {
-        "enforce_eager": False,
-        "gpu_memory_utilization": settings.gpu_memory_fraction,
-        "tensor_parallel_size": settings.tensor_parallel,
-    }
-
-
-def _engine_args(settings: EngineSettings) -> EngineArgs:
-    return EngineArgs(
-        model=settings.model_path,
-        revision=settings.revision,
-        trust_remote_code=settings.trust_remote_code,
-        dtype=settings.dtype,
-        seed=settings.seed,
-        max_model_len=settings.max_model_len,
-        max_num_seqs=settings.max_running + 1,  # one seat is kept for the canary
-        block_size=settings.block_size,
-        enable_prefix_caching=True,
-        # Token ids in, token ids out; without a tokenizer vLLM would ignore stop strings.
-        skip_tokenizer_init=not settings.stop,
-        generation_config="vllm",  # no sampling defaults out of the model's directory
-        logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
-        async_scheduling=False,  # a token in flight at a swap would carry the wrong version
-        disable_log_stats=True,
-        worker_extension_cls=f"{WeightStage.__module__}.{WeightStage.__name__}",
-        **limit_args(settings),
-        **_platform_args(settings),
-    )
 
 
 class VllmEngine:
@@ -92,7 +53,7 @@ class VllmEngine:
         self.version = -1  # the model directory's weights; an update has a version of 0 or more
         self._settings = settings
         self._shapes = parameter_shapes(settings)
-        self._llm = LLMEngine.from_engine_args(_engine_args(settings))
+        self._llm = LLMEngine.from_engine_args(engine_args(settings))
         self._stepping = threading.Lock()  # the second set of weights is built between two steps
         self._prepared = False
         self._staged: int | None = None

@@ -8,17 +8,12 @@ vLLM's own reload works on the model that decodes: it must stop for as long as l
 take. It also packs only layers that received a weight of their own, so that on CPU a head tied to
 the embedding goes on with the old one, silently. Here every layer is packed every time.
 
-prove: what is in force is what was published, shown in three links
-       published = loaded   the sum over all numbers is the same, before anything is packed
-       loaded = packed      a packed kernel carries the sums of the weights it was packed from
-       staged = in force    after the swap every tensor and kernel that the model which decodes
-                            holds is compared with what was noted when it was staged
+That what is in force after a swap is what was published is proven by ``vllm_proof``.
 """
 
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -31,15 +26,12 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from actors.engines.host_tensors import to_tensor
-from actors.engines.proof import differing, fingerprint, number_sum
+from actors.engines.proof import differing, number_sum
 from actors.engines.token_limits import Kept
 from actors.engines.vllm_limits import LimitsProcessor
+from actors.engines.vllm_proof import KERNEL, LoaderCheck, digests, is_weight, mark_kernels
 from cluster.contracts.errors import Fatal
 
-log = logging.getLogger("accord.engine")
-
-KERNEL = "cpu_linear"  # vLLM's name for the closure over a layer's packed weight
-ORIGIN = "accord_packed_from"  # our mark on such a kernel: the sums of what it was packed from
 Modules = list[tuple[torch.nn.Module, torch.nn.Module]]
 
 
@@ -66,7 +58,7 @@ class Shadow:
         self._names = {id(module): name for name, module in live.named_modules()}
         self._ready = False
         self._staged: dict[str, str] = {}  # digests of what was staged last
-        self._keeps_numbers: bool | None = None  # whether vLLM loads this model's numbers unchanged
+        self._loader = LoaderCheck()
 
     @torch.no_grad()
     def stage(self, arrays: Mapping[str, Any]) -> None:
@@ -88,13 +80,15 @@ class Shadow:
                 if left_out:
                     raise Fatal(f"vLLM's loader passed over {sorted(left_out)[:3]}")
             sums = self._loaded_sums()
-            self._require_loaded(published, sum(sums.values()) % (1 << 64))
+            self._loader.compare(published, sum(sums.values()) % (1 << 64))
             self._pack()
         if any(KERNEL not in packed for _, packed in self._kernels):
             raise Fatal("vLLM packed fewer layers than at the start")
-        self._mark_kernels(sums)
+        mark_kernels(
+            (module, name, sums[id(parameter)]) for module, name, parameter, *_ in self._raw
+        )
         self._exchange = list(_tensors(self._pairs))
-        self._staged = self._digests([twin for _, twin in self._pairs])
+        self._staged = digests((self._names[id(live)], twin) for live, twin in self._pairs)
         _synchronize()
         self._ready = True
 
@@ -119,60 +113,13 @@ class Shadow:
 
         Reads what the next forward pass reads; may run while another thread computes.
         """
-        return differing(self._staged, self._digests([live for live, _ in self._pairs]))
-
-    def _digests(self, modules: list[torch.nn.Module]) -> dict[str, str]:
-        """Of every tensor and kernel of `modules`, which are all the live ones or all the twins."""
-        tensors: dict[str, torch.Tensor] = {}
-        origins: dict[str, str] = {}
-        for (live, _), module in zip(self._pairs, modules, strict=True):
-            name = self._names[id(live)]
-            for holder in (module._parameters, module._buffers, vars(module)):
-                held: dict[str, Any] = dict(holder)
-                tensors |= {
-                    f"{name}.{key}": held[key] for key in held if _is_weight(key, held[key])
-                }
-            if KERNEL not in vars(module):
-                continue
-            kernel = vars(module)[KERNEL]
-            origins[f"{name}.{KERNEL}"] = getattr(kernel, ORIGIN, "unknown")
-            # Some kernels hold their packed weight as a tensor: then that is looked at as well.
-            for place, cell in enumerate(getattr(kernel, "__closure__", None) or ()):
-                if isinstance(cell.cell_contents, torch.Tensor):
-                    tensors[f"{name}.{KERNEL}.{place}"] = cell.cell_contents
-        return fingerprint(tensors) | origins
+        found = digests((self._names[id(live)], live) for live, _ in self._pairs)
+        return differing(self._staged, found)
 
     def _loaded_sums(self) -> dict[int, int]:
         """Id of each parameter of the twin -> the sum over its numbers, before it is packed."""
         unique = {id(parameter): parameter for _, _, parameter, _, _ in self._raw}
         return {key: number_sum([parameter]) for key, parameter in unique.items()}
-
-    def _require_loaded(self, published: int, loaded: int) -> None:
-        """Raise Fatal when the loader changed the numbers of a model whose numbers it keeps.
-
-        Whether it keeps them is learnt from the first update. It does not for a few architectures
-        (Mamba's logarithms) and where each process holds a part of the model.
-        """
-        if self._keeps_numbers is None:
-            self._keeps_numbers = published == loaded
-            if not self._keeps_numbers:
-                log.warning(
-                    "vLLM changes or divides the weights of this model as it loads them: after a "
-                    "swap they are proven to be those it loaded, not those that were published"
-                )
-        elif self._keeps_numbers and published != loaded:
-            raise Fatal("vLLM's loader did not load the numbers that were published")
-
-    def _mark_kernels(self, sums: dict[int, int]) -> None:
-        """Each packed kernel carries the sums of its layer's weights: the packed memory itself
-        belongs to a library that does not show it."""
-        held: dict[int, list[str]] = {}
-        for module, name, parameter, _, _ in self._raw:
-            held.setdefault(id(module), []).append(f"{name}:{sums[id(parameter)]:016x}")
-        for _, twin in self._pairs:
-            kernel = vars(twin).get(KERNEL)
-            if getattr(kernel, "__closure__", None):  # else it reads the layer's own tensors
-                setattr(kernel, ORIGIN, " ".join(held.get(id(twin), ())))
 
     def _unpack(self) -> None:
         """The twin as its loader expects it: parameters as created, with memory of their own.
@@ -291,18 +238,13 @@ def _tensors(pairs: Modules) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         )
         for mine, staged in holders:
             for name, tensor in mine.items():
-                if not _is_weight(name, tensor):
+                if not is_weight(name, tensor):
                     continue
                 if (id(tensor) in seen) != (id(staged[name]) in seen):
                     raise Fatal(f"vLLM shares {name!r} in one set of weights, not in the other")
                 if id(tensor) not in seen:
                     seen |= {id(tensor), id(staged[name])}
                     yield tensor, staged[name]
-
-
-def _is_weight(name: str, held: Any) -> bool:
-    """Whether what a module holds under `name` belongs to its weights; the cache does not."""
-    return isinstance(held, torch.Tensor) and name != "kv_cache"
 
 
 def _shared_parameters(model: torch.nn.Module) -> set[int]:

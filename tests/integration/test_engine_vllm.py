@@ -58,6 +58,14 @@ def test_log_probabilities_equal_transformers_before_and_after_updates(
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_numbers_that_vllm_loads_are_the_published_ones(
+    measured: dict[str, Any], name: str
+) -> None:
+    """Else a swap would be proven against what vLLM loaded only."""
+    assert measured[name]["keeps_numbers"] is True
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_answer_ends_with_the_stop_token_or_at_the_limit(
     measured: dict[str, Any], name: str
 ) -> None:

@@ -180,6 +180,9 @@ def check_architecture(name: str, folder: Path) -> dict[str, Any]:
     whole = arrays(model)
     first = next(iter(whole))
     partial = {k: v for k, v in whole.items() if k != first}
+    worker = engine._llm.engine_core.engine_core.model_executor.driver_worker.worker
+    out["keeps_numbers"] = worker._accord_shadow._loader.keeps_numbers
+    engine.prove()
     out["refused"] = [
         refused(engine, partial, 2),
         refused(engine, {**whole, "extra.weight": whole[first]}, 2),

@@ -18,9 +18,9 @@ def plain_engine(settings: EngineSettings) -> Any:
     """
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    from actors.engines.vllm_engine import _engine_args
+    from actors.engines.vllm_args import engine_args
 
-    return LLMEngine.from_engine_args(_engine_args(settings))
+    return LLMEngine.from_engine_args(engine_args(settings))
 
 
 def generate(engine: Any, requests: Iterable[Request], tag: str) -> int:

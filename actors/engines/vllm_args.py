@@ -1,0 +1,49 @@
+"""The arguments that vLLM's engine is built with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+
+from actors.engines.vllm_limits import limit_args
+from actors.engines.vllm_weights import WeightStage
+from actors.settings import EngineSettings
+
+
+def _platform_args(settings: EngineSettings) -> dict[str, Any]:
+    """Engine arguments that differ between CPU and CUDA."""
+    if current_platform.is_cpu():
+        return {
+            "enforce_eager": True,  # compiling costs 25 s and gains nothing on a CPU
+            "kv_cache_memory_bytes": settings.kv_cache_mb << 20,
+        }
+    return {
+        "enforce_eager": False,
+        "gpu_memory_utilization": settings.gpu_memory_fraction,
+        "tensor_parallel_size": settings.tensor_parallel,
+    }
+
+
+def engine_args(settings: EngineSettings) -> EngineArgs:
+    return EngineArgs(
+        model=settings.model_path,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        dtype=settings.dtype,
+        seed=settings.seed,
+        max_model_len=settings.max_model_len,
+        max_num_seqs=settings.max_running + 1,  # one seat is kept for the canary
+        block_size=settings.block_size,
+        enable_prefix_caching=True,
+        # Token ids in, token ids out; without a tokenizer vLLM would ignore stop strings.
+        skip_tokenizer_init=not settings.stop,
+        generation_config="vllm",  # no sampling defaults out of the model's directory
+        logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
+        async_scheduling=False,  # a token in flight at a swap would carry the wrong version
+        disable_log_stats=True,
+        worker_extension_cls=f"{WeightStage.__module__}.{WeightStage.__name__}",
+        **limit_args(settings),
+        **_platform_args(settings),
+    )
