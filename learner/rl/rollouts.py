@@ -18,6 +18,8 @@ from cluster.contracts.errors import Fatal
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_PAIRS_AT_ONCE = 1 << 22  # of a token and an id of its set: bounds the memory of a check
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ragged:
@@ -216,18 +218,28 @@ def _check_membership(sampled: SampledFrom, response: Ragged) -> None:
     """Raise Fatal for a token that could not have been sampled: its probability would be 0."""
     limited = sampled.set_of >= 0
     sets, tokens = sampled.set_of[limited], response.values[limited]
-    lengths = sampled.ids.lengths[sets]
-    # A pair for each token and each id of its set; a set that is looked at always has one.
+    largest = int(sampled.ids.lengths.max(initial=1))
+    at_once = max(1, _PAIRS_AT_ONCE // largest)
+    for start in range(0, len(sets), at_once):
+        some, wanted = sets[start : start + at_once], tokens[start : start + at_once]
+        listed = _listed(sampled.ids, some, wanted)
+        wrong = np.flatnonzero(listed != (sampled.counts[some] > 0))
+        if len(wrong):
+            raise Fatal(
+                f"token {wanted[wrong[0]]} of a rollout is not among those it is said to have been "
+                "sampled from"
+            )
+
+
+def _listed(ids: Ragged, sets: Array, tokens: Array) -> Array:
+    """bool: whether set `sets[i]`, which is not empty, lists `tokens[i]`."""
+    lengths = ids.lengths[sets]
     starts = lengths.cumsum() - lengths
-    place = np.repeat(sampled.ids.offsets[sets] - starts, lengths) + np.arange(lengths.sum())
-    same = sampled.ids.values[place] == np.repeat(tokens, lengths)
-    listed = np.logical_or.reduceat(same, starts) if len(starts) else same
-    wrong = np.flatnonzero(listed != (sampled.counts[sets] > 0))
-    if len(wrong):
-        raise Fatal(
-            f"token {tokens[wrong[0]]} of a rollout is not among those it is said to have been "
-            "sampled from"
-        )
+    # A pair for each token and each id of its set.
+    place = np.repeat(ids.offsets[sets] - starts, lengths) + np.arange(lengths.sum())
+    same = ids.values[place] == np.repeat(tokens, lengths)
+    found: Array = np.logical_or.reduceat(same, starts)
+    return found
 
 
 def _parts(table: pa.Table) -> dict[str, Array]:
