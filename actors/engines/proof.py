@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 
 from cluster.contracts.errors import WeightMismatch
@@ -17,31 +18,37 @@ from cluster.weights.manifest import checksums
 
 _CHUNK = {"cpu": 1 << 15}  # numbers at a time: their 64-bit images stay in a CPU's cache
 _CHUNK_ELSEWHERE = 1 << 24  # bounds the extra memory on a device
-_MULTIPLIER = 0x9E3779B97F4A7C15 - (1 << 64)  # odd (golden ratio), as a signed 64-bit number
-_SHIFT = 29
+_SQUARE, _PLAIN = 0x9E3779B97F4A7C14, 0xC2B2AE3D27D4EB4F  # even and odd, see `number_sum`
 
 
 def number_sum(tensors: Iterable[torch.Tensor]) -> int:
-    """Sum modulo 2^64 of a 64-bit mix of each number, over all tensors, on their own devices.
+    """Sum modulo 2^64 of x * (a * x + b) over the bits x of all numbers, computed where they lie.
 
     Equal for two sets that hold the same numbers, however they are cut, joined, padded with zeros
-    or ordered; another bit in one number changes it. Numbers are compared as float32, which holds
-    every bfloat16 and float16 exactly; -0.0 and 0.0 differ. Integers count by their own bits.
+    or ordered. With a even and b odd, another bit in one number always changes it: the difference
+    is (x - y) * (a * (x + y) + b), and the second factor is odd.
+    Numbers count as float32, which holds every bfloat16 and float16 exactly.
     """
-    return sum(int(_mixed(tensor.detach())) for tensor in tensors) % (1 << 64)
+    total = 0
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        for part in flat.split(_CHUNK.get(flat.device.type, _CHUNK_ELSEWHERE)):
+            wide = _wide_bits(part)
+            plain = int(wide.sum())
+            wide *= wide
+            total += _SQUARE * int(wide.sum()) + _PLAIN * plain
+    return total % (1 << 64)
 
 
-def _mixed(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.reshape(-1)
-    total = torch.zeros((), dtype=torch.int64, device=flat.device)
-    for part in flat.split(_CHUNK.get(flat.device.type, _CHUNK_ELSEWHERE)):
-        bits = part.float().view(torch.int32) if part.is_floating_point() else part
-        # The multiplications spread a bit upwards, the shift brings it down again: without it the
-        # sum of two changes could be nothing. 0 stays 0, so zeros of a padding do not count.
-        mixed = bits.to(torch.int64) * _MULTIPLIER
-        mixed ^= mixed >> _SHIFT
-        total += mixed.mul_(_MULTIPLIER).sum()
-    return total
+def _wide_bits(part: torch.Tensor) -> Any:
+    """The bits of each number as an int64 in fresh memory; numpy's on a CPU, where it is twice as
+    fast as torch's."""
+    bits = part.float().view(torch.int32) if part.is_floating_point() else part
+    return (
+        bits.numpy().astype(np.int64)
+        if bits.device.type == "cpu"
+        else bits.to(torch.int64, copy=True)
+    )
 
 
 def fingerprint(tensors: dict[str, torch.Tensor]) -> dict[str, str]:

@@ -46,3 +46,11 @@ def test_a_fingerprint_sees_order_and_type() -> None:
     assert differing(plain, fingerprint({"w": weights, "x": weights})) == ["x"]
     assert differing(plain, {"w": "another"}) == ["w"]
     assert differing(plain, plain) == []
+
+
+def test_nothing_is_changed_by_looking() -> None:
+    """Integers too: a persistent buffer may hold them."""
+    held = [torch.randn(5), torch.arange(5), torch.arange(5, dtype=torch.uint8)]
+    before = [tensor.clone() for tensor in held]
+    assert number_sum(held) == number_sum(before)
+    assert all(torch.equal(a, b) for a, b in zip(held, before, strict=True))
