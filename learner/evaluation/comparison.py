@@ -30,9 +30,13 @@ METRICS: dict[str, tuple[str, Best | None]] = {
     "train/loss": ("training loss", min),
     "eval/loss": ("held-out loss", min),
     "eval/accuracy": ("held-out token accuracy", max),
-    "rm/accuracy": ("reward model accuracy", max),
+    "rm/loss": ("held-out loss of the reward model", min),
+    "rm/accuracy": ("held-out pairs ranked right, share", max),
+    "rm/ece": ("calibration error of the reward model", min),
     "rewards/accuracies": ("pairs ranked right, share", max),
     "rewards/margins": ("reward margin of the chosen completion", max),
+    "eval/rewards/accuracies": ("held-out pairs ranked right, share", max),
+    "eval/rewards/margins": ("held-out reward margin of the chosen completion", max),
     "async/staleness_mean": ("staleness, learner steps", None),
     "time/step": ("seconds per step", min),
     "perf/throughput": ("trained tokens per second", max),
@@ -45,6 +49,7 @@ HEADLINES = (  # whose curves are drawn where there is little room
     "eval/loss",
     "rm/accuracy",
     "rewards/accuracies",
+    "eval/rewards/accuracies",
 )
 _SOURCE = re.compile("rewards/[^/]+/mean")
 UNCOMPARED = ("run.name", "run.dir")  # they differ between any two runs
