@@ -7,6 +7,7 @@ import contextlib
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,8 @@ def train_policy(
     ``cores``: which role runs where, instead of ``core_plan``'s answer.
     """
     check_callbacks(callbacks, save_rollouts=config.logging.save_rollouts)
-    config = resolve_here(config).config
+    resolved = resolve_here(config)
+    config = resolved.config
     prepared = prepare(config)
     run = Run.create(
         config.run.dir,
@@ -73,6 +75,7 @@ def train_policy(
         seed=config.run.seed,
         parents=parents(config),
     )
+    run.event("auto", **{key: asdict(reason) for key, reason in resolved.reasons.items()})
     tell_prompts(prepared.prompts, run, reporter)
     with run.lock(), recorded(run), ray_cluster(config.cluster) as ray_info:
         train_in_cluster(prepared, run, reporter, ray_info, cores=cores, callbacks=callbacks)
