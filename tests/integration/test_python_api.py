@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +84,13 @@ print("all cells done")
     assert "all cells done" in finished(notebook(folder, *cells, check))
 
 
-def test_a_mistake_in_the_reward_shows_the_cell_and_a_callbacks_exception_leaves_a_checkpoint(
-    folder: Path,
-) -> None:
+def test_mistakes_show_the_users_line_and_an_interrupt_leaves_a_checkpoint(folder: Path) -> None:
     reward = """
 def wrong(prompts, completions, **columns):
     scores = [1.0] * len(completions)
     return [score / 0 for score in scores]
 """
-    cells = """
+    mistakes = """
 try:
     accord.train("my-model", ["how long", "does it"], wrong, steps=1, config=SMALL, quiet=True)
 except accord.BadReward as problem:
@@ -106,18 +103,12 @@ def breaks(info):
 try:
     accord.train("my-model", ["how long", "does it"], length,
                  steps=500, config=SMALL, quiet=True, name="breaks", callbacks=[breaks])
-except KeyError as problem:
+except KeyError:
     run = accord.load_run("runs/breaks")
     assert run.status == "failed" and run.checkpoints, run.status
     print("callback: raised")
 """
-    out = finished(notebook(folder, SMALL, reward, cells))
-    assert "reward: said" in out
-    assert "callback: raised" in out
-
-
-def test_an_interrupt_in_a_notebook_leaves_a_checkpoint(folder: Path) -> None:
-    cells = """
+    interrupted = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)  # as a notebook's kernel
 def step(info):
@@ -130,10 +121,14 @@ except KeyboardInterrupt:
     assert run.status == "interrupted" and run.checkpoints, run.status
     print("interrupted with a checkpoint")
 """
-    process = notebook(folder, SMALL, cells)
+    process = notebook(folder, SMALL, reward, mistakes, interrupted)
     assert process.stdout is not None
-    began = time.monotonic()
-    while "step 2" not in process.stdout.readline() and time.monotonic() - began < 120:
-        pass
-    process.send_signal(signal.SIGINT)
-    assert "interrupted with a checkpoint" in finished(process, 60)
+    heard = ""
+    for line in process.stdout:
+        heard += line
+        if line.startswith("step 2"):
+            process.send_signal(signal.SIGINT)
+            break
+    out = heard + finished(process, 120)
+    for said in ("reward: said", "callback: raised", "interrupted with a checkpoint"):
+        assert said in out
