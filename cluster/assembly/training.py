@@ -177,7 +177,15 @@ def train_in_cluster(
     # asyncio leaves the default handlers behind, and other stages may follow.
     with run.lock(), signal_handlers_kept(), recorded(run, fresh=state is None):
         sinks = make_sinks(config.logging, run.path, on_ray=True)
-        sinks.append(AlarmSink(config.alarms, run, reporter, state.step if state else 0))
+        sinks.append(
+            AlarmSink(
+                config.alarms,
+                run,
+                reporter,
+                samples_per_prompt=config.batch.samples_per_prompt,
+                first=state.step if state else 0,
+            )
+        )
         if config.logging.samples_every and not reporter.quiet:
             sinks.append(SampleSink(config.logging, run.path, reporter))
         if cores.crowded and hasattr(os, "sched_setaffinity"):

@@ -18,9 +18,17 @@ class AlarmSink:
     """A metrics sink. The steps already in ``metrics.jsonl`` are watched first, in silence, so that
     a resumed run neither forgets how it began nor repeats a warning."""
 
-    def __init__(self, config: AlarmsConfig, run: Run, reporter: Reporter, first: int = 0) -> None:
+    def __init__(
+        self,
+        config: AlarmsConfig,
+        run: Run,
+        reporter: Reporter,
+        *,
+        samples_per_prompt: int,
+        first: int = 0,
+    ) -> None:
         """``first``: the step a run resumes at; rows after it are done again."""
-        self._watch = Watch(config)
+        self._watch = Watch(config, samples_per_prompt=samples_per_prompt)
         self._run = run
         self._reporter = reporter
         for step, numbers in _steps_before(run.path / "metrics.jsonl", first):

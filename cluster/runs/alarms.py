@@ -66,8 +66,10 @@ class _Episode:
 class Watch:
     """Feed it every step in order. It keeps what the rules compare a step with."""
 
-    def __init__(self, config: AlarmsConfig) -> None:
+    def __init__(self, config: AlarmsConfig, *, samples_per_prompt: int = 2) -> None:
+        """``samples_per_prompt``: of one completion nothing is equal or unequal."""
         self._config = config
+        self._samples_per_prompt = samples_per_prompt
         self._entropies: list[float] = []
         self._scores: deque[tuple[float, float]] = deque(maxlen=REWARD_WINDOW)  # mean, deviation
         self._rules = self._made() if config.enabled else ()
@@ -118,8 +120,11 @@ class Watch:
     def _made(self) -> tuple[Rule, ...]:
         config = self._config
         made = (
-            (config.constant_reward, Rule("constant-reward", _spread, _constant_text)),
-            (config.zero_std_frac, Rule("no-learning-signal", self._equal_groups, _signal_text)),
+            (config.constant_reward, Rule("constant-reward", self._constant, _constant_text)),
+            (
+                config.zero_std_frac if self._samples_per_prompt > 1 else 0.0,
+                Rule("no-learning-signal", self._equal_groups, _signal_text),
+            ),
             (config.entropy_share, Rule("entropy-collapse", self._entropy, self._entropy_text)),
             (config.kl_budget, Rule("kl-budget", self._kl, _kl_text)),
             # A shift of three standard deviations in a mean over a batch is no noise: said at once.
@@ -128,12 +133,20 @@ class Watch:
         )
         return tuple(rule for wanted, rule in made if wanted)
 
+    def _constant(self, numbers: Numbers) -> Reading | None:
+        """All scores equal, and equal to the step before: a step may hold a single completion."""
+        low, high = numbers.get("rewards/min"), numbers.get("rewards/max")
+        if low is None or high is None or not self._scores:
+            return None
+        apart = max(high, self._scores[-1][0]) - min(low, self._scores[-1][0])
+        return Reading(high, 0.0, 2.0 if apart <= EQUAL * max(1.0, abs(high)) else 0.0)
+
     def _equal_groups(self, numbers: Numbers) -> Reading | None:
         share, limit = numbers.get("rewards/zero_std_frac"), self._config.zero_std_frac
         if share is None:
             return None
-        spread = _spread(numbers) if self._config.constant_reward else None
-        if spread is not None and spread.severity > 1:
+        constant = self._constant(numbers) if self._config.constant_reward else None
+        if constant is not None and constant.severity > 1:
             return None  # the alarm about a constant reward says it better
         # At a limit of 1 the share can reach it but not exceed it.
         return Reading(share, limit, share / limit + EQUAL if share >= limit else share / limit)
@@ -186,13 +199,6 @@ class Watch:
     def _clipped(self, numbers: Numbers) -> Reading | None:
         share, limit = numbers.get("completions/clipped_ratio"), self._config.clipped_ratio
         return None if share is None else Reading(share, limit, share / limit)
-
-
-def _spread(numbers: Numbers) -> Reading | None:
-    low, high = numbers.get("rewards/min"), numbers.get("rewards/max")
-    if low is None or high is None:
-        return None
-    return Reading(high, 0.0, 2.0 if high - low <= EQUAL * max(1.0, abs(high)) else 0.0)
 
 
 def _constant_text(reading: Reading) -> str:

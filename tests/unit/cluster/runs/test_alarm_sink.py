@@ -22,7 +22,7 @@ def test_an_alarm_is_one_line_and_one_event(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = Run(tmp_path)
-    sink = AlarmSink(AlarmsConfig(), run, Reporter())
+    sink = AlarmSink(AlarmsConfig(), run, Reporter(), samples_per_prompt=4)
     for step in range(1, 9):
         sink.write(step, {"objective/kl": 900.0})
     (event,) = events(run)
@@ -38,7 +38,7 @@ def test_a_resumed_run_does_not_repeat_a_warning(tmp_path: Path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows) + '{"step": 7, "obj'
     (tmp_path / "metrics.jsonl").write_text(lines)
     run = Run(tmp_path)
-    sink = AlarmSink(AlarmsConfig(), run, Reporter(quiet=True), first=5)
+    sink = AlarmSink(AlarmsConfig(), run, Reporter(quiet=True), samples_per_prompt=4, first=5)
     sink.write(6, {"objective/kl": 900.0})
     assert events(run) == []
     for step in (7, 8, 9):

@@ -85,8 +85,8 @@ EQUAL, CUT = "rewards/zero_std_frac", "completions/clipped_ratio"
         ),
         # A constant reward is said once, not also as groups without a signal.
         (
-            [{"rewards/min": 1.0, "rewards/max": 1.0, "rewards/std": 0.0, EQUAL: 1.0}] * 9,
-            [("constant-reward", "start", 3)],
+            [{"rewards/min": 1, "rewards/max": 1, "rewards/std": 0, EQUAL: 1, SCORE: 1}] * 9,
+            [("constant-reward", "start", 4)],  # equal to the step before, from the second step
         ),
         (only(CUT, *[0.5] * 9), []),
         (only(CUT, *[0.6] * 9), [("clipped-completions", "start", 3)]),
@@ -94,6 +94,15 @@ EQUAL, CUT = "rewards/zero_std_frac", "completions/clipped_ratio"
 )  # fmt: skip
 def test_what_is_said(steps: list[dict[str, float]], expected: list[tuple[str, str, int]]) -> None:
     assert changes(steps) == expected
+
+
+def test_steps_of_a_single_completion_are_neither_constant_nor_without_signal() -> None:
+    watch = Watch(AlarmsConfig(), samples_per_prompt=1)
+    for step in range(9):
+        score = 0.1 * step
+        one = {SCORE: score, "rewards/min": score, "rewards/max": score, "rewards/std": 0.0}
+        found = watch.check(step, {**HEALTHY, **one, EQUAL: 1.0})
+        assert [change for change in found if change.alarm != "reward-jump"] == []
 
 
 def test_the_run_that_ended_at_kl_521_with_entropy_0_009_is_not_silent() -> None:
