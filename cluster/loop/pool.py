@@ -44,7 +44,7 @@ class _Member:
     status: Status = "starting"
     version: int = -1
     losses: list[float] = field(default_factory=list)
-    mismatched: set[int] = field(default_factory=set)  # versions that did not verify here
+    mismatches: Counter[int] = field(default_factory=Counter)  # by version that did not verify
     runner: asyncio.Task[None] | None = None
     swap: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -221,6 +221,10 @@ class WorkerPool:
                     report = await member.handle.load_weights(manifest)
             except TimeoutError:
                 raise Retryable(f"not on version {manifest.version} within {limit:.0f} s") from None
+            except WeightMismatch:
+                # Here, where it is known which version it was: a newer one may be on its way.
+                member.mismatches[manifest.version] += 1
+                raise
             member.version = report.version
             return report
 
@@ -338,7 +342,9 @@ class WorkerPool:
         cause = str(problem) or "no answer in time"
         member.losses.append(self._clock.now())
         self._event("worker_lost", worker=member.handle.name, cause=cause, requeued=requeued)
-        repeated = self._mismatched_before(member, problem)
+        repeated = (
+            isinstance(problem, WeightMismatch) and max(member.mismatches.values(), default=0) > 1
+        )
         await self._stop_quietly(member.handle)
         if repeated:
             raise Fatal(f"{member.handle.name}, replaced, still does not verify: {cause}")
@@ -357,14 +363,6 @@ class WorkerPool:
             await self._bring_up(member)
         except (Retryable, WeightMismatch) as again:
             await self._replace(member, again)
-
-    def _mismatched_before(self, member: _Member, problem: BaseException) -> bool:
-        """Whether a process of this worker has failed to verify the current version before."""
-        if not isinstance(problem, WeightMismatch) or self._manifest is None:
-            return False
-        repeated = self._manifest.version in member.mismatched
-        member.mismatched.add(self._manifest.version)
-        return repeated
 
     def _place(self) -> None:
         """Give waiting groups to serving workers, fewest samples in hand first."""

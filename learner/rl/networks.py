@@ -41,6 +41,8 @@ def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Ne
     value, shared = _value(settings, policy, tokenizer)
     if learner.gradient_checkpointing:
         _checkpoint_gradients(policy)
+        if isinstance(value, ValueModel):
+            _checkpoint_gradients(value.trunk)
     if learner.compile:
         _compile(policy, reference, value)
     packed = choose_layout(learner.packing, device, settings.model.dtype, policy)
@@ -170,12 +172,12 @@ def _compile(policy: Any, reference: Any | None, value: nn.Module | None) -> Non
         trunk.compile(dynamic=True)
 
 
-def _checkpoint_gradients(policy: Any) -> None:
+def _checkpoint_gradients(model: Any) -> None:
     """transformers recomputes activations in training mode only, so dropout goes to 0 instead."""
-    for module in policy.modules():
+    for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    policy.train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()

@@ -258,6 +258,34 @@ def test_every_prompt_is_trained_once_in_order(tmp_path: Path, bound: int) -> No
     assert (path.name, restored.step) == ("step-000006", 6)
 
 
+def test_a_mismatch_is_blamed_on_the_version_that_did_not_verify(tmp_path: Path) -> None:
+    """w1 joins with version 1 while version 2 is sent, and its successor fails on 2 for once: no
+    version has failed twice, so the run goes on."""
+
+    class OnceEach(World):
+        def mismatch(self, worker: FakeWorker, version: int) -> bool:
+            return (worker.name, worker.incarnation, version) in {("w1", 0, 1), ("w1", 1, 2)}
+
+    async def scenario() -> list[dict[str, Any]]:
+        _, pool, run, _ = build(tmp_path, OnceEach(), FakeLearner())
+        first = asyncio.get_running_loop().create_future()
+        first.set_result(manifest(1))
+        try:
+            await pool.start(1, first)
+            joining = asyncio.ensure_future(pool.resize(2))
+            await asyncio.sleep(0.001)  # w1 is loading version 1
+            await pool.broadcast(manifest(2))
+            await asyncio.wait_for(joining, 5)
+            assert pool.take_finished() == []
+            assert pool.count("serving") == 2
+        finally:
+            await pool.stop()
+        return events(run)
+
+    lost = [event for event in asyncio.run(scenario()) if event["kind"] == "worker_lost"]
+    assert [event["cause"] for event in lost] == ["version 1: torn", "version 2: torn"]
+
+
 def test_a_killed_worker_loses_nothing_and_comes_back_with_current_weights(tmp_path: Path) -> None:
     world, learner = World(), FakeLearner()
     world.kill = {4, 11}

@@ -352,6 +352,20 @@ def test_gradient_checkpointing_changes_nothing(
     assert _largest_difference(kept_plain, kept_saving) < 1e-6
 
 
+def test_gradient_checkpointing_reaches_a_value_network_of_its_own(
+    world: ModuleType, tiny: Path, tables: list[pa.Table]
+) -> None:
+    own: dict[str, Any] = {"value_model": "own"}
+    heads = []
+    for extra in ({}, {"gradient_checkpointing": True}):
+        learner, _ = _started(world, tiny, learner={**own, **extra})
+        value: Any = learner.state.networks.value
+        assert value.trunk.is_gradient_checkpointing == bool(extra)
+        learner.step(_step(0, tables[0]))
+        heads.append(torch.cat([p.detach().flatten() for p in value.parameters()]))
+    torch.testing.assert_close(heads[0], heads[1], atol=1e-6, rtol=0)
+
+
 def test_numbers_of_a_step_are_complete_and_finite(
     world: ModuleType, tiny: Path, tables: list[pa.Table]
 ) -> None:
