@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.assembly.auto.resolve import resolve_here
 from cluster.contracts.config.file import dump_toml
 from cluster.contracts.errors import AccordError
 from cluster.measure.bench import children, overlap_child
@@ -48,7 +49,9 @@ class RunMeasures:
 def train(workload: Workload, mode: Mode, name: str) -> RunMeasures:
     """Train from the start with the real parts and measure the window."""
     config = Path(workload.folder) / f"{name}.toml"
-    config.write_text(dump_toml(train_config(workload, mode, name)), encoding="utf-8")
+    # Resolved here, so that what runs alone afterwards reads the same values.
+    settings = resolve_here(train_config(workload, mode, name)).config
+    config.write_text(dump_toml(settings), encoding="utf-8")
     task = {"kind": "train", "mode": mode, "config": str(config)}
     child = children.spawn(CHILD, task)
     sampler = ProcessSampler(child.pid)

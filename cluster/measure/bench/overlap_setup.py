@@ -124,11 +124,13 @@ def train_config(workload: Workload, mode: Mode, name: str) -> TrainConfig:
             workers=2 if mode == "colocated" else 1,
             max_tokens=LONGEST if workload.tail else ANSWER_TOKENS,
             max_running=workload.running,
+            kv_cache_mb=64,  # set, not chosen: stored results were measured with it
+            gpus=0,
             kv_on_swap="keep",  # computing caches again after a swap would be more generation
         ),
         staleness=StalenessConfig(bound=BOUND if mode == "async" else 0),
         algorithm=AlgorithmConfig(),
-        learner=LearnerConfig(lr=1e-5, value_model="shared"),
+        learner=LearnerConfig(lr=1e-5, value_model="shared", gpus=0),
         checkpoint=CheckpointConfig(every=10_000),
         cluster=ClusterConfig(),
     )
