@@ -25,11 +25,13 @@ def chat(
         bool,
         typer.Option(help="Whether the model sees earlier turns."),
     ] = True,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")
+    ] = 256,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0: always the most likely token.")
+        float, typer.Option(min=0, metavar="T", help="0: always the most likely token.")
     ] = 0.7,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(metavar="N", help="Seed of sampling.")] = 0,
 ) -> None:
     """Talk to a policy, or to two side by side.
 

@@ -18,28 +18,51 @@ def generate(
             help="JSONL, JSON, CSV or Parquet file, or datasets:NAME.", metavar="PROMPTS"
         ),
     ],
-    out: Annotated[Path, typer.Option(help="JSONL file to write.")] = Path("answers.jsonl"),
-    samples: Annotated[int, typer.Option(min=1, help="Completions per prompt.")] = 1,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest completion, in tokens.")] = 64,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file to write.")] = Path(
+        "answers.jsonl"
+    ),
+    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Completions per prompt.")] = 1,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Longest completion in tokens.")
+    ] = 64,
+    min_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0, metavar="N", show_default=False, help="Shortest completion. Default: 0."
+        ),
+    ] = 0,
     temperature: Annotated[
-        float, typer.Option(help="Sampling temperature, over 0; 0.01: nearly always the likeliest.")
+        float,
+        typer.Option(metavar="T", help="Above 0. 0.01: nearly greedy."),
     ] = 1.0,
     top_k: Annotated[
-        int, typer.Option(min=0, help="Only the so many most probable tokens; 0: all.")
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            show_default=False,
+            help="Only the N most probable tokens. Default: all.",
+        ),
     ] = 0,
     top_p: Annotated[
-        float, typer.Option(help="Only the most probable tokens of this much probability; 1: all.")
+        float,
+        typer.Option(
+            metavar="P", show_default=False, help="Only the top tokens that sum to P. Default: all."
+        ),
     ] = 1.0,
     min_p: Annotated[
         float,
-        typer.Option(help="Only tokens this many times as probable as the likeliest; 0: all."),
+        typer.Option(
+            metavar="P",
+            show_default=False,
+            help="Only tokens at least P times as probable as the top one. Default: all.",
+        ),
     ] = 0.0,
-    min_tokens: Annotated[int, typer.Option(min=0, help="Shortest completion, in tokens.")] = 0,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="A string that ends a completion. May be given several times."),
+        typer.Option(metavar="TEXT", help="Text that ends a completion. Repeatable."),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of sampling.")] = 0,
     quiet: Quiet = False,
 ) -> None:
     """Sample completions with vLLM and write them to a file.
