@@ -15,7 +15,7 @@ from actors.rollout import RolloutWorker, WorkerSettings
 from actors.settings import EngineSettings
 from cluster.contracts.errors import WeightMismatch
 from cluster.contracts.records import WeightManifest
-from cluster.weights.transports import TRANSPORTS, PublisherOptions
+from cluster.weights.transports import PublisherOptions, make_publisher, make_receiver
 from learner.models.load import load_policy
 from learner.rl.publish import canary, device_tensors, host_arrays
 
@@ -25,8 +25,8 @@ class Sender:
 
     def __init__(self, world: ModuleType, tiny: Path, transport: str, folder: Path) -> None:
         self.policy = load_policy(world.make_settings(tiny).model)
-        make, _ = TRANSPORTS[transport]
-        self.publisher = make(PublisherOptions(directory=str(folder), keep=4))
+        options = PublisherOptions(directory=str(folder), keep=4)
+        self.publisher = make_publisher(transport, options)
         self.version = 0
 
     @torch.no_grad()
@@ -64,7 +64,7 @@ def test_a_swap_that_does_nothing_is_caught(sender: Sender, tiny: Path, transpor
         engines.append(TransformersEngine(settings))
         return engines[0]
 
-    receiver = TRANSPORTS[transport][1]("cpu")
+    receiver = make_receiver(transport, "cpu")
     worker = RolloutWorker(make, lambda ids: [""] * len(ids), receiver, None, WorkerSettings())
     worker.start()
     for _ in range(2):
