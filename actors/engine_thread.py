@@ -15,7 +15,7 @@ from cluster.contracts.protocols import Engine
 from cluster.contracts.records import Completion
 
 T = TypeVar("T")
-IDLE_POLL_S = 0.1
+IDLE_POLL_S = 0.1  # an idle thread looks so often whether it is to stop
 
 
 class EngineThread:
@@ -41,6 +41,7 @@ class EngineThread:
         self._ready: Future[str] = Future()
         self._engine: Engine | None = None
         self._stopping = threading.Event()
+        # A daemon: a step that never returns must not keep the process alive after `stop`.
         self._thread = threading.Thread(target=self._run, name=f"{name}-engine", daemon=True)
         self._gate = threading.Lock()  # nothing is queued after the thread stopped listening
         self._open = True
@@ -106,6 +107,7 @@ class EngineThread:
             raise Retryable(f"the engine's thread did not end within {timeout_s:.0f} s")
 
     def _run(self) -> None:
+        # Built here, so that one thread alone ever touches it.
         try:
             engine = self._make_engine()
         except BaseException as problem:
@@ -134,7 +136,7 @@ class EngineThread:
         finished = engine.step()
         self.busy_s += time.perf_counter() - began
         self.unfinished = engine.unfinished
-        if finished:
+        if finished:  # often enough for people, and not the price of a look at every step
             self.gauges = getattr(engine, "counters", dict)()
         for request_id, completion in finished:
             self.generated_tokens += len(completion.token_ids)
@@ -150,6 +152,8 @@ class EngineThread:
             finally:
                 self.wait_s += time.perf_counter() - began if wait else 0.0
             wait = False
+            # Work that fails says so to whoever asked; the engine goes on, unless it was told not
+            # to (`break_off`): a refused prompt or update is no reason to stop generating.
             try:
                 future.set_result(work(engine))
             except Exception as problem:

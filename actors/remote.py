@@ -146,10 +146,11 @@ class RayRolloutWorker:
         self.name = worker_name(index)
         self.incarnation = incarnation
         self._spec = spec
+        # Eight calls at once: a harvest that waits must not hold up a weight update.
         # Not restarted by Ray: the pool does it, and gives the next incarnation another seed.
         kind = ray.remote(RolloutActor).options(max_concurrency=8, max_restarts=0, **options)
         self._actor: Any = kind.remote(spec, index, incarnation)
-        self._call_s = 30.0
+        self._call_s = 30.0  # over a call's own deadline: Ray's queue, and a node under load
         self._started = False
 
     async def start(self) -> Mapping[str, Any]:

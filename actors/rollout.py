@@ -49,7 +49,7 @@ class WorkerSettings:
     start_timeout_s: float = 180.0
     swap_timeout_s: float = 120.0
     stop_timeout_s: float = 10.0
-    scoring_threads: int = 2
+    scoring_threads: int = 2  # one waits for the reward service while the other prepares a call
     score_batch: int = 64  # most rollouts in one call of the scorer
 
 
@@ -293,7 +293,9 @@ class RolloutWorker:
             what = f"take weights of version {manifest.version}"
             try:
                 pause_s, difference = self._thread.call(swap, limit, what)
-            except Retryable as problem:  # it may still be taken later: nobody could say when
+            # Past its deadline the swap may still be taken later, and nobody could say when: then
+            # the version of no token would be certain. So the worker is given up.
+            except Retryable as problem:
                 self._fail(problem)
                 raise
             prove_s = self._prove()
@@ -311,6 +313,7 @@ class RolloutWorker:
         )
 
     def _swap(self, engine: Engine, manifest: WeightManifest) -> tuple[float, float]:
+        # Before the swap, not after it: a group could finish and be harvested in between.
         with self._news:
             self._unproven = True
         began = time.perf_counter()

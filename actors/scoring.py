@@ -135,6 +135,7 @@ class GroupScorer:
         first = self._queue.get()
         if first is None:
             return None
+        # One call for all that wait: the reward service batches, and each call has its own cost.
         groups, count = [first], first.assignment.samples
         while count < self._batch:
             try:

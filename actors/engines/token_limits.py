@@ -39,6 +39,7 @@ class TokenLimits:
         self._min_tokens = settings.min_tokens if self._stops else 0
         self._record = settings.record_token_sets
         self.vary = settings.top_k > 0 or settings.top_p < 1 or settings.min_p > 0
+        self.records_each_token = self.vary and self._record
         self.any = settings.limits_tokens  # without a limit nothing is applied, nothing recorded
         self._check()
         self._forbidden = self._fixed_mask()
@@ -95,7 +96,7 @@ class TokenLimits:
         if self._min_p > 0:
             keep &= values >= values[:, :1] + math.log(self._min_p)
         logits.fill_(-torch.inf).scatter_(1, ids, values.masked_fill(~keep, -torch.inf))
-        if not self._record:
+        if not self.records_each_token:
             return None
         counts = keep.sum(dim=-1).tolist()
         listed = ids[keep].to("cpu", torch.int32).split(counts)

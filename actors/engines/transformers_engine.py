@@ -102,6 +102,7 @@ class TransformersEngine:
     @torch.inference_mode()
     def step(self) -> list[tuple[str, Completion]]:
         free = self._settings.max_running - len(self._rows)
+        # Joining recomputes the cache of all, so it waits until it pays for many at once.
         if self._waiting and 2 * free >= self._settings.max_running:
             while self._waiting and len(self._rows) < self._settings.max_running:
                 self._rows.append(self._waiting.popleft())

@@ -36,7 +36,7 @@ from actors.settings import EngineSettings
 from cluster.contracts.errors import Fatal, Retryable, UserError
 from cluster.contracts.records import Completion, VersionSpan
 
-PROBE_TIMEOUT_S = 120.0
+PROBE_TIMEOUT_S = 120.0  # a failed step can leave vLLM's request unfinished for ever
 
 
 class VllmEngine:
@@ -188,7 +188,7 @@ class VllmEngine:
 
     def _kept(self, request_id: str) -> list[Kept]:
         """The ids each token of the request was sampled from, where these vary; forgotten then."""
-        if not self._limits.vary:
+        if not self._limits.records_each_token:
             return []
         kept: list[Kept] = self._llm.collective_rpc("accord_kept", args=(request_id,))[0]
         return kept
