@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import stat
 import statistics
 import time
@@ -54,7 +55,7 @@ class RunOverview:
     def latest(self) -> tuple[str, float] | None:
         """("reward", 0.25): the number that says how the run does."""
         for metric, name in LATEST.items():
-            if isinstance(self.metrics.get(metric), int | float):
+            if _is_number(self.metrics.get(metric)):
                 return name, float(self.metrics[metric])
         return None
 
@@ -96,7 +97,7 @@ def find_runs(directory: Path) -> list[Path]:
 def overview(path: Path, name: str | None = None) -> RunOverview:
     manifest = _manifest(path)
     command = str(manifest.get("command", "?"))
-    rows = tail_rows(path / "metrics.jsonl")
+    rows = [row for row in tail_rows(path / "metrics.jsonl") if _is_number(row.get("step"))]
     last = rows[-1] if rows else {}
     status = status_of(path, manifest)
     steps = _steps_asked(path) if command == "train" else None
@@ -154,10 +155,15 @@ def tail_rows(path: Path) -> list[Row]:
 
 def _seconds_left(rows: Sequence[Row], step: int, steps: int | None) -> float | None:
     """The median leaves out the pause before a resume, and the first row the start of the run."""
-    moments = [row["time"] for row in rows[-(RATE_STEPS + 1) :] if "time" in row]
+    moments: list[float] = [row["time"] for row in rows if _is_number(row.get("time"))]
     if steps is None or len(moments) < 2 or step >= steps:
         return None
-    return statistics.median(b - a for a, b in itertools.pairwise(moments)) * (steps - step)
+    durations = (b - a for a, b in itertools.pairwise(moments[-RATE_STEPS - 1 :]))
+    return statistics.median(durations) * (steps - step)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _manifest(path: Path) -> Row:

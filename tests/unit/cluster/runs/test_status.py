@@ -130,6 +130,15 @@ def test_a_run_without_metrics_has_an_overview(tmp_path: Path) -> None:
     assert facts.size_bytes == sum(p.stat().st_size for p in run.path.iterdir())
 
 
+def test_rows_that_are_no_metrics_are_passed_over(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    with (run.path / "metrics.jsonl").open("w") as file:
+        for row in ('{"step": 2, "time": null}', '{"step": null}', "[1]", "nonsense", "{}"):
+            file.write(row + "\n")
+    facts = overview(run.path)
+    assert (facts.step, facts.seconds_left, facts.latest()) == (2, None, None)
+
+
 def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: Any) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1000)))
