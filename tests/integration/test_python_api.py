@@ -70,6 +70,9 @@ def test_the_page_runs_as_a_notebook(folder: Path) -> None:
     page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
     cells = re.findall(r"^```python\n(.*?)^```", page, re.M | re.S)
     assert len(cells) == 5
+    # Another test's business is vLLM in training; here only accord.generate starts it.
+    fast = '"rollout.max_tokens": 8, "rollout.engine": "transformers"'
+    cells = [cell.replace('"rollout.max_tokens": 8', fast) for cell in cells]
     check = """
 from pathlib import Path
 assert rewards and len(rewards) == 3 and best.score <= 0 and best.step == 3
@@ -93,7 +96,7 @@ def wrong(prompts, completions, **columns):
     mistakes = """
 try:
     accord.train("my-model", ["how long", "does it"], wrong, steps=1, config=SMALL, quiet=True)
-except accord.BadReward as problem:
+except accord.UserError as problem:  # tried before anything starts
     assert "at <cell 1>:4 `return [score / 0 for score in scores]`" in str(problem), problem
     print("reward: said")
 
