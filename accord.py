@@ -31,16 +31,52 @@ from cluster.contracts.config.reward import (
 )
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import AccordError, BadReward, UserError
+from cluster.contracts.registry import (
+    advantage_estimator,
+    command,
+    policy_loss,
+    reward_kind,
+    weight_transport,
+)
 from cluster.contracts.samples import SampleInfo, unscored
 from cluster.machine.environment import prepare_environment
 from cluster.runs.console import Reporter
 from cluster.runs.view import RunView as Run
 
 __all__ = [
-    "STOP", "AccordError", "BadReward", "Callback", "DpoConfig", "EvaluateConfig", "FunctionSource",
-    "GrpcSource", "RewardConfig", "RewardModelConfig", "RewardModelSource", "RulesSource", "Run",
-    "SampleInfo", "SftConfig", "StepInfo", "TrainConfig", "UserError", "dpo", "evaluate",
-    "generate", "load_policy", "load_run", "plan", "resume", "reward_model", "sft", "train",
+    "STOP",
+    "AccordError",
+    "BadReward",
+    "Callback",
+    "DpoConfig",
+    "EvaluateConfig",
+    "FunctionSource",
+    "GrpcSource",
+    "RewardConfig",
+    "RewardModelConfig",
+    "RewardModelSource",
+    "RulesSource",
+    "Run",
+    "SampleInfo",
+    "SftConfig",
+    "StepInfo",
+    "TrainConfig",
+    "UserError",
+    "advantage_estimator",
+    "command",
+    "dpo",
+    "evaluate",
+    "generate",
+    "load_policy",
+    "load_run",
+    "plan",
+    "policy_loss",
+    "resume",
+    "reward_kind",
+    "reward_model",
+    "sft",
+    "train",
+    "weight_transport",
 ]  # fmt: skip
 
 Model = Any  # str | Path | transformers.PreTrainedModel, which is not imported here

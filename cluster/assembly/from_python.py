@@ -71,11 +71,11 @@ def draft(
 
 
 def put_algorithm(tree: dict[str, Any], name: str | None) -> None:
-    """What the name stands for: advantage and loss as it says, its other settings as defaults."""
+    """What the name says of advantage and loss goes over the config; all else goes under."""
     if name is None:
         return
     settings = algorithm_settings(name)
     own = tree.setdefault("algorithm", {})
     kl = {**settings.pop("kl", {}), **own.get("kl", {})}
-    fixed = {"loss": "ppo", **{k: settings[k] for k in ("advantage", "loss") if k in settings}}
+    fixed = {key: settings[key] for key in ("advantage", "loss") if key in settings}
     tree["algorithm"] = {**settings, **own, **fixed} | ({"kl": kl} if kl else {})

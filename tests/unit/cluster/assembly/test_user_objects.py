@@ -182,8 +182,10 @@ def test_an_algorithm_by_name(name: str, advantage: str, loss: str, place: str) 
 
 
 def test_the_config_wins_over_what_a_name_only_suggests() -> None:
-    found = drafted({"algorithm.kl.coef": 0.0, "algorithm.advantage": "gae"}, "grpo").algorithm
+    own = {"algorithm.kl.coef": 0.0, "algorithm.advantage": "gae", "algorithm.loss": "cispo"}
+    found = drafted(own, "grpo").algorithm
     assert (found.advantage, found.kl.coef, found.kl.place) == ("grpo", 0.0, "loss")
+    assert found.loss == "cispo"
 
 
 def test_an_unknown_algorithm_lists_the_known() -> None:
