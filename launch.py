@@ -121,7 +121,7 @@ def main() -> None:
     except Exception as problem:
         code = _usage_code(problem)
     if code == 130:
-        print("accord: interrupted; what was done is kept", file=sys.stderr)
+        print("accord: interrupted", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
     if code == 130:

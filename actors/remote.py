@@ -21,7 +21,8 @@ from ray.exceptions import (
 
 from actors.decoding import make_decoder
 from actors.environment import EngineKind, choose_engine, make_engine, prepare_environment
-from actors.settings import EngineSettings, derive_seed
+from actors.settings import EngineSettings, derive_seed, engine_settings
+from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import AccordError, Fatal, Retryable
 from cluster.contracts.plugins import PluginFile, install
 from cluster.contracts.protocols import Scorer
@@ -63,6 +64,38 @@ class WorkerSpec:
     weights_timeout_s: float = 120.0
     score_batch: int = 64
     plugins: tuple[PluginFile, ...] = ()
+
+
+def worker_spec(
+    config: TrainConfig,
+    *,
+    stop_ids: tuple[int, ...],
+    context: int | None,
+    make_scorer: Callable[[], Scorer],
+    threads: int,
+    first_step: int = 0,
+    plugins: tuple[PluginFile, ...] = (),
+) -> WorkerSpec:
+    """The workers' part of a training config. ``context``: tokens the model can attend to, None
+    unknown; ``first_step``: at which the run is resumed."""
+    rollout = config.rollout
+    prompt = config.data.max_prompt_tokens
+    # A worker's stream begins anew on resume, so it needs another seed there; a sample's own
+    # randomness does not: a repeated step then repeats what it sampled.
+    seed = config.run.seed + (0 if rollout.request_seeds else first_step)
+    return WorkerSpec(
+        engine=engine_settings(config.model, rollout, stop_ids, prompt, context),
+        kind=rollout.engine,
+        seed=seed,
+        per_request_seeds=rollout.request_seeds,
+        transport=config.weights.transport,
+        make_scorer=make_scorer,
+        start_timeout_s=rollout.start_timeout_s,
+        weights_timeout_s=config.weights.timeout_s,
+        score_batch=config.reward.max_batch,
+        threads=threads,
+        plugins=plugins,
+    )
 
 
 class RolloutActor:

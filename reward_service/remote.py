@@ -2,30 +2,105 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 
 from cluster.contracts.config.reward import RewardConfig
-from cluster.contracts.errors import UserError
+from cluster.contracts.errors import AccordError, Fatal, UserError
 from cluster.contracts.plugins import PluginFile, install, loaded
+from reward_service.client import RewardClient
 from reward_service.security import TlsFiles
 from reward_service.source import ServiceInfo
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-class RewardServiceHandle:
-    """A running service: ``address`` to give to clients, ``info``, and ``stop``."""
+@dataclass(frozen=True, slots=True)
+class ServicePlace:
+    """Where a service will listen that may still be starting; any process of the cluster may ask.
 
-    def __init__(self, actor: Any, address: str, info: ServiceInfo) -> None:
+    ``outcome``: one reference to what the actor's start returned, in a list, because Ray would
+    fetch a bare one for whoever is handed it, and make that wait.
+    """
+
+    outcome: list[Any]
+    num_cpus: float
+    timeout_s: float
+
+    def wait(self) -> tuple[str, ServiceInfo]:
+        """(address, info) once it serves. Raises UserError as raised while loading, or when it
+        did not start in time, and Fatal when its process died."""
+        try:
+            return self.settled(ray.get(self.outcome[0], timeout=self.timeout_s))
+        except (ray.exceptions.RayError, TimeoutError) as problem:
+            raise self.explained(problem) from None
+
+    @staticmethod
+    def settled(outcome: tuple[str, ServiceInfo] | UserError) -> tuple[str, ServiceInfo]:
+        if isinstance(outcome, UserError):
+            raise outcome
+        return outcome
+
+    def explained(self, problem: BaseException) -> AccordError:
+        if isinstance(problem, ray.exceptions.RayTaskError):
+            cause = problem.cause
+            if isinstance(cause, AccordError):
+                return cause
+            return Fatal(f"the reward service failed while it started:\n{problem}")
+        if isinstance(problem, TimeoutError):  # Ray's own deadline is one, too
+            return UserError(
+                f"the reward service did not start within {self.timeout_s:g} s",
+                where=f"a Ray actor that asks for {self.num_cpus:g} CPU",
+                fix="`ray status` shows whether so many CPUs are free",
+            )
+        return Fatal(f"the reward service's process died while it started: {problem}")
+
+
+class RewardServiceHandle:
+    """A service that starts or runs: its ``place`` to give to clients, ``address``, ``stop``."""
+
+    def __init__(self, actor: Any, place: ServicePlace) -> None:
         self._actor: Any = actor
-        self.address = address
-        self.info = info
+        self._answer: tuple[str, ServiceInfo] | None = None
+        self.place = place
+
+    def wait(self) -> None:
+        """Until it serves. On failure its process is ended; raises as ``ServicePlace.wait``."""
+        try:
+            self._answer = self.place.wait()
+        except BaseException:
+            ray.kill(self._actor)
+            raise
+
+    async def started(self) -> None:
+        """As ``wait``, for an event loop; its process is left to ``stop``."""
+        future = asyncio.wrap_future(self.place.outcome[0].future())
+        try:
+            outcome = await asyncio.wait_for(future, self.place.timeout_s)
+        except (ray.exceptions.RayError, TimeoutError) as problem:
+            raise self.place.explained(problem) from None
+        self._answer = self.place.settled(outcome)
+
+    @property
+    def address(self) -> str:
+        """Known once it has started."""
+        return self._known()[0]
+
+    @property
+    def info(self) -> ServiceInfo:
+        return self._known()[1]
+
+    def _known(self) -> tuple[str, ServiceInfo]:
+        if self._answer is None:
+            raise RuntimeError("the reward service has not started yet")
+        return self._answer
 
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ends server, actor and process. Idempotent."""
@@ -33,14 +108,15 @@ class RewardServiceHandle:
             return
         actor, self._actor = self._actor, None
         try:
-            ray.get(actor.stop.remote(), timeout=timeout_s)
+            if self._answer is not None:  # one that is still starting has nothing to finish
+                ray.get(actor.stop.remote(), timeout=timeout_s)
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             pass  # dead or stuck: killed below either way
         finally:
             ray.kill(actor)
 
 
-def start_reward_service(
+def begin_reward_service(
     cfg: RewardConfig,
     num_cpus: float = 1,
     cores: Sequence[int] = (),
@@ -52,34 +128,42 @@ def start_reward_service(
     threads: int = 1,
     timeout_s: float = 120.0,
 ) -> RewardServiceHandle:
-    """Start the service in a Ray actor, which dies with the driver that started it.
+    """Begin to start the service in a Ray actor, which dies with the driver that started it.
 
     ``cores``: keep the process to them (Linux). ``reach``: listen on loopback, or on the node's
-    address for workers on other machines (needs a token or client certificates). Raises UserError,
-    as raised while loading, or when Ray gave the actor no CPU or it did not start in ``timeout_s``.
+    address for workers on other machines (needs a token or client certificates).
     """
     kind: Any = ray.remote(_RewardActor)
     actor = kind.options(num_cpus=num_cpus, max_concurrency=2).remote(tuple(cores), threads)
-    try:
-        outcome = ray.get(
-            actor.start.remote(_absolute(cfg), reach, token, tls, remote_token, loaded()),
-            timeout=timeout_s,
+    outcome = actor.start.remote(_absolute(cfg), reach, token, tls, remote_token, loaded())
+    return RewardServiceHandle(actor, ServicePlace([outcome], num_cpus, timeout_s))
+
+
+def start_reward_service(cfg: RewardConfig, *args: Any, **keys: Any) -> RewardServiceHandle:
+    """``begin_reward_service``, and wait until it serves. Raises as ``ServicePlace.wait``."""
+    handle = begin_reward_service(cfg, *args, **keys)
+    handle.wait()
+    return handle
+
+
+@dataclass(frozen=True, slots=True)
+class RewardClients:
+    """Makes a worker's client in the worker's process, once the service is there. Picklable; the
+    token stays out of every repr and log."""
+
+    service: str | ServicePlace
+    deadline_s: float
+    token: str | None = field(default=None, repr=False)
+
+    def __call__(self, tokenizer: str) -> RewardClient:
+        """``tokenizer``: fingerprint of the one that made the rollouts' token ids."""
+        place = self.service
+        address = place if isinstance(place, str) else place.wait()[0]
+        client = RewardClient(
+            [address], deadline_s=self.deadline_s, token=self.token, tokenizer=tokenizer
         )
-    except ray.exceptions.GetTimeoutError as error:
-        ray.kill(actor)
-        raise UserError(
-            f"the reward service did not start within {timeout_s:g} s",
-            where=f"a Ray actor that asks for {num_cpus:g} CPU",
-            fix="`ray status` shows whether so many CPUs are free",
-        ) from error
-    except BaseException:
-        ray.kill(actor)
-        raise
-    if isinstance(outcome, UserError):
-        ray.kill(actor)
-        raise outcome
-    address, info = outcome
-    return RewardServiceHandle(actor, address, info)
+        client.connect()
+        return client
 
 
 class _RewardActor:

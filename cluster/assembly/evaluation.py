@@ -11,7 +11,7 @@ from typing import Any
 from cluster.assembly.auto.resolve import resolve_evaluation
 from cluster.assembly.model_facts import read_model_facts
 from cluster.assembly.rewards import check_rewards
-from cluster.assembly.run_session import recorded
+from cluster.assembly.run_session import run_session
 from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import read_toml
@@ -38,7 +38,11 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
         seed=config.run.seed,
         parents={"policy": config.policy.path, "baseline": config.baseline.path},
     )
-    with recorded(run), ray_cluster(config.cluster), reporter.stage("evaluation"):
+    with (
+        run_session(run, reporter),
+        ray_cluster(config.cluster),
+        reporter.stage("evaluation"),
+    ):
         record = evaluate_in_cluster(config, prompts, run.path)
     write_report(run.path)
     reporter.say(headline(record))

@@ -9,9 +9,9 @@ from typing import Any
 
 from cluster.contracts.callbacks import STOP, Answer, AnyCallback, Callback, StepInfo
 from cluster.contracts.errors import UserError
+from cluster.contracts.protocols import Journal
 from cluster.contracts.records import RunState
 from cluster.contracts.samples import SampleInfo, read_samples, sample_file, sampled_steps
-from cluster.runs.run import Run
 
 
 class Listeners:
@@ -101,7 +101,7 @@ def _give_samples(samples: Sequence[SampleInfo], callback: Callback) -> Answer:
 class ListenedRun:
     """``Journal`` that also tells the listeners of each checkpoint."""
 
-    def __init__(self, run: Run, listeners: Listeners) -> None:
+    def __init__(self, run: Journal, listeners: Listeners) -> None:
         self._run = run
         self._listeners = listeners
 

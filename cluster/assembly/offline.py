@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from cluster.assembly.auto.resolve import resolve_fit
 from cluster.assembly.listeners import Listeners
-from cluster.assembly.run_session import open_run, recorded, refuse_changes, run_status
+from cluster.assembly.run_session import open_run, refuse_changes, run_session, run_status
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
@@ -175,10 +175,8 @@ def _run(
     from learner.compute.optimizer import release_memory
 
     run = resumed or _created(command, config)
-    with run.lock(), recorded(run, fresh=resumed is None):
-        if resumed is not None:
-            run.resume(config)
-        sinks = make_sinks(config.logging, run.path, on_ray=False)
+    with run_session(run, reporter, resumed=config if resumed else None) as session:
+        session.sinks += make_sinks(config.logging, run.path, on_ray=False)
         try:
             with stop_on_signal() as stopped, reporter.stage(title) as stage:
                 listeners = Listeners(callbacks, run.path, steps=None)
@@ -186,10 +184,8 @@ def _run(
                 def should_stop() -> bool:
                     return stopped() or listeners.stopped or listeners.problem is not None
 
-                train(run, _progress(stage, [*sinks, listeners]), should_stop)
+                train(run, _progress(stage, [*session.sinks, listeners]), should_stop)
         finally:
-            for sink in sinks:
-                sink.close()
             release_memory()
         summary = json.loads((run.path / "fit.json").read_text(encoding="utf-8"))
         if listeners.problem is not None:

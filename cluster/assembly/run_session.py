@@ -1,4 +1,4 @@
-"""Small things several stages need."""
+"""What a command holds while it works on a run directory."""
 
 from __future__ import annotations
 
@@ -6,28 +6,102 @@ import json
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cluster.contracts.config.base import Section
 from cluster.contracts.errors import BadReward, UserError
-from cluster.runs.run import Run
+from cluster.contracts.protocols import Sink
+from cluster.contracts.records import RunState
+from cluster.loop.timeline import Timeline
+from cluster.machine.signals import signal_handlers_kept
+from cluster.runs.console import Reporter
+from cluster.runs.run import RESUMABLE, Run
+from cluster.runs.start_log import FIRST_BATCH, StartLog
+
+
+@dataclass(slots=True)
+class RunSession:
+    """A run directory that this process drives, and everything that writes to it.
+
+    Made by ``run_session`` only, once per command and run. It is the ``Journal`` of the loop:
+    what happens becomes an event, and what a person should know at once is said.
+    """
+
+    run: Run
+    reporter: Reporter
+    start: StartLog
+    sinks: list[Sink] = field(default_factory=list)
+    timeline: Timeline = field(default_factory=Timeline)
+
+    @property
+    def path(self) -> Path:
+        return self.run.path
+
+    def event(self, kind: str, **detail: Any) -> None:
+        self.run.event(kind, **detail)
+        if kind == "learner_ready":
+            self.start.ends("learner")
+        elif kind == "worker_serving":
+            self.start.ends(detail["worker"], f" ({detail.get('engine', 'engine')})")
+            if detail.get("note"):
+                self.reporter.say(str(detail["note"]))
+        elif kind == "loop_started":
+            self.start.begins(FIRST_BATCH)
+        elif kind in ("worker_lost", "worker_not_joined"):
+            self.reporter.say(f"{detail['worker']}: {detail['cause']}")
+
+    def begin_checkpoint(self, step: int) -> Path:
+        return self.run.begin_checkpoint(step)
+
+    def commit_checkpoint(self, staging: Path, state: RunState, keep: int) -> Path:
+        return self.run.commit_checkpoint(staging, state, keep)
+
+    def close(self) -> None:
+        for sink in self.sinks:
+            sink.close()
+        if len(self.timeline):
+            self.timeline.write(self.path / "timeline.json")
 
 
 @contextmanager
-def recorded(run: Run, *, fresh: bool = True) -> Iterator[None]:
-    """The manifest's status tells how the command ended.
+def run_session(
+    run: Run,
+    reporter: Reporter,
+    *,
+    start: StartLog | None = None,
+    resumed: Section | None = None,
+    **detail: Any,
+) -> Iterator[RunSession]:
+    """Drive ``run``: hold its lock, and leave a manifest whose status tells how the command ended.
 
-    A mistake of the user's that shows before anything was done leaves no directory behind
-    (``fresh``: it was made by this command), so that the corrected command may use the same name.
+    ``resumed``: the config of a run that another command made and that goes on (``detail``: of its
+    event). A mistake of the user's that shows before anything was done leaves no directory behind,
+    unless it was there before: the corrected command may then use the same name.
     """
+    with run.lock(), signal_handlers_kept():  # asyncio leaves the default handlers behind
+        if resumed is not None:
+            run.resume(resumed, **detail)
+        session = RunSession(run, reporter, start or StartLog(reporter))
+        session.start.write_to(run.event)
+        with _status_kept(session, fresh=resumed is None):
+            try:
+                yield session
+            finally:
+                session.close()
+
+
+@contextmanager
+def _status_kept(session: RunSession, *, fresh: bool) -> Iterator[None]:
+    run = session.run
     try:
         yield
     except KeyboardInterrupt:
         run.update_manifest(status="interrupted")
+        session.reporter.tell(how_to_continue(run))
         raise
     except BaseException as problem:
-        if not run.path.exists() or run_status(run) == "failed":
-            raise  # recorded further in
         if fresh and isinstance(problem, UserError | BadReward) and not _has_results(run):
             shutil.rmtree(run.path)
             with suppress(OSError):  # the folder of runs, where this was to be its first
@@ -37,6 +111,21 @@ def recorded(run: Run, *, fresh: bool = True) -> Iterator[None]:
             run.update_manifest(status="failed")
         raise
     run.update_manifest(status="finished")
+
+
+def how_to_continue(run: Run) -> str:
+    """For who has interrupted a run: what is kept, and the command that goes on from there."""
+    command = str(_manifest(run)["command"])
+    if command not in RESUMABLE:
+        return f"what was finished is kept in {run.path}"
+    step = run.newest_checkpoint()
+    if step is None and command == "train":
+        return (
+            f"{run.path} has no checkpoint yet, so there is nothing to continue: "
+            "start again under another run.name, or remove it first"
+        )
+    where = "before the first checkpoint" if step is None else f"after step {step}"
+    return f"stopped {where}; to continue: accord {command} --resume {run.path}"
 
 
 def open_run(path: str, command: str) -> Run:

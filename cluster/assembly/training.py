@@ -6,50 +6,70 @@ import asyncio
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.prepare import Prepared, prepare
-from cluster.assembly.run_session import open_run, recorded, refuse_changes
-from cluster.assembly.training_roles import (
-    RewardAddresses,
-    parents,
-    reward_addresses,
-    worker_factory,
-)
+from cluster.assembly.run_session import RunSession, open_run, refuse_changes, run_session
+from cluster.assembly.training_roles import RewardRole, parents, reward_role, worker_factory
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import AccordError, UserError
-from cluster.contracts.protocols import Sink
 from cluster.contracts.records import RunState
 from cluster.loop.controller import Controller
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import loop_settings, pool_settings
-from cluster.loop.timeline import Timeline
 from cluster.machine.clock import MonotonicClock
 from cluster.machine.core_sharing import SideBalance
 from cluster.machine.cores import CorePlan, core_plan, own_cores
 from cluster.machine.event_loop import StopSwitch, run_coroutine
 from cluster.machine.ray_session import ray_cluster
-from cluster.machine.signals import signal_handlers_kept
 from cluster.runs.alarm_sink import AlarmSink
 from cluster.runs.console import Reporter
 from cluster.runs.control import wanted_workers
 from cluster.runs.run import Run
 from cluster.runs.sample_sink import SampleSink
 from cluster.runs.sinks import make_sinks
+from cluster.runs.start_log import StartLog
 
 # What may differ on resume, as it does not change what is learnt.
 FREE_ON_RESUME = (
     *("logging", "alarms", "cluster", "checkpoint", "batch.steps", "rollout.workers"),
     *("rollout.cpus", "learner.cpus", "rollout.kv_cache_mb", "rollout.max_running"),
 )
-STOP_S = 3.0  # for the reward service to answer what it is scoring
+READING = "model, prompts and rewards"
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """Where a run is continued."""
+
+    state: RunState
+    checkpoint: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Training:
+    """One run of the loop: what was checked, the run directory, and where each role computes."""
+
+    prepared: Prepared
+    session: RunSession
+    cores: CorePlan
+    resumed: Resumed | None = None
+    callbacks: Sequence[AnyCallback] = ()
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.prepared.config
+
+    @property
+    def first_step(self) -> int:
+        return self.resumed.state.step if self.resumed else 0
 
 
 def train_policy(
@@ -64,35 +84,29 @@ def train_policy(
     ``cores``: which role runs where, instead of ``core_plan``'s answer.
     """
     check_callbacks(callbacks, save_rollouts=config.logging.save_rollouts)
-    resolved = resolve_here(config)
-    config = resolved.config
-    prepared = prepare(config)
-    run = Run.create(
-        config.run.dir,
-        config.run.name,
-        "train",
-        config,
-        seed=config.run.seed,
-        parents=parents(config),
-    )
-    run.event("auto", **{key: asdict(reason) for key, reason in resolved.reasons.items()})
-    tell_prompts(prepared.prompts, run, reporter)
-    with run.lock(), recorded(run), ray_cluster(config.cluster) as ray_info:
-        train_in_cluster(prepared, run, reporter, ray_info, cores=cores, callbacks=callbacks)
-    _report(run, reporter)
+    start = StartLog(reporter)
+    # Before Ray: a mistake in what is read then leaves nothing behind, and is said sooner.
+    with start.part(READING):
+        resolved = resolve_here(config)
+        config = resolved.config
+        prepared = prepare(config)
+    run = new_run(config)
+    with run_session(run, reporter, start=start) as session:
+        session.event("auto", **{key: asdict(why) for key, why in resolved.reasons.items()})
+        training = Training(
+            prepared=prepared,
+            session=session,
+            cores=cores or core_plan(config, own_cores()),
+            callbacks=callbacks,
+        )
+        _train_on_ray(training)
+    _report(session)
     return run.path
 
 
-def tell_prompts(prompts: Any, run: Run, reporter: Reporter) -> None:
-    """Says which prompts were left out, on the console and in events.jsonl."""
-    bad = prompts.left_out
-    run.event(
-        "rows", prompts=len(prompts), too_long=prompts.skipped, bad=bad.count, first_bad=bad.first
-    )
-    if prompts.skipped:
-        reporter.say(f"left out {prompts.skipped} prompts longer than allowed")
-    if bad.count:
-        reporter.say(str(bad))
+def new_run(config: TrainConfig) -> Run:
+    seed, lineage = config.run.seed, parents(config)
+    return Run.create(config.run.dir, config.run.name, "train", config, seed=seed, parents=lineage)
 
 
 def resume_training(
@@ -104,185 +118,200 @@ def resume_training(
 ) -> Path:
     """Continue a run from its newest usable checkpoint. Only ``batch.steps`` and settings that do
     not change what was learnt may be given anew."""
-    run = open_run(path, "train")
-    before = load_config(TrainConfig, str(run.path / "config.toml"))
-    config = load_config(TrainConfig, str(run.path / "config.toml"), overrides)
-    refuse_changes(before, config, path, FREE_ON_RESUME)
-    config = resolve_here(config).config  # a run of an older release lacks newer keys
+    start = StartLog(reporter)
+    with start.part(READING):
+        run = open_run(path, "train")
+        before = load_config(TrainConfig, str(run.path / "config.toml"))
+        config = load_config(TrainConfig, str(run.path / "config.toml"), overrides)
+        refuse_changes(before, config, path, FREE_ON_RESUME)
+        config = resolve_here(config).config  # a run of an older release lacks newer keys
+        resumed = _place_to_resume(run, config)
+        prepared = prepare(config)
+        _refuse_other_prompts(config, resumed.state, len(prepared.prompts))
+    step = resumed.state.step
+    detail = {"step": step, "checkpoint": resumed.checkpoint.name}
+    with run_session(run, reporter, start=start, resumed=config, **detail) as session:
+        reporter.say(
+            f"resuming at step {step} of {config.batch.steps}, prompt {resumed.state.next_group}, "
+            f"version {resumed.state.version}, from {resumed.checkpoint.name}"
+        )
+        cores = core_plan(config, own_cores())
+        training = Training(
+            prepared=prepared, session=session, cores=cores, resumed=resumed, callbacks=callbacks
+        )
+        _train_on_ray(training)
+    _report(session)
+    return run.path
+
+
+def _place_to_resume(run: Run, config: TrainConfig) -> Resumed:
     checkpoint, state = run.latest_checkpoint()
     if state.step >= config.batch.steps:
+        more = config.batch.steps * 2
         raise UserError(
             f"has done its {config.batch.steps} steps",
-            where=path,
-            fix=f"ask for more: accord train --resume {path} batch.steps={config.batch.steps * 2}",
+            where=str(run.path),
+            fix=f"ask for more: accord train --resume {run.path} batch.steps={more}",
         )
-    prepared = prepare(config)
-    if len(prepared.prompts) != state.prompts_total:
+    return Resumed(state, checkpoint)
+
+
+def _refuse_other_prompts(config: TrainConfig, state: RunState, count: int) -> None:
+    if count != state.prompts_total:
         raise UserError(
-            f"had {state.prompts_total} prompts when the run began, now {len(prepared.prompts)}: "
+            f"had {state.prompts_total} prompts when the run began, now {count}: "
             "the order of prompts would not be continued",
             where=config.data.prompts,
             fix="put the file back as it was",
         )
-    reporter.say(
-        f"resuming at step {state.step} of {config.batch.steps}, prompt {state.next_group}, "
-        f"version {state.version}, from {checkpoint.name}"
+
+
+def tell_prompts(prompts: Any, session: RunSession) -> None:
+    """Says which prompts were left out, on the console and in events.jsonl."""
+    bad = prompts.left_out
+    session.event(
+        "rows", prompts=len(prompts), too_long=prompts.skipped, bad=bad.count, first_bad=bad.first
     )
-    with run.lock():
-        run.resume(config, step=state.step, checkpoint=checkpoint.name)
-        with recorded(run, fresh=False), ray_cluster(config.cluster) as ray_info:
-            train_in_cluster(
-                prepared,
-                run,
-                reporter,
-                ray_info,
-                state=state,
-                checkpoint=checkpoint,
-                callbacks=callbacks,
-            )
-    _report(run, reporter)
-    return run.path
+    if prompts.skipped:
+        session.reporter.say(f"left out {prompts.skipped} prompts longer than allowed")
+    if bad.count:
+        session.reporter.say(str(bad))
 
 
-def _report(run: Run, reporter: Reporter) -> None:
+def _report(session: RunSession) -> None:
     from learner.evaluation.report import write_report
 
-    reporter.say(f"report: {write_report(run.path)}")
+    session.reporter.say(f"report: {write_report(session.path)}")
 
 
-def train_in_cluster(
-    prepared: Prepared,
-    run: Run,
-    reporter: Reporter,
-    ray_info: Mapping[str, Any],
-    *,
-    state: RunState | None = None,
-    checkpoint: Path | None = None,
-    cores: CorePlan | None = None,
-    callbacks: Sequence[AnyCallback] = (),
-) -> None:
+def _train_on_ray(training: Training) -> None:
+    start = training.session.start
+    start.begins("Ray")
+    with ray_cluster(training.config.cluster) as ray_info:
+        start.ends("Ray")
+        train_in_cluster(training, ray_info)
+
+
+def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
     """Everything between a running Ray cluster and a finished ``policy/`` in the run directory."""
-    config = prepared.config
-    cores = cores or core_plan(config, own_cores())
-    run.event("cluster", **dict(ray_info))
-    timeline = Timeline()
+    config, session = training.config, training.session
+    session.event("cluster", **dict(ray_info))
+    if not training.resumed:
+        tell_prompts(training.prepared.prompts, session)
     stop = StopSwitch()
     listeners = Listeners(
-        callbacks,
-        run.path,
+        training.callbacks,
+        session.path,
         steps=config.batch.steps,
-        first_step=state.step if state else 0,
+        first_step=training.first_step,
         request_stop=stop.ask,
     )
-    # asyncio leaves the default handlers behind, and other stages may follow.
-    with run.lock(), signal_handlers_kept(), recorded(run, fresh=state is None):
-        sinks = make_sinks(config.logging, run.path, on_ray=True)
-        sinks.append(
-            AlarmSink(
-                config.alarms,
-                run,
-                reporter,
-                samples_per_prompt=config.batch.samples_per_prompt,
-                first=state.step if state else 0,
-            )
+    _add_sinks(training)
+    try:
+        with reward_role(config, training.cores) as rewards:
+            run_coroutine(_drive(training, rewards, listeners, stop), stop)
+    finally:
+        listeners.close()
+    if listeners.problem is not None:
+        raise listeners.problem
+    final, _ = session.run.latest_checkpoint()
+    publish_policy(final / "policy", session.path / "policy")
+
+
+def _add_sinks(training: Training) -> None:
+    config, session = training.config, training.session
+    session.sinks += make_sinks(config.logging, session.path, on_ray=True)
+    session.sinks.append(
+        AlarmSink(
+            config.alarms,
+            session.run,
+            session.reporter,
+            samples_per_prompt=config.batch.samples_per_prompt,
+            first=training.first_step,
         )
-        if config.logging.samples_every and not reporter.quiet:
-            sinks.append(SampleSink(config.logging, run.path, reporter))
-        if cores.crowded and hasattr(os, "sched_setaffinity"):
-            sinks.append(SideBalance(cores))
-        try:
-            with (
-                reward_addresses(config, cores) as addresses,
-                reporter.stage(
-                    "PPO" if _is_ppo(config) else "training", config.batch.steps
-                ) as stage,
-            ):
-                run_coroutine(
-                    _drive(
-                        prepared,
-                        run,
-                        reporter,
-                        [*sinks, stage, listeners],
-                        cores,
-                        addresses,
-                        timeline,
-                        state,
-                        checkpoint,
-                        listeners,
-                        stop,
-                    ),
-                    stop,
-                )
-        finally:
-            for sink in sinks:
-                sink.close()
-            timeline.write(run.path / "timeline.json")
-            listeners.close()
-        if listeners.problem is not None:
-            raise listeners.problem
-        final, _ = run.latest_checkpoint()
-        publish_policy(final / "policy", run.path / "policy")
+    )
+    if config.logging.samples_every and not session.reporter.quiet:
+        session.sinks.append(SampleSink(config.logging, session.path, session.reporter))
+    if training.cores.crowded and hasattr(os, "sched_setaffinity"):
+        session.sinks.append(SideBalance(training.cores))
 
 
 async def _drive(
-    prepared: Prepared,
-    run: Run,
-    reporter: Reporter,
-    sinks: list[Sink],
-    cores: CorePlan,
-    addresses: RewardAddresses,
-    timeline: Timeline,
-    state: RunState | None,
-    checkpoint: Path | None,
-    listeners: Listeners,
-    stop: StopSwitch,
+    training: Training, rewards: RewardRole, listeners: Listeners, stop: StopSwitch
 ) -> None:
-    config = prepared.config
+    """Start all roles side by side, train, and end them, whatever happens."""
+    config, session = training.config, training.session
+    clock = MonotonicClock()
+    learner = _learner(training)
+    pool = WorkerPool(
+        worker_factory(training.prepared, training.cores, rewards.clients, training.first_step),
+        pool_settings(config),
+        clock,
+        session.event,
+        session.timeline.swap,
+    )
+    sinks = [*session.sinks, session.start, listeners]
+    controller = Controller(
+        loop_settings(config),
+        training.prepared.prompts,
+        learner,
+        pool,
+        ListenedRun(session, listeners),
+        sinks,
+        clock,
+        session.timeline,
+        state=training.resumed.state if training.resumed else None,
+        wanted_workers=lambda: wanted_workers(session.run),
+    )
+    stop.bind(controller.request_stop)
+    session.reporter.say(f"  {training.cores.describe()}")
+    workers = (f"worker-{index}" for index in range(config.rollout.workers))
+    session.start.begins("learner", "reward service", *workers)
+    scoring = asyncio.ensure_future(_note_reward_service(rewards, session))
+    try:
+        if await controller.start():
+            # Its clock begins here, so that what it says of the time left leaves the start out.
+            with session.reporter.stage(algorithm_title(config), config.batch.steps) as stage:
+                sinks.insert(0, stage)
+                await controller.run()
+    finally:
+        scoring.cancel()
+        await asyncio.gather(pool.stop(), _stop_learner(learner))
+    _tell_stop(training, controller.step, listeners)
+
+
+def _learner(training: Training) -> Any:
     from learner.remote import RayLearner
     from learner.settings import learner_settings
 
-    first = prepared.prompts.prompt(0)
-    learner = RayLearner(
-        learner_settings(
-            config,
-            canary_prompt=first.token_ids,
-            run_dir=str(run.path.absolute()),
-            resume_from=str(checkpoint.absolute()) if checkpoint else None,
-        ),
-        cores=cores.learner,
-        threads=cores.learner_threads,
+    resumed = training.resumed
+    settings = learner_settings(
+        training.config,
+        canary_prompt=training.prepared.prompts.prompt(0).token_ids,
+        run_dir=str(training.session.path.absolute()),
+        resume_from=str(resumed.checkpoint.absolute()) if resumed else None,
     )
-    pool = WorkerPool(
-        worker_factory(prepared, cores, addresses, state),
-        pool_settings(config),
-        MonotonicClock(),
-        _announcing(run, reporter),
-        timeline.swap,
-    )
-    controller = Controller(
-        loop_settings(config),
-        prepared.prompts,
-        learner,
-        pool,
-        ListenedRun(run, listeners),
-        sinks,
-        MonotonicClock(),
-        timeline,
-        state=state,
-        wanted_workers=lambda: wanted_workers(run),
-    )
-    stop.bind(controller.request_stop)
-    try:
-        reached = await controller.run()
-    finally:
-        await asyncio.gather(pool.stop(), _stop_learner(learner))
+    cores = training.cores
+    return RayLearner(settings, cores=cores.learner, threads=cores.learner_threads)
+
+
+async def _note_reward_service(rewards: RewardRole, session: RunSession) -> None:
+    # What goes wrong is raised by the workers, which need the service to start.
+    with contextlib.suppress(AccordError):
+        await rewards.ready()
+        session.start.ends("reward service")
+
+
+def _tell_stop(training: Training, step: int, listeners: Listeners) -> None:
+    """Raises KeyboardInterrupt when the run was stopped before its last step."""
+    session = training.session
     if listeners.stopped:
-        run.event("stopped_by_callback", step=reached.step)
-    elif listeners.problem is None and reached.step < config.batch.steps:
-        if reached.step and not run.checkpoint_dir(reached.step).is_dir():
-            reporter.say(
+        session.event("stopped_by_callback", step=step)
+    elif listeners.problem is None and step < training.config.batch.steps:
+        if step and session.run.newest_checkpoint() != step:
+            session.reporter.say(
                 f"the learner was in the middle of a step, so nothing after the last checkpoint "
-                f"could be saved; {reached.step} steps had been done"
+                f"could be saved; {step} steps had been done"
             )
         raise KeyboardInterrupt
 
@@ -293,17 +322,11 @@ async def _stop_learner(learner: Any) -> None:
         await asyncio.wait_for(learner.stop(), 5.0)
 
 
-def _announcing(run: Run, reporter: Reporter) -> Callable[..., None]:
-    """Events go to events.jsonl; what a person should know at once is said, too."""
-
-    def event(kind: str, **detail: Any) -> None:
-        run.event(kind, **detail)
-        if kind == "worker_serving" and detail.get("note"):
-            reporter.say(str(detail["note"]))
-        elif kind in ("worker_lost", "worker_not_joined"):
-            reporter.say(f"{detail['worker']}: {detail['cause']}")
-
-    return event
+def algorithm_title(config: TrainConfig) -> str:
+    """What a person calls the algorithm: PPO, GRPO, RLOO, ...; the loss where it is another."""
+    algorithm = config.algorithm
+    name = "PPO" if algorithm.advantage == "gae" else algorithm.advantage.upper()
+    return name if algorithm.loss == "ppo" else f"{name} with loss {algorithm.loss}"
 
 
 def publish_policy(source: Path, target: Path) -> None:
@@ -313,7 +336,3 @@ def publish_policy(source: Path, target: Path) -> None:
     shutil.copytree(source, staging)
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
-
-
-def _is_ppo(config: TrainConfig) -> bool:
-    return config.algorithm.advantage == "gae"

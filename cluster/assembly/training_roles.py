@@ -3,114 +3,77 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from actors.settings import engine_settings
 from cluster.assembly.prepare import Prepared, context_length
 from cluster.assembly.rewards import reward_token
 from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.plugins import loaded
-from cluster.contracts.records import RunState
+from cluster.contracts.protocols import Scorer
 from cluster.machine.cores import CorePlan
 
 STOP_S = 3.0  # for the reward service to answer what it is scoring
 
 
 def worker_factory(
-    prepared: Prepared, cores: CorePlan, addresses: RewardAddresses, state: RunState | None
+    prepared: Prepared, cores: CorePlan, make_scorer: Callable[..., Scorer], first_step: int
 ) -> Any:
-    from actors.remote import WorkerSpec, make_worker_factory
+    """(index, incarnation) -> worker, for the pool. ``first_step``: at which the run is resumed."""
+    from actors.remote import make_worker_factory, worker_spec
 
     config = prepared.config
-    rollout = config.rollout
-    spec = WorkerSpec(
-        engine=engine_settings(
-            config.model,
-            rollout,
-            prepared.stop_ids,
-            config.data.max_prompt_tokens,
-            context_length(config.model),
-        ),
-        kind=rollout.engine,
-        seed=_sampling_seed(config, state),
-        per_request_seeds=rollout.request_seeds,
-        transport=config.weights.transport,
-        make_scorer=_ClientMaker(
-            addresses, config.reward.deadline_s, prepared.tokenizer_fingerprint
-        ),
-        start_timeout_s=rollout.start_timeout_s,
-        weights_timeout_s=config.weights.timeout_s,
-        score_batch=config.reward.max_batch,
+    spec = worker_spec(
+        config,
+        stop_ids=prepared.stop_ids,
+        context=context_length(config.model),
+        first_step=first_step,
         threads=cores.worker_threads,
+        make_scorer=partial(make_scorer, prepared.tokenizer_fingerprint),
         plugins=loaded(),
     )
+    rollout = config.rollout
     return make_worker_factory(
         spec, num_cpus=rollout.cpus, num_gpus=rollout.gpus, cores=cores.worker
     )
 
 
-def _sampling_seed(config: TrainConfig, state: RunState | None) -> int:
-    """A worker's stream begins anew on resume, so it needs another seed there; a sample's own
-    randomness does not: a repeated step then repeats what it sampled."""
-    resumed_at = state.step if state and not config.rollout.request_seeds else 0
-    return config.run.seed + resumed_at
-
-
 @dataclass(frozen=True, slots=True)
-class RewardAddresses:
-    """Where rewards are served, and the bearer token for it (kept out of every repr and log)."""
+class RewardRole:
+    """The run's reward service. ``clients(tokenizer)``: a worker's connection to it, made in the
+    worker's process; ``service``: the one started here, None where one was given."""
 
-    addresses: tuple[str, ...]
-    token: str | None = field(default=None, repr=False)
+    clients: Callable[..., Scorer]
+    service: Any = None
 
-
-@dataclass(frozen=True, slots=True)
-class _ClientMaker:
-    """Makes the reward client in the worker's process."""
-
-    addresses: RewardAddresses
-    deadline_s: float
-    tokenizer: str
-
-    def __call__(self) -> Any:
-        from reward_service.client import RewardClient
-
-        client = RewardClient(
-            self.addresses.addresses,
-            deadline_s=self.deadline_s,
-            token=self.addresses.token,
-            tokenizer=self.tokenizer,
-        )
-        client.connect()
-        return client
+    async def ready(self) -> None:
+        """Wait until it serves. Raises what kept it from starting."""
+        if self.service is not None:
+            await self.service.started()
 
 
 @contextmanager
-def reward_addresses(config: TrainConfig, cores: CorePlan) -> Iterator[RewardAddresses]:
-    """The reward service that was given, or one started here for the run.
+def reward_role(config: TrainConfig, cores: CorePlan) -> Iterator[RewardRole]:
+    """The reward service that was given, or one that begins to start here for the run.
 
     A service elsewhere gets the token in the variable ACCORD_REWARD_TOKEN. One started here listens
     on loopback; on a cluster that was joined, where workers may sit on other machines, on its
     node's address with a token made for this run.
     """
-    if config.reward.address:
-        from reward_service.client import RewardClient
+    from reward_service.remote import RewardClients, begin_reward_service
 
-        token = reward_token()
-        client = RewardClient([config.reward.address], token=token)
-        client.connect()
-        client.close()
-        yield RewardAddresses((config.reward.address,), token)
+    deadline_s = config.reward.deadline_s
+    if config.reward.address:  # it was reached before Ray was started
+        given = RewardClients(config.reward.address, deadline_s, reward_token())
+        yield RewardRole(given)
         return
-    from reward_service.remote import start_reward_service
-
     joined = config.cluster.address is not None
     token = secrets.token_urlsafe(32) if joined else None
-    service = start_reward_service(
+    service = begin_reward_service(
         config.reward,
         num_cpus=1,
         cores=cores.reward,
@@ -118,7 +81,7 @@ def reward_addresses(config: TrainConfig, cores: CorePlan) -> Iterator[RewardAdd
         token=token,
     )
     try:
-        yield RewardAddresses((service.address,), token)
+        yield RewardRole(RewardClients(service.place, deadline_s, token), service)
     finally:
         service.stop(STOP_S)
 

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.commands.options import (
-    OptionalConfig,
-    Overrides,
-    Quiet,
-    Resume,
-    load,
-    print_path,
-    reporter,
-    resume_overrides,
-)
+from functools import partial
+
+from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, begin_or_resume
 
 
 def dpo(
@@ -31,8 +24,5 @@ def dpo(
     from cluster.assembly.offline import resume_offline, run_dpo
     from cluster.contracts.config.offline import DpoConfig
 
-    if resume is not None:
-        words = resume_overrides(config, overrides)
-        print_path(resume_offline("dpo", str(resume), words, reporter(quiet)))
-        return
-    print_path(run_dpo(load(DpoConfig, config, overrides, "dpo"), reporter(quiet)))
+    words = (config, overrides, resume, quiet)
+    begin_or_resume(words, "dpo", DpoConfig, run_dpo, partial(resume_offline, "dpo"))

@@ -6,6 +6,7 @@ Imports nothing heavy: `accord --help` imports every command.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -68,10 +69,28 @@ def resume_overrides(config: Path | None, overrides: list[str] | None) -> list[s
     return ([str(config)] if config else []) + (overrides or [])
 
 
+def begin_or_resume(
+    words: tuple[Path | None, list[str] | None, Path | None, bool],
+    command: str,
+    kind: Any,
+    begin: Callable[[Any, Reporter], Path],
+    again: Callable[[str, list[str], Reporter], Path],
+) -> None:
+    """A training command, whose ``words`` are (CONFIG, overrides, --resume RUN, --quiet): begin a
+    run by a config of type ``kind``, or let RUN go on; print where it lies."""
+    config, overrides, resume, quiet = words
+    if resume is not None:
+        path = again(str(resume), resume_overrides(config, overrides), reporter(quiet))
+    else:
+        path = begin(load(kind, config, overrides, command), reporter(quiet))
+    print_path(path)
+
+
 def reporter(quiet: bool) -> Reporter:
+    from cluster.machine.clock import command_began
     from cluster.runs.console import Reporter
 
-    return Reporter(quiet=quiet)
+    return Reporter(quiet=quiet, began=command_began())
 
 
 def say_at_once(text: str, quiet: bool) -> None:

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.commands.options import (
-    OptionalConfig,
-    Overrides,
-    Quiet,
-    Resume,
-    load,
-    print_path,
-    reporter,
-    resume_overrides,
-)
+from functools import partial
+
+from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, begin_or_resume
 
 
 def reward_model(
@@ -31,9 +24,11 @@ def reward_model(
     from cluster.assembly.offline import resume_offline, run_reward_model
     from cluster.contracts.config.offline import RewardModelConfig
 
-    if resume is not None:
-        words = resume_overrides(config, overrides)
-        print_path(resume_offline("reward-model", str(resume), words, reporter(quiet)))
-        return
-    settings = load(RewardModelConfig, config, overrides, "reward-model")
-    print_path(run_reward_model(settings, reporter(quiet)))
+    words = (config, overrides, resume, quiet)
+    begin_or_resume(
+        words,
+        "reward-model",
+        RewardModelConfig,
+        run_reward_model,
+        partial(resume_offline, "reward-model"),
+    )

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-from cluster.commands.options import (
-    OptionalConfig,
-    Overrides,
-    Quiet,
-    Resume,
-    load,
-    print_path,
-    reporter,
-    resume_overrides,
-)
+from functools import partial
+
+from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, begin_or_resume
 
 
 def sft(
@@ -31,8 +24,5 @@ def sft(
     from cluster.assembly.offline import resume_offline, run_sft
     from cluster.contracts.config.offline import SftConfig
 
-    if resume is not None:
-        words = resume_overrides(config, overrides)
-        print_path(resume_offline("sft", str(resume), words, reporter(quiet)))
-        return
-    print_path(run_sft(load(SftConfig, config, overrides, "sft"), reporter(quiet)))
+    words = (config, overrides, resume, quiet)
+    begin_or_resume(words, "sft", SftConfig, run_sft, partial(resume_offline, "sft"))

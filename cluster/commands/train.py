@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from cluster.commands.options import (
-    OptionalConfig,
-    Overrides,
-    Quiet,
-    Resume,
-    load,
-    print_path,
-    reporter,
-    resume_overrides,
-)
+from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, begin_or_resume
 
 
 def train(
@@ -29,11 +20,7 @@ def train(
     Example: `accord train --resume runs/my-run batch.steps=400`
     """
     from cluster.assembly.training import resume_training, train_policy
-
-    if resume is not None:
-        words = resume_overrides(config, overrides)
-        print_path(resume_training(str(resume), words, reporter(quiet)))
-        return
     from cluster.contracts.config.train import TrainConfig
 
-    print_path(train_policy(load(TrainConfig, config, overrides, "train"), reporter(quiet)))
+    words = (config, overrides, resume, quiet)
+    begin_or_resume(words, "train", TrainConfig, train_policy, resume_training)

@@ -92,6 +92,11 @@ class Controller:
         self._saved = first  # step of the newest checkpoint
         self._began = 0.0
 
+    @property
+    def step(self) -> int:
+        """Learner steps finished."""
+        return self._step
+
     def request_stop(self) -> None:
         """Finish what is cheap to finish, keep everything done, and return."""
         self._stop.set()

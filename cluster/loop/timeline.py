@@ -21,6 +21,9 @@ class Timeline:
         self._swaps = 0
         self.left_out = 0
 
+    def __len__(self) -> int:
+        return len(self._events)
+
     def span(self, row: str, name: str, start: float, end: float, **detail: float) -> None:
         if len(self._events) >= MOST_SPANS:
             self.left_out += 1

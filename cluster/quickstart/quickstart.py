@@ -25,9 +25,15 @@ from cluster.assembly.evaluation import evaluate_in_cluster, headline
 from cluster.assembly.offline import run_reward_model, run_sft
 from cluster.assembly.preferences import open_store, statistics
 from cluster.assembly.prepare import prepare
-from cluster.assembly.run_session import recorded
+from cluster.assembly.run_session import run_session
 from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_in_cluster
-from cluster.assembly.training import publish_policy, train_in_cluster
+from cluster.assembly.training import (
+    READING,
+    Training,
+    new_run,
+    publish_policy,
+    train_in_cluster,
+)
 from cluster.contracts.config.base import (
     ClusterConfig,
     LoggingConfig,
@@ -55,10 +61,11 @@ from cluster.contracts.config.train import (
 )
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import Rollout
-from cluster.machine.cores import own_cores
+from cluster.machine.cores import core_plan, own_cores
 from cluster.machine.ray_session import ray_cluster
 from cluster.runs.console import Reporter, result
 from cluster.runs.run import Run, write_json, write_text
+from cluster.runs.start_log import StartLog
 
 MAX_PROMPT_TOKENS = 48
 MAX_ANSWER_TOKENS = 64
@@ -140,7 +147,7 @@ def quickstart(
         name = "quickstart"  # the name that examples/ refer to; later runs are named by their time
     run = Run.create(directory, name, "quickstart", config, seed=seed)
     job = _Job(config, run, reporter)
-    with recorded(run):
+    with run_session(run, reporter):
         _make_data(job)
         _fine_tune(job)
         with ray_cluster(ClusterConfig()) as ray_info:
@@ -364,9 +371,13 @@ def ppo_config(job: _Job) -> TrainConfig:
 def _reinforce(job: _Job, ray_info: dict[str, Any]) -> None:
     config = resolve_here(ppo_config(job)).config
     with job.timed("ppo", ["sft", "reward model"]) as detail:
-        prepared = prepare(config)
-        run = Run.create(config.run.dir, "ppo", "train", config, seed=job.config.seed)
-        train_in_cluster(prepared, run, job.reporter, ray_info)
+        start = StartLog(job.reporter, time.monotonic())
+        with start.part(READING):
+            prepared = prepare(config)
+        run = new_run(config)
+        cores = core_plan(config, own_cores())
+        with run_session(run, job.reporter, start=start) as session:
+            train_in_cluster(Training(prepared=prepared, session=session, cores=cores), ray_info)
         detail |= {"steps": config.batch.steps}
         publish_policy(run.path / "policy", job.path("policy"))
         for name in ("metrics.jsonl", "events.jsonl", "timeline.json"):

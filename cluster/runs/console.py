@@ -32,7 +32,9 @@ SHOWN = {  # metric -> (label, format), in the order shown
 class Reporter:
     """Progress of named stages. Everything goes to stderr; stdout is for results."""
 
-    def __init__(self, *, quiet: bool = False) -> None:
+    def __init__(self, *, quiet: bool = False, began: float | None = None) -> None:
+        """``began``: when the command was given, in monotonic seconds; None: now."""
+        self.began = time.monotonic() if began is None else began
         self._console = Console(stderr=True, highlight=False, markup=False)
         self.live = self._console.is_terminal and not quiet
         self.quiet = quiet
@@ -40,7 +42,11 @@ class Reporter:
     def say(self, text: str) -> None:
         """One line for people; control characters cannot reach the terminal."""
         if not self.quiet:
-            self._console.print(Text(plain_text(text)), soft_wrap=True)
+            self.tell(text)
+
+    def tell(self, text: str) -> None:
+        """As ``say``, also with --quiet: for what must be known to go on."""
+        self._console.print(Text(plain_text(text)), soft_wrap=True)
 
     @contextmanager
     def stage(self, name: str, total: int | None = None) -> Iterator[Stage]:
@@ -70,7 +76,7 @@ class Stage:
         self._task: TaskID | None = None
         self._last_line = 0.0
         self._text = ""
-        self._first: int | None = None
+        self._first: tuple[int, float] | None = None  # steps done at the first update, and when
         if bar is not None:
             self._task = bar.add_task(name, total=total, numbers="")
 
@@ -78,14 +84,14 @@ class Stage:
         self.update(step, numbers)
 
     def update(self, done: int, numbers: Mapping[str, float], total: int | None = None) -> None:
+        now = time.monotonic()
         if self._first is None:
-            self._first = max(0, done - 1)
+            self._first = done, now
         self._total = total or self._total
         self._text = shown(numbers) or self._text
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=done, total=self._total, numbers=self._text)
             return
-        now = time.monotonic()
         if now - self._last_line >= 5.0 or done == self._total:
             self._last_line = now
             of = f"/{self._total}" if self._total else ""
@@ -102,10 +108,11 @@ class Stage:
         """Nothing to close: the context manager ends the bar."""
 
     def _left(self, done: int, now: float) -> str:
-        steps = done - (self._first or 0)
-        if not self._total or steps <= 0 or done >= self._total:
+        """Time left, from the steps after the first: whatever came before that was the start."""
+        first, since = self._first or (done, now)
+        if not self._total or done <= first or done >= self._total:
             return ""
-        seconds = (now - self.began) / steps * (self._total - done)
+        seconds = (now - since) / (done - first) * (self._total - done)
         return f"  left {int(seconds // 60)}:{int(seconds % 60):02d}"
 
 

@@ -29,6 +29,7 @@ from cluster.contracts.records import RunState
 from cluster.runs.driver import LOCK, Driver, driver_of
 from cluster.runs.provenance import git_commit, versions
 
+RESUMABLE = ("train", "sft", "reward-model", "dpo")  # commands with --resume
 INPUTS = "inputs"  # objects of the Python session that started the run, written as files
 
 
@@ -139,6 +140,11 @@ class Run:
             fix="start the run anew under another name; it was stopped before its first checkpoint",
         )
 
+    def newest_checkpoint(self) -> int | None:
+        """Step of the newest checkpoint, its files unread; None without one."""
+        found = (p.name.partition("-")[2] for p in (self.path / "checkpoints").glob("step-*"))
+        return max((int(number) for number in found if number.isdigit()), default=None)
+
     def _complete(self) -> list[Path]:
         found = (self.path / "checkpoints").glob("step-*")
         return sorted(p for p in found if (p / "manifest.json").is_file())
@@ -214,7 +220,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _how_to_continue(command: str, path: Path) -> str:
-    if command not in ("train", "sft", "reward-model", "dpo"):
+    if command not in RESUMABLE:
         return ""
     return f", or continue it: accord {command} --resume {path}"
 
