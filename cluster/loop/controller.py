@@ -1,13 +1,34 @@
-"""The reinforcement-learning loop on one page.
+"""The reinforcement-learning loop on one page: who waits for whom, and who frees it.
 
-    admit ──▶ pool (workers generate and score) ──▶ buffer ──▶ learner.step ──▶ manifest
-      ▲                                                                            │
-      └── slots are freed when every serving worker holds the new weights ◀── broadcast
+                 groups admitted                     all groups of step s are there
+    CONTROLLER ──────────────────▶ WORKERS ────────────────────────────────▶ LEARNER
+        ▲       (a group waits     generate, score      (a finished group      trains step s,
+        │        here until a      (a group waits       waits in the buffer    publishes
+        │        worker is free)   for its reward)      for the rest of s)     version s + 1
+        │                              ▲                                           │
+        │                              │ swap between two tokens                   │
+        │                          BROADCAST ◀─────────────────────────────────────┘
+        │  all hold version s + 1      │        (one at a time; a newer version replaces
+        └──────────────────────────────┘         one that still waits to be sent)
 
-Four things go on at once, each at most once: collecting finished groups, one learner step, one
-broadcast of weights, and saving. The loop below starts whatever can start and waits for whatever
-ends first; it holds no payload, only metadata. A broadcast never delays the learner: the next step
-starts as soon as its groups are there.
+    what waits           for                                   who frees it
+    ───────────────────  ────────────────────────────────────  ────────────────────────────────────
+    a group to come      room: admitted < (held + bound + 1)P  the broadcast's end: held is raised
+    an admitted group    a serving worker                      a worker that joins or comes back
+    a finished group     the other groups of its step          the last of them (or its failure)
+    learner step s       its groups; never for a broadcast     the slowest group of s
+    a broadcast          the one before                        the slowest worker (lost: left out)
+    a swap in a worker   the token under way                   the engine, some milliseconds later
+    a stop               the step under way, a little          the learner, or ``stop_grace_s``
+
+Nobody waits in a circle: a learner step needs only groups that are admitted already, a broadcast
+only workers that answer or are given up, and admission only a broadcast. With ``bound = 0`` the
+waiting is the whole of it (train, send, generate, train ...); every step of bound lets generation
+run one step ahead.
+
+At most one each goes on of: a learner step with its saving, a broadcast, a change of the number of
+workers. The loop starts whatever can start and wakes when anything ends. It holds metadata only:
+rollouts and weights go from role to role.
 """
 
 from __future__ import annotations
@@ -31,10 +52,10 @@ from cluster.contracts.records import (
 from cluster.loop.loop_metrics import Accounts, Standing
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import LoopSettings
-from cluster.loop.staleness import GroupBuffer, SlotLedger
+from cluster.loop.staleness import AdmissionLedger, GroupBuffer
 from cluster.loop.timeline import Timeline
 
-RESIZE_PAUSE_S = 60.0
+RESIZE_PAUSE_S = 60.0  # before a number of workers that could not be had is asked for again
 LOOK_AROUND_S = 1.0  # how often a wish for another number of workers is looked for
 
 
@@ -71,7 +92,8 @@ class Controller:
         self._dropped: dict[int, Mapping[str, Any]] = (
             {row["group"]: row for row in state.dropped} if state else {}
         )
-        self._ledger = SlotLedger(
+        # On resume everything before ``first`` is trained, so it counts as admitted and held.
+        self._ledger = AdmissionLedger(
             prompts_per_step=settings.prompts_per_step,
             bound=settings.staleness_bound,
             last_step=settings.steps,
@@ -82,7 +104,7 @@ class Controller:
         self._stop = asyncio.Event()
         self._wake = asyncio.Event()  # something ended, or it is time to look around
         self._tasks: dict[str, asyncio.Task[Any]] = {}
-        self._to_broadcast: WeightManifest | None = None
+        self._to_broadcast: WeightManifest | None = None  # only the newest is worth sending
         self._taken: list[GroupMeta] = []  # groups of the learner step under way
         self._step_attempts = 0
         self._sink_errors = 0
@@ -122,6 +144,7 @@ class Controller:
         self._spawn("look around", self._look_around())
         try:
             while self._step < self._settings.steps and not self._stop.is_set():
+                # Each of the three does nothing when it cannot start; none of them waits.
                 self._admit()
                 self._start_step()
                 self._start_broadcast()
@@ -186,7 +209,7 @@ class Controller:
 
     def _start_step(self) -> None:
         if "step" in self._tasks:
-            return
+            return  # one learner, one step: steps change the same weights
         taken = self._buffer.take()
         if taken is None:
             return
@@ -197,7 +220,7 @@ class Controller:
         if not batch.group_ids:
             causes = {m.failure for m in metas}
             raise Fatal(f"every prompt of step {batch.step} failed: {'; '.join(map(str, causes))}")
-        self._check_lag(batch.step, metas)
+        self._check_lag(batch.step, metas)  # the ledger's promise, checked on what really came
         self._taken = metas
         self._accounts.step_begins(now)
         self._spawn("step", self._learner.step(batch))
@@ -225,6 +248,8 @@ class Controller:
         for name in [n for n, task in self._tasks.items() if task.done()]:
             task = self._tasks.pop(name)
             if name == "step":
+                # Only what was lost on the way is tried again: any other problem is the learner's
+                # own, and its weights may be half changed.
                 if isinstance(problem := task.exception(), Retryable):
                     self._step_again(problem)
                 else:
@@ -232,7 +257,7 @@ class Controller:
             elif name == "broadcast":
                 self._ledger.weights_held(task.result())
             else:
-                task.result()
+                task.result()  # raises what went wrong: nothing that fails here may go unnoticed
 
     async def _after_step(self, result: StepResult) -> None:
         now = self._clock.now()
@@ -240,6 +265,7 @@ class Controller:
         self._timeline.span("learner", f"step {result.step}", began, now)
         self._step = result.step + 1
         self._step_attempts = 0
+        # First of all: workers fetch while the numbers are written and the checkpoint is saved.
         self._to_broadcast = result.manifest
         self._start_broadcast()
         self._write_metrics(result, now)
@@ -253,6 +279,7 @@ class Controller:
         self._step_attempts += 1
         if self._step_attempts >= self._settings.max_step_attempts:
             raise Fatal(f"step {self._step} was tried {self._step_attempts} times: {problem}")
+        # The same ids under a higher attempt, so that a late answer to the first one is refused.
         lost = self._buffer.give_back(self._step, self._taken)
         self._accounts.step_lost(self._clock.now(), lost)
         self._run.event("step_retried", step=self._step, groups=len(lost), cause=str(problem))
@@ -270,6 +297,7 @@ class Controller:
 
     async def _save(self) -> None:
         began = self._clock.now()
+        # Written beside and renamed last: an interrupt leaves the checkpoint before it whole.
         staging = self._run.begin_checkpoint(self._step)
         await self._learner.save(str(staging))
         final = self._run.commit_checkpoint(staging, self._state(), self._settings.keep_checkpoints)
@@ -282,6 +310,7 @@ class Controller:
         task = self._tasks.get("step")
         if task is None:
             return
+        # A person is waiting: better to lose the step than to hold the terminal for a long one.
         done, _ = await asyncio.wait([task], timeout=self._settings.stop_grace_s)
         if done and isinstance(task.exception(), Retryable):
             self._tasks.pop("step")  # nothing was learnt by it
@@ -317,6 +346,7 @@ class Controller:
         return RunState(
             step=self._step,
             version=self._step,
+            # Not the ledger's: what was admitted beyond is generated again by newer weights.
             next_group=self._step * self._settings.prompts_per_step,
             prompts_total=len(self._prompts),
             dropped=tuple(self._dropped.values()),
@@ -334,13 +364,13 @@ class Controller:
             sink_errors=self._sink_errors,
         )
         numbers = values(result.metrics) | self._accounts.numbers(result, now, standing)
+        # JSON has no NaN; a number that could not be measured is left out.
         numbers = {name: v for name, v in numbers.items() if math.isfinite(v)}
         for sink in self._sinks:
             try:
                 sink.write(self._step, numbers)
-            except (
-                Exception
-            ) as problem:  # monitoring may fail without stopping a run; counted, logged
+            # Monitoring may fail without stopping a run; it is counted and logged.
+            except Exception as problem:
                 self._sink_errors += 1
                 self._run.event("sink_failed", sink=type(sink).__name__, cause=repr(problem))
 

@@ -65,6 +65,7 @@ class LeaseBook:
         holder.leases[assignment.group_id] = assignment
         holder.samples += assignment.samples
         self.leased += 1
+        # `_lightest` left this worker's entry on top: replaced in one operation, not two.
         heapq.heapreplace(self._heap, (holder.samples, index))
         return index
 
@@ -87,7 +88,7 @@ class LeaseBook:
         if taken:
             self._count_holding(-1)
         self.leased -= len(taken)
-        self._holders[index] = Holder()
+        self._holders[index] = Holder()  # its entries in the heap are outdated by that
         return taken
 
     def holding_s(self) -> float:
@@ -133,7 +134,7 @@ class CounterSums:
     def report(self, index: int, incarnation: int, stats: Mapping[str, float]) -> None:
         last_incarnation, before = self._last.get(index, (incarnation, {}))
         if last_incarnation != incarnation:
-            before = {}
+            before = {}  # another process: it counts from zero
         for name, value in stats.items():
             if name in COUNTERS:
                 self.totals[name] = self.totals.get(name, 0.0) + value - before.get(name, 0.0)

@@ -193,11 +193,12 @@ class WorkerPool:
         limit = self._settings.start_timeout_s
         try:
             info = await asyncio.wait_for(member.handle.start(), limit)
-        except TimeoutError:
+        except TimeoutError:  # a slow start would be as slow again: no restart
             raise Fatal(f"{member.handle.name} was not ready within {limit:.0f} s") from None
         if self._manifest is None:
             assert self._first is not None
             self._manifest = await asyncio.shield(self._first)  # others wait for it, too
+        # Not serving yet, so a broadcast passes this worker over, and must not be missed by it.
         while True:  # weights may move on while this worker loads them
             manifest = self._manifest
             await self._load(member, manifest)
@@ -214,7 +215,7 @@ class WorkerPool:
         self._place()
 
     async def _load(self, member: _Member, manifest: WeightManifest) -> SwapReport:
-        async with member.swap:
+        async with member.swap:  # a joiner may still be loading when the next broadcast comes
             limit = self._settings.weights_timeout_s
             try:
                 async with asyncio.timeout(limit):
@@ -247,10 +248,12 @@ class WorkerPool:
         try:
             while member.status in ("serving", "draining"):
                 wait_s = self._harvest_s()
+                # A call that is not answered at all: the process hangs, or its machine is gone.
                 async with asyncio.timeout(wait_s + stall_s):
                     harvest = await handle.harvest(wait_s)
                 if harvest.groups or not holder.leases:
                     last = self._clock.now()
+                # It answers, but what it holds does not come: a hung engine behind a live process.
                 elif self._clock.now() - last > stall_s:
                     raise Retryable(
                         f"finished none of {len(holder.leases)} groups in {stall_s:.0f} s"
@@ -287,6 +290,7 @@ class WorkerPool:
         again: list[Assignment] = []
         for meta in harvest.groups:
             lease = self._book.take(member.index, meta.group_id)
+            # Taken for lost and leased again meanwhile: training on both would count it twice.
             if lease is None or lease.attempt != meta.attempt:
                 self._event("stale_result_refused", group=meta.group_id, worker=member.handle.name)
             elif meta.failure is not None and meta.retryable:
@@ -321,6 +325,7 @@ class WorkerPool:
 
         ``handle``: whose failure it is. That of an incarnation already replaced changes nothing.
         """
+        # Harvest, submit and swap of one dead process each report it; the first is enough.
         if member.status in ("starting", "gone") or member.handle is not handle:
             return
         leaving = member.status == "draining"
@@ -328,6 +333,7 @@ class WorkerPool:
         member.version = -1
         if member.runner and member.runner is not asyncio.current_task():
             member.runner.cancel()
+        # Before the restart, so that the other workers have them while this one starts again.
         orphans = [replace(a, attempt=a.attempt + 1) for a in self._book.take_all(member.index)]
         self.submit(orphans)
         if leaving:
@@ -345,6 +351,7 @@ class WorkerPool:
         repeated = (
             isinstance(problem, WeightMismatch) and max(member.mismatches.values(), default=0) > 1
         )
+        # Ended before its successor starts: both would want the same cores or GPU.
         await self._stop_quietly(member.handle)
         if repeated:
             raise Fatal(f"{member.handle.name}, replaced, still does not verify: {cause}")
@@ -357,6 +364,7 @@ class WorkerPool:
         await self._clock.sleep(decision.after_s)
         if member.status != "starting":  # no longer wanted
             return
+        # Another incarnation is another seed: the same one would sample the same completions again.
         member.handle = self._factory(member.index, member.handle.incarnation + 1)
         self.restarts += 1
         try:
@@ -370,7 +378,7 @@ class WorkerPool:
         given = 0
         for assignment in self._waiting:
             index = self._book.give(assignment)
-            if index is None:
+            if index is None:  # nobody serves; who joins next calls this again
                 break
             shares.setdefault(index, []).append(assignment)
             given += 1

@@ -1,18 +1,20 @@
-"""Bounded staleness by counting slots: pure accounting, no clock, no asyncio, no Ray.
+"""Bounded staleness by counting admissions: pure accounting, no clock, no asyncio, no Ray.
 
-Group n belongs to step n // P (P prompts a step), and steps consume their groups whole and in
-order, so which groups a step trains on never depends on which happened to finish first.
+Staleness is counted in learner steps: how far the learner had got when it trained on a token, less
+the version that sampled the token.
 
-A group may be admitted only while
+Group n belongs to step n // P (P prompts per step). Steps consume their groups whole and in order,
+so which groups a step trains on never depends on which happened to finish first.
+
+A group may be admitted (given to a worker) only while
 
     admitted < (held + bound + 1) * P
 
-where ``held`` is the version every serving worker is known to hold. The learner trains step s with
-version s. A group admitted under version ``held`` therefore has n // P <= held + bound, and its
-tokens are from version ``held`` or later: its lag at training, n // P - version, is at most
-``bound``. The bound holds by construction; nothing is generated and thrown away, so long answers
-are not under-represented. ``bound = 0`` admits a step's groups only once the weights of that step
-are held: exactly synchronous.
+where ``held`` is the version that every serving worker is known to hold. Step s trains version s.
+A group admitted under ``held`` has n // P <= held + bound. Its tokens are of version ``held`` or
+later. So its staleness, n // P - version, is at most ``bound``. The bound holds by construction:
+nothing is generated and thrown away, so long completions are not under-represented. With
+``bound = 0`` the groups of a step are admitted only when its weights are held: synchronous.
 """
 
 from __future__ import annotations
@@ -25,8 +27,11 @@ from cluster.contracts.records import GroupMeta, Harvest, StepInput
 
 
 @dataclass(slots=True)
-class SlotLedger:
-    """Admission. ``admitted``: next group id; ``held``: the version all serving workers hold."""
+class AdmissionLedger:
+    """How many groups may be admitted, and which are next.
+
+    ``admitted``: the next group id; ``held``: the version that all serving workers hold.
+    """
 
     prompts_per_step: int
     bound: int
@@ -36,19 +41,20 @@ class SlotLedger:
 
     def room(self) -> int:
         """How many groups may be admitted now."""
+        # Near the end the last step is the limit: what is admitted beyond it nobody would train on.
         limit = min(self.held + self.bound + 1, self.last_step) * self.prompts_per_step
         return max(0, limit - self.admitted)
 
     def admit(self, count: int) -> range:
-        """Take ``count`` slots; returns the new group ids. Raises ValueError over the room."""
+        """Admit ``count`` groups; returns their ids. Raises ValueError over the room."""
         if count > self.room():
-            raise ValueError(f"{count} groups asked for, {self.room()} slots free")
+            raise ValueError(f"{count} groups asked for, {self.room()} may be admitted")
         first = self.admitted
         self.admitted += count
         return range(first, self.admitted)
 
     def weights_held(self, version: int) -> None:
-        """Every serving worker now holds ``version``: the slots of the steps before it are free."""
+        """Every serving worker now holds ``version``: as many groups more may be admitted."""
         if version < self.held:
             raise ValueError(f"version {version} after {self.held}")
         self.held = version
@@ -64,7 +70,7 @@ class SlotLedger:
 class GroupBuffer:
     """Finished groups waiting for their step. Each id is accepted once; a second is refused."""
 
-    ledger: SlotLedger
+    ledger: AdmissionLedger
     next_step: int = 0
     refused: int = 0
     refused_tokens: int = 0
@@ -76,6 +82,7 @@ class GroupBuffer:
 
     def add(self, harvest: Harvest, groups: Iterable[GroupMeta]) -> None:
         for meta in groups:
+            # A group can come twice: its first worker was taken for lost, and answered after all.
             trained = self.ledger.step_of(meta.group_id) < self.next_step
             if trained or meta.group_id in self._ready or meta.group_id >= self.ledger.admitted:
                 self.refused += 1
@@ -99,6 +106,7 @@ class GroupBuffer:
             return None
         del self._arrived[self.next_step]
         entries = [self._ready.pop(g) for g in self.ledger.groups_of(self.next_step)]
+        # Groups of one harvest share a payload: it is handed on once.
         payloads: dict[int, Any] = {}
         for meta, payload in entries:
             if meta.failure is None:

@@ -45,11 +45,15 @@ class Closing:
         self.closed = True
 
 
-def held(run: Run, problem: BaseException | None = None, **keys: Any) -> Closing:
+def held(
+    run: Run, problem: BaseException | None = None, *, span: bool = False, **keys: Any
+) -> Closing:
     """A session that ends with ``problem``; returns a sink of it."""
     sink = Closing()
     with run_session(run, Reporter(quiet=True), **keys) as session:
         session.sinks.append(sink)
+        if span:
+            session.timeline.span("learner", "step 0", 1.0, 2.0)
         assert (run.path / LOCK).exists()
         if problem is not None:
             raise problem
@@ -64,9 +68,8 @@ def test_a_session_holds_the_lock_closes_its_sinks_and_records_the_end(run: Run)
 
 
 def test_the_timeline_is_written_when_something_was_on_it(run: Run) -> None:
-    with pytest.raises(Fatal), run_session(run, Reporter(quiet=True)) as session:
-        session.timeline.span("learner", "step 0", 1.0, 2.0)
-        raise Fatal("the learner died")
+    with pytest.raises(Fatal):
+        held(run, Fatal("the learner died"), span=True)
     assert json.loads((run.path / "timeline.json").read_text())["traceEvents"]
     assert status(run) == "failed"
     assert kinds(run)[-1] == "run_failed"

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.contracts.records import GroupMeta, Harvest
-from cluster.loop.staleness import GroupBuffer, SlotLedger
+from cluster.loop.staleness import AdmissionLedger, GroupBuffer
 
 
 def meta(group_id: int, version: int, failure: str | None = None) -> GroupMeta:
@@ -26,7 +26,7 @@ def harvest(*metas: GroupMeta, payload: object = "table") -> Harvest:
 
 
 def test_synchronous_bound_admits_one_step_at_a_time() -> None:
-    ledger = SlotLedger(prompts_per_step=4, bound=0, last_step=10)
+    ledger = AdmissionLedger(prompts_per_step=4, bound=0, last_step=10)
     assert list(ledger.admit(ledger.room())) == [0, 1, 2, 3]
     assert ledger.room() == 0
     ledger.weights_held(1)
@@ -34,14 +34,14 @@ def test_synchronous_bound_admits_one_step_at_a_time() -> None:
 
 
 def test_bound_two_admits_three_steps_ahead_and_no_step_that_will_not_happen() -> None:
-    ledger = SlotLedger(prompts_per_step=4, bound=2, last_step=2)
+    ledger = AdmissionLedger(prompts_per_step=4, bound=2, last_step=2)
     assert ledger.room() == 8
-    with pytest.raises(ValueError, match="9 groups asked for, 8 slots free"):
+    with pytest.raises(ValueError, match="9 groups asked for, 8 may be admitted"):
         ledger.admit(9)
 
 
 def test_groups_are_taken_in_order_of_admission_not_of_arrival() -> None:
-    ledger = SlotLedger(prompts_per_step=2, bound=1, last_step=9)
+    ledger = AdmissionLedger(prompts_per_step=2, bound=1, last_step=9)
     ledger.admit(4)
     buffer = GroupBuffer(ledger)
     buffer.add(harvest(payload="late"), [meta(3, 0), meta(2, 0), meta(1, 0)])
@@ -55,7 +55,7 @@ def test_groups_are_taken_in_order_of_admission_not_of_arrival() -> None:
 
 
 def test_a_group_is_accepted_once() -> None:
-    ledger = SlotLedger(prompts_per_step=1, bound=0, last_step=9)
+    ledger = AdmissionLedger(prompts_per_step=1, bound=0, last_step=9)
     ledger.admit(1)
     buffer = GroupBuffer(ledger)
     for _ in range(3):
@@ -67,7 +67,7 @@ def test_a_group_is_accepted_once() -> None:
 
 
 def test_a_failed_group_does_not_hold_up_its_step() -> None:
-    ledger = SlotLedger(prompts_per_step=2, bound=0, last_step=9)
+    ledger = AdmissionLedger(prompts_per_step=2, bound=0, last_step=9)
     ledger.admit(2)
     buffer = GroupBuffer(ledger)
     buffer.add(harvest(), [meta(0, 0), meta(1, 0, failure="bad prompt")])
@@ -87,7 +87,7 @@ def test_no_consumed_group_is_older_than_the_bound(
     per_step: int, bound: int, choices: list[int]
 ) -> None:
     """Random interleavings of finishing, learning and (late) weight acknowledgement."""
-    ledger = SlotLedger(prompts_per_step=per_step, bound=bound, last_step=10**6)
+    ledger = AdmissionLedger(prompts_per_step=per_step, bound=bound, last_step=10**6)
     buffer = GroupBuffer(ledger)
     running: dict[int, int] = {}  # group -> oldest version of its tokens
     published, trained = 0, []

@@ -1,5 +1,5 @@
-"""Millions of random events over the slot ledger and the group buffer; every rule is checked on
-the way. Learner steps, late weights, lost workers, doubled and late results, dropped prompts,
+"""Millions of random events over the admission ledger and the group buffer; every rule is checked
+on the way. Learner steps, late weights, lost workers, doubled and late results, dropped prompts,
 rollouts lost on their way to the learner, and stops with resume, in random order."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from cluster.contracts.records import GroupMeta, Harvest
-from cluster.loop.staleness import GroupBuffer, SlotLedger
+from cluster.loop.staleness import AdmissionLedger, GroupBuffer
 
 PER_STEP, BOUND, LONGEST = 32, 3, 60
 
@@ -79,7 +79,7 @@ class Proof:
 
     def begin(self, step: int) -> None:
         """Start, or resume from the checkpoint of a step: all that was under way is gone."""
-        self.ledger = SlotLedger(
+        self.ledger = AdmissionLedger(
             prompts_per_step=PER_STEP,
             bound=BOUND,
             last_step=10**9,
@@ -255,7 +255,7 @@ def test_the_proof_sees_a_buffer_that_prefers_what_is_done_first() -> None:
     assert not np.array_equal(np.bincount(lengths, minlength=LONGEST + 1), proof.trained_lengths)
 
 
-def test_the_proof_sees_one_slot_too_many() -> None:
+def test_the_proof_sees_one_admission_too_many() -> None:
     """Admission one step further ahead than the bound allows."""
     proof = Proof(3)
     proof.ledger.bound = BOUND + 1

@@ -72,8 +72,8 @@ def test_each_part_is_said_and_kept_with_its_own_seconds(
 
 
 def test_a_part_that_fails_does_not_end(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ValueError), StartLog(Reporter()).part("reading"):
-        raise ValueError
+    with pytest.raises(ValueError, match="unreadable"), StartLog(Reporter()).part("reading"):
+        raise ValueError("unreadable")
     assert capsys.readouterr().err == "starting: reading ...\n"
 
 
