@@ -69,16 +69,18 @@ class LeaseBook:
         heapq.heapreplace(self._heap, (holder.samples, index))
         return index
 
-    def take(self, index: int, group_id: int) -> Assignment | None:
-        """End a lease; None when this worker does not hold it."""
+    def take(self, index: int, group_id: int, attempt: int = 0) -> Assignment | None:
+        """End a lease; None when this worker does not hold the group, or for another attempt."""
         holder = self._holders[index]
-        assignment = holder.leases.pop(group_id, None)
-        if assignment is not None:
-            holder.samples -= assignment.samples
-            self.leased -= 1
-            if not holder.leases:
-                self._count_holding(-1)
-            self._offer(index)
+        assignment = holder.leases.get(group_id)
+        if assignment is None or assignment.attempt != attempt:
+            return None
+        del holder.leases[group_id]
+        holder.samples -= assignment.samples
+        self.leased -= 1
+        if not holder.leases:
+            self._count_holding(-1)
+        self._offer(index)
         return assignment
 
     def take_all(self, index: int) -> list[Assignment]:

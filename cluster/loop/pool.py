@@ -289,9 +289,9 @@ class WorkerPool:
         done: list[GroupMeta] = []
         again: list[Assignment] = []
         for meta in harvest.groups:
-            lease = self._book.take(member.index, meta.group_id)
+            lease = self._book.take(member.index, meta.group_id, meta.attempt)
             # Taken for lost and leased again meanwhile: training on both would count it twice.
-            if lease is None or lease.attempt != meta.attempt:
+            if lease is None:
                 self._event("stale_result_refused", group=meta.group_id, worker=member.handle.name)
             elif meta.failure is not None and meta.retryable:
                 self._event("group_retried", group=meta.group_id, cause=meta.failure)

@@ -9,7 +9,6 @@ from pydantic import BaseModel
 
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
-from cluster.loop.supervision import GiveUp, Restart, decide
 from cluster.runs.control import want_workers, wanted_workers
 from cluster.runs.run import Run, verify_checkpoint
 from cluster.runs.status import read_status
@@ -96,13 +95,6 @@ def test_scale_is_asked_for_through_the_run_directory(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a training run in progress"):
         want_workers(run.path, 2)
     assert read_status(run)["status"] == "finished"
-
-
-def test_restarts_back_off_and_end() -> None:
-    assert decide([0.0], 0.0, max_restarts=3) == Restart(0.0)
-    assert decide([0.0, 1.0, 2.0], 2.0, max_restarts=3) == Restart(2.0)
-    assert isinstance(decide([0.0, 1.0, 2.0, 3.0], 3.0, max_restarts=3), GiveUp)
-    assert decide([0.0, 1.0, 2.0, 700.0], 700.0, max_restarts=3) == Restart(0.0)
 
 
 def test_what_was_asked_for_on_a_resume_holds_for_the_next(tmp_path: Path) -> None:
