@@ -105,7 +105,9 @@ def check_message(case: Case, code: int, out: str, err: str) -> None:
         assert part in err, err
     if case.usage:
         return
-    assert err.startswith("accord: error: "), err
+    before, found, _ = err.partition("accord: error: ")
+    assert found, err
+    assert all(line.startswith("starting: ") for line in before.splitlines()), err
     assert err.count("accord: error: ") == 1
     assert err.count("\n  fix: ") == 1
 
