@@ -36,7 +36,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         help="Settings that replace the file's, such as batch.steps=50. "
-        "KEY=none clears a setting that may be left out.",
+        "KEY=none clears a setting that may be left out. KEY=auto lets Accord choose the value.",
         metavar="KEY=VALUE",
     ),
 ]
