@@ -94,6 +94,7 @@ def check(folder: Path, dtype: str) -> dict[str, Any]:
             engine.swap(version)
             torch.cuda.synchronize()
             pauses.append(time.perf_counter() - began)
+            engine.prove()
             ids = list(range(5, 45))
             got = torch.tensor(engine.sequence_logprobs(ids))
             canaries.append(float((got - logp(model, ids)).abs().max()))
