@@ -220,9 +220,10 @@ class TransformersEngine:
 
     def _digests(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """By name, of each tensor as the model holds it: its device, its type."""
-        return fingerprint(
-            {n: tensors[n].to(p.device, p.dtype) for n, p in self._parameters.items()}
-        )
+        found: dict[str, str] = {}
+        for name, held in self._parameters.items():  # one by one: each may need memory on a device
+            found |= fingerprint({name: tensors[name].to(held.device, held.dtype)})
+        return found
 
     def swap(self, version: int) -> None:
         """Exchange the two sets of weights between two steps."""
