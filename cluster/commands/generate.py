@@ -9,6 +9,46 @@ import typer
 
 from cluster.commands.options import Quiet, print_path, reporter
 
+Out = Annotated[Path, typer.Option(metavar="FILE", help="JSONL file to write.")]
+Samples = Annotated[int, typer.Option(min=1, metavar="N", help="Completions per prompt.")]
+MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest completion in tokens.")]
+MinTokens = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", show_default=False, help="Shortest completion. Default: 0."),
+]
+Temperature = Annotated[
+    float,
+    typer.Option(metavar="T", help="Above 0. 0.01: nearly greedy."),
+]
+TopK = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        show_default=False,
+        help="Only the N most probable tokens. Default: all.",
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        metavar="P", show_default=False, help="Only the top tokens that sum to P. Default: all."
+    ),
+]
+MinP = Annotated[
+    float,
+    typer.Option(
+        metavar="P",
+        show_default=False,
+        help="Only tokens at least P times as probable as the top one. Default: all.",
+    ),
+]
+Stop = Annotated[
+    list[str] | None,
+    typer.Option(metavar="TEXT", help="Text that ends a completion. Repeatable."),
+]
+Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of sampling.")]
+
 
 def generate(
     model: Annotated[str, typer.Argument(help="A model directory or a hub id.", metavar="MODEL")],
@@ -18,51 +58,16 @@ def generate(
             help="JSONL, JSON, CSV or Parquet file, or datasets:NAME.", metavar="PROMPTS"
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file to write.")] = Path(
-        "answers.jsonl"
-    ),
-    samples: Annotated[int, typer.Option(min=1, metavar="N", help="Completions per prompt.")] = 1,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Longest completion in tokens.")
-    ] = 64,
-    min_tokens: Annotated[
-        int,
-        typer.Option(
-            min=0, metavar="N", show_default=False, help="Shortest completion. Default: 0."
-        ),
-    ] = 0,
-    temperature: Annotated[
-        float,
-        typer.Option(metavar="T", help="Above 0. 0.01: nearly greedy."),
-    ] = 1.0,
-    top_k: Annotated[
-        int,
-        typer.Option(
-            min=0,
-            metavar="N",
-            show_default=False,
-            help="Only the N most probable tokens. Default: all.",
-        ),
-    ] = 0,
-    top_p: Annotated[
-        float,
-        typer.Option(
-            metavar="P", show_default=False, help="Only the top tokens that sum to P. Default: all."
-        ),
-    ] = 1.0,
-    min_p: Annotated[
-        float,
-        typer.Option(
-            metavar="P",
-            show_default=False,
-            help="Only tokens at least P times as probable as the top one. Default: all.",
-        ),
-    ] = 0.0,
-    stop: Annotated[
-        list[str] | None,
-        typer.Option(metavar="TEXT", help="Text that ends a completion. Repeatable."),
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, metavar="N", help="Seed of sampling.")] = 0,
+    out: Out = Path("answers.jsonl"),
+    samples: Samples = 1,
+    max_tokens: MaxTokens = 64,
+    min_tokens: MinTokens = 0,
+    temperature: Temperature = 1.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    stop: Stop = None,
+    seed: Seed = 0,
     quiet: Quiet = False,
 ) -> None:
     """Sample completions with vLLM and write them to a file.
