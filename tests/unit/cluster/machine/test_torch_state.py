@@ -6,6 +6,7 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from cluster.contracts.config.offline import FitConfig
 from cluster.machine import torch_state
 from cluster.machine.torch_state import prepare_torch, product_error
 from learner.offline.setup import prepare
+from learner.rl.learner import PPOLearner
 
 ROUNDED = 2e-3  # what a product of bfloat16 numbers is off by, as "medium" gives it with AMX
 
@@ -62,12 +64,14 @@ def test_products_are_exact_on_a_processor_that_would_round(rounds: None) -> Non
     assert torch.get_float32_matmul_precision() == "highest"
 
 
-@pytest.mark.parametrize("process", ["offline training", "transformers engine", "chat"])
+@pytest.mark.parametrize("process", ["learner", "offline training", "transformers engine", "chat"])
 def test_every_process_that_computes_takes_that_state(
-    process: str, rounds: None, tiny: Path, monkeypatch: pytest.MonkeyPatch
+    process: str, rounds: None, world: ModuleType, tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_float32_matmul_precision("medium")
-    if process == "offline training":
+    if process == "learner":
+        PPOLearner(world.make_settings(tiny), world.KeepingPublisher()).start()
+    elif process == "offline training":
         prepare(FitConfig(), seed=0)
     elif process == "transformers engine":
         TransformersEngine(
