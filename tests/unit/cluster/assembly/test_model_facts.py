@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,23 @@ def test_a_directory_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN_HALF_B))
     found = read_model_facts(ModelConfig(path=str(tmp_path)))
     assert found == facts_of(QWEN_HALF_B)
+
+
+def test_without_a_network_a_hub_id_is_given_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def read(*args: Any, local_files_only: bool = False, **rest: Any) -> None:
+        asked.append(local_files_only)
+        raise OSError("not here")
+
+    def unknown(*args: Any) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", read)
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setattr("cluster.assembly.model_facts.getproxies", dict)
+    assert read_model_facts(ModelConfig(path="owner/name")) is None
+    assert asked == [True]
+    monkeypatch.setattr("cluster.assembly.model_facts.getproxies", lambda: {"https": "proxy"})
+    assert read_model_facts(ModelConfig(path="owner/name")) is None
+    assert asked == [True, True, False]
