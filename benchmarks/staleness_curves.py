@@ -18,7 +18,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,9 @@ class _History:
         self.versions[version] = copied
         self.versions.pop(version - self._keep, None)
         return build_manifest(copied, dtypes, version, canary, "memory", None)
+
+    def retain(self, versions: Collection[int]) -> None:
+        """Nothing is held."""
 
     def close(self) -> None:
         self.versions.clear()

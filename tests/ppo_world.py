@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,9 @@ class KeepingPublisher:
     ) -> WeightManifest:
         self.arrays = {name: array.copy() for name, array in arrays.items()}
         return build_manifest(self.arrays, dtypes, version, canary, "test", None)
+
+    def retain(self, versions: Collection[int]) -> None:
+        """Nothing is held."""
 
     def close(self) -> None:
         self.closed = True

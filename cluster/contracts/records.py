@@ -275,11 +275,14 @@ class StepInput:
 
     ``payloads`` are references of Arrow tables; each may hold groups of other steps too, so the
     learner selects by ``group_ids`` and orders by them: a step never depends on arrival order.
+    ``sending``: the version that workers hold or are being sent when the step is asked for; they
+    may still ask for its weights, and for those the step starts from, but for no others.
     """
 
     step: int
     group_ids: tuple[int, ...]
     payloads: tuple[Any, ...]
+    sending: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

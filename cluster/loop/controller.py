@@ -37,6 +37,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from cluster.contracts.errors import Fatal, Retryable
@@ -223,7 +224,8 @@ class Controller:
         self._check_lag(batch.step, metas)  # the ledger's promise, checked on what really came
         self._taken = metas
         self._accounts.step_begins(now)
-        self._spawn("step", self._learner.step(batch))
+        sending = self._pool.sent_version
+        self._spawn("step", self._learner.step(replace(batch, sending=sending)))
 
     def _start_broadcast(self) -> None:
         if self._to_broadcast is not None and "broadcast" not in self._tasks:

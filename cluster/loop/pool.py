@@ -151,6 +151,11 @@ class WorkerPool:
         return sum(self._statuses[status] for status in statuses)
 
     @property
+    def sent_version(self) -> int | None:
+        """The version that workers hold or are being sent; one that joins now loads it."""
+        return None if self._manifest is None else self._manifest.version
+
+    @property
     def in_flight(self) -> int:
         """Groups leased or waiting for a worker."""
         return len(self._waiting) + self._book.leased
@@ -201,7 +206,13 @@ class WorkerPool:
         # Not serving yet, so a broadcast passes this worker over, and must not be missed by it.
         while True:  # weights may move on while this worker loads them
             manifest = self._manifest
-            await self._load(member, manifest)
+            try:
+                await self._load(member, manifest)
+            except Retryable:
+                # The learner may have let go of a version that everybody else is past.
+                if manifest is self._manifest:
+                    raise
+                continue
             if manifest is self._manifest:
                 break
         if member.status != "starting":  # no longer wanted, or the run has ended meanwhile

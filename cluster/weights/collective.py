@@ -12,8 +12,7 @@ come and go without anybody else noticing. The learner's side is a thread: train
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -35,21 +34,21 @@ _SENT, _GONE = "sent", "gone"
 
 
 class CollectivePublisher:
-    """Keeps the last ``keep`` versions on the device and serves them to whoever asks.
+    """Keeps the retained versions on the device and serves them to whoever asks.
 
     host: the address the store listens on; on a cluster, this node's address as others see it.
     """
 
     on_device = True
 
-    def __init__(self, host: str, keep: int, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, host: str, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._host = host
-        self._keep = keep
         self._store: Any = dist.TCPStore(
             host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout
         )
-        self._snapshots: OrderedDict[int, Tensor] = OrderedDict()
+        self._snapshots: dict[int, Tensor] = {}
+        self._spare: Tensor | None = None
         self._lock = threading.Lock()
         self._pairs: dict[int, Any] = {}
         self._senders: dict[int, ThreadPoolExecutor] = {}
@@ -67,16 +66,19 @@ class CollectivePublisher:
         manifest = build_manifest(
             arrays, dtypes, version, canary, NAME, (self._host, self._store.port)
         )
-        spare = None
-        with self._lock:
-            while len(self._snapshots) >= self._keep:
-                _, spare = self._snapshots.popitem(last=False)
+        spare, self._spare = self._spare, None
         snapshot = pack(arrays, spare)
         if snapshot.is_cuda:
             torch.cuda.current_stream(snapshot.device).synchronize()
         with self._lock:
             self._snapshots[version] = snapshot
         return manifest
+
+    def retain(self, versions: Collection[int]) -> None:
+        """One of the buffers let go is written into next, so that no memory is asked for."""
+        with self._lock:
+            for version in [v for v in self._snapshots if v not in versions]:
+                self._spare = self._snapshots.pop(version)
 
     def close(self) -> None:
         self._store.queue_push("asks", _STOP)
@@ -173,7 +175,7 @@ class CollectiveReceiver:
 
 
 def publisher(options: PublisherOptions) -> CollectivePublisher:
-    return CollectivePublisher(options.host, options.keep)
+    return CollectivePublisher(options.host)
 
 
 def receiver(device: str) -> CollectiveReceiver:

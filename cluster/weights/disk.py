@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +29,8 @@ class DiskPublisher:
 
     on_device = False
 
-    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+    def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory).absolute()
-        self._keep = keep
 
     def publish(
         self,
@@ -55,12 +54,12 @@ class DiskPublisher:
             os.replace(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        self._prune()
         return build_manifest(arrays, dtypes, version, canary, NAME, str(final))
 
-    def _prune(self) -> None:
-        for old in sorted(self._directory.glob("v*"), key=_version)[: -self._keep]:
-            shutil.rmtree(old)
+    def retain(self, versions: Collection[int]) -> None:
+        for old in self._directory.glob("v*"):
+            if _version(old) not in versions:
+                shutil.rmtree(old)
 
     def close(self) -> None:
         """Remove what was published; a checkpoint is what lasts."""
@@ -99,7 +98,7 @@ class DiskReceiver:
 
 
 def publisher(options: PublisherOptions) -> DiskPublisher:
-    return DiskPublisher(options.directory, options.keep)
+    return DiskPublisher(options.directory)
 
 
 def receiver(device: str) -> DiskReceiver:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,12 @@ NAME = "object_store"
 
 
 class ObjectStorePublisher:
-    """Keeps the last ``keep`` versions alive: a worker may still be reading an older one."""
+    """Keeps references to the versions that are retained: an object without one is freed."""
 
     on_device = False
 
-    def __init__(self, keep: int = 2) -> None:
-        self._alive: deque[Any] = deque(maxlen=keep)
+    def __init__(self) -> None:
+        self._alive: dict[int, Any] = {}
 
     def publish(
         self,
@@ -36,9 +35,12 @@ class ObjectStorePublisher:
         """Copy ``arrays`` into the object store. They may be reused after the return."""
         plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         ref = ray.put(plain)
-        self._alive.append(ref)
+        self._alive[version] = ref
         # In a list, so that Ray hands the reference on instead of fetching it for the controller.
         return build_manifest(plain, dtypes, version, canary, NAME, [ref])
+
+    def retain(self, versions: Collection[int]) -> None:
+        self._alive = {v: ref for v, ref in self._alive.items() if v in versions}
 
     def close(self) -> None:
         self._alive.clear()
@@ -68,7 +70,7 @@ class ObjectStoreReceiver:
 
 
 def publisher(options: PublisherOptions) -> ObjectStorePublisher:
-    return ObjectStorePublisher(options.keep)
+    return ObjectStorePublisher()
 
 
 def receiver(device: str) -> ObjectStoreReceiver:

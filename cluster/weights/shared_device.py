@@ -6,7 +6,7 @@ On the CPU the same code passes a handle of shared memory: that is how its logic
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -24,13 +24,13 @@ NAME = "shared_device"
 
 
 class SharedDevicePublisher:
-    """Keeps the last ``keep`` versions in device memory that other processes may map."""
+    """Keeps the retained versions in device memory that other processes may map."""
 
     on_device = True
 
-    def __init__(self, keep: int) -> None:
-        self._keep = keep
-        self._snapshots: OrderedDict[int, Tensor] = OrderedDict()
+    def __init__(self) -> None:
+        self._snapshots: dict[int, Tensor] = {}
+        self._spare: Tensor | None = None
 
     def publish(
         self,
@@ -40,17 +40,22 @@ class SharedDevicePublisher:
         canary: Canary,
     ) -> WeightManifest:
         """Take a snapshot on the device. ``arrays`` may be changed after the return."""
-        spare = None
-        while len(self._snapshots) >= self._keep:
-            _, spare = self._snapshots.popitem(last=False)
+        spare, self._spare = self._spare, None
         snapshot = pack(arrays, spare)
         if snapshot.is_cuda:  # the other process reads on a stream of its own
             torch.cuda.current_stream(snapshot.device).synchronize()
         self._snapshots[version] = snapshot
         return build_manifest(arrays, dtypes, version, canary, NAME, _handle(snapshot))
 
+    def retain(self, versions: Collection[int]) -> None:
+        """One of the buffers let go is written into next: no memory is asked for, and a receiver
+        that has mapped it before knows it by its handle."""
+        for version in [v for v in self._snapshots if v not in versions]:
+            self._spare = self._snapshots.pop(version)
+
     def close(self) -> None:
         self._snapshots.clear()
+        self._spare = None
 
 
 class SharedDeviceReceiver:
@@ -81,7 +86,7 @@ class SharedDeviceReceiver:
 
 
 def publisher(options: PublisherOptions) -> SharedDevicePublisher:
-    return SharedDevicePublisher(options.keep)
+    return SharedDevicePublisher()
 
 
 def receiver(device: str) -> SharedDeviceReceiver:

@@ -7,7 +7,7 @@ A built-in transport is the module of its name beside this one, with `publisher(
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,10 @@ class Publisher(Protocol):
         self, arrays: Mapping[str, Any], dtypes: Mapping[str, str], version: int, canary: Canary
     ) -> WeightManifest: ...
 
+    def retain(self, versions: Collection[int]) -> None:
+        """Let go of all versions but these; called before the next one is published."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -33,15 +37,10 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublisherOptions:
-    """directory: shared by learner and workers. host: this node as the workers see it.
-
-    keep: how many versions stay available. The learner may be ``staleness.bound + 1`` versions
-    ahead of the slowest worker, so bound + 2 is what never takes one away that is being read.
-    """
+    """directory: shared by learner and workers. host: this node as the workers see it."""
 
     directory: str = "weights"
     host: str = "127.0.0.1"
-    keep: int = 2
 
 
 def make_publisher(word: str, options: PublisherOptions) -> Publisher:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ class PPOLearner:
         state.version += 1
         before = self._digest
         publish_began = time.perf_counter()
-        manifest = self._publish()
+        manifest = self._publish(retained={batch.step, batch.sending})
         metrics.append(last("time/publish", time.perf_counter() - publish_began))
         if self._writer is not None:
             record = step_record(settings, batch.step, before, manifest)
@@ -177,7 +178,8 @@ class PPOLearner:
         rate_metric = last("policy/lr", 0.0 if plan.value_only else rate)
         return dataclasses.replace(result, metrics=[*result.metrics, rate_metric])
 
-    def _publish(self) -> WeightManifest:
+    def _publish(self, retained: Collection[int | None] = ()) -> WeightManifest:
+        """retained: the older versions that a worker may still ask for."""
         state, settings, networks = self.state, self.settings, self.state.networks
         dtype, first = settings.rollout_dtype, self._ranks.first
         if not first and not networks.sharded:
@@ -192,6 +194,8 @@ class PPOLearner:
             return _nothing(state.version)
         if self._publisher is None:
             raise Fatal("the learner was used before it was started")
+        # Before, not after: on a device the memory let go is what the new version is written to.
+        self._publisher.retain([version for version in retained if version is not None])
         manifest = self._publisher.publish(arrays, dtypes, state.version, check)
         self._digest = weights_digest(manifest)
         return manifest
@@ -215,7 +219,6 @@ def _publisher(settings: LearnerSettings) -> Publisher:
         PublisherOptions(
             directory=str(Path(settings.run_dir or "") / "weights"),
             host=settings.host,
-            keep=settings.staleness.bound + 2,
         ),
     )
 

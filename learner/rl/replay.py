@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,9 @@ class _Digests:
         self, arrays: Mapping[str, Any], dtypes: Mapping[str, str], version: int, canary: Canary
     ) -> WeightManifest:
         return build_manifest(arrays, dtypes, version, canary, "none", None)
+
+    def retain(self, versions: Collection[int]) -> None:
+        """Nothing is held."""
 
     def close(self) -> None:
         """Nothing is held."""

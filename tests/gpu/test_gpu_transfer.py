@@ -69,7 +69,7 @@ def fetched_equal(helper: Any, make: str, publisher: Any, device: str, monkeypat
 def test_one_gpu_shares_its_memory_byte_for_byte(
     helper: Any, monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:
-    spent = fetched_equal(helper, "shared_device", SharedDevicePublisher(2), "cuda:0", monkeypatch)
+    spent = fetched_equal(helper, "shared_device", SharedDevicePublisher(), "cuda:0", monkeypatch)
     record_property("shared_device_fetch_s", spent)
 
 
@@ -77,7 +77,7 @@ def test_one_gpu_shares_its_memory_byte_for_byte(
 def test_nccl_brings_every_byte(
     helper: Any, monkeypatch: pytest.MonkeyPatch, record_property: Any
 ) -> None:
-    publisher = CollectivePublisher("127.0.0.1", 2, 60.0)
+    publisher = CollectivePublisher("127.0.0.1", 60.0)
     spent = fetched_equal(helper, "collective", publisher, "cuda:1", monkeypatch)
     record_property("nccl_fetch_s", spent)
 

@@ -6,7 +6,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,9 @@ class _Publisher:
     ) -> WeightManifest:
         self.kept = {name: array.copy() for name, array in arrays.items()}
         return build_manifest(self.kept, dtypes, version, canary, "none", None)
+
+    def retain(self, versions: Collection[int]) -> None:
+        """Nothing is held."""
 
     def close(self) -> None:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +114,9 @@ class _Nowhere:
         return WeightManifest(
             version=version, tensors=(), canary=canary, transport="none", locator=None
         )
+
+    def retain(self, versions: Collection[int]) -> None:
+        """Nothing is held."""
 
     def close(self) -> None:
         """Nothing is held."""

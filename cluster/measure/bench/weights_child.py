@@ -63,7 +63,7 @@ def publish(task: dict[str, Any], folder: str) -> tuple[list[Any], float]:
     from learner.rl.publish import canary, host_arrays
 
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
-    publisher = DiskPublisher(folder, keep=SETS)
+    publisher = DiskPublisher(folder)
     manifests, seconds = [], []
     for version in range(SETS):
         with torch.no_grad():

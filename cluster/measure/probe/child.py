@@ -12,6 +12,7 @@ import hashlib
 import os
 import statistics
 import time
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,9 @@ class _Nowhere:
         return WeightManifest(
             version=version, tensors=(), canary=canary, transport="none", locator=None
         )
+
+    def retain(self, versions: Collection[int]) -> None:
+        """Nothing is held."""
 
     def close(self) -> None:
         """Nothing is held."""

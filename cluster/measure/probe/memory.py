@@ -16,7 +16,8 @@ def memory_plan(config: TrainConfig, measured: Mapping[str, Mapping[str, Any]]) 
     """Bytes by what they are for. Activations are in none but the learner's measured peak.
 
     Weights held by one worker: those in force and those staged beside them. Copies of weights on
-    their way: up to three versions (``docs/scale.md``).
+    their way: up to three versions (``docs/scale.md``): the one that workers hold or are being
+    sent, the one a step starts from, and the one it publishes.
     """
     model = parameters(config)
     count, width = model["parameters"], BYTES[config.rollout.dtype]

@@ -25,7 +25,7 @@ class Sender:
 
     def __init__(self, world: ModuleType, tiny: Path, transport: str, folder: Path) -> None:
         self.policy = load_policy(world.make_settings(tiny).model)
-        options = PublisherOptions(directory=str(folder), keep=4)
+        options = PublisherOptions(directory=str(folder))
         self.publisher = make_publisher(transport, options)
         self.version = 0
 

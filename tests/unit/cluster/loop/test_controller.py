@@ -258,6 +258,62 @@ def test_every_prompt_is_trained_once_in_order(tmp_path: Path, bound: int) -> No
     assert (path.name, restored.step) == ("step-000006", 6)
 
 
+def test_weights_that_a_worker_asks_for_are_retained_and_few_others(tmp_path: Path) -> None:
+    """Workers load more slowly than the learner steps. The learner lets go of all versions but
+    those that `StepInput` names: no worker may find the one it was told to load gone."""
+    gone: list[tuple[int, set[int]]] = []
+    held: set[int] = {0}
+    most = 0
+
+    class Letting(FakeLearner):
+        async def step(self, batch: StepInput) -> StepResult:
+            nonlocal held, most
+            result = await super().step(batch)
+            held = {v for v in (batch.step, batch.sending) if v is not None} | {result.version}
+            most = max(most, len(held))
+            return result
+
+    class Watching(World):
+        def mismatch(self, worker: FakeWorker, version: int) -> bool:
+            if version not in held:
+                gone.append((version, set(held)))
+            return False
+
+    world = Watching()
+    world.kill = {7, 20, 31}  # their successors join while versions move on
+    controller, pool, _, _ = build(tmp_path, world, Letting(), steps=20, bound=8)
+    asyncio.run(drive(controller, pool))
+    assert gone == []
+    assert most == 3
+
+
+def test_a_worker_that_joins_goes_on_to_newer_weights_when_older_ones_are_gone(
+    tmp_path: Path,
+) -> None:
+    class Gone(World):
+        def mismatch(self, worker: FakeWorker, version: int) -> bool:
+            if (worker.name, version) == ("w1", 1):
+                raise Retryable("weights of version 1 are gone")
+            return False
+
+    async def scenario() -> list[dict[str, Any]]:
+        _, pool, run, _ = build(tmp_path, Gone(), FakeLearner())
+        first = asyncio.get_running_loop().create_future()
+        first.set_result(manifest(1))
+        try:
+            await pool.start(1, first)
+            joining = asyncio.ensure_future(pool.resize(2))
+            await asyncio.sleep(0.001)  # w1 is loading version 1
+            await pool.broadcast(manifest(2))
+            await asyncio.wait_for(joining, 5)
+            assert pool.count("serving") == 2
+        finally:
+            await pool.stop()
+        return events(run)
+
+    assert not [e for e in asyncio.run(scenario()) if e["kind"] == "worker_not_joined"]
+
+
 def test_a_mismatch_is_blamed_on_the_version_that_did_not_verify(tmp_path: Path) -> None:
     """w1 joins with version 1 while version 2 is sent, and its successor fails on 2 for once: no
     version has failed twice, so the run goes on."""

@@ -148,8 +148,8 @@ class Process:
 def world(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Process, Process]]:
     name = request.param
     publisher: Any = (
-        CollectivePublisher("127.0.0.1", 2, 10.0) if name == "collective" else None
-    ) or SharedDevicePublisher(2)
+        CollectivePublisher("127.0.0.1", 10.0) if name == "collective" else None
+    ) or SharedDevicePublisher()
     workers = Process(name), Process(name)
     yield publisher, *workers
     for process in workers:
@@ -162,6 +162,7 @@ def test_two_processes_get_every_version_bit_for_bit(world: tuple[Any, Process, 
     publisher, first, second = world
     for version in range(4):
         given = tensors(version)
+        publisher.retain([version - 1])
         made = publisher.publish(given, DTYPES, version, CANARY)
         given["w"].zero_()  # the learner trains on while it is fetched
         expected = {name: t.float().numpy() for name, t in tensors(version).items()}
@@ -173,14 +174,16 @@ def test_two_processes_get_every_version_bit_for_bit(world: tuple[Any, Process, 
 
 @pytest.mark.slow
 def test_a_dead_worker_holds_up_nobody_and_an_old_version_is_refused() -> None:
-    publisher = CollectivePublisher("127.0.0.1", 2, 10.0)
+    publisher = CollectivePublisher("127.0.0.1", 10.0)
     doomed, other = Process("collective"), Process("collective")
     try:
         made = [publisher.publish(tensors(0), DTYPES, 0, CANARY)]
         assert isinstance(doomed.fetch(made[0]), dict)
         doomed.process.kill()
         doomed.process.wait(10)
-        made += [publisher.publish(tensors(v), DTYPES, v, CANARY) for v in (1, 2)]
+        made.append(publisher.publish(tensors(1), DTYPES, 1, CANARY))
+        publisher.retain([1])
+        made.append(publisher.publish(tensors(2), DTYPES, 2, CANARY))
         assert isinstance(other.fetch(made[2]), dict)
         assert "no longer holds weights of version 0" in other.fetch(made[0])
         assert isinstance(other.fetch(made[1]), dict)
@@ -192,7 +195,7 @@ def test_a_dead_worker_holds_up_nobody_and_an_old_version_is_refused() -> None:
 
 @pytest.mark.slow
 def test_a_publisher_that_is_gone_is_retryable() -> None:
-    publisher = CollectivePublisher("127.0.0.1", 2, 2.0)
+    publisher = CollectivePublisher("127.0.0.1", 2.0)
     made = publisher.publish(tensors(0), DTYPES, 0, CANARY)
     receiver = CollectiveReceiver("cpu", 2.0)
     assert equal(receiver.fetch(made), tensors(0))

@@ -141,9 +141,12 @@ def test_disk_carries_everything_exactly_and_read_only(tmp_path: Path) -> None:
     assert Path(made.locator).name == "v000007"
 
 
-def test_disk_keeps_two_versions_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_disk_keeps_what_is_retained_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     publisher = DiskPublisher(tmp_path)
-    made = [publisher.publish(arrays(), DTYPES, version, CANARY) for version in range(4)]
+    made = []
+    for version in range(4):
+        publisher.retain([version - 1])
+        made.append(publisher.publish(arrays(), DTYPES, version, CANARY))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v000002", "v000003"]
     with pytest.raises(Retryable, match="version 1"):
         DiskReceiver().fetch(made[1])
@@ -194,7 +197,7 @@ def test_each_transport_is_the_module_of_its_name(word: str) -> None:
 
 
 def test_a_transport_is_made_by_its_name(tmp_path: Path) -> None:
-    options = PublisherOptions(directory=str(tmp_path), keep=2)
+    options = PublisherOptions(directory=str(tmp_path))
     made = make_publisher("disk", options).publish(arrays(), DTYPES, 0, CANARY)
     verify_arrays(made, make_receiver("disk", "cpu").fetch(made))
     with pytest.raises(UserError, match="no weight transport of this name; did you mean 'disk'"):
