@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from cluster.assembly.run_session import run_session
 from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import read_toml
+from cluster.contracts.errors import UserError
 from cluster.contracts.records import Prompt, Rollout
 from cluster.contracts.samples import prompt_text
 from cluster.machine.hardware import this_machine
@@ -28,7 +29,7 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
     from learner.evaluation.report import write_report
 
     config = resolve_evaluation(config, this_machine(), read_model_facts(config.policy)).config
-    prompts = _prompts(config)
+    prompts = _prompts(config, reporter.say)
     check_rewards(config.judge, prompts[0])
     run = Run.create(
         config.run.dir,
@@ -62,13 +63,24 @@ def headline(record: dict[str, Any]) -> str:
     )
 
 
-def _prompts(config: EvaluateConfig) -> tuple[list[Prompt], list[Prompt]]:
+def _prompts(
+    config: EvaluateConfig, say: Callable[[str], None] | None = None
+) -> tuple[list[Prompt], list[Prompt]]:
+    """The prompts that both models take, tokenised for each. ``say`` is told what is left out."""
     most, seed, answer = config.max_prompts, config.run.seed, config.rollout.max_tokens
-    policy, baseline = (
-        prompts_for(model, config.data, seed, most, answer)
-        for model in (config.policy, config.baseline)
-    )
-    return policy, baseline
+    policy = prompts_for(config.policy, config.data, seed, most, answer, say)
+    baseline = prompts_for(config.baseline, config.data, seed, most, answer)
+    shared = {prompt.id for prompt in policy} & {prompt.id for prompt in baseline}
+    if not shared:
+        raise UserError(
+            "no prompt is short enough for both models",
+            where=config.data.prompts,
+            fix="give shorter prompts, or raise data.max_prompt_tokens",
+        )
+    alone = len(policy) + len(baseline) - 2 * len(shared)
+    if alone and say is not None:
+        say(f"left out {alone} prompts that only one of the two models takes")
+    return [p for p in policy if p.id in shared], [p for p in baseline if p.id in shared]
 
 
 def evaluate_in_cluster(

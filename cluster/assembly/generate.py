@@ -64,7 +64,7 @@ def generate_completions(
     rollout = check_config(
         RolloutConfig, {**sampling, "workers": max(1, len(own_cores()))}, where="command line"
     )
-    ready = prompts_for(config, data, seed, max_tokens=max_tokens)
+    ready = prompts_for(config, data, seed, max_tokens=max_tokens, say=reporter.say)
     job = Sampling(
         model=config,
         prompts=ready,
