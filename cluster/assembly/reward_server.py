@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import threading
 from collections.abc import Sequence
@@ -37,6 +38,9 @@ def serve_forever(
     read = {key: tree[key] for key in _OnlyReward.model_fields if key in tree}
     config = check_config(_OnlyReward, read, where=path)
     server = serve(config.reward, host, port, _token(token_file), with_reflection=reflection)
+    # The traceback of a reward function that fails is for whoever runs it, that is, here.
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
+    logging.getLogger("accord.reward").setLevel(logging.DEBUG)
     stop = threading.Event()
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, lambda signum, frame: stop.set())

@@ -10,6 +10,7 @@ Everything here is pure; every mistake is a BadRow.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,7 +104,26 @@ def _metadata(columns: Columns, used: set[str]) -> dict[str, Any]:
     style = metadata.get("reward_model")  # verl keeps the label one level down
     if isinstance(style, dict) and "ground_truth" in style:
         metadata.setdefault("ground_truth", style["ground_truth"])
+    for name, value in metadata.items():
+        _require_json(name, value)
     return metadata
+
+
+def _require_json(name: str, value: Any) -> None:
+    """The columns beside the prompt travel to the reward service as JSON."""
+    try:
+        json.dumps(value, default=_date)
+    except (TypeError, ValueError, RecursionError):
+        raise BadRow(
+            f"column {name!r} holds {kind_of(value)}, which a reward function cannot be given",
+            "leave the column out of the file, or store it as text or numbers",
+        ) from None
+
+
+def _date(value: Any) -> str:
+    if hasattr(value, "isoformat"):
+        return str(value.isoformat())
+    raise TypeError
 
 
 # -- demonstrations --------------------------------------------------------------------------------

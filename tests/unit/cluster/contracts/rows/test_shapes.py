@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -63,6 +64,13 @@ def test_completions_of_generate_are_prompts_with_their_columns() -> None:
     shape = prompt_shape(row)
     assert shape.messages == (HI,)
     assert shape.metadata == {"label": "x", "completion": [YO], "sample": 1}
+
+
+def test_columns_beside_the_prompt_are_what_json_can_hold() -> None:
+    row = {"prompt": "Hi", "at": datetime(2026, 1, 2, tzinfo=UTC), "n": [1, {"a": None}]}
+    assert set(prompt_shape(row).metadata) == {"at", "n"}
+    with pytest.raises(BadRow, match="column 'image' holds a value of type bytes, which a reward"):
+        prompt_shape({"prompt": "Hi", "image": b"\x89PNG"})
 
 
 @pytest.mark.parametrize(
