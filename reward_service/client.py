@@ -20,7 +20,7 @@ from cluster.contracts.records import Rollout, Score
 from reward_service import wire
 from reward_service.proto import reward_pb2 as pb
 from reward_service.proto import reward_pb2_grpc
-from reward_service.security import TlsFiles, client_credentials
+from reward_service.security import TlsFiles, client_credentials, is_loopback
 from reward_service.source import ScoreItem, ServiceInfo
 
 Code = grpc.StatusCode
@@ -218,8 +218,9 @@ class RewardClient:
 
     def _failure(self, error: Any, call: _Call) -> BadReward | RewardFailure:
         service = f"the reward service at {', '.join(sorted(call.failed))}"
-        if _code(error) is Code.FAILED_PRECONDITION:  # what the scorer says, of its own author
-            return BadReward(f"{error.details()} ({service})")
+        if _code(error) is Code.FAILED_PRECONDITION:  # what the scorer says of itself
+            here = all(is_loopback(address.rpartition(":")[0]) for address in call.failed)
+            return BadReward(error.details() if here else f"{error.details()} ({service})")
         if _code(error) in USERS:
             return BadReward(f"{service} refuses: {error.details()}")
         within = f" within {self._deadline_s:g} s" if _code(error) in AGAIN else ""

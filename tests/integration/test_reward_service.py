@@ -321,7 +321,9 @@ def test_a_users_function_over_the_wire(tmp_path: Path) -> None:
             1,
             0,
         ]
-        with pytest.raises(BadReward, match=r"takes 'answer', but the row of 'lone#0'"):
+        with pytest.raises(
+            BadReward, match=r"takes 'answer', but the row of item 'lone#0' .*prompt$"
+        ):
             client.score([rollout("4", "lone")])
 
 
