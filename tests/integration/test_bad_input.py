@@ -8,20 +8,15 @@ and not five; a few run as a user runs them.
 
 from __future__ import annotations
 
-import contextlib
-import io
-import os
-import signal
-import sys
+import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.integration.bad_input_cases import CASES, TAKEN, Case
+from tests.integration.bad_input_cases import CASES, GOOD_FUNCTION, TAKEN, Case
 
 pytestmark = pytest.mark.slow
 
@@ -35,50 +30,6 @@ AS_PROCESSES = (
     "resume of a finished run",
     "unknown option",
 )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    code: int
-    out: str
-    err: str
-    seconds: float
-
-
-def run_here(words: list[Any], folder: Path) -> Outcome:
-    """`accord WORDS` in this process, in `folder`."""
-    import launch
-
-    out, err = io.StringIO(), io.StringIO()
-    argv, handler, place = sys.argv, signal.getsignal(signal.SIGTERM), Path.cwd()
-    path = list(sys.path)
-    began = time.monotonic()
-    try:
-        os.chdir(folder)
-        sys.argv = ["accord", *map(str, words)]
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            launch.main()
-        code = 0
-    except SystemExit as ended:
-        code = int(ended.code or 0)
-    finally:
-        sys.argv, sys.path[:] = argv, path
-        os.chdir(place)
-        signal.signal(signal.SIGTERM, handler)
-    return Outcome(code, out.getvalue(), err.getvalue(), time.monotonic() - began)
-
-
-@pytest.fixture(autouse=True)
-def no_ray(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """A mistake that is not seen in time must not start a cluster in the tests' process."""
-    if "accord" in request.fixturenames:
-        return
-    import ray
-
-    def started(*args: Any, **options: Any) -> None:
-        raise AssertionError("Ray was started before the mistake was seen")
-
-    monkeypatch.setattr(ray, "init", started)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -118,15 +69,16 @@ def left_behind(folder: Path, before: set[Path]) -> set[str]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mistake_is_told_before_anything_starts(name: str, world: Any, tmp_path: Path) -> None:
+def test_a_mistake_is_told_before_anything_starts(name: str, world: Any, accord_here: Any) -> None:
     case = CASES[name]
-    words = case.words(world, tmp_path)
-    before = set(tmp_path.rglob("*"))
-    outcome = run_here(words, tmp_path)
+    folder = accord_here.folder
+    words = case.words(world, folder)
+    before = set(folder.rglob("*"))
+    outcome = accord_here.run(*words)
     check_message(case, outcome.code, outcome.out, outcome.err)
     assert outcome.seconds < SECONDS
-    assert left_behind(tmp_path, before) <= {"events.jsonl"}  # of a run that was there
-    assert tuple(p.name for p in (tmp_path / "runs").glob("*")) == case.keeps
+    assert left_behind(folder, before) <= {"events.jsonl"}  # of a run that was there
+    assert tuple(p.name for p in (folder / "runs").glob("*")) == case.keeps
 
 
 @pytest.mark.parametrize("name", AS_PROCESSES)
@@ -151,6 +103,7 @@ NOTE = (
     "    if completions[0][0]['content'] == 'A trial completion.':\n"
     "        return True\n"
     "    Path(__file__).with_name('called').mkdir(exist_ok=True)\n"
+    "    print('I was called')\n"
     "    return False\n\n"
     "def broken(completions, **columns):\n"
     "    if tried(completions):\n"
@@ -160,31 +113,59 @@ NOTE = (
 FUNCTIONS = {
     "raises": (
         "    known = {}\n    return [known['x'] for _ in completions]\n",
-        ("reward.py:broken", "KeyError: 'x'", "reward.py:13 `return [known['x']"),
-    ),
-    "returns too few": (
-        "    return [1.0]\n",
-        ("reward.py:broken", "returned 1 rewards for "),
+        ("reward.py:broken", "KeyError: 'x'", "reward.py:14 `return [known['x']", ", line "),
     ),
     "returns nan": (
         "    return [float('nan')] * len(completions)\n",
-        ("reward.py:broken", "returned nan for ", "one finite number"),
+        ("reward.py:broken", "returned nan for ", "one finite number", "prompts.jsonl, line "),
     ),
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_a_reward_function_that_fails_ends_the_run(name: str, world: Any, accord: Any) -> None:
-    code, says = FUNCTIONS[name]
+def train_with(code: str, world: Any, accord: Any) -> Any:
     (accord.folder / "reward.py").write_text(NOTE + code)
     config = world.train_toml(
         accord.folder / "c.toml", 'type = "function"\npath = "reward.py:broken"'
     )
     command = accord.run("train", config, "--quiet")
     assert time.time() - (accord.folder / "called").stat().st_mtime < 10.0
-    check_message(Case(lambda w, d: [], says), 2, command.stdout, command.stderr)
-    assert command.process.returncode == 2
-    assert command.stderr.startswith("accord: error: ")
+    assert "Traceback" not in command.stderr
+    assert "ray::" not in command.stderr
     assert command.used_ray
     assert command.left() == []
-    assert list((accord.folder / "runs").iterdir()) == []  # nothing had been learnt
+    return command
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_reward_function_that_fails_later_ends_the_run_and_leaves_its_log(
+    name: str, world: Any, accord: Any
+) -> None:
+    code, says = FUNCTIONS[name]
+    command = train_with(code, world, accord)
+    run = accord.folder / "runs" / "r"
+    log = run / "logs" / "reward.log"
+    assert command.process.returncode == 2
+    assert command.stderr.startswith("accord: error: ")
+    for part in (*says, f"\n  log: {log}"):
+        assert part in command.stderr
+    assert json.loads((run / "manifest.json").read_text())["status"] == "failed"
+    written = log.read_text()
+    assert "I was called" in written
+    assert ("Traceback" in written) is (name == "raises")
+
+
+def test_a_reward_process_that_dies_is_told_as_such(world: Any, accord: Any) -> None:
+    command = train_with("    import os\n    os.kill(os.getpid(), 9)\n", world, accord)
+    assert command.process.returncode == 1
+    assert command.stderr.startswith("accord: stopped: the process of the reward service died: ")
+
+
+def test_a_resource_that_ray_does_not_have_is_named(world: Any, accord: Any) -> None:
+    (accord.folder / "good.py").write_text(GOOD_FUNCTION)
+    config = world.train_toml(accord.folder / "c.toml", 'type = "function"\npath = "good.py:good"')
+    command = accord.run("train", config, "learner.gpus=1", "--quiet")
+    assert command.process.returncode == 2, command.stderr
+    for part in ("learner.gpus", "asks for 1 GPU (learner.gpus = 1), Ray has 0", "\n  fix: "):
+        assert part in command.stderr
+    assert command.left() == []
+    assert not (accord.folder / "runs").exists()
