@@ -13,7 +13,7 @@ Messages = tuple[dict[str, str], ...]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
-    **dict.fromkeys(("human",), "user"),
+    "human": "user",
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "bot"), "assistant"),
 }
 WANTED = 'give text, or a list of {"role": "user", "content": "..."}'
