@@ -21,9 +21,10 @@ import pyarrow.parquet as pq
 
 from cluster.contracts.chat import is_text
 from cluster.contracts.errors import UserError
+from cluster.contracts.rows.columns import optional_number
 from cluster.contracts.rows.files import BadRow, Columns, Place
 from cluster.contracts.rows.reader import LeftOut, read_rows
-from cluster.contracts.rows.shapes import ComparisonShape, comparison_shape, optional_number
+from cluster.contracts.rows.shapes import ComparisonShape, comparison_shape
 from reward_service.preferences.labels import PreferenceItem, PreferenceLabel, derived_id
 from reward_service.preferences.store import PreferenceStore
 

@@ -11,12 +11,18 @@ Everything here is pure; every mistake is a BadRow.
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from cluster.contracts.chat import is_text, text_prompt
+from cluster.contracts.rows.columns import (
+    columns_of,
+    listed,
+    optional_number,
+    present,
+    unknown_shape,
+)
 from cluster.contracts.rows.files import BadRow, Columns, kind_of
 from cluster.contracts.rows.messages import (
     Messages,
@@ -73,9 +79,9 @@ def prompt_shape(columns: Columns, key: str = "") -> PromptShape:
     """The prompt in column ``key``, or (empty) in the first column that may hold one."""
     column = key or next((c for c in PROMPT_COLUMNS if columns.get(c) is not None), "")
     if not column or columns.get(column) is None:
-        wanted = f"column {key!r}" if key else f"column {_either(PROMPT_COLUMNS)}"
+        wanted = f"column {key!r}" if key else f"column {listed(PROMPT_COLUMNS)}"
         raise BadRow(
-            f"no prompt: there is no {wanted}; {_has(columns)}",
+            f"no prompt: there is no {wanted}; {columns_of(columns)}",
             "name the prompt's column in data.prompt_key",
         )
     value = columns[column]
@@ -130,22 +136,22 @@ def _date(value: Any) -> str:
 
 
 def demonstration_shape(columns: Columns) -> DemonstrationShape:
-    present = _present(columns)
+    there = present(columns)
     for column in ("messages", "conversations"):
-        if column in present:
+        if column in there:
             return _conversation(_chat(columns[column], column))
-    if {"prompt", "completion"} <= present:
+    if {"prompt", "completion"} <= there:
         return _completed(columns["prompt"], columns["completion"])
-    if "text" in present:
+    if "text" in there:
         text = columns["text"]
         if not isinstance(text, str) or not text:
             found = "an empty text" if text == "" else kind_of(text)
             raise BadRow(f"column 'text' holds {found}", "give it a text")
         return _conversation(hh_turns(text)) if is_hh(text) else _plain(text, None)
-    if {"chosen", "rejected"} <= present:
+    if {"chosen", "rejected"} <= there:
         pair = comparison_shape(columns)
         return _completed(pair.messages, pair.chosen)
-    raise _unknown_shape(columns, DEMONSTRATION_SHAPES)
+    raise unknown_shape(columns, DEMONSTRATION_SHAPES)
 
 
 def _completed(prompt: Any, completion: Any) -> DemonstrationShape:
@@ -178,11 +184,11 @@ def _conversation(messages: Messages) -> DemonstrationShape:
 
 
 def comparison_shape(columns: Columns) -> ComparisonShape:
-    present = _present(columns)
-    if not {"chosen", "rejected"} <= present:
-        raise _unknown_shape(columns, COMPARISON_SHAPES)
+    there = present(columns)
+    if not {"chosen", "rejected"} <= there:
+        raise unknown_shape(columns, COMPARISON_SHAPES)
     chosen, rejected = columns["chosen"], columns["rejected"]
-    if "prompt" in present:
+    if "prompt" in there:
         messages, one, other = _with_prompt(columns["prompt"], chosen, rejected)
     else:
         messages, one, other = _split_shared(chosen, rejected)
@@ -271,48 +277,3 @@ def _chat(value: Any, column: str) -> Messages:
             'give a list of {"role": "user", "content": "..."}',
         )
     return read_messages(value, column)
-
-
-def optional_number(columns: Columns, column: str) -> float | None:
-    """A column's finite number, None where the row has none (an empty cell, too)."""
-    value = columns.get(column)
-    if value is None or value == "":  # an empty cell of a table
-        return None
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise BadRow(f"column {column!r} must be a finite number, found {_shown(value)}")
-    return number
-
-
-def _present(columns: Columns) -> set[str]:
-    return {name for name, value in columns.items() if value is not None}
-
-
-def _unknown_shape(columns: Columns, shapes: Sequence[tuple[str, ...]]) -> BadRow:
-    found = _present(columns)
-    known = "; ".join(" + ".join(shape) for shape in shapes)
-    nearest = max(shapes, key=lambda shape: (len(found & set(shape)), -len(shape)))
-    missing = [name for name in nearest if name not in found]
-    there = sorted(found & set(nearest))
-    # A shape of which the row has nothing is not near.
-    near = f" (it lacks {_either(missing, 'and')} beside {_either(there, 'and')})" if there else ""
-    return BadRow(
-        f"the columns are of no known shape{near}; {_has(columns)}",
-        f"rename the columns to one of: {known}",
-    )
-
-
-def _has(columns: Columns) -> str:
-    return f"the row has {_shown(', '.join(map(str, columns)), '{}') or 'no columns'}"
-
-
-def _either(names: Sequence[str], word: str = "or") -> str:
-    return f" {word} ".join(", ".join(names).rsplit(", ", 1))
-
-
-def _shown(value: Any, form: str = "{!r}") -> str:
-    text = form.format(value)
-    return text if len(text) < 120 else text[:117] + "..."
