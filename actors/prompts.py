@@ -50,6 +50,15 @@ class FilePromptSource:
     def __len__(self) -> int:
         return len(self._prompts)
 
+    def left_out_lines(self) -> list[str]:
+        """For people: what was left out, if anything."""
+        lines = []
+        if self.skipped:
+            lines.append(f"left out {self.skipped} prompts longer than allowed")
+        if self.left_out.count:
+            lines.append(str(self.left_out))
+        return lines
+
     def all(self) -> tuple[Prompt, ...]:
         """Every prompt once, in the order of the file."""
         return self._prompts

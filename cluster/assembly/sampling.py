@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,9 +41,11 @@ def prompts_for(
     seed: int,
     most: int | None = None,
     max_tokens: int | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> list[Prompt]:
     """Prompts of a file in file order, tokenised for ``model``, the first ``most`` of them.
-    ``max_tokens``: of an answer, for which the context must have room, too."""
+    ``max_tokens``: of an answer, for which the context must have room, too. ``say``: is told what
+    was left out."""
     from actors.prompts import load_prompts
     from learner.models.files import check_causal_model
     from learner.models.load import load_tokenizer
@@ -52,6 +54,9 @@ def prompts_for(
     room = None if max_tokens is None else prompt_room(model, max_tokens)
     in_order = data.model_copy(update={"shuffle": False})
     source = load_prompts(in_order, load_tokenizer(model), seed, room)
+    if say is not None:
+        for line in source.left_out_lines():
+            say(line)
     return [source.prompt(i) for i in range(min(len(source), most or len(source)))]
 
 
