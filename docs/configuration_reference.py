@@ -111,7 +111,7 @@ def _sections() -> Iterator[str]:
         if "" in names:
             title = f"Above the first section of `{names[''][0]}`"
         where = "; ".join(
-            (f"{brackets.format(name)} of " if name else "")
+            (f"{brackets.format(name)} of " if len(names) > 1 else "")
             + ", ".join(f"`{command}`" for command in commands)
             for name, commands in names.items()
         )
@@ -165,6 +165,11 @@ def _type(kind: Any) -> str:
         return " or ".join(_type(part) for part in get_args(kind))
     if origin is list and sections_of(kind):
         return "list of tables"
+    if origin is tuple:
+        parts = get_args(kind)
+        if parts[-1] is Ellipsis:
+            return f"list of {_type(parts[0])}"
+        return f"list of {len(parts)} {_type(parts[0])}"
     if origin is not None:
         return f"{origin.__name__} of {', '.join(_type(a) for a in get_args(kind))}"
     return "none" if kind is type(None) else getattr(kind, "__name__", str(kind))

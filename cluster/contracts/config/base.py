@@ -77,7 +77,7 @@ class RunConfig(Section):
     name: str = Field(
         "", description="Folder name of the run under `dir`; empty: made from the command and time."
     )
-    dir: str = Field("runs", description="Where runs are kept.")
+    dir: str = Field("runs", description="Folder in which runs are kept.")
     seed: int = Field(0, ge=0, description="Seeds data order, initialisation and sampling.")
     parents: dict[str, str] = Field(
         default_factory=dict, description="Lineage: role -> run or model directory it came from."

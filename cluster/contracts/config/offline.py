@@ -47,7 +47,7 @@ class FitConfig(Section):
     )
     eval_every: int = Field(100, ge=1, description="Optimiser steps between evaluations.")
     checkpoint_every: int = Field(500, ge=1, description="Optimiser steps between checkpoints.")
-    threads: int = Field(0, ge=0, description="Compute threads; 0: one a core.")
+    threads: int = Field(0, ge=0, description="Compute threads; 0: one per core.")
 
 
 class SftDataConfig(Section):

@@ -136,11 +136,13 @@ class RolloutConfig(Section):
         description="Cache of requests in flight at a weight swap: recomputed under the new "
         "weights, or kept (faster; log-probabilities recorded are the behaviour's in both cases).",
     )
-    start_timeout_s: float = Field(180, gt=0, description="A worker not ready by then is an error.")
+    start_timeout_s: float = Field(
+        180, gt=0, description="A worker not ready after so many seconds is an error."
+    )
     stall_timeout_s: float = Field(
         120,
         gt=0,
-        description="A worker that finishes nothing for this long while busy is replaced.",
+        description="A busy worker that finishes nothing for so many seconds is replaced.",
     )
     request_seeds: bool = Field(
         False,

@@ -37,7 +37,10 @@ class StalenessConfig(Section):
     )
     correction: Literal[
         "none", "decoupled", "token-tis", "sequence-tis", "token-mask", "sequence-mask"
-    ] = Field("decoupled", description="Importance correction of tokens from older weights.")
+    ] = Field(
+        "decoupled",
+        description="Importance weights of tokens sampled by older weights (docs/algorithms.md).",
+    )
     cap: float = Field(5.0, gt=1, description="Upper limit of the importance weight.")
     floor: float = Field(
         0.0,
@@ -175,10 +178,10 @@ class LearnerConfig(Section):
     activation_memory_mb: int | None = Field(
         None,
         ge=0,
-        description="With one update a step: memory for the forward pass that measures the step "
-        "to wait for its loss, instead of being run twice. A step that needs more runs it twice, "
-        "with the same result. none: an eighth of the machine's, a quarter of what is free on a "
-        "GPU; 0: always twice.",
+        description="With one optimiser step per learner step: MiB for the forward pass that "
+        "measures the step to wait for its loss, instead of being run twice. A step that needs "
+        "more runs it twice, with the same result. none: an eighth of the machine's memory, a "
+        "quarter of what is free on a GPU; 0: always twice.",
     )
     value_model: Literal["auto", "own", "shared"] = Field(
         "auto",
@@ -200,7 +203,7 @@ class LearnerConfig(Section):
         description="torch.compile of the models. On one CPU core a step got up to 11 % faster, "
         "after one to two minutes of compiling at the start.",
     )
-    deterministic: bool = Field(False, description="Deterministic kernels (slower).")
+    deterministic: bool = Field(False, description="Use deterministic kernels (slower).")
     processes: int = Field(
         1, ge=1, description="Processes of the learner, which share the microbatches of a step."
     )
@@ -245,7 +248,7 @@ class WeightsConfig(Section):
         "engine has shown, but 1e-4 to 1e-3 in float32, 0.05 to 0.5 in bfloat16.",
     )
     timeout_s: float = Field(
-        120, gt=0, description="A worker not on the new weights by then is replaced."
+        120, gt=0, description="A worker without the new weights after so many seconds is replaced."
     )
 
 
