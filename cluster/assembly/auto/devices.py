@@ -81,7 +81,7 @@ def choose_worker_cores(choices: Choices[Any], model: ModelFacts | None, load: L
         shared = cores if load.alone else cores // 2
         own = min(MOST_CORES, max(1, shared // load.engines))
         why = f"{shared} of {cores} cores, for {counted(load.engines)}, at most {MOST_CORES} each"
-        choices.settle("rollout.cpus", float(own), why)
+        choices.settle("rollout.cpus", float(own), why + _alike(choices.config))
 
 
 def choose_learner_cores(choices: Choices[TrainConfig], model: ModelFacts | None) -> None:
@@ -97,7 +97,14 @@ def choose_learner_cores(choices: Choices[TrainConfig], model: ModelFacts | None
     if size < SMALL and left > SMALL_LEARNER_CORES:
         left = SMALL_LEARNER_CORES
         why = f"enough for a model of {millions(size)} parameters"
-    choices.settle("learner.cpus", float(left), why)
+    choices.settle("learner.cpus", float(left), why + _alike(config))
+
+
+def _alike(config: Any) -> str:
+    """What is assumed of a cluster that was joined: Ray knows its machines only once it runs."""
+    cluster = getattr(config, "cluster", None)
+    joined = cluster is not None and cluster.address is not None
+    return "; the cluster's machines are taken to be like this one" if joined else ""
 
 
 def choose_cluster(choices: Choices[Any], model: ModelFacts | None) -> None:

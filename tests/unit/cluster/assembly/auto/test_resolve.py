@@ -354,3 +354,12 @@ def test_sampling_decodes_no_more_than_there_is() -> None:
         outstanding=20,
     )
     assert (rollout.max_running, rollout.kv_cache_mb, rollout.max_tokens) == (10, 64, 64)
+
+
+def test_a_joined_cluster_is_said_to_be_taken_for_machines_like_this_one() -> None:
+    joined = resolve_training(config("cluster.address=auto"), SERVER, HALF_B)
+    alone = resolve_training(config(), SERVER, HALF_B)
+    for key in ("rollout.cpus", "learner.cpus"):
+        assert joined.reasons[key].why.endswith("taken to be like this one")
+        assert "like this one" not in alone.reasons[key].why
+    assert "other machines of the cluster" in joined.reasons["learner.gpus"].why
