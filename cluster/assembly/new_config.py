@@ -14,6 +14,7 @@ from cluster.contracts.config.base import AUTO, ModelConfig, Section
 from cluster.contracts.config.commented import commented_toml
 from cluster.contracts.config.file import check_config
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
+from cluster.contracts.config.presets import algorithm_settings
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import UserError
 
@@ -142,13 +143,8 @@ def _values(answers: Answers, reward: str) -> dict[str, Any]:
 
 
 def _algorithm(algorithm: Algorithm) -> dict[str, Any]:
-    if algorithm == "ppo":
-        return {"advantage": "gae", "kl": {"coef": 0.05, "place": "reward"}}
-    return {
-        "advantage": "grpo",
-        "aggregate": "seq-mean-token-mean",
-        "kl": {"coef": 0.05, "place": "loss", "estimator": "k3+"},
-    }
+    settings = algorithm_settings(algorithm)
+    return {**settings, "kl": {"coef": 0.05, "place": "reward", **settings.get("kl", {})}}
 
 
 def reward_source(reward: str) -> dict[str, Any]:
