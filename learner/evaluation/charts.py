@@ -1,7 +1,8 @@
 """Small inline SVG charts for a report: drawn by matplotlib, coloured by the page's style sheet.
 
 Lines take the CSS variables ``--c1`` to ``--c4`` and everything else the text colour, so one
-drawing serves light, dark and paper. Titles and labels are ours, never text of a run.
+drawing serves light, dark and paper. Titles and labels are
+ours, but for names of reward sources, which come with control characters made visible.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from learner.evaluation import charts
+from learner.evaluation.page import visible
 from learner.evaluation.run_files import Row, number
 
 STEP = "learner step"
@@ -89,7 +90,7 @@ def curves(rows: Sequence[Row]) -> list[Markup]:
 
 
 def _sources(rows: Sequence[Row]) -> list[Curve]:
-    found = {name: m[1] for row in rows for name in row if (m := SOURCE.fullmatch(name))}
+    found = {name: visible(m[1]) for row in rows for name in row if (m := SOURCE.fullmatch(name))}
     if len(found) < 2:
         return []  # one source is the reward itself
     return [

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 
 from cluster.contracts.errors import UserError
 from learner.evaluation import charts, curves, panels, verdict
@@ -202,6 +203,13 @@ def test_the_summary_holds_the_key_figures(run_dir: Path) -> None:
     assert (run_dir / "report.html").read_bytes() == before  # the same files, the same page
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Charts take most of a report's time; these tests do not look at them."""
+    monkeypatch.setattr(charts, "_inline", lambda figure, name, title, alt: Markup("<svg></svg>"))
+
+
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("gone", FILES)
 def test_a_missing_file_is_named_and_the_rest_shown(run_dir: Path, gone: str) -> None:
     (run_dir / gone).unlink()
@@ -247,6 +255,7 @@ def test_damaged_files_never_stop_the_report(tmp_path: Path, damage: bytes, char
     json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_line_half_written_by_a_live_run_is_left_out_and_said(run_dir: Path) -> None:
     with (run_dir / "metrics.jsonl").open("a") as out:
         out.write('{"step": 100, "objective/sco')
@@ -306,6 +315,7 @@ def poison_json(name: str, value: Any) -> Callable[[Path], None]:
         (lambda run: (run / "config.toml").write_text(HOSTILE, "utf-8"), 1),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_hostile_text_is_shown_and_does_nothing(
     run_dir: Path, poison: Callable[[Path], None], at_least: int
 ) -> None:
@@ -322,6 +332,7 @@ def test_hostile_text_is_shown_and_does_nothing(
     assert sum(tag == "script" for tag, _ in page.tags) == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_hostile_folder_name_stays_text(run_dir: Path) -> None:
     target = run_dir.with_name("<b>\u202e{{7*7}}")
     shutil.move(run_dir, target)
@@ -390,6 +401,7 @@ def manifest_of(run: Path, command: str, status: str = "finished") -> None:
         ("reward-model", ["metrics.jsonl", "reward_model.json"], {"reward-model", "curves"}),
     ],
 )
+@pytest.mark.usefixtures("undrawn")
 def test_only_what_belongs_to_a_command_is_missed(
     run_dir: Path, command: str, kept: list[str], sections: set[str]
 ) -> None:
@@ -407,6 +419,7 @@ def test_only_what_belongs_to_a_command_is_missed(
 
 
 @pytest.mark.parametrize("gone", ["metrics.jsonl", "events.jsonl"])
+@pytest.mark.usefixtures("undrawn")
 def test_what_a_command_should_have_written_is_missed(run_dir: Path, gone: str) -> None:
     manifest_of(run_dir, "train")
     (run_dir / gone).unlink()
@@ -415,6 +428,7 @@ def test_what_a_command_should_have_written_is_missed(run_dir: Path, gone: str) 
     assert "cannot be shown" in page.text
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_title_says_what_the_run_is_and_what_came_of_it(run_dir: Path) -> None:
     manifest_of(run_dir, "train", "interrupted")
     (run_dir / "config.toml").write_text(
@@ -469,6 +483,7 @@ def test_a_failed_run_says_why(run_dir: Path) -> None:
     assert told == "The run failed. Cause: worker-0 died"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_alarms_stand_at_the_top_with_their_steps(run_dir: Path) -> None:
     alarm = {"kind": "alarm", "time": 1.0, "value": 1.0, "limit": 1.0}
     lines = [
@@ -485,6 +500,7 @@ def test_alarms_stand_at_the_top_with_their_steps(run_dir: Path) -> None:
     assert json.loads((run_dir / "summary.json").read_text())["notable_events"] == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_cells_hold_words_and_no_json(run_dir: Path) -> None:
     preferences = {"agreement": {"annotators": 3, "raw": 0.81234}, "labels": [1, 2], "left": None}
     (run_dir / "preferences.json").write_text(json.dumps(preferences))
@@ -493,6 +509,7 @@ def test_cells_hold_words_and_no_json(run_dir: Path) -> None:
     assert '{"' not in page.text.replace(page.texts["script"][0], "")  # that is for programs
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_judge_that_was_the_reward_is_a_warning(run_dir: Path) -> None:
     judged = json.loads((run_dir / "evaluation.json").read_text())
     (run_dir / "evaluation.json").write_text(json.dumps({**judged, "judge_was_reward": ["rm"]}))
@@ -525,3 +542,10 @@ def test_smoothing_takes_the_mean_of_what_is_around_a_point() -> None:
     assert charts.window(60) == 7
     noisy = [0.0, 3.0, 0.0, 3.0, 0.0, 3.0, 0.0]
     assert charts.smooth(noisy, 3) == pytest.approx([1.5, 1.0, 2.0, 1.0, 2.0, 1.0, 1.5])
+
+
+def test_a_reward_source_may_have_any_name() -> None:
+    rows = [{"step": 1, "rewards/\u0001<b>&$/mean": 0.5, "rewards/\ud800\u202e/mean": 0.1}]
+    drawn = "".join(map(str, curves.curves(rows)))
+    assert "Reward source ⟨U+0001⟩&lt;b&gt;&amp;$, mean" in drawn
+    assert "⟨U+D800⟩⟨U+202E⟩" in drawn
