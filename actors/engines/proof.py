@@ -16,7 +16,7 @@ import torch
 from cluster.contracts.errors import WeightMismatch
 from cluster.weights.manifest import checksums
 
-_CHUNK = {"cpu": 1 << 15}  # numbers at a time: their 64-bit images stay in a CPU's cache
+_CHUNK = {"cpu": 1 << 16}  # numbers at a time: their 64-bit images stay in a CPU's cache
 _CHUNK_ELSEWHERE = 1 << 24  # bounds the extra memory on a device
 _SQUARE, _PLAIN = 0x9E3779B97F4A7C14, 0xC2B2AE3D27D4EB4F  # even and odd, see `number_sum`
 
