@@ -115,7 +115,7 @@ def decode(engine: Any, rows: list[Row], length: int, temperature: float) -> lis
     """Sampled with the engine's own parameters, but for length, temperature, stop and seed."""
     asked = {}
     for place, row in enumerate(rows):
-        params = engine._sampling(row.seed)
+        params = engine._sampling(f"decode-{place}", row.seed)
         params.temperature = temperature
         params.max_tokens = length
         if row.stop is not None:
