@@ -34,6 +34,7 @@ from cluster.contracts.records import (
     SwapReport,
     WeightManifest,
 )
+from cluster.machine.imports import quick_imports
 
 LOST = (
     RayActorError,
@@ -121,9 +122,11 @@ class RolloutActor:
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         seed = derive_seed(spec.seed, "worker", self._index, self._incarnation)
         settings = replace(spec.engine, seed=seed)
+        with quick_imports():
+            decoder = make_decoder(settings)
         self._worker = RolloutWorker(
             lambda: make_engine(kind, settings),
-            make_decoder(settings),
+            decoder,
             make_receiver(spec.transport, device) if spec.transport else None,
             spec.make_scorer,
             WorkerSettings(

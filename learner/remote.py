@@ -17,6 +17,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from cluster.contracts.errors import AccordError, Fatal, PeerLost, Retryable
 from cluster.contracts.plugins import install
 from cluster.contracts.records import StepInput, StepResult, WeightManifest
+from cluster.machine.imports import quick_imports
 from learner.settings import NODE_HOST, LearnerSettings
 
 T = TypeVar("T")
@@ -58,8 +59,9 @@ class LearnerActor:
 
     def start(self, place: tuple[str, int] | None = None) -> WeightManifest:
         """place: what `open_place` said, for a learner of several processes."""
-        from learner.compute.ranks import SINGLE, join
-        from learner.rl.learner import PPOLearner
+        with quick_imports():
+            from learner.compute.ranks import SINGLE, join
+            from learner.rl.learner import PPOLearner
 
         settings, self._ranks = self._settings, SINGLE
         install(settings.plugins)

@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import ray
 
-from cluster.contracts.config.reward import RewardConfig
+from cluster.contracts.config.reward import RewardConfig, RewardModelSource
 from cluster.contracts.errors import AccordError, Fatal, UserError
 from cluster.contracts.plugins import PluginFile, install, loaded
+from cluster.machine.imports import quick_imports
 from reward_service.client import RewardClient
 from reward_service.security import TlsFiles
 from reward_service.source import ServiceInfo
@@ -189,6 +190,10 @@ class _RewardActor:
     ) -> tuple[str, ServiceInfo] | UserError:
         """Errors of the user are returned, not raised: Ray would wrap and retype them."""
         from reward_service.server import serve
+
+        if any(isinstance(source, RewardModelSource) for source in cfg.sources):
+            with quick_imports():  # of torch and transformers, which the model is loaded with
+                import reward_service.sources.model  # noqa: F401
 
         host = "127.0.0.1" if reach == "machine" else str(ray.util.get_node_ip_address())
         try:

@@ -1,0 +1,40 @@
+"""Importing large libraries in a process of a role, without what no role needs."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def quick_imports() -> Iterator[None]:
+    """Imports within take about a quarter less time; for processes that Accord starts itself.
+
+    The garbage collector rests while a few hundred thousand objects of modules come to life, and
+    never looks at them again.
+
+    ``transformers`` is imported first, with scipy out of its sight: it would load that for losses
+    of object detection, which takes 0.6 s. Afterwards scipy can be imported as usual.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        _import_transformers()
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
+
+
+def _import_transformers() -> None:
+    hidden = "scipy" not in sys.modules and "transformers" not in sys.modules
+    if hidden:
+        sys.modules["scipy"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        import transformers.modeling_utils  # noqa: F401
+    finally:
+        if hidden:
+            del sys.modules["scipy"]
