@@ -78,13 +78,15 @@ def train_policy(
     *,
     cores: CorePlan | None = None,
     callbacks: Sequence[AnyCallback] = (),
+    start: StartLog | None = None,
 ) -> Path:
     """Train; returns the run directory (its ``policy/`` is the result).
 
-    ``cores``: which role runs where, instead of ``core_plan``'s answer.
+    ``cores``: which role runs where, instead of ``core_plan``'s answer. ``start``: of a command
+    that did something before.
     """
     check_callbacks(callbacks, save_rollouts=config.logging.save_rollouts)
-    start = StartLog(reporter)
+    start = start or StartLog(reporter)
     # Before Ray: a mistake in what is read then leaves nothing behind, and is said sooner.
     with start.part(READING):
         resolved = resolve_here(config)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, begin_or_resume
+
+if TYPE_CHECKING:
+    from cluster.contracts.config.train import TrainConfig
+    from cluster.runs.console import Reporter
 
 
 def train(
@@ -19,8 +26,20 @@ def train(
 
     Example: `accord train --resume runs/my-run batch.steps=400`
     """
-    from cluster.assembly.training import resume_training, train_policy
+    from cluster.assembly.training import resume_training
     from cluster.contracts.config.train import TrainConfig
 
     words = (config, overrides, resume, quiet)
-    begin_or_resume(words, "train", TrainConfig, train_policy, resume_training)
+    begin_or_resume(words, "train", TrainConfig, _train_in_own_process, resume_training)
+
+
+def _train_in_own_process(config: TrainConfig, reporter: Reporter) -> Path:
+    """As `accord.train`, but this process is the command's own, so it may import as roles do."""
+    from cluster.assembly.training import train_policy
+    from cluster.machine.imports import quick_imports
+    from cluster.runs.start_log import StartLog
+
+    start = StartLog(reporter)
+    with start.part("torch and transformers"), quick_imports():
+        import learner.models.load  # noqa: F401
+    return train_policy(config, reporter, start=start)
