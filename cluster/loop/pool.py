@@ -1,9 +1,5 @@
 """The rollout workers of a run: who holds which group, who is lost, who may serve.
 
-A worker's life:  starting -> loading weights -> serving -> (draining ->) gone
-                     ^                              |
-                     +------ lost (restart) --------+
-
 A group is leased to one incarnation of one worker. When that is lost, its groups are leased again
 with ``attempt + 1``; what the lost one may still send is refused by its incarnation. A worker
 serves only after it holds the current weights, verified; a late joiner is no special case. A worker
@@ -15,19 +11,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 from cluster.contracts.errors import AccordError, Fatal, Retryable, WeightMismatch
 from cluster.contracts.protocols import Clock, WorkerHandle
 from cluster.contracts.records import Assignment, GroupMeta, Harvest, SwapReport, WeightManifest
 from cluster.loop.leases import CounterSums, LeaseBook
+from cluster.loop.members import Member, Members, Status
 from cluster.loop.settings import PoolSettings
 from cluster.loop.supervision import GiveUp, decide
 
-Status = Literal["starting", "serving", "draining", "gone"]
 EventLog = Callable[..., None]
 Finished = tuple[Harvest, list[GroupMeta]]
 
@@ -35,18 +30,6 @@ Finished = tuple[Harvest, list[GroupMeta]]
 # this often a second, however many they are.
 IDLE_ANSWERS_PER_S = 25
 LONGEST_HARVEST_S = 60.0
-
-
-@dataclass(slots=True)
-class _Member:
-    index: int
-    handle: WorkerHandle
-    status: Status = "starting"
-    version: int = -1
-    losses: list[float] = field(default_factory=list)
-    mismatches: Counter[int] = field(default_factory=Counter)  # by version that did not verify
-    runner: asyncio.Task[None] | None = None
-    swap: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 class WorkerPool:
@@ -65,17 +48,15 @@ class WorkerPool:
         self._clock = clock
         self._event = event
         self._on_swap = on_swap  # worker's name, its report, when it was asked and when it was done
-        self._members: dict[int, _Member] = {}
         self._book = LeaseBook(clock.now)
+        self._members = Members(self._book)
         self._counters = CounterSums()
-        self._statuses: Counter[Status] = Counter()
         self._waiting: list[Assignment] = []  # no serving worker to take them yet
         self._news: list[Finished | BaseException] = []
         self._on_news: Callable[[], None] = lambda: None
         self._manifest: WeightManifest | None = None
         self._first: asyncio.Future[WeightManifest] | None = None  # from the learner's start
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._next_index = 0
         self.restarts = 0
         self.joined = 0
         self.left = 0
@@ -89,20 +70,20 @@ class WorkerPool:
         ``first``: the first published weights. Workers build their engines before they are there.
         """
         self._first = asyncio.ensure_future(first)
-        await asyncio.gather(*(self._join() for _ in range(count)))
+        await asyncio.gather(*(self._join(self._new()) for _ in range(count)))
 
     async def resize(self, count: int) -> None:
         """Add workers, or drain the newest ones, until ``count`` are wanted."""
-        wanted = [m for m in self._members.values() if m.status in ("starting", "serving")]
+        wanted = self._members.those("starting", "serving")
         if count > len(wanted):
-            await asyncio.gather(*(self._try_join() for _ in range(count - len(wanted))))
+            await asyncio.gather(*(self._try_join(self._new()) for _ in range(count - len(wanted))))
         for member in sorted(wanted, key=lambda m: -m.index)[: max(0, len(wanted) - count)]:
             if member.status == "starting":
                 self._not_wanted(member)
                 continue
-            self._become(member, "draining")
+            self._members.become(member, "draining")
             held = len(self._book.holder(member.index).leases)
-            self._event("worker_draining", worker=member.handle.name, leases=held)
+            self._event("worker_draining", worker=member.name, leases=held)
 
     def submit(self, assignments: Sequence[Assignment]) -> None:
         """Lease each group to the serving worker with the fewest samples in hand, and send it.
@@ -132,23 +113,23 @@ class WorkerPool:
     async def broadcast(self, manifest: WeightManifest) -> list[SwapReport]:
         """Bring every serving worker to ``manifest``; returns once all of them hold it."""
         self._manifest = manifest
-        members = [m for m in self._members.values() if m.status in ("serving", "draining")]
+        members = self._members.those("serving", "draining")
         reports = await asyncio.gather(*(self._swap(m, manifest) for m in members))
         return [report for report in reports if report is not None]
 
     async def stop(self) -> None:
-        for member in self._members.values():
-            self._become(member, "gone")
+        for member in self._members:
+            self._members.become(member, "gone")
             if member.runner:
                 member.runner.cancel()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(
-            *(self._stop_quietly(m.handle) for m in self._members.values()), return_exceptions=True
+            *(self._stop_quietly(m.handle) for m in self._members), return_exceptions=True
         )
 
     def count(self, *statuses: Status) -> int:
-        return sum(self._statuses[status] for status in statuses)
+        return self._members.count(*statuses)
 
     @property
     def sent_version(self) -> int | None:
@@ -171,35 +152,31 @@ class WorkerPool:
 
     # -- life of a member -------------------------------------------------------------------------
 
-    async def _try_join(self) -> None:
+    async def _try_join(self, member: Member) -> None:
         """A worker that was asked for in addition and cannot start must not end the run."""
-        index = self._next_index
         try:
-            await self._join()
+            await self._join(member)
         except (AccordError, TimeoutError) as problem:
-            member = self._members[index]
-            self._become(member, "gone")
-            self._event("worker_not_joined", worker=member.handle.name, cause=str(problem))
+            self._members.become(member, "gone")
+            self._event("worker_not_joined", worker=member.name, cause=str(problem))
             await self._stop_quietly(member.handle)
 
-    async def _join(self) -> None:
-        index = self._next_index
-        self._next_index += 1
-        member = _Member(index=index, handle=self._factory(index, 0))
-        self._members[index] = member
-        self._statuses[member.status] += 1
+    def _new(self) -> Member:
+        return self._members.add(self._factory)
+
+    async def _join(self, member: Member) -> None:
         try:
             await self._bring_up(member)
         except WeightMismatch as problem:
             await self._replace(member, problem)
         self.joined += member.status == "serving"
 
-    async def _bring_up(self, member: _Member) -> None:
+    async def _bring_up(self, member: Member) -> None:
         limit = self._settings.start_timeout_s
         try:
             info = await asyncio.wait_for(member.handle.start(), limit)
         except TimeoutError:  # a slow start would be as slow again: no restart
-            raise Fatal(f"{member.handle.name} was not ready within {limit:.0f} s") from None
+            raise Fatal(f"{member.name} was not ready within {limit:.0f} s") from None
         if self._manifest is None:
             assert self._first is not None
             self._manifest = await asyncio.shield(self._first)  # others wait for it, too
@@ -218,14 +195,12 @@ class WorkerPool:
         if member.status != "starting":  # no longer wanted, or the run has ended meanwhile
             await self._stop_quietly(member.handle)
             return
-        self._become(member, "serving")
-        member.runner = asyncio.create_task(self._run(member), name=member.handle.name)
-        self._event(
-            "worker_serving", worker=member.handle.name, version=member.version, **dict(info)
-        )
+        self._members.become(member, "serving")
+        member.runner = asyncio.create_task(self._run(member), name=member.name)
+        self._event("worker_serving", worker=member.name, version=member.version, **dict(info))
         self._place()
 
-    async def _load(self, member: _Member, manifest: WeightManifest) -> SwapReport:
+    async def _load(self, member: Member, manifest: WeightManifest) -> SwapReport:
         async with member.swap:  # a joiner may still be loading when the next broadcast comes
             limit = self._settings.weights_timeout_s
             try:
@@ -240,7 +215,7 @@ class WorkerPool:
             member.version = report.version
             return report
 
-    async def _swap(self, member: _Member, manifest: WeightManifest) -> SwapReport | None:
+    async def _swap(self, member: Member, manifest: WeightManifest) -> SwapReport | None:
         handle, began = member.handle, self._clock.now()
         try:
             report = await self._load(member, manifest)
@@ -251,7 +226,7 @@ class WorkerPool:
         self._on_swap(handle.name, report, began, self._clock.now())
         return report
 
-    async def _run(self, member: _Member) -> None:
+    async def _run(self, member: Member) -> None:
         """Collect one worker's results until it is drained, lost or gone."""
         last, handle = self._clock.now(), member.handle
         holder = self._book.holder(member.index)
@@ -285,17 +260,7 @@ class WorkerPool:
         self._news.append(item)
         self._on_news()
 
-    def _become(self, member: _Member, status: Status) -> None:
-        """The one place where a status changes: counts and leases follow it."""
-        self._statuses[member.status] -= 1
-        self._statuses[status] += 1
-        member.status = status
-        if status == "serving":
-            self._book.open(member.index)
-        else:
-            self._book.close(member.index)
-
-    def _receive(self, member: _Member, harvest: Harvest) -> None:
+    def _receive(self, member: Member, harvest: Harvest) -> None:
         self._counters.report(member.index, harvest.incarnation, harvest.stats)
         done: list[GroupMeta] = []
         again: list[Assignment] = []
@@ -303,7 +268,7 @@ class WorkerPool:
             lease = self._book.take(member.index, meta.group_id, meta.attempt)
             # Taken for lost and leased again meanwhile: training on both would count it twice.
             if lease is None:
-                self._event("stale_result_refused", group=meta.group_id, worker=member.handle.name)
+                self._event("stale_result_refused", group=meta.group_id, worker=member.name)
             elif meta.failure is not None and meta.retryable:
                 self._event("group_retried", group=meta.group_id, cause=meta.failure)
                 if lease.attempt + 1 >= self._settings.max_attempts:
@@ -318,20 +283,20 @@ class WorkerPool:
         if again:
             self.submit(again)
 
-    def _not_wanted(self, member: _Member) -> None:
+    def _not_wanted(self, member: Member) -> None:
         """One that is starting is stopped by whoever starts it, as soon as it could serve."""
-        self._become(member, "gone")
+        self._members.become(member, "gone")
         if member.runner is not None:  # it had served before it was lost
             self.left += 1
-            self._event("worker_left", worker=member.handle.name, cause="lost before")
+            self._event("worker_left", worker=member.name, cause="lost before")
 
-    async def _retire(self, member: _Member) -> None:
-        self._become(member, "gone")
+    async def _retire(self, member: Member) -> None:
+        self._members.become(member, "gone")
         self.left += 1
-        self._event("worker_left", worker=member.handle.name)
+        self._event("worker_left", worker=member.name)
         await self._stop_quietly(member.handle)
 
-    async def _lost(self, member: _Member, problem: BaseException, handle: WorkerHandle) -> None:
+    async def _lost(self, member: Member, problem: BaseException, handle: WorkerHandle) -> None:
         """Release the leases at once, then restart (or give up, which ends the run).
 
         ``handle``: whose failure it is. That of an incarnation already replaced changes nothing.
@@ -340,7 +305,7 @@ class WorkerPool:
         if member.status in ("starting", "gone") or member.handle is not handle:
             return
         leaving = member.status == "draining"
-        self._become(member, "gone" if leaving else "starting")
+        self._members.become(member, "gone" if leaving else "starting")
         member.version = -1
         if member.runner and member.runner is not asyncio.current_task():
             member.runner.cancel()
@@ -349,29 +314,29 @@ class WorkerPool:
         self.submit(orphans)
         if leaving:
             self.left += 1
-            self._event("worker_left", worker=member.handle.name, cause=str(problem))
+            self._event("worker_left", worker=member.name, cause=str(problem))
             await self._stop_quietly(member.handle)
             return
         # On its own, so that nobody (a broadcast, say) waits for a worker that is starting again.
         self._background(self._replace(member, problem, requeued=len(orphans)))
 
-    async def _replace(self, member: _Member, problem: BaseException, requeued: int = 0) -> None:
+    async def _replace(self, member: Member, problem: BaseException, requeued: int = 0) -> None:
         cause = str(problem) or "no answer in time"
         member.losses.append(self._clock.now())
-        self._event("worker_lost", worker=member.handle.name, cause=cause, requeued=requeued)
+        self._event("worker_lost", worker=member.name, cause=cause, requeued=requeued)
         repeated = (
             isinstance(problem, WeightMismatch) and max(member.mismatches.values(), default=0) > 1
         )
         # Ended before its successor starts: both would want the same cores or GPU.
         await self._stop_quietly(member.handle)
         if repeated:
-            raise Fatal(f"{member.handle.name}, replaced, still does not verify: {cause}")
+            raise Fatal(f"{member.name}, replaced, still does not verify: {cause}")
         decision = decide(
             member.losses, self._clock.now(), max_restarts=self._settings.max_restarts
         )
         if isinstance(decision, GiveUp):
-            self._become(member, "gone")
-            raise Fatal(f"{member.handle.name}: {decision.reason}; last cause: {cause}")
+            self._members.become(member, "gone")
+            raise Fatal(f"{member.name}: {decision.reason}; last cause: {cause}")
         await self._clock.sleep(decision.after_s)
         if member.status != "starting":  # no longer wanted
             return
@@ -398,7 +363,7 @@ class WorkerPool:
             member = self._members[index]
             self._background(self._send(member, member.handle, share))
 
-    async def _send(self, member: _Member, handle: WorkerHandle, share: list[Assignment]) -> None:
+    async def _send(self, member: Member, handle: WorkerHandle, share: list[Assignment]) -> None:
         try:
             await handle.submit(share)
         except Retryable as problem:

@@ -1,0 +1,80 @@
+"""The workers of a run as the pool knows them: each one's process, status and history.
+
+A worker's life:  starting -> serving -> (draining ->) gone
+                     ^            |
+                     +-- lost ----+
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cluster.contracts.protocols import WorkerHandle
+from cluster.loop.leases import LeaseBook
+
+Status = Literal["starting", "serving", "draining", "gone"]
+
+
+@dataclass(slots=True)
+class Member:
+    """One worker over all its incarnations; ``handle`` is the process it has now."""
+
+    index: int
+    handle: WorkerHandle
+    status: Status = "starting"
+    version: int = -1  # of the weights it holds; -1: none that were verified
+    losses: list[float] = field(default_factory=list)  # when, in seconds of the pool's clock
+    mismatches: Counter[int] = field(default_factory=Counter)  # by version that did not verify
+    runner: asyncio.Task[None] | None = None  # collects its results
+    swap: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+    @property
+    def name(self) -> str:
+        return self.handle.name
+
+
+class Members:
+    """All that there ever were, in order. Nothing else changes a status, so that the counts and
+    the lease book, which gives groups to serving members only, always agree with it."""
+
+    def __init__(self, book: LeaseBook) -> None:
+        self._book = book
+        self._all: list[Member] = []
+        self._counts: Counter[Status] = Counter()
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def __getitem__(self, index: int) -> Member:
+        return self._all[index]
+
+    def add(self, factory: Callable[[int, int], WorkerHandle]) -> Member:
+        """A new member, whose first process begins to start."""
+        index = len(self._all)
+        member = Member(index=index, handle=factory(index, 0))
+        self._all.append(member)
+        self._counts[member.status] += 1
+        return member
+
+    def become(self, member: Member, status: Status) -> None:
+        self._counts[member.status] -= 1
+        self._counts[status] += 1
+        member.status = status
+        if status == "serving":
+            self._book.open(member.index)
+        else:
+            self._book.close(member.index)
+
+    def those(self, *statuses: Status) -> list[Member]:
+        return [member for member in self._all if member.status in statuses]
+
+    def count(self, *statuses: Status) -> int:
+        """Costs the same with any number of members."""
+        return sum(self._counts[status] for status in statuses)
