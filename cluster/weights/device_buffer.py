@@ -75,6 +75,7 @@ def _mixed_sum(tensor: Tensor) -> Tensor:
     if words.numel() % 4 == 0:
         words = words.view(torch.int32)
     total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    # In chunks, as int64 copies of all words at once would take twice the weights' memory.
     for start in range(0, words.numel(), _CHUNK):
         part = words[start : start + _CHUNK].to(torch.int64) + 1
         place = torch.arange(start, start + part.numel(), dtype=torch.int64, device=flat.device)

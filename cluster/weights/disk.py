@@ -41,6 +41,8 @@ class DiskPublisher:
     ) -> WeightManifest:
         self._directory.mkdir(parents=True, exist_ok=True)
         final = self._directory / f"v{version:06d}"
+        # Hidden and unique: `retain` and readers look for `v*` only, and what a killed writer has
+        # left never collides with a new one.
         aside = self._directory / f".writing-{uuid.uuid4().hex}"
         aside.mkdir()
         try:
@@ -51,6 +53,7 @@ class DiskPublisher:
             (aside / INDEX).write_text(json.dumps(names), encoding="utf-8")
             if final.exists():  # published before a crash, and now again
                 shutil.rmtree(final)
+            # A rename is atomic within a directory: a reader sees the whole version or none.
             os.replace(aside, final)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
@@ -84,9 +87,11 @@ class DiskReceiver:
         try:
             names = json.loads((directory / INDEX).read_text(encoding="utf-8"))
             return {
+                # Mapped, not read: several workers of a machine share one copy in the page cache.
                 name: np.load(directory / file, mmap_mode="r", allow_pickle=False)
                 for name, file in names.items()
             }
+        # A version that is let go of while it is read looks torn; the folder tells which it was.
         except (OSError, ValueError, EOFError) as problem:
             if not directory.is_dir():
                 raise Retryable(

@@ -88,6 +88,7 @@ def build_manifest(
 
 def check_order(current: int, manifest: WeightManifest) -> None:
     """Refuse an update that is not newer than ``current``: a duplicate, or one that came late."""
+    # Never backwards: tokens would be labelled with a version older than the one before them.
     if manifest.version <= current:
         kind = "again" if manifest.version == current else "after a newer one"
         raise WeightMismatch(
@@ -101,6 +102,7 @@ def verify_arrays(manifest: WeightManifest, arrays: Mapping[str, Any]) -> None:
     That the numbers are finite is checked once, by the learner before it publishes.
     """
     expected = {entry.name: entry for entry in manifest.tensors}
+    # Names, shapes and sizes before checksums: they are free, and say more of what is wrong.
     if len(expected) != len(manifest.tensors):
         raise WeightMismatch(f"the manifest of version {manifest.version} names a tensor twice")
     if not expected:

@@ -33,6 +33,7 @@ class ObjectStorePublisher:
         canary: Canary,
     ) -> WeightManifest:
         """Copy ``arrays`` into the object store. They may be reused after the return."""
+        # In one dict and so one object: a worker fetches an update with one request.
         plain = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         ref = ray.put(plain)
         self._alive[version] = ref
@@ -62,6 +63,8 @@ class ObjectStoreReceiver:
                 f"weights of version {manifest.version} not in the object store within "
                 f"{self._timeout_s:.0f} s"
             ) from None
+        # Also when the learner's node is gone: its objects are lost with it, and a new learner
+        # publishes anew.
         except RayError as problem:
             raise Retryable(f"weights of version {manifest.version} are lost: {problem}") from None
         if not isinstance(arrays, dict):

@@ -44,6 +44,7 @@ class SharedDevicePublisher:
         snapshot = pack(arrays, spare)
         if snapshot.is_cuda:  # the other process reads on a stream of its own
             torch.cuda.current_stream(snapshot.device).synchronize()
+        # Only when it is whole, so that no handle of a half written buffer can be handed out.
         self._snapshots[version] = snapshot
         return build_manifest(arrays, dtypes, version, canary, NAME, _handle(snapshot))
 
@@ -77,6 +78,8 @@ class SharedDeviceReceiver:
                 raise Retryable(
                     f"weights of version {manifest.version} cannot be mapped: {problem}"
                 ) from None
+            # A mapping costs milliseconds, so old ones are kept; but each holds the publisher's
+            # memory in place, which it could not free otherwise.
             while len(self._mapped) > 16:
                 self._mapped.popitem(last=False)
         try:

@@ -45,6 +45,7 @@ class PublisherOptions:
 
 def make_publisher(word: str, options: PublisherOptions) -> Publisher:
     """The learner's end of the transport that `weights.transport` names."""
+    # The registry first: it also says, in one message, when there is no such transport.
     plugin = WEIGHT_TRANSPORTS[word].publisher
     made: Publisher = (plugin or _module(word).publisher)(options)
     return made
@@ -59,4 +60,5 @@ def make_receiver(word: str, device: str) -> Receiver:
 
 def _module(word: str) -> Any:
     """Imported here, so that only the transport in use is loaded (torch, ray)."""
+    # The word is one of the registry, so nothing but these modules can be imported by it.
     return importlib.import_module(f"cluster.weights.{word}")

@@ -59,9 +59,11 @@ def save_state(state: TrainerState, directory: str | Path) -> None:
     """
     networks = state.networks
     keep = networks.ranks.first
+    # The other ranks hold the same, or are needed below to gather what is sharded.
     if not keep and not networks.sharded:
         return
     root = Path(directory)
+    # Whole weights are written by transformers from the model itself, without a copy.
     policy = _plain(networks.policy.state_dict(), keep) if networks.sharded else None
     value = None if networks.value is None else _plain(networks.value.state_dict(), keep)
     moments = {
@@ -70,6 +72,7 @@ def save_state(state: TrainerState, directory: str | Path) -> None:
     }
     if not keep:
         return
+    # Nothing is written before everything is gathered: a rank that dies leaves no half a file.
     root.mkdir(parents=True, exist_ok=True)
     if policy is not None:
         policy = _tied_again(policy, networks.policy)
@@ -78,6 +81,7 @@ def save_state(state: TrainerState, directory: str | Path) -> None:
         save_file(value, root / "value.safetensors")
     described = {}
     for name, (optimizer, skips) in _optimizers(state.optimizers).items():
+        # Popped, so that the copy of these moments is freed before the next is written.
         save_file(moments.pop(name), root / f"optimizer_{name}.safetensors")
         described[name] = {
             "param_groups": optimizer.state_dict()["param_groups"],
@@ -95,6 +99,7 @@ def save_state(state: TrainerState, directory: str | Path) -> None:
     }
     text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
     (root / "trainer.json").write_text(text, encoding="utf-8")
+    # The caller renames the directory next: the name must not reach the disk before the data.
     _sync(root)
 
 
@@ -107,6 +112,7 @@ def restore_state(state: TrainerState, directory: str | Path) -> None:
     root = Path(directory)
     try:
         trainer = json.loads((root / "trainer.json").read_text(encoding="utf-8"))
+        # Before anything is overwritten: settings that do not fit leave the state as it was built.
         _check_fits(trainer, state, root)
         _restore_policy(state.networks.policy, root)
         if state.networks.value is not None:
@@ -115,6 +121,7 @@ def restore_state(state: TrainerState, directory: str | Path) -> None:
             _restore_optimizer(optimizer, skips, trainer["optimizers"][name], root, name)
         kl = {key: value for key, value in trainer["kl"].items() if key != "controller"}
         state.kl.load_state_dict(kl)
+        # After the networks, whose loading may draw random numbers.
         _set_random_states(load_file(root / "rng.safetensors"))
         state.version = int(trainer["version"])
         state.canary_ids = tuple(trainer["canary_ids"])
@@ -180,6 +187,7 @@ def _restore_optimizer(
     root: Path,
     name: str,
 ) -> None:
+    # torch numbers parameters across groups in this order, in the file as here.
     params = [p for group in optimizer.param_groups for p in group["params"]]
     moments: dict[int, dict[str, Tensor]] = {}
     for key, value in load_file(root / f"optimizer_{name}.safetensors").items():
@@ -188,6 +196,7 @@ def _restore_optimizer(
         if value.shape == param.shape:  # not the count of steps
             value = split_like(value, param)
         moments.setdefault(int(index), {})[part] = value
+    # JSON has no tuples; a resumed optimiser holds what a fresh one does.
     groups = [{**group, "betas": tuple(group["betas"])} for group in described["param_groups"]]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
     skips.total, skips.in_a_row = described["skipped"], described["skipped_in_a_row"]
@@ -198,6 +207,7 @@ def _plain(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     on a rank that does not keep them."""
     copies = {}
     for name, tensor in tensors.items():
+        # On every rank and in the same order, since it is a collective where tensors are sharded.
         full = whole(tensor.detach())
         if keep:
             copies[name] = full.to("cpu", copy=True).contiguous()

@@ -20,6 +20,7 @@ def chosen_loss(algorithm: AlgorithmConfig) -> Callable[..., LossTerms]:
     word = algorithm.loss
     loss = POLICY_LOSSES[word]
     function = _function(POLICY_LOSSES, word, loss.function, BUILT_IN_LOSSES)
+    # Bound once per update, not looked up for each microbatch.
     return partial(function, **_options(algorithm, loss.options, algorithm.loss_options))
 
 

@@ -157,8 +157,10 @@ def build_experience(
         proximal = proximal_of(
             passes.policy, passes.ref_logp, tokens.behaviour_logp, tokens.mask, settings
         )
+    # Float64, as scored: metrics report what the reward service said.
     scores = torch.from_numpy(batch.scores.astype(np.float64)).to(device)
     terminal = terminal_scores(scores, tokens.truncated, algorithm)
+    # With the KL in the reward the passes are never "inline", so it is measured by now.
     kl = proximal.kl if isinstance(proximal, Proximal) else None
     in_reward = kl if algorithm.kl.place == "reward" else None
     rewards = token_rewards(terminal, in_reward, tokens.mask, algorithm, plan.kl_coef)
@@ -204,6 +206,7 @@ def proximal_of(
     settings: LearnerSettings,
 ) -> Proximal:
     """What follows from a pass of the proximal policy. Raises Fatal for one that is not finite."""
+    # Here and not at the optimiser: an infinite one would hide in a clamped ratio.
     _require_finite({"policy log-probabilities": policy.logp})
     kl = None if ref_logp is None else k1(policy.logp, ref_logp).where(mask, 0.0)
     staleness = settings.staleness
@@ -240,10 +243,12 @@ def batch_trains(batch: RolloutBatch, algorithm: AlgorithmConfig) -> bool:
 
 def token_ages(batch: RolloutBatch, version: int, bound: int, width: int) -> Tensor:
     """int64 [B, width]: learner steps between sampling each token and now, 0 at padding."""
+    # Counted by token: a completion may have begun under older weights than it ended with.
     ages = version - batch.versions.values
     if len(ages) and (ages.max() > bound or ages.min() < 0):
         worst = int(ages.max()) if ages.max() > bound else int(ages.min())
         at = int(np.flatnonzero(ages == worst)[0])
+        # Which row holds it, so that the message names a group that can be looked for.
         row = int(np.searchsorted(batch.versions.offsets, at, side="right")) - 1
         problem = f"older than the bound {bound}" if worst > bound else "from a future version"
         raise Fatal(
@@ -271,6 +276,7 @@ def token_rewards(
 ) -> Tensor:
     """float32 [B, R]: -kl_coef * k1 on each token (kl: None where the KL is not in the reward),
     plus the terminal score on the last one; scaled to unit variance over the batch if asked for."""
+    # Zeros instead of a branch: rewards are then the same sum whether a reference is there.
     penalty = torch.zeros_like(mask, dtype=torch.float32) if kl is None else kl
     rewards = terminal_rewards(terminal.float(), penalty, mask, kl_coef)
     return whiten(rewards, mask, shift_mean=False) if algorithm.whiten_rewards else rewards

@@ -35,11 +35,13 @@ class TrunkFlops:
     def of(cls, trunk: nn.Module, config: Any) -> TrunkFlops:
         text = config.get_text_config()
         size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        # Norms, biases and rotary tables are left out: they are below one percent of the work.
         linear = (m.weight.numel() for m in trunk.modules() if isinstance(m, nn.Linear))
         return cls(sum(linear), text.num_hidden_layers * text.num_attention_heads * size)
 
     def forward(self, batch: RolloutBatch) -> float:
         """FLOPs of one forward pass over all samples."""
+        # A causal token attends to half of its row on average: 4 * l^2 / 2 for both products.
         lengths = batch.lengths.astype(float)
         return float(2 * self.weights * lengths.sum() + 2 * self.attention * (lengths**2).sum())
 
@@ -53,6 +55,7 @@ def step_flops(
     trunk = TrunkFlops.of(networks.policy.base_model, networks.policy.config)
     answers = float(batch.response_ids.lengths.sum())
     policy = trunk.forward(batch) + 2.0 * lm_head(networks.policy).weight.numel() * answers
+    # Backward costs twice the forward pass: gradients of inputs and of weights.
     trained = 1.0 if value_only else 3.0
     measured = float(learner.epochs * learner.minibatches > 1)
     passes = trained * learner.epochs + measured
@@ -74,6 +77,7 @@ def matrix_peak(compute_dtype: str, device: torch.device) -> float:
     dtype = getattr(torch, compute_dtype)
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     _timed(a, b)
+    # After one that is not counted: the first call chooses kernels and touches the memory.
     took, until = [_timed(a, b)], time.perf_counter() + _PROBE_S
     while time.perf_counter() < until:
         took.append(_timed(a, b))

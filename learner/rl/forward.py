@@ -52,6 +52,7 @@ class Microbatch:
     def spread(self, flat: Tensor) -> Tensor:
         """[N] numbers of answer tokens -> [b, width], zero elsewhere; keeps the gradient."""
         rows = len(self.rows)
+        # Out of place, so that the gradient of `flat` comes through.
         empty = torch.zeros(rows * self.width, dtype=flat.dtype, device=flat.device)
         return empty.index_copy(0, self.targets, flat).view(rows, self.width)
 
@@ -61,6 +62,8 @@ class Microbatch:
 
     def put(self, full: Tensor, part: Tensor) -> None:
         """Write [b, width] numbers into a step's [B, R] tensor, without gradient."""
+        # A microbatch that only keeps another rank company belongs to that rank, which writes it:
+        # ranks add these tensors up, so a second copy would double its numbers.
         if not self.counts:
             return
         full[self.rows, : self.width] = part.detach().to(full.dtype)
@@ -123,10 +126,13 @@ class Networks:
         if self.value is None:
             raise ValueError("this learner has no value network")
         with compute_in(self.compute_dtype, self.device):
+            # A shared head reads the hidden states that the policy's own pass has made already.
             if self.shared:
                 every = self.value(hidden)
             else:
                 every = self.value(micro.input_ids, micro.attention_mask, micro.spans)
+        # Float32 before anything is subtracted: a value's error in bfloat16 is larger than most
+        # advantages. Flat, so that padded and packed rows are indexed alike.
         flat = every.float().reshape(-1)
         return micro.spread(flat.index_select(0, micro.sources)), flat.index_select(0, micro.ends)
 
@@ -153,11 +159,14 @@ class Microbatches:
 
     def of(self, rows: Sequence[int]) -> list[Microbatch]:
         """This rank's microbatches of these rows, longest samples first."""
+        # The order of rows is part of the key: it decides which row of a tensor is whose.
         key = tuple(rows)
         if key not in self._made:
             make: Callable[..., Microbatch] = make_pack if self._packed else make_microbatch
             lengths = self._batch.lengths[list(rows)].tolist()
             plan = plan_microbatches(lengths, self._budget, packed=self._packed)
+            # Every rank makes the whole plan and takes its share of it: the cut, and with it the
+            # result but for the order of sums, does not depend on how many there are.
             share = self._ranks.deal(plan, lambda chosen: sum(lengths[index] for index in chosen))
             made = [
                 (make(self._batch, [rows[index] for index in chosen], self._device), counts)
@@ -177,6 +186,7 @@ def make_microbatch(
     lengths = starts + counts
     longest = int(lengths.max())
     real = np.arange(longest) < lengths[:, None]
+    # Any id would do at padding: the attention mask hides it, and no loss looks there.
     ids = np.zeros((len(rows), longest), dtype=np.int64)
     ids[real] = _joined(prompts, answers)
     begins = np.arange(len(rows)) * longest
@@ -191,6 +201,7 @@ def make_pack(batch: RolloutBatch, rows: Sequence[int], device: torch.device | s
     answers = [batch.response_ids.row(row) for row in rows]
     starts, counts = _lengths(prompts), _lengths(answers)
     ids = _joined(prompts, answers).astype(np.int64)[None]
+    # Attention follows the spans: without them the samples of a pack would see each other.
     spans = Spans.of(starts + counts, device)
     begins = np.cumsum(starts + counts) - (starts + counts)
     mask = np.ones_like(ids)
@@ -207,6 +218,7 @@ def _token_sets(
         return None
     bounds = batch.response_ids.offsets
     set_of = np.concatenate([sampled.set_of[bounds[row] : bounds[row + 1]] for row in rows])
+    # Only sets that this microbatch uses travel to the device, numbered anew from 0.
     used, place = np.unique(set_of[set_of >= 0], return_inverse=True)
     if len(used) == 0:
         return None
@@ -238,6 +250,7 @@ def _microbatch(
         "rows": np.asarray(rows, dtype=np.int64),
         "input_ids": ids_and_mask[0],
         "attention_mask": ids_and_mask[1],
+        # One less than the token's own position: hidden state t predicts token t + 1.
         "sources": np.repeat(begins + starts, counts) - 1 + at,
         "labels": np.concatenate(answers).astype(np.int64),
         "targets": np.repeat(np.arange(len(rows)) * width, counts) + at,
@@ -285,8 +298,12 @@ def _outputs(
     entropy: bool,
     entropy_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
+    # The head is outside: it casts by itself, and its logits have to be float32 to agree with
+    # the engine's log-probabilities.
     with compute_in(compute_dtype, micro.input_ids.device):
         hidden = hidden_states(policy, micro.input_ids, micro.attention_mask, micro.spans)
+    # Prompt and padding positions are dropped before the head: with a vocabulary of 150,000 the
+    # head costs as much as many layers, and its logits more memory than the rest of the pass.
     chosen = hidden.reshape(-1, hidden.shape[-1]).index_select(0, micro.sources)
     logp, spread = lm_head(policy).logprobs(
         chosen,

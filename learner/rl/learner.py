@@ -66,7 +66,9 @@ class PPOLearner:
         Raises UserError for models or settings that cannot work.
         """
         settings = self.settings
+        # Threads and determinism are the process's: they are set before the first kernel runs.
         prepare_torch(self._threads, deterministic=settings.learner.deterministic)
+        # Models with code of their own may draw random numbers when they are built or run.
         torch.manual_seed(settings.seed)
         networks, tokenizer = build_networks(settings, self._ranks)
         self._state = TrainerState(
@@ -78,6 +80,7 @@ class PPOLearner:
             canary_ids=canary_tokens(networks.policy_root, settings.canary_prompt),
         )
         self._peak = matrix_peak(settings.model.dtype, networks.device) * self._ranks.size
+        # After the canary's tokens: a checkpoint brings those of its run's start.
         if settings.resume_from is not None:
             self.restore(settings.resume_from)
         if self._publisher is None and self._ranks.first:
@@ -95,10 +98,13 @@ class PPOLearner:
         """
         began, cpu_began = time.perf_counter(), time.process_time()
         state, settings = self.state, self.settings
+        # One step makes one version. A step asked for twice would train twice on the same groups.
         if batch.step != state.version:
             raise Fatal(f"step {batch.step} was asked of a learner at version {state.version}")
         if self._writer is not None:
             self._writer.flush()
+        # Nothing has been changed before this line: a payload that cannot be read leaves a learner
+        # that can be asked for the same step again.
         tables = [_as_table(payload) for payload in batch.payloads]
         rollouts = read_batch(tables, batch.group_ids, settings.batch.samples_per_prompt)
         plan = StepPlan(
@@ -111,13 +117,17 @@ class PPOLearner:
         in_reward = settings.algorithm.kl.place == "reward"
         metrics += experience_metrics(experience, update.proximal, plan.kl_coef, in_reward)
         state.version += 1
+        # The record of a step holds the digests on both sides of it, so that a replay can tell a
+        # wrong start from a wrong step.
         before = self._digest
         publish_began = time.perf_counter()
         manifest = self._publish(retained={batch.step, batch.sending})
         metrics.append(last("time/publish", time.perf_counter() - publish_began))
         if self._writer is not None:
             record = step_record(settings, batch.step, before, manifest)
+            # Only after publishing: a step whose weights nobody has got leaves no rollouts file.
             self._writer.write(batch.step, attach(rollouts.table, record))
+        # After publishing: what a step costs includes its weights.
         wall = time.perf_counter() - began
         cpu = self._ranks.total(time.process_time() - cpu_began, state.networks.device)
         metrics += _speed(rollouts, wall, cpu)
@@ -182,6 +192,8 @@ class PPOLearner:
         """retained: the older versions that a worker may still ask for."""
         state, settings, networks = self.state, self.settings, self.state.networks
         dtype, first = settings.rollout_dtype, self._ranks.first
+        # With whole weights the first rank has all it needs. Sharded ones have to be gathered, and
+        # a rank that left here would leave the others waiting in the gather.
         if not first and not networks.sharded:
             return _nothing(state.version)
         on_device = self._publisher is not None and self._publisher.on_device

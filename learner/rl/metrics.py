@@ -42,6 +42,7 @@ def _objective(
 ) -> list[Metric]:
     answers, tokens = len(experience), float(experience.mask.sum())
     scores = float(experience.scores.sum())
+    # Sums and counts, not means: metrics of several steps or ranks merge by adding both.
     penalty = 0.0
     found = [
         mean("objective/scores", scores, answers),
@@ -55,6 +56,8 @@ def _objective(
             mean("objective/kl_per_token", kl, tokens),
             last("objective/kl_coef", kl_coef),
         ]
+    # What was placed differs from the score by penalties for a missing end, and is part of what
+    # is maximised, so both count as rewards that are no score.
     placed = float(experience.terminal.sum())
     return [
         *found,
@@ -67,6 +70,7 @@ def _values(experience: Experience) -> list[Metric]:
     if experience.values is None or experience.returns is None:
         return []
     mask = experience.mask
+    # Float64: the variance is a difference of two large numbers.
     values, returns = experience.values[mask].double(), experience.returns[mask].double()
     error = returns - values
     explained = explained_variance(
@@ -83,6 +87,7 @@ def _values(experience: Experience) -> list[Metric]:
 def _rewards(batch: RolloutBatch) -> list[Metric]:
     scores = batch.scores
     _, group = np.unique(batch.group_ids, return_inverse=True)
+    # Without a sort or a loop over groups: smallest and largest score of each, at once.
     low = np.full(group.max() + 1, np.inf)
     high = -low
     np.minimum.at(low, group, scores)
@@ -91,9 +96,11 @@ def _rewards(batch: RolloutBatch) -> list[Metric]:
         *_mean_std("rewards", scores),
         smallest("rewards/min", float(scores.min())),
         largest("rewards/max", float(scores.max())),
+        # Groups with equal scores give group methods nothing to learn from.
         mean("rewards/zero_std_frac", float((low == high).sum()), len(low)),
     ]
     for name, part in batch.parts.items():
+        # A part is missing (NaN) where a source of this name did not score the row.
         found += _mean_std(f"rewards/{name}", part[np.isfinite(part)])
     return found
 
@@ -135,6 +142,7 @@ def _sampling(experience: Experience, proximal: Proximal) -> list[Metric]:
     difference = (proximal.logp - experience.behaviour_logp).where(mask, 0.0).double()
     found = [mean("sampling/logp_diff_all_mean", float(difference.abs().sum()), float(mask.sum()))]
     current = mask & (experience.age == 0)
+    # The engine may be a version behind by design: its own error shows at equal weights only.
     count = float(current.sum())
     if count == 0:
         return found

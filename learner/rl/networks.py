@@ -35,6 +35,8 @@ def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Ne
     device = _device(learner)
     policy = load_policy(settings.model).to(device)
     tokenizer = load_tokenizer(settings.model)
+    # The reference is copied before anything is wrapped, compiled or sharded: copies of those
+    # would share state with the policy.
     reference = None
     if _wants_reference(settings):
         reference = _reference(settings, policy).to(device).requires_grad_(False)
@@ -43,6 +45,7 @@ def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Ne
         _checkpoint_gradients(policy)
         if isinstance(value, ValueModel):
             _checkpoint_gradients(value.trunk)
+    # In place, after checkpointing is switched on: what is compiled is what will run.
     if learner.compile:
         _compile(policy, reference, value)
     packed = choose_layout(learner.packing, device, settings.model.dtype, policy)
@@ -59,6 +62,7 @@ def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Ne
         packed=packed,
         ranks=ranks,
     )
+    # Last: from here on parameters are no longer whole tensors.
     if ranks.size > 1 and learner.sharding == "fsdp2":
         _shard(networks)
     return networks, tokenizer
@@ -75,6 +79,8 @@ def build_optimizers(networks: Networks, learner: LearnerConfig) -> Optimizers:
     if not networks.shared:
         own = make_optimizer(networks.value.parameters(), value_lr, *rest)
         return Optimizers(policy=policy, value=own)
+    # In the policy's optimiser, because one backward pass gives both gradients and one clip
+    # limits them together; `initial_lr` is what a schedule's factor multiplies.
     head = list(networks.value.parameters())
     policy.add_param_group(
         {"params": head, "lr": value_lr, "initial_lr": value_lr, "weight_decay": 0.0}
@@ -114,10 +120,12 @@ def _wants_reference(settings: LearnerSettings) -> bool:
 
 def _reference(settings: LearnerSettings, policy: Any) -> Any:
     path = settings.learner.reference_path
+    # The starting policy as it is in memory: reading the files again could give other weights.
     if path is None:
         return copy.deepcopy(policy)
     trusted = settings.model.trust_remote_code
     reference = load_policy(ModelConfig(path=path, trust_remote_code=trusted))
+    # Log-probabilities of two vocabularies cannot be subtracted, whatever their tokens are.
     ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, reference))
     if ours != theirs:
         raise UserError(
@@ -150,6 +158,7 @@ def _value(settings: LearnerSettings, policy: Any, tokenizer: Any) -> tuple[nn.M
 
 
 def _shard(networks: Networks) -> None:
+    # Layer by layer: what is gathered at a time is one layer, not the model.
     layers = networks.policy.config.get_text_config().num_hidden_layers
     networks.roots["policy"] = shard_model(networks.policy, networks.policy.base_model, layers)
     if networks.reference is not None:
@@ -169,12 +178,15 @@ def _compile(policy: Any, reference: Any | None, value: nn.Module | None) -> Non
     if isinstance(value, ValueModel):
         trunks.append(value.trunk)
     for trunk in trunks:
+        # Rows differ in length with every microbatch; compiled for each shape it would never end.
         trunk.compile(dynamic=True)
 
 
 def _checkpoint_gradients(model: Any) -> None:
     """transformers recomputes activations in training mode only, so dropout goes to 0 instead."""
     for module in model.modules():
+        # Dropout would also make old and new log-probabilities differ at equal weights, and every
+        # ratio with them.
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):

@@ -68,12 +68,15 @@ class Objective:
         mask = micro.cut(experience.loss_mask)
         prox = self._proximal(experience, micro, out)
         advantages = micro.cut(experience.advantages)
+        # Per token and not reduced: the weights of older samples have to be multiplied in first.
         terms = self._loss(out.logp, prox.logp, advantages, mask)
         # The ORIGINAL mask stays the denominator, whatever the correction drops: dividing by the
         # tokens that are left would give them more weight the more others are dropped.
         policy = self._reduce(terms.losses * prox.importance, mask, part)
         loss = policy
         count = mask.sum()
+        # `policy` is a part of the minibatch's mean already; its weight among the microbatches is
+        # its share of the tokens.
         share = count.double() / part.tokens
         meter.mean("policy/loss", policy, share)
         named = {_RENAMED.get(name, name): found for name, found in terms.metrics.items()}

@@ -24,6 +24,7 @@ HostArray = np.ndarray[Any, np.dtype[Any]]
 def published_tensors(policy: Any) -> dict[str, Tensor]:
     """Parameters under their Hugging Face names, a tied one once, and persistent buffers."""
     tensors = dict(policy.named_parameters())
+    # Buffers that are not saved (rotary tables, say) are computed by the engine itself.
     kept = policy.state_dict().keys()
     tensors.update({name: b for name, b in policy.named_buffers() if name in kept})
     return tensors
@@ -41,8 +42,11 @@ def host_arrays(
     """
     arrays, dtypes = {}, {}
     for name, tensor in _finite_tensors(policy):
+        # Not before: the loop is what gathers the next sharded tensor, on all ranks together.
         if not keep:
             continue
+        # Rounded here, once: learner and engine have to hold the same bits, or the checksums of
+        # what the engine decodes with would not be those of what was published.
         host = tensor.to("cpu", getattr(torch, dtype)).contiguous()
         arrays[name] = host.view(torch.uint16).numpy() if dtype == "bfloat16" else host.numpy()
         dtypes[name] = dtype
@@ -62,6 +66,7 @@ def device_tensors(
 def _finite_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
     """`published_tensors`, each whole and checked. Raises Fatal for one that is not finite."""
     named = {name: tensor.detach() for name, tensor in published_tensors(policy).items()}
+    # All at once where they are whole, which is one look at the device instead of hundreds.
     if not any(is_sharded(tensor) for tensor in named.values()):
         _require_finite(named)
         yield from named.items()
@@ -80,6 +85,7 @@ def _require_finite(named: dict[str, Tensor]) -> None:
     floats = {n: t for n, t in named.items() if t.is_floating_point()}
     norms = torch.stack([x.float() for x in torch._foreach_norm(list(floats.values()))]).tolist()
     for (name, tensor), norm in zip(floats.items(), norms, strict=True):
+        # Squares of finite numbers may overflow, so a norm that is not finite proves nothing yet.
         if not math.isfinite(norm) and not bool(torch.isfinite(tensor).all()):
             raise Fatal(f"the policy's tensor {name!r} is not finite after the update")
 
@@ -98,6 +104,7 @@ def canary_tokens(policy: Any, prompt: Sequence[int]) -> tuple[int, ...]:
             where="data.prompts",
             fix="tokenise the prompts with the policy's own tokenizer",
         )
+    # The policy's own continuation, not random tokens: it lies where the policy is used.
     while len(ids) < CANARY_TOKENS:
         row = torch.tensor([ids], device=head.weight.device)
         ids.append(int(call(policy, _last_logits, row).argmax()))
@@ -132,6 +139,7 @@ def _rounded(policy: Any, dtype: str) -> Iterator[None]:
         with _rounded_parts(policy, dtype):
             yield
         return
+    # References, not copies: rounding makes new tensors and the exact ones stay as they were.
     exact = [(p, p.data) for p in policy.parameters()]
     try:
         for parameter, data in exact:
@@ -146,6 +154,7 @@ def _rounded(policy: Any, dtype: str) -> Iterator[None]:
 def _rounded_parts(policy: Gathered, dtype: str) -> Iterator[None]:
     """As `_rounded`, in place: it is this rank's own memory that is gathered."""
     parts = [local(p.detach()) for p in policy.parameters()]
+    # Copied, because the rounding below is written into the parts themselves.
     exact = [part.clone() for part in parts]
     try:
         for part in parts:

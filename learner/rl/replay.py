@@ -76,6 +76,7 @@ def replay_steps(
         threads=first.threads,
     )
     threads = first.threads
+    # Before the first step: with another model every step would differ, and none would say why.
     if weights_digest(learner.start()) != first.before:
         raise UserError(
             "is not the model this run started from",
@@ -86,9 +87,12 @@ def replay_steps(
     try:
         for step in steps:
             record = step.record
+            # Sums over other numbers of threads have other last bits; a run that was resumed on
+            # another machine may have changed them.
             if record.threads != threads:
                 threads = record.threads
                 prepare_torch(threads, deterministic=settings.learner.deterministic)
+            # `batch.steps` may be raised on a resume, and the learning rate's schedule ends at it.
             batch = settings.batch.model_copy(update={"steps": record.total_steps})
             learner.settings = dataclasses.replace(learner.settings, batch=batch)
             _one(learner, step, done, verify)
@@ -108,6 +112,7 @@ def _one(learner: PPOLearner, step: RecordedStep, done: Replayed, verify: bool) 
         result = learner.step(wanted)
     except Fatal as problem:
         raise Differs(f"step {record.step} ({step.path.name}): {problem}") from problem
+    # Reading the file is outside: what is measured is the learner.
     done.seconds += time.perf_counter() - began
     done.tokens += sum(
         len(table.column(name).combine_chunks().flatten()) for name in ("prompt_ids", "token_ids")
@@ -134,6 +139,8 @@ def different_tensor(policy: Any, directory: Path) -> str | None:
     """Name of a tensor that is not the same, bit for bit, in `policy` and in the safetensors files
     of `directory` (one that only one of them has counts), or None. Raises UserError without files.
     """
+    # Compared as bytes: -0.0 equals 0.0 as a number, and NaN nothing, but here they differ or
+    # are the same as bits.
     ours = policy.state_dict()
     seen = set()
     files = sorted(directory.glob("*.safetensors"))
@@ -145,6 +152,7 @@ def different_tensor(policy: Any, directory: Path) -> str | None:
                 seen.add(name)
                 if name not in ours or not _same(ours[name], saved.get_tensor(name)):
                     return name
+    # A tensor that only the policy has is a difference as well.
     return next((name for name, _ in policy.named_parameters() if name not in seen), None)
 
 

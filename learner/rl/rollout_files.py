@@ -24,6 +24,7 @@ class RolloutWriter:
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
+        # One thread: files come to be in the order of steps, so that a gap is a fault, not a delay.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout-writer")
         self._pending: Future[None] | None = None
 
@@ -35,6 +36,7 @@ class RolloutWriter:
 
     def flush(self) -> None:
         """Wait until everything is on disk. Raises Fatal if it cannot be."""
+        # Taken out first: an error is raised once, and does not come again with every later call.
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -55,6 +57,8 @@ class RolloutWriter:
 
 
 def _write(path: Path, table: pa.Table) -> None:
+    # Renamed when it is whole. The process's number keeps a resumed run from writing into what a
+    # killed one has left.
     aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
         pq.write_table(table, aside, compression="zstd", write_page_checksum=True)

@@ -115,12 +115,15 @@ def read_batch(
 
 
 def _select(payloads: Sequence[pa.Table], group_ids: Sequence[int]) -> pa.Table:
+    # A payload is what a worker had finished when it was asked, so it may hold groups of other
+    # steps beside those of this one.
     wanted = pa.array(sorted(set(group_ids)), type=pa.int64())
     if len(wanted) != len(group_ids):
         raise Fatal(f"a step asks for a group twice: {sorted(group_ids)}")
     if not payloads:
         raise Fatal("a step came without any payload")
     chosen = [p.filter(pc.is_in(p.column("group_id"), value_set=wanted)) for p in payloads]
+    # By id and not by arrival: the same groups give the same step, whoever was faster.
     order = [("group_id", "ascending"), ("sample", "ascending")]
     return pa.concat_tables(chosen).sort_by(order).combine_chunks()
 
@@ -130,6 +133,7 @@ def _check_ids(table: pa.Table, group_ids: Sequence[int], samples: int) -> None:
     missing = sorted(set(group_ids) - set(groups.tolist()))
     if missing:
         raise Fatal(f"groups {missing[:8]} of this step are in none of its payloads")
+    # One comparison of whole columns; which groups are wrong is looked for only if it fails.
     expected = np.repeat(np.sort(np.asarray(group_ids, dtype=np.int64)), samples)
     found = table.column("sample").to_numpy()
     right = len(groups) == len(expected) and bool(
@@ -152,9 +156,11 @@ def _ragged(table: pa.Table, name: str) -> Ragged:
     column = table.column(name)
     # A table of one chunk, made by combine_chunks, gives the list buffers without a copy.
     lists = column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
+    # Nulls would silently become zeros in the arrays below.
     if lists.null_count or lists.flatten().null_count:
         raise Fatal(f"the rollouts hold nulls in {name!r}")
     offsets = lists.offsets.to_numpy().astype(np.int64)
+    # Offsets of a slice begin where it does in the parent's buffer, not at 0.
     return Ragged(lists.flatten().to_numpy(), offsets - offsets[0])
 
 
@@ -243,6 +249,7 @@ def _listed(ids: Ragged, sets: Array, tokens: Array) -> Array:
 
 
 def _parts(table: pa.Table) -> dict[str, Array]:
+    # What a row lacks is NaN, which the metrics leave out.
     rows = [json.loads(text) for text in table.column("score_parts").to_pylist()]
     names = sorted({name for row in rows for name in row})
     return {name: np.array([row.get(name, np.nan) for row in rows]) for name in names}
@@ -253,5 +260,6 @@ def _check_rows(batch: RolloutBatch) -> None:
         raise Fatal("rollouts have another number of log-probabilities than of tokens")
     if bool((batch.response_ids.lengths == 0).any() or (batch.prompt_ids.lengths == 0).any()):
         raise Fatal("a rollout has an empty prompt or an empty answer")
+    # One number that is not finite makes every weight of the policy so after the update.
     if not (np.isfinite(batch.behaviour_logp.values).all() and np.isfinite(batch.scores).all()):
         raise Fatal("a rollout has a log-probability or a score that is not finite")
