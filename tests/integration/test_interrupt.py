@@ -103,6 +103,8 @@ def test_training_is_stopped_and_continues_at_the_next_step(world: Any, accord: 
     done = steps(run)
     checkpoint = run / "checkpoints" / f"step-{done[-1]:06d}"
     assert json.loads((checkpoint / "run_state.json").read_text())["step"] == done[-1] == len(done)
+    hint = f"stopped after step {done[-1]}; to continue: accord train --resume {run}"
+    assert hint in command.stderr  # also with --quiet
 
     last = done[-1] + 2
     again = accord.run("train", "--resume", run, f"batch.steps={last}", timeout_s=120)
@@ -110,6 +112,11 @@ def test_training_is_stopped_and_continues_at_the_next_step(world: Any, accord: 
     assert f"resuming at step {done[-1]} of {last}" in again.stderr
     assert again.left() == []
     assert steps(run) == list(range(1, last + 1))
+    first = [row for row in rows(run / "events.jsonl") if row["kind"] == "first_step"]
+    assert [row["step"] for row in first] == [1, done[-1] + 1]
+    assert f"first step done {first[-1]['seconds']:.1f} s after" in again.stderr
+    started = {row["part"] for row in rows(run / "events.jsonl") if row["kind"] == "started"}
+    assert {"Ray", "learner", "reward service", "worker-0", "first batch"} <= started
     assert manifest(run)["status"] == "finished"
     import torch
     from transformers import AutoModelForCausalLM
