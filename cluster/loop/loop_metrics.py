@@ -94,6 +94,7 @@ class Accounts:
 
     def numbers(self, result: StepResult, now: float, standing: Standing) -> dict[str, float]:
         window, pool = self._window, self._pool
+        # Two steps can end in the same moment of a virtual clock.
         wall = max(now - window.started, 1e-9)
         serving = pool.count("serving")
         numbers = {
@@ -127,6 +128,7 @@ class Accounts:
         failed = self._pool.failed_swaps - window.failed_swaps
         numbers: dict[str, float] = {"weight_sync/failed_workers": failed}
         if window.swaps:
+            # The slowest of all workers: admission waits for it.
             numbers |= {
                 "weight_sync/seconds": window.broadcast_s,
                 "weight_sync/pause_s": max(s.pause_s for s in window.swaps),
@@ -144,6 +146,7 @@ class Accounts:
             numbers["rollout/tokens_per_s"] = (
                 generated - before.get("generated_tokens", 0.0)
             ) / wall
+        # Counters arrive with each harvest, so a window may hold a little more or less than its own.
         if "busy_s" in stats:
             busy = stats["busy_s"] - before.get("busy_s", 0.0)
             numbers["perf/rollout_idle_frac"] = min(1.0, max(0.0, 1 - busy / (wall * serving)))

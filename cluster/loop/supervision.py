@@ -24,6 +24,7 @@ def decide(
     Restarts at once the first time, then backs off 1, 2, 4, ... seconds (at most 30). More than
     ``max_restarts`` losses within ``window_s`` means that restarting does not help.
     """
+    # Old losses are forgiven: a run of weeks meets a bad machine now and then.
     recent = [t for t in losses if now - t <= window_s]
     if len(recent) > max_restarts:
         return GiveUp(f"lost {len(recent)} times within {window_s:.0f} s")

@@ -45,6 +45,7 @@ class Timeline:
     def swap(self, worker: str, report: SwapReport, asked: float, served: float) -> None:
         """One worker's weight update, from when it was asked for until it served the version; the
         seconds its generation stood still are among the details."""
+        # Thousands of workers swap at every step: alone they would fill the file within minutes.
         if self._swaps >= MOST_SWAPS:
             self.left_out += 1
             return
