@@ -146,7 +146,7 @@ class Accounts:
             numbers["rollout/tokens_per_s"] = (
                 generated - before.get("generated_tokens", 0.0)
             ) / wall
-        # Counters arrive with each harvest, so a window may hold a little more or less than its own.
+        # Counters come with a harvest, so a window may hold a little more or less than its own.
         if "busy_s" in stats:
             busy = stats["busy_s"] - before.get("busy_s", 0.0)
             numbers["perf/rollout_idle_frac"] = min(1.0, max(0.0, 1 - busy / (wall * serving)))
