@@ -91,7 +91,7 @@ def statements(summary: Mapping[str, Any]) -> list[str]:
 
 
 def table(summary: Mapping[str, Any]) -> str:
-    """The Markdown table of docs/algorithms.md."""
+    """The Markdown table of docs/results.md."""
     lines = [
         "| lag, correction | objective | minus lag 0 | over training, minus lag 0 | gold judge "
         "| minus lag 0 | KL | ESS |",
