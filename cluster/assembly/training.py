@@ -267,8 +267,9 @@ async def _drive(
     )
     stop.bind(controller.request_stop)
     session.reporter.say(f"  {training.cores.describe()}")
-    workers = (f"worker-{index}" for index in range(config.rollout.workers))
-    session.start.begins("learner", "reward service", *workers)
+    workers = [f"worker-{index}" for index in range(config.rollout.workers)]
+    service = ["reward service"] if rewards.service is not None else []
+    session.start.begins("learner", *service, *workers)
     scoring = asyncio.ensure_future(_note_reward_service(rewards, session))
     try:
         if await controller.start():
@@ -276,10 +277,12 @@ async def _drive(
             with session.reporter.stage(algorithm_title(config), config.batch.steps) as stage:
                 sinks.insert(0, stage)
                 await controller.run()
+                _tell_stop(training, controller.step, listeners)
+        else:
+            _tell_stop(training, controller.step, listeners)
     finally:
         scoring.cancel()
         await asyncio.gather(pool.stop(), _stop_learner(learner))
-    _tell_stop(training, controller.step, listeners)
 
 
 def _learner(training: Training) -> Any:
