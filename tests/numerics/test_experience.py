@@ -292,3 +292,23 @@ def test_equal_scores_give_grpo_no_advantage_of_the_size_of_a_score(
     assert float(expected.abs().max()) > 1e-6
     got = experience.advantages[:, 0]
     np.testing.assert_allclose(got.numpy(), expected.numpy(), atol=1e-8, rtol=1e-5)
+
+
+def test_floor_and_veto_of_the_config_bound_the_importance_weights(
+    world: ModuleType, tiny: Path
+) -> None:
+    two_sided = {"correction": "token-mask", "cap": 1.1, "floor": 0.95, "veto": 0.8}
+    networks, made, model = _networks(world, tiny, staleness=two_sided)
+    with torch.no_grad():
+        networks.policy.get_input_embeddings().weight.mul_(3.0)
+    batch = read_batch([world.table_of(world.make_groups(model, seed=2))], [0, 1, 2, 3], 2)
+    weights = _proximal(build_experience(batch, networks, made, _plan(0))).importance.numpy()
+    left_out = kept = vetoed = 0
+    for i, (prompt, answer) in enumerate(_rows(build_experience(batch, networks, made, _plan(0)))):
+        rho = np.exp(_logp(networks.policy, prompt, answer) - batch.behaviour_logp.row(i))
+        inside = (rho >= 0.95) & (rho <= 1.1) & (rho.min() >= 0.8)
+        np.testing.assert_allclose(weights[i, : len(answer)], np.where(inside, rho, 0), rtol=2e-4)
+        left_out, kept = left_out + int((~inside).sum()), kept + int(inside.sum())
+        vetoed += int(rho.min() < 0.8)
+    assert min(left_out, kept, vetoed) > 0
+    assert vetoed < len(batch)

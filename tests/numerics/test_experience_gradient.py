@@ -142,3 +142,23 @@ def test_minibatches_cover_every_sample_once_and_differ_by_epoch_and_step(
             assert sum(part.tokens for part in epoch) == int(experience.mask.sum())
             orders.append([part.rows for part in epoch])
     assert all(orders[0] != other for other in orders[1:])
+
+
+def test_dr_grpos_constant_divides_the_sum_by_the_token_limit(
+    world: ModuleType, tiny: Path
+) -> None:
+    """`max_tokens` of the world is 8: the first gradient is an eighth of that of the sums."""
+    norms = []
+    for aggregate in ("seq-mean-token-sum", "seq-mean-token-sum-norm"):
+        algorithm = {"advantage": "rloo", "aggregate": aggregate, "kl": {"coef": 0.0}}
+        made = world.make_settings(tiny, algorithm=algorithm)
+        networks, _ = build_networks(made)
+        engine = AutoModelForCausalLM.from_pretrained(tiny).eval()
+        batch = read_batch([world.table_of(world.make_groups(engine, seed=2))], [0, 1, 2, 3], 2)
+        plan = StepPlan(step=0, kl_coef=0.0)
+        experience = build_experience(batch, networks, made, plan)
+        optimizers = build_optimizers(networks, made.learner)
+        result = PolicyUpdate(networks, optimizers, made).train(experience, plan)
+        norms.append(values(result.metrics)["policy/grad_norm"])
+    assert norms[0] > 1e-3
+    assert norms[1] == pytest.approx(norms[0] / 8, rel=1e-4)

@@ -41,6 +41,10 @@ INLINE: list[dict[str, Any]] = [
         }
         for correction in ("none", "token-tis", "sequence-tis", "token-mask", "sequence-mask")
     ),
+    {
+        "algorithm": {"advantage": "rloo", "kl": {"coef": 0.0}},
+        "staleness": {"correction": "token-mask", "cap": 1.1, "floor": 0.95, "veto": 0.8},
+    },
 ]
 KEPT: list[dict[str, Any]] = [
     {"algorithm": {"advantage": "gae", "entropy_coef": 0.05}},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from cluster.contracts.records import RunState, StepInput
 from cluster.runs.console import Reporter
 from cluster.runs.run import Run
 from learner.rl.learner import PPOLearner
-from learner.rl.step_record import Differs
+from learner.rl.step_record import Differs, settings_digest
 from learner.settings import learner_settings
 
 STEPS, STOPPED_AT, DROPPED = 5, 3, 9
@@ -247,3 +248,27 @@ def test_a_run_of_another_command_and_one_without_a_checkpoint(run: Run) -> None
     run.update_manifest(command="sft")
     with pytest.raises(UserError, match="is a run of `accord sft`, not of `accord train`"):
         replay(run)
+
+
+def test_a_run_recorded_before_a_default_changed_still_has_its_digest(
+    world: ModuleType, tiny: Path
+) -> None:
+    """The settings of a real run of an earlier Accord, written out in full as its config.toml has
+    them, and the digest that its rollouts files hold."""
+    settings = world.make_settings(
+        tiny,
+        learner={"lr": 2e-4, "eps": 1e-5, "tokens_per_microbatch": 2048},
+        algorithm={
+            "advantage": "grpo",
+            "aggregate": "seq-mean-token-mean",
+            "missing_eos_penalty": 1.0,
+            "kl": {"coef": 0.05, "place": "loss", "estimator": "k3+"},
+        },
+        batch={"prompts_per_step": 16, "samples_per_prompt": 8, "steps": 8},
+        max_tokens=64,
+        seed=0,
+    )
+    recorded = "85383a6da813077aaf3738df9842a877f70f27621f7c8b13ce783f87713e0c66"
+    assert settings_digest(settings) == recorded
+    changed = settings.learner.model_copy(update={"eps": 1e-8})
+    assert settings_digest(dataclasses.replace(settings, learner=changed)) != recorded
