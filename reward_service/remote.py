@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
+import logging
 import os
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,6 +107,14 @@ class RewardServiceHandle:
             raise RuntimeError("the reward service has not started yet")
         return self._answer
 
+    async def death(self) -> str:
+        """Waits until the process has ended without being asked to; says how."""
+        try:
+            await asyncio.wrap_future(self._actor.wait.remote().future())
+        except ray.exceptions.RayActorError as problem:
+            return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+        return await asyncio.get_running_loop().create_future()  # it was asked to: nothing to tell
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ends server, actor and process. Idempotent."""
         if self._actor is None:
@@ -128,14 +140,19 @@ def begin_reward_service(
     remote_token: str | None = None,
     threads: int = 1,
     timeout_s: float = 120.0,
+    log_file: Path | None = None,
 ) -> RewardServiceHandle:
     """Begin to start the service in a Ray actor, which dies with the driver that started it.
 
     ``cores``: keep the process to them (Linux). ``reach``: listen on loopback, or on the node's
-    address for workers on other machines (needs a token or client certificates).
+    address for workers on other machines (needs a token or client certificates). ``log_file``:
+    takes what the process prints, such as a reward function's own output, and the traceback of one
+    that fails.
     """
     kind: Any = ray.remote(_RewardActor)
-    actor = kind.options(num_cpus=num_cpus, max_concurrency=2).remote(tuple(cores), threads)
+    actor = kind.options(num_cpus=num_cpus, max_concurrency=3).remote(
+        tuple(cores), threads, str(log_file.absolute()) if log_file else None
+    )
     outcome = actor.start.remote(_absolute(cfg), reach, token, tls, remote_token, loaded())
     return RewardServiceHandle(actor, ServicePlace([outcome], num_cpus, timeout_s))
 
@@ -168,7 +185,9 @@ class RewardClients:
 
 
 class _RewardActor:
-    def __init__(self, cores: Sequence[int], threads: int) -> None:
+    def __init__(self, cores: Sequence[int], threads: int, log_file: str | None) -> None:
+        if log_file is not None:
+            _write_to(log_file)
         # Before torch or grpc start their threads, which inherit both.
         for variable in THREAD_VARIABLES:
             os.environ[variable] = str(threads)
@@ -178,6 +197,7 @@ class _RewardActor:
                     os.sched_setaffinity(int(thread), set(cores))
         self._threads = threads
         self._server: Any = None
+        self._stopped = threading.Event()
 
     def start(
         self,
@@ -205,9 +225,28 @@ class _RewardActor:
             return error
         return self._server.address, self._server.info
 
+    def wait(self) -> None:
+        """Returns when stopped; whoever waits learns from Ray when the process dies before."""
+        self._stopped.wait()
+
     def stop(self) -> None:
         if self._server is not None:
             self._server.stop()
+        self._stopped.set()
+
+
+def _write_to(log_file: str) -> None:
+    """From now on, what this process prints and logs goes into the file, line by line."""
+    Path(log_file).parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(file, stream.fileno())
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(line_buffering=True)
+    os.close(file)
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", force=True)
+    logging.getLogger("accord.reward").setLevel(logging.DEBUG)
 
 
 def _absolute(cfg: RewardConfig) -> RewardConfig:

@@ -20,6 +20,7 @@ from cluster.contracts.records import Prompt, Rollout
 from cluster.contracts.samples import prompt_text
 from cluster.machine.hardware import this_machine
 from cluster.machine.ray_session import ray_cluster
+from cluster.machine.resources import Need, require_resources
 from cluster.runs.console import Reporter
 from cluster.runs.run import Run, write_json
 
@@ -41,9 +42,11 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
     )
     with (
         run_session(run, reporter),
-        ray_cluster(config.cluster),
+        ray_cluster(config.cluster) as ray_info,
         reporter.stage("evaluation"),
     ):
+        gpus = Need("rollout.gpus", "GPU", config.rollout.gpus, 2)  # one worker or more per policy
+        require_resources([gpus], ray_info, reporter.say)
         record = evaluate_in_cluster(config, prompts, run.path)
     write_report(run.path)
     reporter.say(headline(record))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.config.base import Section
-from cluster.contracts.errors import BadReward, UserError
+from cluster.contracts.errors import UserError
 from cluster.contracts.protocols import Sink
 from cluster.contracts.records import RunState
 from cluster.loop.timeline import Timeline
@@ -78,7 +78,8 @@ def run_session(
 
     ``resumed``: the config of a run that another command made and that goes on (``detail``: of its
     event). A mistake of the user's that shows before anything was done leaves no directory behind,
-    unless it was there before: the corrected command may then use the same name.
+    unless it was there before: the corrected command may then use the same name. An unusable reward
+    does leave one: its log tells more than the message.
     """
     with run.lock(), signal_handlers_kept():  # asyncio leaves the default handlers behind
         if resumed is not None:
@@ -102,7 +103,7 @@ def _status_kept(session: RunSession, *, fresh: bool) -> Iterator[None]:
         session.reporter.tell(how_to_continue(run))
         raise
     except BaseException as problem:
-        if fresh and isinstance(problem, UserError | BadReward) and not _has_results(run):
+        if fresh and isinstance(problem, UserError) and not _has_results(run):
             shutil.rmtree(run.path)
             with suppress(OSError):  # the folder of runs, where this was to be its first
                 run.path.parent.rmdir()

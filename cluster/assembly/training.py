@@ -15,11 +15,17 @@ from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.prepare import Prepared, prepare
 from cluster.assembly.run_session import RunSession, open_run, refuse_changes, run_session
-from cluster.assembly.training_roles import RewardRole, parents, reward_role, worker_factory
+from cluster.assembly.training_roles import (
+    RewardRole,
+    parents,
+    resource_needs,
+    reward_role,
+    worker_factory,
+)
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.errors import AccordError, UserError
+from cluster.contracts.errors import AccordError, Fatal, UserError
 from cluster.contracts.records import RunState
 from cluster.loop.controller import Controller
 from cluster.loop.pool import WorkerPool
@@ -29,6 +35,7 @@ from cluster.machine.core_sharing import SideBalance
 from cluster.machine.cores import CorePlan, core_plan, own_cores
 from cluster.machine.event_loop import StopSwitch, run_coroutine
 from cluster.machine.ray_session import ray_cluster
+from cluster.machine.resources import require_resources
 from cluster.runs.alarm_sink import AlarmSink
 from cluster.runs.console import Reporter
 from cluster.runs.control import wanted_workers
@@ -174,10 +181,8 @@ def tell_prompts(prompts: Any, session: RunSession) -> None:
     session.event(
         "rows", prompts=len(prompts), too_long=prompts.skipped, bad=bad.count, first_bad=bad.first
     )
-    if prompts.skipped:
-        session.reporter.say(f"left out {prompts.skipped} prompts longer than allowed")
-    if bad.count:
-        session.reporter.say(str(bad))
+    for line in prompts.left_out_lines():
+        session.reporter.say(line)
 
 
 def _report(session: RunSession) -> None:
@@ -198,6 +203,12 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
     """Everything between a running Ray cluster and a finished ``policy/`` in the run directory."""
     config, session = training.config, training.session
     session.event("cluster", **dict(ray_info))
+    if ray_info["dashboard"]:
+        session.reporter.say(
+            f"Ray dashboard: http://{ray_info['dashboard']} (`ray get-auth-token` prints the token "
+            "it asks for)"
+        )
+    require_resources(resource_needs(config), ray_info, session.reporter.say)
     if not training.resumed:
         tell_prompts(training.prepared.prompts, session)
     stop = StopSwitch()
@@ -210,7 +221,8 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
     )
     _add_sinks(training)
     try:
-        with reward_role(config, training.cores) as rewards:
+        log_file = session.path / "logs" / "reward.log"
+        with reward_role(config, training.cores, log_file) as rewards:
             run_coroutine(_drive(training, rewards, listeners, stop), stop)
     finally:
         listeners.close()
@@ -270,18 +282,18 @@ async def _drive(
     workers = [f"worker-{index}" for index in range(config.rollout.workers)]
     service = ["reward service"] if rewards.service is not None else []
     session.start.begins("learner", *service, *workers)
-    scoring = asyncio.ensure_future(_note_reward_service(rewards, session))
+    watch = asyncio.ensure_future(_watch_reward_service(rewards, session, controller))
     try:
         if await controller.start():
             # Its clock begins here, so that what it says of the time left leaves the start out.
             with session.reporter.stage(algorithm_title(config), config.batch.steps) as stage:
                 sinks.insert(0, stage)
                 await controller.run()
-                _tell_stop(training, controller.step, listeners)
+                _tell_stop(training, controller.step, listeners, watch)
         else:
-            _tell_stop(training, controller.step, listeners)
+            _tell_stop(training, controller.step, listeners, watch)
     finally:
-        scoring.cancel()
+        watch.cancel()
         await asyncio.gather(pool.stop(), _stop_learner(learner))
 
 
@@ -300,16 +312,29 @@ def _learner(training: Training) -> Any:
     return RayLearner(settings, cores=cores.learner, threads=cores.learner_threads)
 
 
-async def _note_reward_service(rewards: RewardRole, session: RunSession) -> None:
-    # What goes wrong is raised by the workers, which need the service to start.
-    with contextlib.suppress(AccordError):
+async def _watch_reward_service(
+    rewards: RewardRole, session: RunSession, controller: Controller
+) -> str:
+    """Notes when the service has started. When it dies later, ends the run, with a checkpoint, and
+    says how it died: workers would find out call by call, each after its deadline."""
+    try:
         await rewards.ready()
-        session.start.ends("reward service")
+    except AccordError:
+        return ""  # raised by the workers, which need the service to start
+    session.start.ends("reward service")
+    cause = await rewards.death()
+    controller.request_stop()
+    return cause
 
 
-def _tell_stop(training: Training, step: int, listeners: Listeners) -> None:
-    """Raises KeyboardInterrupt when the run was stopped before its last step."""
+def _tell_stop(
+    training: Training, step: int, listeners: Listeners, watch: asyncio.Future[str]
+) -> None:
+    """Raises KeyboardInterrupt when the run was stopped before its last step, Fatal when the
+    reward service had died."""
     session = training.session
+    if watch.done() and (cause := watch.result()):
+        raise Fatal(f"the process of the reward service died: {cause}")
     if listeners.stopped:
         session.event("stopped_by_callback", step=step)
     elif listeners.problem is None and step < training.config.batch.steps:

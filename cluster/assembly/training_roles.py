@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from cluster.assembly.prepare import Prepared, context_length
 from cluster.assembly.rewards import reward_token
 from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.errors import BadReward
 from cluster.contracts.plugins import loaded
 from cluster.contracts.protocols import Scorer
 from cluster.machine.cores import CorePlan
+from cluster.machine.resources import Need
 
 STOP_S = 3.0  # for the reward service to answer what it is scoring
 
@@ -55,10 +59,19 @@ class RewardRole:
         if self.service is not None:
             await self.service.started()
 
+    async def death(self) -> str:
+        """Wait until the process of a service that was started here has died; says how."""
+        if self.service is None:
+            return await asyncio.get_running_loop().create_future()  # elsewhere: it is not seen
+        return str(await self.service.death())
+
 
 @contextmanager
-def reward_role(config: TrainConfig, cores: CorePlan) -> Iterator[RewardRole]:
+def reward_role(config: TrainConfig, cores: CorePlan, log_file: Path) -> Iterator[RewardRole]:
     """The reward service that was given, or one that begins to start here for the run.
+
+    What one started here prints goes to ``log_file``, on this machine; a BadReward raised within
+    then names the file.
 
     A service elsewhere gets the token in the variable ACCORD_REWARD_TOKEN. One started here listens
     on loopback; on a cluster that was joined, where workers may sit on other machines, on its
@@ -79,11 +92,29 @@ def reward_role(config: TrainConfig, cores: CorePlan) -> Iterator[RewardRole]:
         cores=cores.reward,
         reach="cluster" if joined else "machine",
         token=token,
+        log_file=None if joined else log_file,
     )
     try:
         yield RewardRole(RewardClients(service.place, deadline_s, token), service)
+    except BadReward as problem:
+        if log_file.is_file() and log_file.stat().st_size:
+            raise BadReward(f"{problem}\n  log: {log_file}") from problem
+        raise
     finally:
         service.stop(STOP_S)
+
+
+def resource_needs(config: TrainConfig) -> list[Need]:
+    """What Ray must have for the run, by the setting that asks for it."""
+    rollout, learner = config.rollout, config.learner
+    own_rewards = [] if config.reward.address else [Need("the reward service", "CPU", 1)]
+    return [
+        Need("rollout.cpus", "CPU", rollout.cpus, rollout.workers),
+        Need("learner.cpus", "CPU", learner.cpus, learner.processes),
+        *own_rewards,
+        Need("rollout.gpus", "GPU", rollout.gpus, rollout.workers),
+        Need("learner.gpus", "GPU", learner.gpus, learner.processes),
+    ]
 
 
 def parents(config: TrainConfig) -> dict[str, str]:

@@ -24,7 +24,8 @@ LEFTOVERS_S = 2.0
 
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
-    """Ray for the length of a command. Yields {"address", "metrics_port", "dashboard", "started"}.
+    """Ray for the length of a command. Yields {"address", "metrics_port", "dashboard", "resources",
+    "started"}; resources: "CPU" and "GPU" of the whole cluster.
 
     A cluster started here listens on loopback only and is shut down at the end; one that was joined
     is left running.
@@ -66,6 +67,11 @@ def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
             "address": context.address_info.get("gcs_address", ""),
             "metrics_port": node.get("MetricsExportPort"),
             "dashboard": context.dashboard_url or None,
+            "resources": {
+                kind: amount
+                for kind, amount in ray.cluster_resources().items()
+                if kind in ("CPU", "GPU")
+            },
         }
     finally:
         ray.shutdown()
