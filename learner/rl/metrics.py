@@ -132,6 +132,7 @@ def _staleness(experience: Experience, proximal: Proximal) -> list[Metric]:
         last("async/ess", effective_sample_size(weight, square)),
         mean("sampling/is_ratio_mean", *parts["is_ratio"]),
         mean("sampling/is_clipped_frac", *parts["is_clipped_frac"]),
+        mean("sampling/veto_frac", *parts["veto"]),
     ]
 
 

@@ -381,7 +381,7 @@ def test_numbers_of_a_step_are_complete_and_finite(
         "completions": "mean_length max_length clipped_ratio eos_rate",
         "async": "staleness_mean staleness_max ess",
         "sampling": "logp_diff_mean logp_diff_max logp_diff_all_mean is_ratio_mean "
-        "is_clipped_frac mismatch_kl",
+        "is_clipped_frac veto_frac mismatch_kl",
         "perf": "tokens_per_s learner_busy_s learner_cpu_s mfu",
         "time": "experience forward backward publish step",
     }
