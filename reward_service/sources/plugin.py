@@ -51,7 +51,7 @@ class PluginScorer:
         try:
             values = [float(value) for value in self._score(list(items))]
         except UserError as problem:
-            raise BadReward(str(problem)) from problem
+            raise BadReward(f"{problem.where}: {problem.what}") from problem
         except (TypeError, ValueError) as problem:
             raise BadReward(f"{self._what} did not return a list of numbers: {problem}") from None
         return [Part(value) for value in values]
