@@ -113,6 +113,14 @@ class Registry(Generic[T]):
         self._items[word] = item
         self._origins[word] = _loading
 
+    def add_built_in(self, word: str, item: T) -> None:
+        """Raises UserError for a word that a plugin file has taken before."""
+        if word in self._items:
+            fix = "give it another name"
+            what = f"registers the {self.what} {word!r}, which Accord itself has already"
+            raise UserError(what, where=self.origin(word), fix=fix)
+        self._items[word] = item
+
     def forget(self, origin: str) -> None:
         """Take out what a plugin file has registered."""
         for word in [word for word, file in self._origins.items() if file == origin]:
@@ -140,10 +148,9 @@ ADVANTAGE_ESTIMATORS = Registry(
         "reinforce-baseline": AdvantageEstimator(needs_groups=True, whitens=True),
     },
 )
-REWARD_KINDS = Registry(
-    "kind of reward",
-    {"model": RewardKind(), "function": RewardKind(), "rules": RewardKind(), "grpc": RewardKind()},
-)
+REWARD_KINDS: Registry[RewardKind] = Registry("kind of reward", {})
+"""The built-in words are those of the sections in `cluster.contracts.config.reward`."""
+
 WEIGHT_TRANSPORTS = Registry(
     "weight transport",
     {

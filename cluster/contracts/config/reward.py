@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 from cluster.contracts.config.base import Address, Section
-from cluster.contracts.registry import REWARD_KINDS
+from cluster.contracts.registry import REWARD_KINDS, RewardKind
 
 
 class RewardModelSource(Section):
@@ -50,6 +50,10 @@ class GrpcSource(Section):
     address: Address = Field(description="host:port of a service speaking accord.reward.v1.")
     weight: float = Field(1.0, description="Factor of this reward in the sum.")
     name: str = Field("grpc", description="Name in metrics and reports.")
+
+
+for _section in (RewardModelSource, FunctionSource, RulesSource, GrpcSource):
+    REWARD_KINDS.add_built_in(_section.model_fields["type"].default, RewardKind())
 
 
 class PluginSource(Section):
