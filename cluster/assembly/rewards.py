@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.records import Prompt
 
-CONNECT_S = 5.0
+CONNECT_S = 3.0
 
 
 def check_rewards(config: RewardConfig, prompts: Sequence[Prompt]) -> None:

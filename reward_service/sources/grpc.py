@@ -9,7 +9,7 @@ from cluster.contracts.records import Prompt
 from reward_service.client import RewardClient
 from reward_service.source import Part, ScoreItem, SourceContext
 
-CONNECT_S = 5.0
+CONNECT_S = 3.0
 
 
 def make(source: GrpcSource, context: SourceContext) -> GrpcScorer:
