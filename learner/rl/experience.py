@@ -140,17 +140,11 @@ def build_experience(
     tokens = _Tokens.of(batch, width, device)
     budget = settings.learner.tokens_per_microbatch
     micros = Microbatches(batch, budget, device, packed=networks.packed, ranks=networks.ranks)
-    passes = run_passes(
-        # Without a token to train there will be no update to measure in.
-        plan_passes(settings, networks, plan.value_only)
-        if batch_trains(batch, algorithm)
-        else "separate",
-        len(batch),
-        width,
-        micros.of(range(len(batch))),
-        networks,
-        settings,
-    )
+    pass_plan = plan_passes(settings, networks, plan.value_only)
+    if not batch_trains(batch, algorithm):
+        pass_plan = "separate"  # There will be no update to measure in.
+    every = micros.of(range(len(batch)))
+    passes = run_passes(pass_plan, len(batch), width, every, networks, settings)
     _require_finite({"reference log-probabilities": passes.ref_logp, "values": passes.values})
     proximal: Proximal | MeasuredByUpdate = MeasuredByUpdate()
     if passes.policy is not None:
@@ -160,21 +154,7 @@ def build_experience(
     # Float64, as scored: metrics report what the reward service said.
     scores = torch.from_numpy(batch.scores.astype(np.float64)).to(device)
     terminal = terminal_scores(scores, tokens.truncated, algorithm)
-    # With the KL in the reward the passes are never "inline", so it is measured by now.
-    kl = proximal.kl if isinstance(proximal, Proximal) else None
-    in_reward = kl if algorithm.kl.place == "reward" else None
-    rewards = token_rewards(terminal, in_reward, tokens.mask, algorithm, plan.kl_coef)
-    inputs = AdvantageInputs(
-        rewards=rewards,
-        mask=tokens.mask,
-        group_ids=tokens.group_ids,
-        scores=terminal.float(),
-        penalties=None if in_reward is None else -plan.kl_coef * in_reward,
-        values=passes.values,
-        bootstrap=_bootstrap(passes, tokens, algorithm),
-        gamma=algorithm.gamma,
-        lam=algorithm.lam,
-    )
+    inputs = _advantage_inputs(terminal, proximal, tokens, passes, algorithm, plan)
     result = compute_advantages(chosen_estimator(algorithm), inputs, whitened(algorithm))
     mask = tokens.mask
     # Masked answers still count in the advantages of their group: only the loss leaves them out.
@@ -187,7 +167,7 @@ def build_experience(
         behaviour_logp=tokens.behaviour_logp,
         ref_logp=passes.ref_logp,
         values=passes.values,
-        rewards=rewards,
+        rewards=inputs.rewards,
         advantages=result.advantages,
         returns=result.returns,
         age=age,
@@ -225,6 +205,30 @@ def proximal_of(
         kl=kl,
         importance=weights,
         importance_parts=parts,
+    )
+
+
+def _advantage_inputs(
+    terminal: Tensor,
+    proximal: Proximal | MeasuredByUpdate,
+    tokens: _Tokens,
+    passes: MeasuredPasses,
+    algorithm: AlgorithmConfig,
+    plan: StepPlan,
+) -> AdvantageInputs:
+    # With the KL in the reward the passes are never "inline", so it is measured by now.
+    kl = proximal.kl if isinstance(proximal, Proximal) else None
+    in_reward = kl if algorithm.kl.place == "reward" else None
+    return AdvantageInputs(
+        rewards=token_rewards(terminal, in_reward, tokens.mask, algorithm, plan.kl_coef),
+        mask=tokens.mask,
+        group_ids=tokens.group_ids,
+        scores=terminal.float(),
+        penalties=None if in_reward is None else -plan.kl_coef * in_reward,
+        values=passes.values,
+        bootstrap=_bootstrap(passes, tokens, algorithm),
+        gamma=algorithm.gamma,
+        lam=algorithm.lam,
     )
 
 
