@@ -266,15 +266,14 @@ class Run:
 
 
 def settings(regime: Regime, variant: Variant, seed: int, base: Path) -> Any:
-    from cluster.contracts.config.base import ModelConfig
-    from cluster.contracts.config.train import (
+    from cluster.contracts.config.algorithm import (
         AlgorithmConfig,
         BatchConfig,
         KLConfig,
-        LearnerConfig,
         StalenessConfig,
-        WeightsConfig,
     )
+    from cluster.contracts.config.base import ModelConfig
+    from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
     from learner.settings import LearnerSettings
 
     return LearnerSettings(

@@ -7,15 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
 from cluster.contracts.config.base import DType, ModelConfig
-from cluster.contracts.config.train import (
-    AlgorithmConfig,
-    BatchConfig,
-    LearnerConfig,
-    StalenessConfig,
-    TrainConfig,
-    WeightsConfig,
-)
+from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
+from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.plugins import PluginFile, loaded
 
 CANARY_PROMPT_TOKENS = 16

@@ -12,14 +12,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
 from cluster.contracts.config.base import ModelConfig
-from cluster.contracts.config.train import (
-    AlgorithmConfig,
-    BatchConfig,
-    LearnerConfig,
-    StalenessConfig,
-    WeightsConfig,
-)
+from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
 from cluster.contracts.records import (
     Canary,
     Completion,

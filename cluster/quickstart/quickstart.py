@@ -34,6 +34,7 @@ from cluster.assembly.training import (
     publish_policy,
     train_in_cluster,
 )
+from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, KLConfig
 from cluster.contracts.config.base import (
     ClusterConfig,
     LoggingConfig,
@@ -42,6 +43,7 @@ from cluster.contracts.config.base import (
     Section,
 )
 from cluster.contracts.config.evaluate import EvaluateConfig
+from cluster.contracts.config.learner import CheckpointConfig, LearnerConfig
 from cluster.contracts.config.offline import (
     FitConfig,
     PairsConfig,
@@ -51,14 +53,7 @@ from cluster.contracts.config.offline import (
 )
 from cluster.contracts.config.reward import FunctionSource, RewardConfig, RewardModelSource
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
-from cluster.contracts.config.train import (
-    AlgorithmConfig,
-    BatchConfig,
-    CheckpointConfig,
-    KLConfig,
-    LearnerConfig,
-    TrainConfig,
-)
+from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import Rollout
 from cluster.machine.cores import core_plan, own_cores

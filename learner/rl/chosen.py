@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from cluster.contracts.config.train import AlgorithmConfig
+from cluster.contracts.config.algorithm import AlgorithmConfig
 from cluster.contracts.plugins import guarded
 from cluster.contracts.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES, Registry
 from learner.algorithms.advantages import ESTIMATORS, AdvantageInputs, Advantages

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.contracts.config.train import AlgorithmConfig
+from cluster.contracts.config.algorithm import AlgorithmConfig
 from cluster.contracts.errors import Fatal
 from learner.algorithms.advantages import (
     AdvantageInputs,

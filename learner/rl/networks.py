@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cluster.contracts.config.base import ModelConfig
-from cluster.contracts.config.train import LearnerConfig
+from cluster.contracts.config.learner import LearnerConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.registry import ADVANTAGE_ESTIMATORS
 from learner.algorithms.kl import AdaptiveKL, FixedKL

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
+from cluster.contracts.config.learner import LearnerConfig
+from cluster.contracts.config.reward import RewardConfig
+from cluster.contracts.config.rollout import RolloutConfig
 from cluster.contracts.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
-
-if TYPE_CHECKING:
-    from cluster.contracts.config.rollout import RolloutConfig
-    from cluster.contracts.config.train import (
-        AlgorithmConfig,
-        LearnerConfig,
-        StalenessConfig,
-        TrainConfig,
-    )
 
 MOST_KEPT = 4096
 """Ids that a token of training data may carry: 16 KiB a token."""
 
 
-def train_problems(config: TrainConfig) -> list[str]:
+def train_problems(
+    algorithm: AlgorithmConfig,
+    batch: BatchConfig,
+    staleness: StalenessConfig,
+    learner: LearnerConfig,
+    rollout: RolloutConfig,
+    reward: RewardConfig,
+) -> list[str]:
     """Every cross-section problem, so that the user sees all of them at once."""
     found = []
-    algorithm, batch = config.algorithm, config.batch
     estimator = ADVANTAGE_ESTIMATORS[algorithm.advantage]
     if estimator.needs_groups and batch.samples_per_prompt < 2:
         found.append(
@@ -45,13 +44,13 @@ def train_problems(config: TrainConfig) -> list[str]:
             "algorithm.kl.estimator = 'k1' has no useful gradient in the loss: use 'k3+' or 'k2'"
         )
     found += _loss_problems(algorithm)
-    found += _staleness_problems(config.staleness)
+    found += _staleness_problems(staleness)
     samples = batch.prompts_per_step * batch.samples_per_prompt
-    if config.learner.minibatches > samples:
+    if learner.minibatches > samples:
         found.append(f"learner.minibatches is over the {samples} samples of a step")
-    found += _process_problems(config.learner)
-    found += _sampling_problems(config.rollout)
-    names = [source.name for source in config.reward.sources]
+    found += _process_problems(learner)
+    found += _sampling_problems(rollout)
+    names = [source.name for source in reward.sources]
     if len(set(names)) != len(names):
         found.append(f"reward.sources have the same name twice ({names}): give each a `name`")
     return found

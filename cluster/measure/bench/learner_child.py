@@ -17,14 +17,9 @@ import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
 from cluster.contracts.config.base import ModelConfig
-from cluster.contracts.config.train import (
-    AlgorithmConfig,
-    BatchConfig,
-    LearnerConfig,
-    StalenessConfig,
-    WeightsConfig,
-)
+from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
 from cluster.contracts.metrics import values
 from cluster.contracts.records import Canary, StepInput, WeightManifest
 from cluster.contracts.rollout_table import SCHEMA

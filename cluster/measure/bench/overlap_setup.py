@@ -14,17 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
 from cluster.contracts.config.base import ClusterConfig, DType, ModelConfig, RunConfig
+from cluster.contracts.config.learner import CheckpointConfig, LearnerConfig
 from cluster.contracts.config.reward import FunctionSource, RewardConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
-from cluster.contracts.config.train import (
-    AlgorithmConfig,
-    BatchConfig,
-    CheckpointConfig,
-    LearnerConfig,
-    StalenessConfig,
-    TrainConfig,
-)
+from cluster.contracts.config.train import TrainConfig
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, INTERMEDIATE = 4096, 256, 5, 4, 640
 PROMPT_TOKENS, ANSWER_TOKENS = 16, 48

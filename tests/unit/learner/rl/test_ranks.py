@@ -21,7 +21,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from cluster.contracts.config.checks import train_problems
-from cluster.contracts.config.train import LearnerConfig, TrainConfig
+from cluster.contracts.config.learner import LearnerConfig
+from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import PeerLost
 from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput
