@@ -33,41 +33,44 @@ COMMANDS: dict[str, type[BaseModel]] = {
 HEAD = """# Configuration
 
 Every command that trains or evaluates reads one TOML file. This page lists all keys: first the
-fifteen that people change first, then every section, then one full config. The page is made from
-the code (`make docs`).
+fifteen that people change first, then every section, then one full config. The script
+`docs/configuration_reference.py` makes the page from the code.
 
 `accord init` writes a first config for your model and data.
 
+**How to read the tables.** A value followed by a colon says what this value does: `0: off`.
+`none: …` and `empty: …` say what happens if the key is not set.
+
 **On the command line** you can set any key after the file: `accord train my.toml batch.steps=50`.
-Such a setting replaces the file's. Paths need no quotes. `KEY=none` clears a key that may be left
-out. An entry of a list is reached by its number: `reward.sources.0.weight=0.5`.
+Such a setting replaces the file's. Paths need no quotes. `KEY=none` removes the value of a key
+whose type includes `none`. A number selects an entry of a list: `reward.sources.0.weight=0.5`.
 
-**Mistakes** are told all at once, before anything starts. For an unknown key, the message names the
-nearest valid one.
+**Mistakes.** The command reports all mistakes at once, before it starts anything. For an unknown
+key, the message names the nearest valid one.
 
-**Keys with the default `auto`** get a value that fits your machine and your model. A key that you
-set is never changed. `KEY=auto` on the command line undoes what the file sets. `accord plan
-my.toml` prints every value in force and, for `auto`, the reason:
+**Keys with the default `auto`.** Accord chooses a value that fits your machine and your model. It
+never changes a key that you set. `KEY=auto` on the command line undoes what the file sets.
+`accord plan my.toml` prints every value in force and, for `auto`, the reason:
 
 ```
 max_running = 64  # auto: a CPU decodes no faster with more than 64
 ```
 
-The run stores the values in force in its `config.toml`. A resumed or replayed run takes them from
-there, so they stay the same on another machine.
+The run stores the values in force in its `config.toml`. When you resume or replay the run, it takes
+them from there, so they stay the same on another machine.
 """
 FIRST = """## The fifteen keys people change first
 
-Of `accord train`:
+These are keys of `accord train`:
 """
 ALL = """## All keys, by section
 
-A section belongs to the commands that are named under its heading.
+The line under each heading names the commands that have the section.
 """
 FULL = """## A full config
 
-`examples/ppo.toml` with every other key at its default. A line such as `# value_lr =` is a key
-without a value.
+This is `examples/ppo.toml` with every other key at its default. A line such as `# value_lr =` is a
+key that is not set.
 """
 
 

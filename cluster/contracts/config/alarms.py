@@ -10,11 +10,14 @@ from cluster.contracts.config.base import Section
 
 
 class AlarmsConfig(Section):
-    enabled: bool = Field(True, description="Warn when a metric leaves its limits.")
+    enabled: bool = Field(
+        True, description="Warn when a metric leaves its limits. An alarm never stops the run."
+    )
     patience: int = Field(
         3,
         ge=1,
-        description="Steps in a row outside a limit before the warning, and inside before its end.",
+        description="Steps in a row outside a limit before Accord warns, and inside it before "
+        "the warning ends.",
     )
     zero_std_frac: float = Field(
         0.9,

@@ -75,12 +75,15 @@ Option = bool | int | float | str
 
 class RunConfig(Section):
     name: str = Field(
-        "", description="Folder name of the run under `dir`; empty: made from the command and time."
+        "",
+        description="Name of the run's folder in `run.dir`. Empty: made from the command and "
+        "the time.",
     )
-    dir: str = Field("runs", description="Folder in which runs are kept.")
-    seed: int = Field(0, ge=0, description="Seeds data order, initialisation and sampling.")
+    dir: str = Field("runs", description="Folder that holds the run directories.")
+    seed: int = Field(0, ge=0, description="Seed of data order, initialisation and sampling.")
     parents: dict[str, str] = Field(
-        default_factory=dict, description="Lineage: role -> run or model directory it came from."
+        default_factory=dict,
+        description="For the run's record only: role -> run or model directory that it came from.",
     )
 
     @field_validator("name")
@@ -114,12 +117,12 @@ def folder_name(name: str) -> str:
 
 class ModelConfig(Section):
     path: str = Field(description="A model directory (Hugging Face layout) or a hub id.")
-    revision: str | None = Field(None, description="Revision of a hub id.")
-    trust_remote_code: bool = Field(False, description="Run code that comes with the model.")
+    revision: str | None = Field(None, description="Revision of a hub id. none: the newest.")
+    trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     dtype: DType = auto(
         "float32",
         rule="bfloat16 on a GPU, float32 on a CPU",
-        description="Type the learner computes in; master weights stay float32.",
+        description="Number type that the learner computes in. Master weights stay float32.",
     )
     chat_template: str | None = Field(
         None, description="Path of a Jinja chat template, for a tokenizer that has none."
@@ -127,43 +130,48 @@ class ModelConfig(Section):
 
 
 class LoggingConfig(Section):
-    tensorboard: bool = Field(True, description="Write TensorBoard files into the run.")
+    tensorboard: bool = Field(True, description="Write TensorBoard files into the run directory.")
     wandb: bool = Field(False, description="Send the metrics to Weights & Biases.")
     wandb_project: str = Field("accord", description="Project of Weights & Biases.")
     ray_metrics: bool = Field(
         True, description="Export the metrics through Ray, for Prometheus and Grafana."
     )
     save_rollouts: bool = Field(
-        True, description="Write every trained group to rollouts/*.parquet."
+        True, description="Write every trained group to `rollouts/*.parquet` in the run directory."
     )
     samples_every: int = Field(
         25,
         ge=0,
-        description="Show some completions with their scores on the console every so many learner "
-        "steps (the best, the worst and a random one of the step); 0: never. Needs save_rollouts.",
+        description="Print some completions with their scores every so many learner steps: the "
+        "best, the worst and a random one of the step. 0: never. Needs "
+        "`save_rollouts`.",
     )
 
 
 class ClusterConfig(Section):
     address: str | None = Field(
         None,
-        description="Ray cluster to join ('auto' or host:port); none: start one on this machine.",
+        description="Ray cluster to join: `auto` or HOST:PORT. none: start one on this machine.",
     )
     num_cpus: int | None = auto(
         None,
         rule="one per core, at least 8, and enough for all roles",
         ge=1,
-        description="Logical CPUs of a started cluster: what Ray may reserve, not what it uses.",
+        description="Logical CPUs of a cluster that Accord starts. Ray counts them to place "
+        "processes, and does not limit what a process uses.",
     )
     object_store_mb: int = auto(
         256,
-        rule="three versions of the weights, at least 256, at most 80 % of the shared memory",
+        rule="room for three versions of the weights; at least 256, at most 80 % of the "
+        "shared memory",
         ge=80,
-        description="Object store of a started cluster, in MiB.",
+        description="Object store of a cluster that Accord starts, in MiB.",
     )
-    dashboard: bool = Field(False, description="Start the Ray dashboard with a started cluster.")
+    dashboard: bool = Field(
+        False, description="Start the Ray dashboard with a cluster that Accord starts."
+    )
     pin_cores: bool = auto(
         True,
-        rule="on for roles on the CPUs of this machine, when each gets a core of its own",
-        description="Each role keeps to its own cores.",
+        rule="on if all roles compute on this machine's CPUs and there are enough cores",
+        description="Give each role cores of its own.",
     )

@@ -28,8 +28,10 @@ class EvaluateConfig(Section):
     judge: RewardConfig = Field(description="Scores both; training should never have seen it.")
     samples: int = Field(1, ge=1, description="Completions per prompt.")
     max_prompts: int | None = Field(
-        None, ge=1, description="Only the first so many prompts; none: all of them."
+        None, ge=1, description="Use only the first so many prompts. none: all."
     )
-    tie_margin: float = Field(0.0, ge=0, description="Scores closer than this are a tie.")
+    tie_margin: float = Field(
+        0.0, ge=0, description="Scores that differ by less than this are a tie."
+    )
     rollout: RolloutConfig = RolloutConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -15,51 +15,62 @@ class FitConfig(Section):
     epochs: int = Field(1, ge=1, description="Passes over all rows.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps.")
     max_seconds: float | None = Field(
-        None, gt=0, description="Stop after this many seconds; the learning rate follows the time."
+        None,
+        gt=0,
+        description="Stop after this many seconds. The learning rate then ends its schedule by "
+        "that time.",
     )
-    lr: float = Field(1e-4, gt=0, description="Learning rate at its highest.")
+    lr: float = Field(1e-4, gt=0, description="Highest learning rate.")
     warmup_ratio: float = Field(
-        0.05, ge=0, le=1, description="Share of the optimiser steps in which the rate rises to lr."
+        0.05,
+        ge=0,
+        le=1,
+        description="Share of the optimiser steps in which the learning rate rises to `lr`.",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="How the learning rate goes on after the warm-up: constant, or to 0."
+        "cosine",
+        description="Learning rate after the warm-up. constant: it stays. linear, cosine: it "
+        "falls to 0.",
     )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of AdamW.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
     betas: tuple[float, float] = Field(
-        (0.9, 0.95), description="AdamW: decay of the first and of the second moment."
+        (0.9, 0.95), description="AdamW's decay rates of the first and the second moment."
     )
-    eps: float = Field(1e-8, description="AdamW: added to the root of the second moment.")
+    eps: float = Field(1e-8, description="AdamW's epsilon, added to the root of the second moment.")
     max_grad_norm: float = Field(
-        1.0, gt=0, description="A gradient of a larger norm is scaled down to this norm."
+        1.0, gt=0, description="A larger gradient is scaled down to this norm."
     )
-    rows_per_step: int = Field(32, ge=1, description="Rows of one optimiser step.")
+    rows_per_step: int = Field(32, ge=1, description="Rows per optimiser step.")
     tokens_per_microbatch: int = Field(
-        4096, ge=16, description="Padded tokens of one forward pass; bounds the memory it takes."
+        4096,
+        ge=16,
+        description="Most tokens in one forward pass, padding included. Lower it to save memory.",
     )
     max_tokens: int = Field(
-        512, ge=2, description="Longest row, in tokens; longer rows are left out and counted."
+        512, ge=2, description="Longest row, in tokens. Longer rows are left out and counted."
     )
     eval_fraction: float = Field(
         0.05,
         ge=0,
         lt=1,
-        description="Share of the prompts held out for evaluation, chosen by a hash.",
+        description="Share of the prompts held out for evaluation. A hash of the prompt decides.",
     )
     eval_every: int = Field(100, ge=1, description="Optimiser steps between evaluations.")
     checkpoint_every: int = Field(500, ge=1, description="Optimiser steps between checkpoints.")
-    threads: int = Field(0, ge=0, description="Compute threads; 0: one per core.")
+    threads: int = Field(0, ge=0, description="Compute threads. 0: one per core.")
 
 
 class SftDataConfig(Section):
     path: str = Field(
-        description="JSONL, JSON, CSV, TSV or Parquet file (also .gz), or `datasets:NAME`, with "
-        "messages, conversations, prompt+completion, text, or chosen+rejected (then chosen)."
+        description="JSONL, JSON, CSV, TSV or Parquet file (also .gz), or `datasets:NAME`. A "
+        "row holds messages, conversations, prompt and completion, text, or chosen "
+        "and rejected (then chosen is used)."
     )
     split: str = Field("train", description="Split of `datasets:NAME`.")
     skip_bad_rows: bool = Field(
         False,
-        description="Leave out rows that cannot be read (counted and reported) instead of "
-        "stopping at the first.",
+        description="Leave out and count the rows that cannot be read, instead of stopping at "
+        "the first.",
     )
 
 
@@ -75,14 +86,15 @@ class SftConfig(Section):
 
 class PairsConfig(Section):
     path: str = Field(
-        description="prompt/chosen/rejected as JSONL, JSON, CSV, TSV or Parquet (also .gz) or "
-        "`datasets:NAME`, or a preference store (`*.db`), whose pairs are exported into the run."
+        description="Rows with prompt, chosen and rejected: a JSONL, JSON, CSV, TSV or Parquet "
+        "file (also .gz), `datasets:NAME`, or a preference store (`*.db`), whose "
+        "pairs are exported into the run directory."
     )
     split: str = Field("train", description="Split of `datasets:NAME`.")
     skip_bad_rows: bool = Field(
         False,
-        description="Leave out rows that cannot be read (counted and reported) instead of "
-        "stopping at the first.",
+        description="Leave out and count the rows that cannot be read, instead of stopping at "
+        "the first.",
     )
 
 
@@ -95,12 +107,14 @@ class RewardModelConfig(Section):
     fit: FitConfig = FitConfig()
     use_margin: bool = Field(
         False,
-        description="Margin loss: the chosen completion must win by the annotator's strength.",
+        description="Margin loss: the chosen score must exceed the rejected one by the row's "
+        "`margin`.",
     )
     centre_coef: float = Field(
         0.0,
         ge=0,
-        description="Weight of (chosen score + rejected score)² in the loss; keeps scores near 0.",
+        description="Weight of (chosen score + rejected score)² in the loss. It keeps scores "
+        "near 0.",
     )
     logging: LoggingConfig = LoggingConfig()
 
@@ -113,14 +127,20 @@ class DpoConfig(Section):
     data: PairsConfig
     fit: FitConfig = FitConfig()
     beta: float = Field(
-        0.1, gt=0, description="Strength of the pull to the reference model; smaller moves further."
+        0.1,
+        gt=0,
+        description="How strongly the loss holds the policy to the reference. With a smaller "
+        "value it moves further.",
     )
     loss: Literal["sigmoid", "ipo"] = Field(
         "sigmoid",
-        description="sigmoid: DPO's own loss; ipo: squared distance to a margin of 1/(2β).",
+        description="sigmoid: DPO's own loss. ipo: squared distance to a margin of 1/(2β).",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=0.5, description="Assumed share of pairs whose preference is the wrong way."
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Assumed share of pairs that are labelled the wrong way round.",
     )
     logging: LoggingConfig = LoggingConfig()
 

@@ -12,43 +12,51 @@ from cluster.contracts.registry import REWARD_KINDS, RewardKind
 
 
 class RewardModelSource(Section):
-    type: Literal["model"] = Field("model", description="A learnt reward model.")
+    type: Literal["model"] = Field("model", description="A trained reward model.")
     path: str = Field(description="A reward-model directory made by `accord reward-model`.")
-    weight: float = Field(1.0, description="Factor of this reward in the sum.")
+    weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("model", description="Name in metrics and reports.")
-    normalise: bool = Field(True, description="Centre and scale as stored with the reward model.")
+    normalise: bool = Field(
+        True,
+        description="Subtract the mean and divide by the standard deviation stored with the "
+        "reward model.",
+    )
 
 
 class FunctionSource(Section):
-    type: Literal["function"] = Field("function", description="A Python function.")
+    type: Literal["function"] = Field("function", description="A Python function of yours.")
     path: str = Field(
-        description="`file.py:function`; called with lists prompts, completions and each metadata "
-        "column by keyword, returns one number per completion. Runs started from Python name the "
-        "file in which they keep the function."
+        description="`FILE.py:FUNCTION`. The function gets the lists `prompts`, `completions` "
+        "and each metadata column by keyword. It returns one number per completion. "
+        "In the stored config of a run started from Python: the file that holds the "
+        "function."
     )
-    weight: float = Field(1.0, description="Factor of this reward in the sum.")
+    weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("function", description="Name in metrics and reports.")
 
 
 class RulesSource(Section):
-    type: Literal["rules"] = Field("rules", description="Rules on the text.")
+    type: Literal["rules"] = Field(
+        "rules", description="Rules on the text. The reward is 0, less 1 for each broken rule."
+    )
     min_words: int | None = Field(None, description="Fewest words of a completion.")
     max_words: int | None = Field(None, description="Most words of a completion.")
     required: list[str] = Field(
-        default_factory=list, description="Regular expressions that a completion must match."
+        default_factory=list, description="Regular expressions that must be found in a completion."
     )
     forbidden: list[str] = Field(
-        default_factory=list, description="Regular expressions that a completion must not match."
+        default_factory=list,
+        description="Regular expressions that must not be found in a completion.",
     )
-    repetition: bool = Field(False, description="Penalise the share of repeated 3-grams.")
-    weight: float = Field(1.0, description="Factor of this reward in the sum.")
+    repetition: bool = Field(False, description="Also subtract the share of repeated 3-grams.")
+    weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("rules", description="Name in metrics and reports.")
 
 
 class GrpcSource(Section):
-    type: Literal["grpc"] = Field("grpc", description="A reward service elsewhere.")
-    address: Address = Field(description="host:port of a service speaking accord.reward.v1.")
-    weight: float = Field(1.0, description="Factor of this reward in the sum.")
+    type: Literal["grpc"] = Field("grpc", description="A reward service that runs elsewhere.")
+    address: Address = Field(description="HOST:PORT of a service that speaks accord.reward.v1.")
+    weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("grpc", description="Name in metrics and reports.")
 
 
@@ -62,9 +70,9 @@ class PluginSource(Section):
     model_config = ConfigDict(extra="allow")
 
     type: Annotated[str, AfterValidator(REWARD_KINDS.check)] = Field(
-        description="The word that the plugin file registers."
+        description="The name that the plugin file registers. Further keys are the plugin's own."
     )
-    weight: float = Field(1.0, description="Factor of this reward in the sum.")
+    weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("plugin", description="Name in metrics and reports.")
 
     @property
@@ -110,17 +118,23 @@ RewardSource = Annotated[
 
 class RewardConfig(Section):
     sources: list[RewardSource] = Field(
-        min_length=1, description="Rewards; their weighted sum is the score."
+        min_length=1, description="Where rewards come from. Their weighted sum is the score."
     )
     deadline_s: float = Field(
-        30, gt=0, description="Seconds until one scoring call fails, retries included."
+        30,
+        gt=0,
+        description="A scoring call that takes longer than this many seconds, retries included, "
+        "fails.",
     )
-    max_batch: int = Field(64, ge=1, description="Most completions scored in one pass.")
+    max_batch: int = Field(64, ge=1, description="Most completions in one scoring batch.")
     max_wait_ms: float = Field(
-        5, ge=0, description="Milliseconds that a batch waits for more completions."
+        5, ge=0, description="Most milliseconds that a scoring batch waits for further completions."
     )
-    clip: float | None = Field(None, gt=0, description="Clip the weighted sum to ±clip.")
+    clip: float | None = Field(
+        None, gt=0, description="Clip the weighted sum to ±`clip`. none: off."
+    )
     address: Address | None = Field(
         None,
-        description="Use a running reward service instead of starting one (`accord serve-reward`).",
+        description="HOST:PORT of a running reward service (`accord serve-reward`), which "
+        "scores with its own sources. none: the run starts one.",
     )

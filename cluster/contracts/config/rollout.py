@@ -15,19 +15,25 @@ class DataConfig(Section):
         "`datasets:NAME`."
     )
     split: str = Field("train", description="Split of `datasets:NAME`.")
-    prompt_key: str = Field("", description="Column with the prompt; empty: recognised by shape.")
+    prompt_key: str = Field("", description="Column with the prompt. Empty: Accord finds it.")
     max_prompt_tokens: int = Field(
-        512, ge=1, description="Longest prompt, in tokens; a longer one is an error naming its row."
+        512,
+        ge=1,
+        description="Longest prompt, in tokens. A longer one is an error that names its row.",
     )
     skip_bad_rows: bool = Field(
         False,
-        description="Leave out rows that cannot be read (counted and reported) instead of "
-        "stopping at the first.",
+        description="Leave out and count the rows that cannot be read, instead of stopping at "
+        "the first.",
     )
     skip_long_prompts: bool = Field(
-        False, description="Leave out prompts over the limit (counted and reported) instead."
+        False,
+        description="Leave out and count the prompts over `max_prompt_tokens`, instead of "
+        "stopping at the first.",
     )
-    shuffle: bool = Field(True, description="A new seeded order each epoch.")
+    shuffle: bool = Field(
+        True, description="Shuffle the prompts anew in every pass over them, by the seed."
+    )
 
 
 LEAST_TEMPERATURE = 1e-4
@@ -35,17 +41,17 @@ LEAST_TEMPERATURE = 1e-4
 
 
 class RolloutConfig(Section):
-    workers: int = Field(1, ge=1, description="Rollout workers at the start.")
+    workers: int = Field(1, ge=1, description="Number of rollout workers at the start.")
     engine: Literal["auto", "vllm", "transformers"] = Field(
-        "auto", description="auto: vllm where it has a build, else transformers (announced)."
+        "auto", description="auto: vLLM if it is installed, else transformers. The run says so."
     )
     dtype: DType = auto(
         "float32",
         rule="bfloat16 on a GPU, float32 on a CPU",
-        description="Type the engine computes in.",
+        description="Number type that the engine computes in.",
     )
     temperature: float = Field(
-        1.0, gt=0, description="Sampling temperature, the same in the learner."
+        1.0, gt=0, description="Sampling temperature. The learner uses it too."
     )
     max_tokens: int = auto(
         64,
@@ -56,100 +62,113 @@ class RolloutConfig(Section):
     min_tokens: int = Field(
         0,
         ge=0,
-        description="Shortest completion, in tokens: before it no end can be sampled.",
+        description="Shortest completion, in tokens. The policy cannot end it earlier.",
     )
     top_k: int = Field(
         0,
         ge=0,
-        description="Sample from the so many most probable tokens only; 0: from all. In training "
-        "each token carries the ids it was sampled from: 4 bytes times top_k per token.",
+        description="Sample only from the `top_k` most probable tokens. 0: from all. In "
+        "training each token then carries the ids it was sampled from: 4 bytes "
+        "times `top_k`.",
     )
     top_p: float = Field(
         1.0,
         gt=0,
         le=1,
-        description="Sample from the most probable tokens that together make up this much of the "
-        "probability; 1: from all. Training needs top_k beside it, as a bound.",
+        description="Sample only from the most probable tokens whose probabilities add up to "
+        "this. 1: from all. Training also needs `top_k`, which limits their number.",
     )
     min_p: float = Field(
         0.0,
         ge=0,
         lt=1,
-        description="Sample from tokens at least this many times as probable as the most probable "
-        "one; 0: from all. Training needs top_k beside it, as a bound.",
+        description="Sample only from tokens at least this many times as probable as the most "
+        "probable one. 0: from all. Training also needs `top_k`, which limits their "
+        "number.",
     )
     allowed_tokens: tuple[int, ...] = Field(
         (),
-        description="Token ids of which completions may consist, the end token among them; empty: "
-        "all tokens.",
+        description="Ids of the only tokens that may be sampled. Include the end token. Empty: "
+        "all.",
     )
-    banned_tokens: tuple[int, ...] = Field(
-        (), description="Token ids that are never sampled; empty: none."
-    )
+    banned_tokens: tuple[int, ...] = Field((), description="Ids of tokens that are never sampled.")
     stop: tuple[str, ...] = Field(
         (),
-        description="Strings that end a completion, as an end token does. Their tokens stay in it "
-        "and are trained; its text ends before them.",
+        description="Strings that end a completion, as an end token does. Their tokens belong "
+        "to the completion and are trained. The text ends before them.",
     )
     max_running: int = auto(
         64,
-        rule="a worker's part of all completions that may be outstanding, at most 64 on a CPU and "
-        "512 on a GPU, and no more than its cache holds at full length",
+        rule="the worker's share of all completions that can be in flight; at most 64 on "
+        "a CPU and 512 on a GPU, and no more than its cache holds at full length",
         ge=1,
-        description="Sequences that one worker decodes at once.",
+        description="Most sequences that one worker decodes at once.",
     )
     kv_cache_mb: int = auto(
         64,
-        rule="max_running sequences at full length, at least 64, at most a quarter of the "
-        "machine's memory for all workers",
+        rule="room for `max_running` sequences at full length; at least 64, and for all "
+        "workers together at most a quarter of the machine's memory",
         ge=8,
-        description="Key-value cache of a CPU engine, in MiB.",
+        description="Key-value cache of one worker on a CPU, in MiB.",
     )
     gpu_memory_fraction: float = auto(
         0.45,
-        rule="0.9 of a GPU of its own, 0.45 where the learner is on the same GPU, divided by the "
-        "workers on it; less a second copy of the weights, which a weight update stages",
+        rule="0.9 of a GPU without the learner, 0.45 of a GPU with it, divided by the "
+        "workers on that GPU; less room for the second copy of the weights that a "
+        "weight update needs",
         gt=0,
         le=0.95,
-        description="Share of a GPU's memory that one engine takes.",
+        description="Share of a GPU's memory that one worker takes.",
     )
     block_size: int = Field(
-        32, description="Tokens of a cache block; prefixes are shared by block."
+        32,
+        description="Tokens per block of the key-value cache. Completions share a cached prefix "
+        "in whole blocks.",
     )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs of one worker.")
+    tensor_parallel: int = Field(
+        1, ge=1, description="Number of GPUs over which one worker splits the model."
+    )
     cpus: float = auto(
         1,
-        rule="1 for a model below 50 million parameters and on a GPU; else half of the cores, "
-        "divided by the workers, at most 16",
+        rule="1 for a model below 50 million parameters, and on a GPU; else half of the "
+        "cores divided by the workers, at most 16",
         gt=0,
         description="CPU cores of one worker.",
     )
     gpus: float = auto(
         0,
-        rule="0 without a GPU; a GPU for each worker and learner process where there are enough; "
-        "else a share",
+        rule="0 without a GPU; `tensor_parallel` if there are enough for all workers and "
+        "learner processes; else a share of one",
         ge=0,
-        description="GPUs of one worker.",
+        description="GPUs that Ray reserves for one worker. Below 1, workers share one.",
     )
     kv_on_swap: Literal["recompute", "keep"] = Field(
         "recompute",
-        description="Cache of requests in flight at a weight swap: recomputed under the new "
-        "weights, or kept (faster; log-probabilities recorded are the behaviour's in both cases).",
+        description="What happens to the key-value cache of unfinished completions when new "
+        "weights come. recompute: it is computed again with them. keep: it stays, "
+        "which is faster. In both cases the recorded log-probabilities are those "
+        "that the token was sampled with.",
     )
     start_timeout_s: float = Field(
-        180, gt=0, description="A worker not ready after so many seconds is an error."
+        180, gt=0, description="A worker that is not ready after this many seconds is an error."
     )
     stall_timeout_s: float = Field(
         120,
         gt=0,
-        description="A busy worker that finishes nothing for so many seconds is replaced.",
+        description="A worker that has work and finishes no group for this many seconds is "
+        "replaced.",
     )
     request_seeds: bool = Field(
         False,
-        description="Each sample's randomness depends on the run's seed, its group and its place "
-        "alone, not on which worker draws it; slower on CPU.",
+        description="The randomness of a completion depends only on the run's seed, its group "
+        "and its place in the group, not on the worker that samples it. Slower on a "
+        "CPU.",
     )
-    max_restarts: int = Field(3, ge=0, description="Restarts of one worker before the run stops.")
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="Most restarts of one worker within ten minutes. One more loss stops the run.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
