@@ -22,19 +22,19 @@ def bench(
     ] = False,
     repeats: Annotated[
         int | None,
-        typer.Option(min=1, help="Measurements; the median counts. Default: 5, with --quick 1."),
+        typer.Option(min=1, help="Number of measurements. Default: 5, with --quick 1."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the result to this file.")
     ] = None,
     check: Annotated[
-        bool, typer.Option("--check", help="Exit with code 1 when a ratio is out of its limits.")
+        bool, typer.Option("--check", help="Exit with code 1 if a ratio is outside its limits.")
     ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Measure how fast a part of Accord is on this machine.
 
-    docs/measure.md explains the results.
+    The result is the median of several measurements. docs/measure.md explains it.
 
     Example: `accord bench overlap --quick`
     """

@@ -27,7 +27,7 @@ def compare(
     """Compare runs: settings, metrics, curves.
 
     The command prints the settings that differ, the last and the best value of each metric, and
-    curves as lines of bars. The page has larger curves of all metrics.
+    small curves of the main ones. --out also writes a page with larger curves of all metrics.
 
     Example: `accord compare runs/first runs/second --out compare.html`
     """

@@ -8,7 +8,8 @@ from cluster.commands.options import Config, Overrides, Quiet, load, print_path,
 def evaluate(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
     """Compare two policies on the same prompts: the win rate.
 
-    The judge that the config chooses scores both. The result comes with a confidence interval.
+    The judge in the config scores the completions of both. The win rate comes with a confidence
+    interval.
 
     Example: `accord evaluate examples/evaluate.toml policy.path=runs/q/policy`
     """

@@ -14,7 +14,7 @@ Samples = Annotated[int, typer.Option(min=1, metavar="N", help="Completions per 
 MaxTokens = Annotated[int, typer.Option(min=1, metavar="N", help="Longest completion in tokens.")]
 MinTokens = Annotated[
     int,
-    typer.Option(min=0, metavar="N", show_default=False, help="Shortest completion. Default: 0."),
+    typer.Option(min=0, metavar="N", show_default=False, help="Shortest, in tokens. Default: 0."),
 ]
 Temperature = Annotated[
     float,
@@ -32,7 +32,9 @@ TopK = Annotated[
 TopP = Annotated[
     float,
     typer.Option(
-        metavar="P", show_default=False, help="Only the top tokens that sum to P. Default: all."
+        metavar="P",
+        show_default=False,
+        help="Only the most probable tokens that sum to P. Default: all.",
     ),
 ]
 MinP = Annotated[
@@ -45,7 +47,7 @@ MinP = Annotated[
 ]
 Stop = Annotated[
     list[str] | None,
-    typer.Option(metavar="TEXT", help="Text that ends a completion. Repeatable."),
+    typer.Option(metavar="TEXT", help="Ends a completion. Can be given often."),
 ]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of sampling.")]
 
@@ -55,7 +57,7 @@ def generate(
     prompts: Annotated[
         str,
         typer.Argument(
-            help="JSONL, JSON, CSV or Parquet file, or datasets:NAME.", metavar="PROMPTS"
+            help="JSONL, JSON, CSV, TSV or Parquet, or datasets:NAME.", metavar="PROMPTS"
         ),
     ],
     out: Out = Path("answers.jsonl"),
@@ -72,7 +74,7 @@ def generate(
 ) -> None:
     """Sample completions with vLLM and write them to a file.
 
-    The file holds one JSON object per completion. It can serve as a file of prompts.
+    The file holds one JSON object per completion, and can be used as a file of prompts.
 
     Example: `accord generate runs/q/sft/policy prompts.jsonl --samples 4 --out answers.jsonl`
     """

@@ -27,10 +27,10 @@ class Method(StrEnum):
 
 def init(
     target: Annotated[
-        Path, typer.Argument(metavar="DIR|FILE.toml", help="Where to write it.")
+        Path, typer.Argument(metavar="DIR|FILE.toml", help="Where to write the config.")
     ] = Path(),
     algorithm: Annotated[
-        Method | None, typer.Option(help="What to train with. [grpo]", show_default=False)
+        Method | None, typer.Option(help="Training method. Default: grpo.", show_default=False)
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model directory or hub id.")] = None,
     data: Annotated[
@@ -45,14 +45,14 @@ def init(
         str | None,
         typer.Option(
             help="grpo, ppo: FILE.py:FUNCTION, a reward model's directory, or HOST:PORT. "
-            "Left out: a reward.py to start from is written, too."
+            "Without it, a reward.py to start from is written, too."
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="grpo, ppo: learner steps.")] = 100,
 ) -> None:
     """Write a commented config for your model and data.
 
-    On a terminal, `accord init` asks for what is not given. It never overwrites a file.
+    On a terminal, the command asks for the options that you leave out. It never overwrites a file.
 
     Example: `accord init --model my-model --prompts prompts.jsonl --reward reward.py:score`
     """

@@ -36,7 +36,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         help="Settings that replace the file's, such as batch.steps=50. "
-        "KEY=none clears a setting that may be left out. KEY=auto lets Accord choose the value.",
+        "KEY=none clears an optional setting. KEY=auto lets Accord choose the value.",
         metavar="KEY=VALUE",
     ),
 ]
@@ -44,7 +44,7 @@ Resume = Annotated[
     Path | None,
     typer.Option(
         **RUN,
-        help="Continue this run directory from its newest checkpoint. Give no CONFIG then.",
+        help="Continue this run from its newest checkpoint, without CONFIG.",
     ),
 ]
 RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", **RUN)]

@@ -21,7 +21,7 @@ def plan(
     """Check a training config and print every value in force.
 
     The plan also shows what follows from the values. With --probe it predicts step time,
-    bottleneck, the staleness bound and the number of workers needed, and memory.
+    bottleneck and memory, and which staleness bound and number of workers the run needs.
 
     Example: `accord plan examples/ppo.toml batch.prompts_per_step=16`
     """

@@ -37,7 +37,7 @@ def export(
 ) -> None:
     """Write a store as prompt/chosen/rejected rows.
 
-    Ties, and pairs of which both are bad, are left out and counted.
+    The command leaves out ties and pairs in which both completions are bad, and counts them.
 
     Example: `accord preferences export runs/q/preferences.db pairs.jsonl`
     """
@@ -61,7 +61,8 @@ def import_rows(
     skip_bad_rows: Annotated[
         bool,
         typer.Option(
-            "--skip-bad-rows", help="Leave bad rows out and count them; else stop at the first."
+            "--skip-bad-rows",
+            help="Leave out and count bad rows, instead of stopping at the first.",
         ),
     ] = False,
 ) -> None:

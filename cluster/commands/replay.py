@@ -25,8 +25,8 @@ def replay(
 ) -> None:
     """Train again on a run's saved rollouts, without Ray and vLLM.
 
-    Only the learner runs. The command measures how fast the learner is by itself. With --verify it
-    also checks that the same weights come out, bit for bit.
+    The command measures how fast the learner is alone. With --verify it also checks that every step
+    gives the same weights, bit for bit.
 
     Example: `accord replay runs/my-run --verify`
     """

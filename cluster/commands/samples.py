@@ -26,8 +26,8 @@ def samples(
 ) -> None:
     """Show completions of a run with their scores.
 
-    The run may still go on. For a run of `accord evaluate` or `accord quickstart`: completions
-    before and after training.
+    The run may still be in progress. For a run of `accord evaluate` or `accord quickstart`, the
+    command shows completions before and after training.
 
     Example: `accord samples runs/my-run --step 20 --count 3`
     """

@@ -22,12 +22,12 @@ def serve_reward(
     ] = None,
     reflection: Annotated[
         bool,
-        typer.Option("--reflection", help="Let clients such as grpcurl ask which calls there are."),
+        typer.Option("--reflection", help="Let clients such as grpcurl list the calls."),
     ] = False,
 ) -> None:
     """Serve a config's rewards over gRPC until interrupted.
 
-    Only the section [reward] of the config is read. The protocol is accord.reward.v1.
+    The command uses only the section [reward] of the config. The protocol is accord.reward.v1.
 
     Example: `accord serve-reward examples/ppo.toml --port 7070`
     """

@@ -15,7 +15,7 @@ def sft(
 ) -> None:
     """Fine-tune a model on demonstrations.
 
-    Only the assistant's tokens carry loss.
+    The loss counts only the assistant's tokens.
 
     Example: `accord sft examples/sft.toml model.path=my-model fit.epochs=2`
 

@@ -20,7 +20,8 @@ def simulate(
     workers: Annotated[
         str,
         typer.Option(
-            help="Numbers of workers, separated by commas. The rest grows in proportion.",
+            help="Numbers of workers, separated by commas. Prompts per step and learner speed "
+            "grow in proportion.",
             show_default=False,
         ),
     ] = "",
@@ -33,8 +34,9 @@ def simulate(
 ) -> None:
     """Simulate a run of another size on a virtual clock.
 
-    The real controller drives workers that only let time pass. The command prints how busy
-    generation and learner are, step time, goodput, staleness, waste and scaling efficiency.
+    The real controller drives workers that only let time pass. For each number of
+    workers the command prints step time, busy shares, tokens per second, staleness, waste and
+    scaling efficiency. docs/results.md explains the columns.
 
     Example: `accord simulate --workers 64,256 bound=8 stragglers=0.01`
     """

@@ -20,8 +20,8 @@ def status(
 ) -> None:
     """Show where a run stands, or every run in a line.
 
-    For one run: step, time left, workers, newest checkpoint, Ray dashboard, events. A run is `dead`
-    when its process ended without saying so, for example by kill -9.
+    For one run the command shows step, time left, workers, newest checkpoint, Ray dashboard and
+    events. A run is `dead` if its process ended without recording how, for example by kill -9.
 
     Example: `accord status runs/my-run --json`
     """

@@ -18,7 +18,7 @@ def train(
     resume: Resume = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a policy with PPO, GRPO, RLOO or a relative, on Ray.
+    """Train a policy with PPO, GRPO, RLOO or REINFORCE++ on Ray.
 
     Rollout workers generate completions with vLLM while the learner trains on earlier ones.
 
