@@ -127,8 +127,8 @@ class AlgorithmConfig(Section):
     entropy_coef: float = Field(0.0, ge=0, description="Weight of an entropy bonus per token.")
     whiten_advantages: bool = Field(
         True,
-        description="gae and reinforce++: scale the advantages of a step to mean 0 and standard "
-        "deviation 1.",
+        description="gae, reinforce++ and reinforce-baseline only: scale the advantages of a "
+        "step to mean 0 and standard deviation 1.",
     )
     whiten_rewards: bool = Field(
         False,
