@@ -127,7 +127,7 @@ class AlgorithmConfig(Section):
     entropy_coef: float = Field(0.0, ge=0, description="Weight of an entropy bonus per token.")
     whiten_advantages: bool = Field(
         True,
-        description="gae, reinforce++ and reinforce-baseline only: scale the advantages of a "
+        description="gae, reinforce++ and reinforce-baseline: scale the advantages of a "
         "step to mean 0 and standard deviation 1.",
     )
     whiten_rewards: bool = Field(
