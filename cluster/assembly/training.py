@@ -209,6 +209,11 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
             "it asks for)"
         )
     require_resources(resource_needs(config), ray_info, session.reporter.say)
+    if config.reward.address:
+        session.reporter.say(
+            f"rewards come from the service at {config.reward.address}; its own sources score, not "
+            "the config's reward.sources"
+        )
     if not training.resumed:
         tell_prompts(training.prepared.prompts, session)
     stop = StopSwitch()

@@ -120,6 +120,8 @@ def resource_needs(config: TrainConfig) -> list[Need]:
 def parents(config: TrainConfig) -> dict[str, str]:
     """Lineage: which models this run grew from."""
     found = {"policy": config.model.path, **config.run.parents}
+    if config.reward.address:
+        return found  # The service's sources score; the config's are not used.
     for source in config.reward.sources:
         if isinstance(source, RewardModelSource):
             found[f"reward/{source.name}"] = source.path

@@ -146,7 +146,7 @@ def derived(config: TrainConfig, model: ModelFacts | None) -> dict[str, Any]:
         "groups in flight, at most": (bound + 1) * batch.prompts_per_step,
         "completions decoded at once, at most": slots,
         # Little's law: S samples in flight, batches of B: so many steps of lag keep both busy.
-        "staleness bound that keeps both sides busy": -(-slots // samples) + 1,
+        "staleness bound that keeps generation and training busy": -(-slots // samples) + 1,
         "optimiser steps per learner step": config.learner.epochs * config.learner.minibatches,
         "threads and cores": cores.describe(),
         "asynchronous scheduling of vLLM": "off: a token that is under way at a swap would be "
