@@ -204,7 +204,7 @@ def _table(vocabulary: int, step: int) -> tuple[pa.Table, tuple[int, ...]]:
                     "logprobs": logp,
                     "span_version": [step],
                     "span_end": [count],
-                    **dict.fromkeys(("set_end", "set_count", "set_ids"), []),  # no limits
+                    **{key: [] for key in ("set_end", "set_count", "set_ids")},  # no limits
                     "finish_reason": "stop",
                     "score": float(rng.normal()),
                     "score_parts": "{}",
