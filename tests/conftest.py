@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -23,6 +24,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 if shutil.which("g++") is None:  # vLLM compiles its sampler otherwise
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+# A shell that starts the tests in the background ignores SIGINT for them and all their children;
+# the commands that the tests interrupt have to hear it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -54,10 +59,7 @@ def tiny(world: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: two processes then end at about the same time. Tests marked
-    `gpu` are skipped where there is no GPU, which the summary says."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Skips the tests marked `gpu` where there is no GPU, and says so."""
     if shutil.which("nvidia-smi"):
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
