@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import functools
 import json
-import socket
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
-from urllib.request import getproxies
 
 from cluster.contracts.config.base import ModelConfig
+from learner.models.files import hub_has_an_address
 
 LAYERS = ("num_hidden_layers", "n_layer")
 CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
@@ -69,18 +67,7 @@ def _of_hub(model: ModelConfig) -> dict[str, Any]:
     read = functools.partial(PretrainedConfig.get_config_dict, model.path, revision=model.revision)
     with suppress(OSError):
         return dict(read(local_files_only=True)[0])
-    return dict(read()[0]) if _hub_has_an_address() else {}
-
-
-def _hub_has_an_address() -> bool:
-    """Without a network every attempt would be repeated for half a minute."""
-    from huggingface_hub import constants
-
-    if getproxies():
-        return True  # the proxy looks the address up
-    with suppress(OSError):
-        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None))
-    return False
+    return dict(read()[0]) if hub_has_an_address() else {}
 
 
 def facts_of(tree: Mapping[str, Any]) -> ModelFacts:

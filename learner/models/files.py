@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 import transformers
@@ -130,6 +133,30 @@ def require_directory(path: str, *markers: str) -> None:
     mistyped = path.count("/") == 1 and place.parent.is_dir()
     if mistyped or path.count("/") > 1 or path.startswith((".", "~", "/")) or not path:
         raise UserError("no such model directory", where=path, fix="check the path (model.path)")
+    if not _is_cached(path) and not hub_has_an_address():
+        raise UserError(
+            "cannot load the model: there is no such directory, and the hub cannot be reached",
+            where=path,
+            fix="give an existing model directory, or a hub id reachable from here",
+        )
+
+
+def _is_cached(hub_id: str) -> bool:
+    from huggingface_hub import constants, file_download
+
+    folder = file_download.repo_folder_name(repo_id=hub_id, repo_type="model")
+    return (Path(constants.HF_HUB_CACHE) / folder).is_dir()
+
+
+def hub_has_an_address() -> bool:
+    """Without a network every attempt would be repeated for half a minute."""
+    from huggingface_hub import constants
+
+    if getproxies():
+        return True  # the proxy looks the address up
+    with suppress(OSError):
+        return bool(socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, None))
+    return False
 
 
 def explained(load: Callable[[], Any], path: str, what: str, *, missing: Any = None) -> Any:

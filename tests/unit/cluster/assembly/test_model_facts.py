@@ -92,9 +92,9 @@ def test_without_a_network_a_hub_id_is_given_up_at_once(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("transformers.PretrainedConfig.get_config_dict", read)
     monkeypatch.setattr(socket, "getaddrinfo", unknown)
-    monkeypatch.setattr("cluster.assembly.model_facts.getproxies", dict)
+    monkeypatch.setattr("learner.models.files.getproxies", dict)
     assert read_model_facts(ModelConfig(path="owner/name")) is None
     assert asked == [True]
-    monkeypatch.setattr("cluster.assembly.model_facts.getproxies", lambda: {"https": "proxy"})
+    monkeypatch.setattr("learner.models.files.getproxies", lambda: {"https": "proxy"})
     assert read_model_facts(ModelConfig(path="owner/name")) is None
     assert asked == [True, True, False]
