@@ -22,9 +22,11 @@ def reaches(lab: Any, source: int, target: int) -> bool:
 
 def test_hosts_share_no_disk_and_can_be_cut_and_killed(make_lab: Any, tmp_path: Path) -> None:
     with make_lab(2) as lab:
-        lab.run(1, "sh", "-c", "echo one > note; echo one > /tmp/note")
-        assert lab.run(1, "cat", "/host/note").stdout == "one\n"
-        assert lab.run(2, "cat", "/host/note", "/tmp/note").returncode != 0
+        lab.run(1, "sh", "-c", "echo one > note")
+        temporary = lab.run(1, "mktemp").stdout.strip()
+        assert lab.run(1, "cat", "note", temporary).stdout == "one\n"
+        assert lab.run(2, "test", "-e", "note").returncode == 1
+        assert lab.run(2, "test", "-e", temporary).returncode == 1
         assert lab.run(2, "hostname").stdout == "host2\n"
 
         server = lab.start(2, "python3", "-m", "http.server", "7000", out=tmp_path / "log")
