@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import BaseLoader, Environment, StrictUndefined
 from markupsafe import Markup
 
 from learner.evaluation.run_files import number
@@ -25,16 +25,26 @@ _SHOWN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 def render(template: str, context: Mapping[str, Any]) -> str:
     """``template``: a file of this folder; ``style`` in it is the style sheet of all pages."""
-    environment = Environment(
+    style = Markup(style_sheet())
+    return environment().from_string(_file(template)).render(context, style=style)
+
+
+def environment(loader: BaseLoader | None = None) -> Environment:
+    """For templates of any page: text is escaped and what is invisible in it shown."""
+    made = Environment(
+        loader=loader,
         autoescape=True,
         undefined=StrictUndefined,
         finalize=_finalize,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(num=_num, percent=_percent, seconds=_seconds, plain=plain)
-    style = Markup(_file("page.css"))
-    return environment.from_string(_file(template)).render(context, style=style)
+    made.filters.update(num=_num, percent=_percent, seconds=_seconds, plain=plain)
+    return made
+
+
+def style_sheet() -> str:
+    return _file("page.css")
 
 
 def visible(text: str) -> str:

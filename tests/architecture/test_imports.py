@@ -20,6 +20,9 @@ DOORS = {
     "vllm": ("actors/engines/", "cluster/measure/bench/plain_vllm.py"),
     "ray": ("remote.py", "cluster/machine/", "cluster/weights/", "cluster/runs/sinks.py"),
     "grpc": ("reward_service/",),
+    "fastapi": ("cluster/pages/",),
+    "starlette": ("cluster/pages/",),
+    "uvicorn": ("cluster/pages/",),
     "torch.distributed": (
         "learner/compute/ranks.py",
         "learner/compute/sharding.py",
