@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ import psutil
 
 from cluster.contracts.config.base import ClusterConfig
 from cluster.contracts.errors import UserError
+from cluster.machine.ray_token import prepare_token
 from cluster.machine.signals import signal_handlers_kept
 
 ROOT = Path(__file__).resolve().parents[2]
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 LEFTOVERS_S = 2.0
+LOOPBACK = "127.0.0.1"
 
 
 @contextmanager
@@ -27,11 +30,13 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     """Ray for the length of a command. Yields {"address", "metrics_port", "dashboard", "resources",
     "started"}; resources: "CPU" and "GPU" of the whole cluster.
 
-    A cluster started here listens on loopback only and is shut down at the end; one that was joined
-    is left running.
+    A cluster started here listens on loopback only, asks for Ray's token, and is shut down at the
+    end; one that was joined is left running.
     """
     _environment()
     started = config.address is None
+    if started:
+        prepare_token()
     with _leftovers_ended() if started else nullcontext(), _joined(config) as info:
         yield info | {"started": started}
 
@@ -51,7 +56,8 @@ def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
         token_log = "ray._private.authentication.authentication_token_setup"
         logging.getLogger(token_log).setLevel(logging.ERROR)
         try:
-            context: Any = ray.init(**_options(config))
+            with _loopback() if config.address is None else nullcontext():
+                context: Any = ray.init(**_options(config))
         except ConnectionError as problem:
             raise UserError(
                 f"no Ray cluster answers: {problem}",
@@ -75,6 +81,29 @@ def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
         }
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """A cluster started within has the address 127.0.0.1, so that all its sockets do.
+
+    `ray.init` turns any loopback address it is given into one that other machines reach, and then
+    the ports of GCS, raylet, workers and metrics listen on every address of the machine. On the
+    systems where Ray is not for clusters it stays on loopback, and this asks for the same here.
+    """
+    from ray._private import ray_constants, services
+
+    kept = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        if not ip_address(services.get_node_ip_address()).is_loopback:
+            raise RuntimeError(
+                "this version of Ray would listen on every address of the machine: install the "
+                "version that Accord's requirements name"
+            )
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = kept
 
 
 @contextmanager
@@ -123,8 +152,7 @@ def _options(config: ClusterConfig) -> dict[str, Any]:
         "num_cpus": config.num_cpus or max(8, os.cpu_count() or 1),
         "object_store_memory": config.object_store_mb << 20,
         "include_dashboard": config.dashboard,
-        "dashboard_host": "127.0.0.1",
-        "_node_ip_address": "127.0.0.1",
+        "dashboard_host": LOOPBACK,
     }
 
 

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.contracts.rollout_table import from_table
+from tests.integration.listening import listeners_of, rows_for_a_started_cluster
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +38,15 @@ def metrics_page(run: Path) -> str:
             return str(page.read(), "utf-8")
     except OSError:
         return ""
+
+
+def every_socket_is_listed(pid: int) -> None:
+    """Of the command, its roles and Ray, against the table of SECURITY.md."""
+    rows_known = rows_for_a_started_cluster(Path("SECURITY.md").read_text(encoding="utf-8"))
+    found = listeners_of(pid)
+    assert {"gcs_server", "raylet", "ray::_RewardActor"} <= {one.process for one in found}
+    unknown = [one for one in found if not any(row.allows(one) for row in rows_known)]
+    assert unknown == []
 
 
 def test_engine_and_learner_agree_after_every_update(world: Any, accord: Any) -> None:
@@ -90,6 +100,7 @@ def test_asynchronous_run_is_scaled_and_seen_while_it_goes_on(world: Any, accord
         staleness='bound = 2\ncorrection = "token-tis"',
         algorithm='advantage = "grpo"',
         logging="tensorboard = false",
+        cluster="object_store_mb = 80\ndashboard = true",
     )
     run = accord.folder / "runs" / "r"
     command = accord.start("train", config)
@@ -110,6 +121,7 @@ def test_asynchronous_run_is_scaled_and_seen_while_it_goes_on(world: Any, accord
     command.wait_until(
         lambda: "ray_accord_perf_throughput" in metrics_page(run), 60, "Ray's metrics"
     )
+    every_socket_is_listed(command.process.pid)
     told = accord.run("status", run, "--json")
     assert json.loads(told.stdout)["status"] == "running"
     code, seconds = command.interrupt()
