@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.runs.driver import driver_of
+from cluster.runs.rows import Row, tail_rows
 
-TAIL_BYTES = 256 << 10  # of metrics.jsonl: some hundred steps
 RATE_STEPS = 20  # the time left follows from the median duration of this many last steps
 LATEST = {  # metric -> its name for people; the first that a run has is shown
     "objective/scores": "reward",
@@ -30,8 +30,6 @@ LATEST = {  # metric -> its name for people; the first that a run has is shown
     "eval/loss": "loss",
     "train/loss": "loss",
 }
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,32 +123,6 @@ def status_of(path: Path, manifest: Mapping[str, Any]) -> str:
         return written
     driver = driver_of(path)
     return "dead" if driver is not None and driver.alive() is False else "running"
-
-
-def whole_rows(text: str) -> list[Row]:
-    """JSON objects, one per line. The last line counts once it is complete, as a run may write."""
-    rows = []
-    for line in text[: text.rfind("\n") + 1].splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def tail_rows(path: Path) -> list[Row]:
-    """The last rows of a file that may be long."""
-    if not path.is_file():
-        return []
-    with path.open("rb") as file:
-        size = path.stat().st_size
-        file.seek(max(0, size - TAIL_BYTES))
-        data = file.read()
-    if size > TAIL_BYTES:
-        data = data[data.find(b"\n") + 1 :]
-    return whole_rows(data.decode("utf-8", errors="replace"))
 
 
 def _seconds_left(rows: Sequence[Row], step: int, steps: int | None) -> float | None:

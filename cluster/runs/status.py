@@ -11,7 +11,8 @@ from cluster.contracts.errors import UserError
 from cluster.runs.console import shown
 from cluster.runs.control import wanted_workers
 from cluster.runs.driver import driver_of
-from cluster.runs.overview import Row, RunOverview, ago, overview, span, whole_rows
+from cluster.runs.overview import RunOverview, ago, overview, span
+from cluster.runs.rows import Row, whole_rows
 from cluster.runs.run import Run
 
 CONTINUED = ("train", "sft", "reward-model", "dpo")  # the commands that have --resume

@@ -6,7 +6,6 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pydantic import BaseModel
@@ -14,7 +13,7 @@ from pydantic import BaseModel
 from cluster.contracts.errors import UserError
 from cluster.runs.control import want_workers
 from cluster.runs.driver import Driver
-from cluster.runs.overview import find_runs, overview, size, span, tail_rows
+from cluster.runs.overview import find_runs, overview, size, span
 from cluster.runs.run import Run, write_json
 from cluster.runs.status import headline, read_status, status_lines
 
@@ -137,15 +136,6 @@ def test_rows_that_are_no_metrics_are_passed_over(tmp_path: Path) -> None:
             file.write(row + "\n")
     facts = overview(run.path)
     assert (facts.step, facts.seconds_left, facts.latest()) == (2, None, None)
-
-
-def test_only_the_end_of_a_long_file_is_read(tmp_path: Path, monkeypatch: Any) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s}) + "\n" for s in range(1000)))
-    monkeypatch.setattr("cluster.runs.overview.TAIL_BYTES", 100)
-    rows = tail_rows(path)
-    assert rows[-1] == {"step": 999}
-    assert 3 < len(rows) < 10
 
 
 def test_spans_and_sizes_are_short() -> None:
