@@ -46,7 +46,7 @@ def runs(
                 f"{one.step}/{one.steps}" if one.steps else str(one.step or "-"),
                 one.latest_text() or "-",
                 ago(one.created),
-                size(one.size_bytes),
+                size(one.size_bytes or 0),
             )
         )
     result("\n".join(text_table(HEADER, rows, right="lllrlrr")))

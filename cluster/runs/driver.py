@@ -45,7 +45,7 @@ class Driver:
                 boot=str(record["boot"]),
                 started=None if started is None else int(started),
             )
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             return None
 
     def record(self) -> dict[str, Any]:
@@ -60,9 +60,11 @@ class Driver:
             return None
         if self.boot != _boot_id():
             return False
+        if self.pid <= 0:  # kill(2) would take it for a group of processes
+            return False
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
+        except (ProcessLookupError, OverflowError):
             return False
         except PermissionError:  # it exists and is another user's
             pass
@@ -76,7 +78,7 @@ class Driver:
 def driver_of(directory: Path) -> Driver | None:
     """The process that holds the run now or, without one, the process that made the run."""
     for name, key in ((LOCK, None), ("manifest.json", "driver")):
-        with contextlib.suppress(OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
             content = json.loads((directory / name).read_text(encoding="utf-8"))
             found = Driver.of_record(content if key is None else content.get(key, {}))
             if found is not None:

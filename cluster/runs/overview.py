@@ -6,10 +6,9 @@ Nothing here raises for a missing or damaged file, so that one bad run does not 
 from __future__ import annotations
 
 import itertools
-import json
-import math
 import stat
 import statistics
+import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -19,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.runs.driver import driver_of
-from cluster.runs.rows import Row, tail_rows
+from cluster.runs.rows import Row, parse_object, tail_rows
 
 RATE_STEPS = 20  # the time left follows from the median duration of this many last steps
+LIVE = "live.json"  # which a training writes every few seconds
+SILENT_AFTER_S = 120.0  # without any file written, where the driver's process cannot be seen
 LATEST = {  # metric -> its name for people; the first that a run has is shown
     "objective/scores": "reward",
     "rm/accuracy": "accuracy",
@@ -34,9 +35,10 @@ LATEST = {  # metric -> its name for people; the first that a run has is shown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOverview:
-    """``status``: running, dead (its process ended without a word), finished, failed, interrupted
-    or damaged (its manifest cannot be read). ``steps``: asked for, where the config says so.
-    ``created`` and ``updated``: seconds since the epoch; ``seconds_left`` of a running run only."""
+    """``status``: running, dead (its process ended without a word), silent (on another host, and
+    without a sign of life), finished, failed, interrupted or damaged (its manifest cannot be read).
+    ``steps``: asked for, where the config says so. ``created`` and ``updated``: seconds since the
+    epoch; ``seconds_left`` of a running run only. ``size_bytes``: None where nobody asked."""
 
     name: str
     path: Path
@@ -48,7 +50,7 @@ class RunOverview:
     updated: float
     seconds_left: float | None
     metrics: Mapping[str, Any]
-    size_bytes: int
+    size_bytes: int | None
 
     def latest(self) -> tuple[str, float] | None:
         """("reward", 0.25): the number that says how the run does."""
@@ -92,7 +94,8 @@ def find_runs(directory: Path) -> list[Path]:
     return [path for run in outer for path in (run, *inner[run])]
 
 
-def overview(path: Path, name: str | None = None) -> RunOverview:
+def overview(path: Path, name: str | None = None, *, sized: bool = True) -> RunOverview:
+    """``sized``: also add up the size of all files, which takes long where there are many."""
     manifest = _manifest(path)
     command = str(manifest.get("command", "?"))
     rows = [row for row in tail_rows(path / "metrics.jsonl") if _is_number(row.get("step"))]
@@ -110,19 +113,23 @@ def overview(path: Path, name: str | None = None) -> RunOverview:
         created=_created(manifest),
         updated=_last_written(path),
         seconds_left=_seconds_left(rows, step, steps) if status == "running" else None,
-        metrics=last,
-        size_bytes=sum(_stat(p)[1] for p in path.rglob("*")),
+        metrics={name: value for name, value in last.items() if _is_number(value)},
+        size_bytes=sum(_stat(p)[1] for p in path.rglob("*")) if sized else None,
     )
 
 
 def status_of(path: Path, manifest: Mapping[str, Any]) -> str:
     """A run whose manifest says running is dead when its process is gone: a killed process cannot
-    write that down. A process on another host cannot be looked at from here and is believed."""
+    write that down. A process on another host cannot be looked at from here. It is believed, unless
+    it kept ``live.json`` fresh and has stopped doing so: then it is silent."""
     written = str(manifest.get("status", "damaged"))
-    if written != "running":
+    driver = driver_of(path) if written == "running" else None
+    if driver is None:
         return written
-    driver = driver_of(path)
-    return "dead" if driver is not None and driver.alive() is False else "running"
+    alive = driver.alive()
+    if alive is None and (path / LIVE).exists():
+        return "silent" if time.time() - _last_written(path) > SILENT_AFTER_S else "running"
+    return "dead" if alive is False else "running"
 
 
 def _seconds_left(rows: Sequence[Row], step: int, steps: int | None) -> float | None:
@@ -135,34 +142,35 @@ def _seconds_left(rows: Sequence[Row], step: int, steps: int | None) -> float | 
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Of a size that arithmetic can go on with: JSON has integers of any length."""
+    known = isinstance(value, int | float) and not isinstance(value, bool)
+    return known and abs(value) < sys.float_info.max
 
 
 def _manifest(path: Path) -> Row:
     try:
-        content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return parse_object((path / "manifest.json").read_bytes()) or {}
+    except OSError:
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _steps_asked(path: Path) -> int | None:
     try:
         tree = tomllib.loads((path / "config.toml").read_text(encoding="utf-8"))
         return int(tree["batch"]["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return None
 
 
 def _created(manifest: Mapping[str, Any]) -> float | None:
     try:
         return datetime.fromisoformat(str(manifest["created"])).timestamp()
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, OverflowError):
         return None
 
 
 def _last_written(path: Path) -> float:
-    names = ("manifest.json", "metrics.jsonl", "events.jsonl")
+    names = ("manifest.json", "metrics.jsonl", "events.jsonl", LIVE)
     return max(_stat(path / name)[0] for name in names)
 
 

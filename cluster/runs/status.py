@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +9,8 @@ from cluster.contracts.errors import UserError
 from cluster.runs.console import shown
 from cluster.runs.control import wanted_workers
 from cluster.runs.driver import driver_of
+from cluster.runs.history import FollowedHistory
 from cluster.runs.overview import RunOverview, ago, overview, span
-from cluster.runs.rows import Row, whole_rows
 from cluster.runs.run import Run
 
 CONTINUED = ("train", "sft", "reward-model", "dpo")  # the commands that have --resume
@@ -29,21 +27,20 @@ def read_status(run: Run) -> dict[str, Any]:
         raise UserError(
             "is damaged", where=str(run.path / "manifest.json"), fix="restore the file, if you can"
         )
-    events = _events(run)
+    history = FollowedHistory(run.path).read()
     driver = driver_of(run.path)
     checkpoint = _newest_checkpoint(run)
-    cluster = next((e for e in reversed(events) if e.get("kind") == "cluster"), {})
     return {
         **facts.record(),
         "metrics": dict(facts.metrics),
-        "alarms": _alarms(events),
-        "workers": _serving(events) if facts.status == "running" else [],
+        "alarms": history.alarms,
+        "workers": history.serving if facts.status == "running" else [],
         "workers_wanted": wanted_workers(run),
         "checkpoint": checkpoint and {"path": str(checkpoint), "step": _step(checkpoint)},
-        "dashboard": cluster.get("dashboard") if facts.status == "running" else None,
+        "dashboard": history.cluster.get("dashboard") if facts.status == "running" else None,
         "driver": driver.record() if driver else None,
         "driver_alive": driver.alive() if driver else None,
-        "events": dict(Counter(str(e.get("kind", "?")) for e in events)),
+        "events": dict(history.counts),
     }
 
 
@@ -54,7 +51,7 @@ def headline(run: RunOverview) -> str:
     parts += [text] if (text := run.latest_text()) else []
     if run.seconds_left is not None:
         parts.append(f"{span(run.seconds_left)} left")
-    if run.status in ("running", "dead"):
+    if run.status in ("running", "dead", "silent"):
         parts.append(f"last sign of life {ago(run.updated)}")
     return ", ".join(parts)
 
@@ -86,6 +83,11 @@ def status_lines(run: Run) -> list[str]:
 
 def _process(facts: RunOverview, status: dict[str, Any]) -> list[str]:
     driver = status["driver"]
+    if facts.status == "silent" and driver:
+        return [
+            f"  driven by process {driver['pid']} on {driver['host']}, which has written nothing "
+            "for minutes: its host may be down"
+        ]
     if facts.status == "running" and driver and status["driver_alive"] is None:
         return [f"  driven by process {driver['pid']} on {driver['host']}; not visible from here"]
     if facts.status == "running" and driver:
@@ -100,32 +102,6 @@ def _process(facts: RunOverview, status: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _serving(events: Sequence[Row]) -> list[str]:
-    """Workers that joined and have not left since the loop was started last."""
-    names: dict[str, None] = {}
-    for event in events:
-        kind, name = event.get("kind"), str(event.get("worker", "?"))
-        if kind == "cluster":
-            names.clear()
-        elif kind == "worker_serving":
-            names[name] = None
-        elif kind in ("worker_lost", "worker_left"):
-            names.pop(name, None)
-    return list(names)
-
-
-def _alarms(events: Sequence[Row]) -> list[str]:
-    """What the alarms say that have begun and not ended."""
-    texts: dict[str, str] = {}
-    for event in events:
-        if event.get("kind") == "alarm":
-            name = str(event.get("alarm", "?"))
-            texts.pop(name, None)
-            if event.get("change") == "start":
-                texts[name] = str(event.get("text", name))
-    return list(texts.values())
-
-
 def _newest_checkpoint(run: Run) -> Path | None:
     found = sorted((run.path / "checkpoints").glob("step-*/manifest.json"))
     return found[-1].parent if found else None
@@ -133,8 +109,3 @@ def _newest_checkpoint(run: Run) -> Path | None:
 
 def _step(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
-
-
-def _events(run: Run) -> list[Row]:
-    path = run.path / "events.jsonl"
-    return whole_rows(path.read_text(encoding="utf-8")) if path.is_file() else []

@@ -138,6 +138,61 @@ def test_rows_that_are_no_metrics_are_passed_over(tmp_path: Path) -> None:
     assert (facts.step, facts.seconds_left, facts.latest()) == (2, None, None)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", '{"status": "running", "created": "0001-01-01T00:00:00+14:00"}'),
+        ("manifest.json", '{"status": ["running"], "name": {"a": 1}, "command": 7}'),
+        ("manifest.json", "[" * 100_000),
+        ("manifest.json", "\x00\xff"),
+        ("driver.lock", '{"pid": 1e400, "host": "h", "boot": "b"}'),
+        ("driver.lock", json.dumps(Driver.of_this_process().record() | {"pid": 2**70})),
+        ("driver.lock", json.dumps(Driver.of_this_process().record() | {"pid": -1})),
+        ("driver.lock", "[" * 100_000),
+        ("metrics.jsonl", '{"step": 1' + "0" * 400 + ', "objective/scores": 1}\n'),
+        ("metrics.jsonl", '{"step": NaN, "time": Infinity}\n{"step": true}\n'),
+        ("metrics.jsonl", '{"step": 3, "time": 1' + "0" * 400 + ', "objective/scores": "x"}\n' * 3),
+        ("events.jsonl", "[" * 100_000 + "\n\x00\n"),
+        ("config.toml", "batch = 3"),
+        ("config.toml", "[batch]\nsteps = inf"),
+    ],
+)
+def test_a_damaged_file_does_not_hide_the_run(tmp_path: Path, name: str, content: str) -> None:
+    run = make(tmp_path)
+    (run.path / name).write_bytes(content.encode("latin-1"))
+    assert [path.name for path in find_runs(tmp_path)] == ["r"]
+    facts = overview(run.path)
+    json.dumps(facts.record())
+    assert headline(facts)
+    if facts.status != "damaged":
+        assert status_lines(run)
+
+
+def test_a_process_of_a_number_that_none_can_have_is_dead(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    for pid in (2**70, -1, 0):
+        write_json(run.path / "driver.lock", Driver.of_this_process().record() | {"pid": pid})
+        assert overview(run.path).status == "dead", pid
+
+
+def test_a_driver_on_another_host_that_went_silent_is_told_from_a_running_one(
+    tmp_path: Path,
+) -> None:
+    run = make(tmp_path)
+    elsewhere = Driver.of_this_process().record() | {"host": "elsewhere"}
+    write_json(run.path / "driver.lock", elsewhere)
+    (run.path / "live.json").write_text("{}")
+    assert overview(run.path).status == "running"
+    long_ago = time.time() - 600
+    for path in run.path.iterdir():
+        os.utime(path, (long_ago, long_ago))
+    assert overview(run.path).status == "silent"
+    assert "its host may be down" in "\n".join(status_lines(run))
+    # Offline training writes no such file: nothing can be told from its age.
+    (run.path / "live.json").unlink()
+    assert overview(run.path).status == "running"
+
+
 def test_spans_and_sizes_are_short() -> None:
     spans = [span(s) for s in (0.2, 75, 600, 7200, 400_000)]
     assert spans == ["0 s", "75 s", "10 min", "2.0 h", "4.6 days"]
