@@ -170,7 +170,7 @@ def _policies(run: Run, checkpoint: Path) -> list[Path]:
     """The checkpoint's policy, and the run's own once it is finished (a copy of the newest)."""
     manifest = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
     own = run.path / "policy"
-    finished = manifest.get("status") == "finished" and own.is_dir()
+    finished = manifest.get("status") in ("finished", "stopped") and own.is_dir()
     return [checkpoint / "policy", *([own] if finished else [])]
 
 

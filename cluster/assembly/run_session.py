@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cluster.contracts.config.base import Section
 from cluster.contracts.errors import UserError
@@ -34,6 +34,7 @@ class RunSession:
     start: StartLog
     sinks: list[Sink] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
+    outcome: Literal["finished", "stopped"] = "finished"  # of a run that ends without an error
 
     @property
     def path(self) -> Path:
@@ -111,7 +112,7 @@ def _status_kept(session: RunSession, *, fresh: bool) -> Iterator[None]:
             run.event("run_failed", cause=str(problem))
             run.update_manifest(status="failed")
         raise
-    run.update_manifest(status="finished")
+    run.update_manifest(status=session.outcome)
 
 
 def how_to_continue(run: Run) -> str:

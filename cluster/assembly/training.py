@@ -14,7 +14,13 @@ from typing import Any
 from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.prepare import Prepared, prepare
-from cluster.assembly.run_session import RunSession, open_run, refuse_changes, run_session
+from cluster.assembly.run_session import (
+    RunSession,
+    how_to_continue,
+    open_run,
+    refuse_changes,
+    run_session,
+)
 from cluster.assembly.training_roles import (
     RewardRole,
     parents,
@@ -38,7 +44,7 @@ from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import require_resources
 from cluster.runs.alarm_sink import AlarmSink
 from cluster.runs.console import Reporter
-from cluster.runs.control import wanted_workers
+from cluster.runs.control import ControlFile, forget_pause_and_stop
 from cluster.runs.run import Run
 from cluster.runs.sample_sink import SampleSink
 from cluster.runs.sinks import make_sinks
@@ -233,6 +239,8 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
         listeners.close()
     if listeners.problem is not None:
         raise listeners.problem
+    if session.outcome == "stopped" and session.run.newest_checkpoint() is None:
+        return  # stopped before its first step: there is nothing to publish
     final, _ = session.run.latest_checkpoint()
     publish_policy(final / "policy", session.path / "policy")
 
@@ -260,6 +268,7 @@ async def _drive(
 ) -> None:
     """Start all roles side by side, train, and end them, whatever happens."""
     config, session = training.config, training.session
+    forget_pause_and_stop(session.path)
     clock = MonotonicClock()
     learner = _learner(training)
     pool = WorkerPool(
@@ -280,7 +289,7 @@ async def _drive(
         clock,
         session.timeline,
         state=training.resumed.state if training.resumed else None,
-        wanted_workers=lambda: wanted_workers(session.run),
+        wishes=ControlFile(session.path, session.event),
     )
     stop.bind(controller.request_stop)
     session.reporter.say(f"  {training.cores.describe()}")
@@ -294,9 +303,9 @@ async def _drive(
             with session.reporter.stage(algorithm_title(config), config.batch.steps) as stage:
                 sinks.insert(0, stage)
                 await controller.run()
-                _tell_stop(training, controller.step, listeners, watch)
+                _tell_stop(training, controller, listeners, watch)
         else:
-            _tell_stop(training, controller.step, listeners, watch)
+            _tell_stop(training, controller, listeners, watch)
     finally:
         watch.cancel()
         await asyncio.gather(pool.stop(), _stop_learner(learner))
@@ -333,15 +342,19 @@ async def _watch_reward_service(
 
 
 def _tell_stop(
-    training: Training, step: int, listeners: Listeners, watch: asyncio.Future[str]
+    training: Training, controller: Controller, listeners: Listeners, watch: asyncio.Future[str]
 ) -> None:
-    """Raises KeyboardInterrupt when the run was stopped before its last step, Fatal when the
+    """Raises KeyboardInterrupt when the run was interrupted before its last step, Fatal when the
     reward service had died."""
-    session = training.session
+    session, step = training.session, controller.step
     if watch.done() and (cause := watch.result()):
         raise Fatal(f"the process of the reward service died: {cause}")
     if listeners.stopped:
         session.event("stopped_by_callback", step=step)
+    elif controller.stopped_as_asked and step < training.config.batch.steps:
+        session.event("stopped", step=step)
+        session.outcome = "stopped"
+        session.reporter.tell(how_to_continue(session.run))
     elif listeners.problem is None and step < training.config.batch.steps:
         if step and session.run.newest_checkpoint() != step:
             session.reporter.say(

@@ -48,6 +48,10 @@ Resume = Annotated[
     ),
 ]
 RunDirectory = Annotated[Path, typer.Argument(help="A run directory.", **RUN)]
+Wait = Annotated[
+    float,
+    typer.Option("--wait", min=0, help="Most seconds to wait for what comes of the request."),
+]
 RunsFolder = Annotated[Path, typer.Option("--dir", help="Folder that holds the run directories.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print only the result, no progress.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]

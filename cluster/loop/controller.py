@@ -20,15 +20,16 @@
     a broadcast          the one before                        the slowest worker (lost: left out)
     a swap in a worker   the token under way                   the engine, some milliseconds later
     a stop               the step under way, a little          the learner, or ``stop_grace_s``
+    a pause's end        a person (`accord resume`)            the wish, read each second
 
 Nobody waits in a circle: a learner step needs only groups that are admitted already, a broadcast
 only workers that answer or are given up, and admission only a broadcast. With ``bound = 0`` the
 waiting is the whole of it (train, send, generate, train ...); every step of bound lets generation
 run one step ahead.
 
-At most one each goes on of: a learner step with its saving, a broadcast, a change of the number of
-workers. The loop starts whatever can start and wakes when anything ends. It holds metadata only:
-rollouts and weights go from role to role.
+At most one each goes on of: a learner step with its saving, a broadcast. The loop starts whatever
+can start and wakes when anything ends. It holds metadata only: rollouts and weights go from role to
+role.
 """
 
 from __future__ import annotations
@@ -54,10 +55,13 @@ from cluster.loop.loop_metrics import Accounts, Standing
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import LoopSettings
 from cluster.loop.staleness import AdmissionLedger, GroupBuffer
+from cluster.loop.steering import Steering
 from cluster.loop.timeline import Timeline
+from cluster.runs.control import Wishes
 
 RESIZE_PAUSE_S = 60.0  # before a number of workers that could not be had is asked for again
-LOOK_AROUND_S = 1.0  # how often a wish for another number of workers is looked for
+LOOK_AROUND_S = 1.0  # how often it is looked what people want of the run
+BACKGROUND = {"look around"}  # of a run that rests, nothing else is under way
 
 
 class Controller:
@@ -74,7 +78,7 @@ class Controller:
         clock: Clock,
         timeline: Timeline,
         state: RunState | None = None,
-        wanted_workers: Callable[[], int | None] = lambda: None,
+        wishes: Callable[[], Wishes] = Wishes,
         cpu_s: Callable[[], float] = time.thread_time,
     ) -> None:
         self._settings = settings
@@ -85,7 +89,7 @@ class Controller:
         self._sinks = sinks
         self._clock = clock
         self._timeline = timeline
-        self._wanted_workers = wanted_workers
+        self._steering = Steering(wishes, run.event)
         self._cpu_s = cpu_s  # CPU seconds of the loop's thread
         first = state.step if state else 0
         self._step = first  # learner steps finished
@@ -103,6 +107,7 @@ class Controller:
         )
         self._buffer = GroupBuffer(self._ledger, next_step=first)
         self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()  # the stop must not wait long for the step under way
         self._wake = asyncio.Event()  # something ended, or it is time to look around
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._to_broadcast: WeightManifest | None = None  # only the newest is worth sending
@@ -111,6 +116,7 @@ class Controller:
         self._sink_errors = 0
         self._resized_to: int | None = None
         self._resize_again_at = 0.0
+        self._resizes = 0
         self._started = False
         self._saved = first  # step of the newest checkpoint
         self._began = 0.0
@@ -122,12 +128,19 @@ class Controller:
 
     def request_stop(self) -> None:
         """Finish what is cheap to finish, keep everything done, and return."""
+        self._hurry.set()
         self._stop.set()
         self._wake.set()
+
+    @property
+    def stopped_as_asked(self) -> bool:
+        """Whether the run ended because `accord stop` asked for it, and in no hurry."""
+        return self._steering.stop and not self._hurry.is_set()
 
     async def start(self) -> bool:
         """Bring up learner and workers, side by side. False: a stop was asked for meanwhile."""
         self._began = self._clock.now()
+        self._spawn("look around", self._look_around())
         manifest = await self._start_unless_stopped()
         if manifest is None:
             return False
@@ -142,7 +155,6 @@ class Controller:
             return self._state()
         self._accounts = Accounts(self._settings, self._pool, self._clock.now, self._cpu_s)
         self._pool.on_news(self._wake.set)
-        self._spawn("look around", self._look_around())
         try:
             while self._step < self._settings.steps and not self._stop.is_set():
                 # Each of the three does nothing when it cannot start; none of them waits.
@@ -156,9 +168,12 @@ class Controller:
                 await self._save()
             return self._state()
         finally:
-            for task in self._tasks.values():
-                task.cancel()
-            await asyncio.gather(*self._tasks.values(), return_exceptions=True)
+            await self._end_tasks()
+
+    async def _end_tasks(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
+        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
 
     # -- the four activities ----------------------------------------------------------------------
 
@@ -173,6 +188,8 @@ class Controller:
             start.cancel()
             stop.cancel()
             await asyncio.gather(start, stop, return_exceptions=True)
+            if not start.done() or start.cancelled() or start.exception():
+                await self._end_tasks()
 
     async def _start(self) -> WeightManifest:
         # Engines are built from the model on disk, which takes as long as the learner's own start.
@@ -198,6 +215,8 @@ class Controller:
         return manifest
 
     def _admit(self) -> None:
+        if self._steering.paused:
+            return
         ids = self._ledger.admit(self._ledger.room())
         if ids:
             samples = self._settings.samples_per_prompt
@@ -211,6 +230,8 @@ class Controller:
     def _start_step(self) -> None:
         if "step" in self._tasks:
             return  # one learner, one step: steps change the same weights
+        if self._steering.paused:
+            return
         taken = self._buffer.take()
         if taken is None:
             return
@@ -271,7 +292,7 @@ class Controller:
         self._to_broadcast = result.manifest
         self._start_broadcast()
         self._write_metrics(result, now)
-        self._follow_wanted_workers()
+        self._look()
         if self._step % self._settings.checkpoint_every == 0 or self._step == self._settings.steps:
             await self._save()
         self._accounts.next_window(now, waiting_since=self._clock.now())
@@ -308,10 +329,14 @@ class Controller:
         self._run.event("checkpoint", step=self._step, path=str(final))
 
     async def _finish_running_step(self) -> None:
-        """On a stop: wait a little for the step under way; it is lost if it takes longer."""
+        """On a stop: wait for the step under way. When somebody is in a hurry, only a little; the
+        step is lost if it takes longer."""
         task = self._tasks.get("step")
         if task is None:
             return
+        hurry = asyncio.ensure_future(self._hurry.wait())
+        await asyncio.wait([task, hurry], return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
         # A person is waiting: better to lose the step than to hold the terminal for a long one.
         done, _ = await asyncio.wait([task], timeout=self._settings.stop_grace_s)
         if done and isinstance(task.exception(), Retryable):
@@ -379,22 +404,37 @@ class Controller:
     async def _look_around(self) -> None:
         while True:
             await asyncio.sleep(LOOK_AROUND_S)
-            self._follow_wanted_workers()
+            self._look()
 
-    def _follow_wanted_workers(self) -> None:
-        wanted = self._wanted_workers()
-        have = self._pool.count("starting", "serving")
-        now = self._clock.now()
+    def _look(self) -> None:
+        """Follow what is asked of the run: fewer or more workers, a pause, its end, a stop."""
+        steering, pool = self._steering, self._pool
+        paused = steering.paused
+        have = pool.count("starting", "serving")
+        steering.look(step=self._step, workers=have, serving=pool.count("serving"))
+        if steering.stop:
+            self._stop.set()
+        if not self._started:
+            return
+        if steering.paused and not pool.in_flight and not self._tasks.keys() - BACKGROUND:
+            steering.rests(step=self._step, finished=len(self._buffer))
+        if (paused and not steering.paused) or steering.stop:
+            self._wake.set()
+        self._follow_wanted_workers(have)
+
+    def _follow_wanted_workers(self, have: int) -> None:
+        wanted, now = self._steering.workers, self._clock.now()
         if (
             wanted is not None
             and wanted != have
-            and "resize" not in self._tasks
             # What could not be had is asked for again after a while, or when another number is.
             and (wanted != self._resized_to or now >= self._resize_again_at)
         ):
             self._resized_to, self._resize_again_at = wanted, now + RESIZE_PAUSE_S
             self._run.event("resize", have=have, wanted=wanted)
-            self._spawn("resize", self._pool.resize(wanted))
+            # Not one after the other: workers that are no longer wanted may take long to start.
+            self._resizes += 1
+            self._spawn(f"resize {self._resizes}", self._pool.resize(wanted))
 
     def _spawn(self, name: str, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -7,7 +7,7 @@ from typing import Any
 
 from cluster.contracts.errors import UserError
 from cluster.runs.console import shown
-from cluster.runs.control import wanted_workers
+from cluster.runs.control import Wishes, read_wishes
 from cluster.runs.driver import driver_of
 from cluster.runs.history import FollowedHistory
 from cluster.runs.overview import RunOverview, ago, overview, span
@@ -30,12 +30,14 @@ def read_status(run: Run) -> dict[str, Any]:
     history = FollowedHistory(run.path).read()
     driver = driver_of(run.path)
     checkpoint = _newest_checkpoint(run)
+    wishes = _wishes(run)
     return {
         **facts.record(),
         "metrics": dict(facts.metrics),
         "alarms": history.alarms,
         "workers": history.serving if facts.status == "running" else [],
-        "workers_wanted": wanted_workers(run),
+        "workers_wanted": wishes.worker_count,
+        "paused": wishes.paused and facts.status == "running",
         "checkpoint": checkpoint and {"path": str(checkpoint), "step": _step(checkpoint)},
         "dashboard": history.cluster.get("dashboard") if facts.status == "running" else None,
         "driver": driver.record() if driver else None,
@@ -70,6 +72,8 @@ def status_lines(run: Run) -> list[str]:
             + (f" of {wanted} wanted" if wanted is not None else "")
             + (f" ({', '.join(names)})" if names else "")
         )
+        if status["paused"]:
+            lines.append(f"  paused; to go on: accord resume {facts.path}")
     if status["checkpoint"]:
         path = Path(status["checkpoint"]["path"])
         lines.append(f"  newest checkpoint: {path} ({ago(path.stat().st_mtime)})")
@@ -92,7 +96,7 @@ def _process(facts: RunOverview, status: dict[str, Any]) -> list[str]:
         return [f"  driven by process {driver['pid']} on {driver['host']}; not visible from here"]
     if facts.status == "running" and driver:
         return [f"  driven by process {driver['pid']}"]
-    if facts.status not in ("dead", "interrupted") or facts.command not in CONTINUED:
+    if facts.status not in ("dead", "interrupted", "stopped") or facts.command not in CONTINUED:
         return []
     lines = []
     if facts.status == "dead" and driver:
@@ -100,6 +104,13 @@ def _process(facts: RunOverview, status: dict[str, Any]) -> list[str]:
     if status["checkpoint"] or facts.command != "train":
         lines.append(f"  continue: accord {facts.command} --resume {facts.path}")
     return lines
+
+
+def _wishes(run: Run) -> Wishes:
+    try:
+        return read_wishes(run.path)
+    except ValueError:  # the run itself ignores the file, and says so in its events
+        return Wishes()
 
 
 def _newest_checkpoint(run: Run) -> Path | None:

@@ -106,13 +106,13 @@ def test_asynchronous_run_is_scaled_and_seen_while_it_goes_on(world: Any, accord
     command = accord.start("train", config)
     command.wait_until(lambda: len(rows(run / "metrics.jsonl")) >= 3, 120, "three steps")
     scaled = accord.run("scale", run, 2)
-    assert scaled.wait(30) == 0, scaled.stderr
+    assert scaled.wait(90) == 0, scaled.stderr
     command.wait_until(
         lambda: any(row.get("workers/alive") == 2 for row in rows(run / "metrics.jsonl")[-3:]),
         120,
         "the second worker",
     )
-    assert accord.run("scale", run, 1).wait(30) == 0
+    assert accord.run("scale", run, 1).wait(90) == 0
     command.wait_until(
         lambda: any(e["kind"] == "worker_left" for e in rows(run / "events.jsonl")),
         60,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,9 @@ from cluster.contracts.records import (
 from cluster.loop.controller import Controller
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import LoopSettings, PoolSettings
+from cluster.loop.steering import Steering
 from cluster.loop.timeline import Timeline
+from cluster.runs.control import Wishes
 from cluster.runs.run import Run
 
 
@@ -238,6 +241,21 @@ def events(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
 
 
+def wish(controller: Controller, wishes: Callable[[], Wishes]) -> None:
+    controller._steering = Steering(wishes, controller._run.event)
+
+
+def looks_often(controller: Controller) -> None:
+    """Every millisecond instead of every second."""
+
+    async def look() -> None:
+        while True:
+            await asyncio.sleep(0.001)
+            controller._look()
+
+    controller._look_around = look  # type: ignore[method-assign]
+
+
 async def drive(controller: Controller, pool: WorkerPool) -> Any:
     try:
         return await asyncio.wait_for(controller.run(), 20)
@@ -404,10 +422,89 @@ def test_workers_are_added_and_drained_while_the_run_goes_on(tmp_path: Path) -> 
     learner = FakeLearner(seconds=0.01)
     controller, pool, _, _ = build(tmp_path, World(), learner, steps=60, workers=1)
     wanted = iter([3] * 40 + [1] * 10_000)
-    controller._wanted_workers = lambda: next(wanted)
+    wish(controller, lambda: Wishes(workers=next(wanted)))
     asyncio.run(drive(controller, pool))
     assert [g for b in learner.batches for g in b.group_ids] == list(range(180))
     assert (pool.joined, pool.left) == (3, 2)
+
+
+def test_a_run_goes_down_to_no_worker_and_up_again_without_a_lost_group(tmp_path: Path) -> None:
+    learner = FakeLearner(seconds=0.002)
+    controller, pool, run, _ = build(tmp_path, World(), learner, steps=60, workers=1)
+    at_zero: list[int] = []
+
+    def wishes() -> Wishes:
+        wanted = 3 if controller.step < 10 else 0
+        if wanted == 0 and pool.count("serving", "draining", "starting") == 0:
+            at_zero.append(len(learner.batches))
+        return Wishes(workers=2 if len(at_zero) > 20 else wanted)
+
+    wish(controller, wishes)
+    looks_often(controller)
+    asyncio.run(drive(controller, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == list(range(180))
+    assert at_zero[0] < 60
+    assert not [e for e in events(run) if e["kind"] == "worker_lost"]
+
+
+def test_workers_that_still_start_are_given_up_when_fewer_are_wanted(tmp_path: Path) -> None:
+    world, learner = World(), FakeLearner(seconds=0.002)
+    controller, pool, run, _ = build(tmp_path, world, learner, steps=200, workers=1)
+
+    def wishes() -> Wishes:
+        if controller.step == 5:
+            world.start_s = 0.2  # those that are asked for now take long
+        return Wishes(workers=3 if 5 <= controller.step < 10 else 1)
+
+    wish(controller, wishes)
+    looks_often(controller)
+    asyncio.run(drive(controller, pool))
+    assert len(learner.batches) == 200
+    assert [e["wanted"] for e in events(run) if e["kind"] == "resize"] == [3, 1]
+    assert pool.count("serving") == 0  # all are stopped at the end
+    assert {name for name, _ in world.stopped} == {"w0", "w1", "w2"}
+
+
+def test_a_paused_run_finishes_what_is_under_way_and_goes_on_later(tmp_path: Path) -> None:
+    learner = FakeLearner(seconds=0.002)
+    controller, pool, run, _ = build(tmp_path, World(), learner, steps=30)
+    seen: list[int] = []
+
+    def wishes() -> Wishes:
+        paused = controller.step >= 10 and len(seen) < 50
+        if paused and any(e["kind"] == "paused" for e in events(run)):
+            seen.append(len(learner.batches))
+        return Wishes(paused=paused)
+
+    wish(controller, wishes)
+    looks_often(controller)
+    asyncio.run(drive(controller, pool))
+    assert len(set(seen)) == 1  # nothing moved while it was paused
+    assert [g for b in learner.batches for g in b.group_ids] == list(range(90))
+    kinds = [e["kind"] for e in events(run) if e["kind"] in ("paused", "unpaused")]
+    assert kinds == ["paused", "unpaused"]
+
+
+def test_a_stop_that_was_asked_for_waits_for_the_step_and_leaves_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    learner = FakeLearner(seconds=0.5)
+    controller, pool, run, _ = build(tmp_path, World(), learner, steps=30)
+    controller._settings = replace(controller._settings, stop_grace_s=0.01)
+    wish(controller, lambda: Wishes(stop=controller.step >= 1))
+    looks_often(controller)
+    state = asyncio.run(drive(controller, pool))
+    assert controller.stopped_as_asked
+    assert (state.step, len(learner.batches)) == (2, 2)
+    assert run.newest_checkpoint() == 2
+
+
+def test_each_request_is_acknowledged_once(tmp_path: Path) -> None:
+    controller, pool, run, _ = build(tmp_path, World(), FakeLearner(seconds=0.002), steps=30)
+    wish(controller, lambda: Wishes(request="a" if controller.step < 15 else "b", workers=2))
+    looks_often(controller)
+    asyncio.run(drive(controller, pool))
+    assert [e["request"] for e in events(run) if e["kind"] == "control"] == ["a", "b"]
 
 
 @pytest.mark.parametrize("version", [0, 2])
@@ -519,7 +616,7 @@ def test_a_worker_that_cannot_join_leaves_the_run_going_and_is_not_retried_at_on
         return worker
 
     pool._factory = make
-    controller._wanted_workers = lambda: 2
+    wish(controller, lambda: Wishes(workers=2))
     asyncio.run(drive(controller, pool))
     assert len(learner.batches) == 40
     failed = [e for e in events(run) if e["kind"] == "worker_not_joined"]

@@ -26,6 +26,7 @@ from cluster.measure.simulation.roles import (
     manifest,
 )
 from cluster.measure.simulation.scenario import Lengths, Scenario
+from cluster.runs.control import Wishes
 
 STEPS = 12
 
@@ -106,7 +107,7 @@ async def drive(
         [trail],
         VirtualClock(loop),
         Timeline(),
-        wanted_workers=lambda: sizes[int(loop.time() / 40.0) % len(sizes)],
+        wishes=lambda: Wishes(workers=sizes[int(loop.time() / 40.0) % len(sizes)]),
         cpu_s=lambda: outstanding.append(pool.in_flight) or 0.0,  # type: ignore[func-returns-value]
     )
     await controller.run()

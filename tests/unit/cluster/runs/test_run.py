@@ -9,7 +9,6 @@ from pydantic import BaseModel
 
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
-from cluster.runs.control import want_workers, wanted_workers
 from cluster.runs.run import Run, verify_checkpoint
 from cluster.runs.status import read_status
 
@@ -84,17 +83,6 @@ def test_a_second_driver_is_refused_and_a_dead_one_replaced(tmp_path: Path) -> N
         lock.write_text(json.dumps({**held, "pid": 2**22 + 1}))
         with run.lock():
             pass
-
-
-def test_scale_is_asked_for_through_the_run_directory(tmp_path: Path) -> None:
-    run = make(tmp_path)
-    assert wanted_workers(run) is None
-    want_workers(run.path, 3)
-    assert wanted_workers(run) == 3
-    run.update_manifest(status="finished")
-    with pytest.raises(UserError, match="not a training run in progress"):
-        want_workers(run.path, 2)
-    assert read_status(run)["status"] == "finished"
 
 
 def test_what_was_asked_for_on_a_resume_holds_for_the_next(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import pytest
 from pydantic import BaseModel
 
 from cluster.contracts.errors import UserError
-from cluster.runs.control import want_workers
 from cluster.runs.driver import Driver
 from cluster.runs.overview import find_runs, overview, size, span
 from cluster.runs.run import Run, write_json
 from cluster.runs.status import headline, read_status, status_lines
+from cluster.runs.steer import scale_workers
 
 
 class Batch(BaseModel):
@@ -76,8 +76,8 @@ def test_a_killed_run_is_dead_and_says_how_to_continue(tmp_path: Path) -> None:
     assert (status["status"], status["driver_alive"], status["workers"]) == ("dead", False, [])
     assert status["seconds_left"] is None
     assert f"  continue: accord train --resume {run.path}" in status_lines(run)
-    with pytest.raises(UserError, match="status dead"):
-        want_workers(run.path, 2)
+    with pytest.raises(UserError, match=r"(?s)ended without recording how.*train --resume"):
+        scale_workers(run.path, 2, 0.0)
 
 
 def test_a_killed_run_without_a_checkpoint_cannot_be_continued(tmp_path: Path) -> None:
