@@ -13,7 +13,8 @@ from typing import Any
 
 from cluster.contracts.errors import UserError
 from cluster.runs.control import ask
-from cluster.runs.overview import Row, span, status_of, whole_rows
+from cluster.runs.overview import span, status_of
+from cluster.runs.rows import Follower, Row
 from cluster.runs.run import Run
 
 TAKEN_WITHIN_S = 30.0
@@ -32,7 +33,7 @@ class Request:
     run: Run
     id: str
     began: float
-    _read: int  # bytes of events.jsonl that are known
+    _events: Follower
     taken: Row = field(default_factory=dict)
     _waiting: deque[Row] = field(default_factory=deque)  # read, and not looked at yet
 
@@ -43,24 +44,12 @@ class Request:
         """Each event that follows, until the clock reaches ``until`` or the run has ended."""
         while True:
             over = time.monotonic() >= until or run_state(self.run) != "running"
-            self._waiting += self._new_events()
+            self._waiting += self._events.new_rows()
             while self._waiting:
                 yield self._waiting.popleft()
             if over:
                 return
             time.sleep(LOOK_S)
-
-    def _new_events(self) -> list[Row]:
-        path = self.run.path / "events.jsonl"
-        try:
-            with path.open("rb") as file:
-                file.seek(self._read)
-                data = file.read()
-        except FileNotFoundError:
-            return []
-        whole = data[: data.rfind(b"\n") + 1]
-        self._read += len(whole)
-        return whole_rows(whole.decode("utf-8", errors="replace"))
 
 
 def run_state(run: Run) -> str:
@@ -96,10 +85,10 @@ def require_running(path: Path) -> Run:
 def put(path: Path, **changes: Any) -> Request:
     """Ask, and wait until the run has taken it. Raises UserError when it does not."""
     run = require_running(path)
-    events = run.path / "events.jsonl"
-    known = events.stat().st_size if events.exists() else 0
+    events = Follower(run.path / "events.jsonl")
+    events.new_rows()  # what was before does not concern the request
     began = time.monotonic()
-    request = Request(run, ask(run.path, **changes).request, began, known)
+    request = Request(run, ask(run.path, **changes).request, began, events)
     for event in request.events(began + TAKEN_WITHIN_S):
         if event.get("kind") == "control" and event.get("request") == request.id:
             request.taken = event
