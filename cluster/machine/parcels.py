@@ -20,7 +20,7 @@ import stat
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,18 +100,16 @@ def unpack(parcel: Parcel) -> Path:
 
 def sweep() -> None:
     """Remove what was unpacked on this host and is used by no process any more."""
-    folder = cache_folder()
-    for entry in sorted(folder.glob("*.lock")):
-        descriptor = os.open(entry, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        else:
+    for entry in sorted(cache_folder().glob("*.use")):
+        with suppress(FileNotFoundError, BlockingIOError), ExitStack() as locks:
+            # Both at once: nobody is about to use it, and nobody does.
+            for path in (entry.with_suffix(".lock"), entry):
+                descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+                locks.callback(os.close, descriptor)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(entry.with_suffix(""), ignore_errors=True)
-            entry.unlink(missing_ok=True)
-        finally:
-            os.close(descriptor)
+            entry.unlink()
+            entry.with_suffix(".lock").unlink()
 
 
 # -- on another host ------------------------------------------------------------------------------
@@ -147,24 +145,24 @@ def cache_folder() -> Path:
 
 
 def fetched(parcel: Parcel, folder: Path, blocks: Iterable[Block]) -> tuple[int, Path]:
-    """(descriptor whose shared lock keeps it, path) of the content below `folder`.
+    """(descriptor of the shared lock that keeps it, path) of the content below `folder`.
 
     One process of the host writes it; the others wait for that one and take no block.
     """
     place = folder / parcel.digest
-    while True:
-        descriptor = _locked(folder / f"{parcel.digest}.lock")
+    alone = _locked(folder / f"{parcel.digest}.lock")
+    try:
+        use = os.open(place.with_suffix(".use"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
+            fcntl.flock(use, fcntl.LOCK_SH)
             if not place.is_dir():
                 _write(parcel, place, blocks)
-            # Not atomic: `sweep` may come in between, which is why the place is looked at again.
-            fcntl.flock(descriptor, fcntl.LOCK_SH)
-            if place.is_dir():
-                return descriptor, place / Path(parcel.path).name
         except BaseException:
-            os.close(descriptor)
+            os.close(use)
             raise
-        os.close(descriptor)
+    finally:
+        os.close(alone)
+    return use, place / Path(parcel.path).name
 
 
 def _locked(path: Path) -> int:

@@ -170,7 +170,7 @@ def test_damage_on_the_way_is_noticed_and_leaves_nothing(
         parcel.chunks.pop()
     with pytest.raises(Retryable, match="arrived damaged"):
         unpack(parcel)
-    assert [path.name for path in cache_folder().iterdir()] == [f"{parcel.digest}.lock"]
+    assert not [path for path in cache_folder().iterdir() if path.is_dir()]
     sweep()
     assert list(cache_folder().iterdir()) == []
 
@@ -202,20 +202,23 @@ def test_what_is_in_use_stays_and_what_is_not_goes(folder: Path, store: list[Blo
     assert other.exists()
 
 
-def _fetch_in_a_process(parcel: Parcel, cache: Path, block: Block, counts: Any) -> None:
+def _fetch_in_a_process(parcel: Parcel, cache: Path, block: Block, counts: Any, met: Any) -> None:
     def blocks() -> Iterator[Block]:
         with counts.get_lock():
             counts.value += 1
         yield block
 
     fetched(parcel, cache, blocks())
+    met.wait(20)  # all of them use it at the same time
 
 
-def test_processes_of_a_host_fetch_once(folder: Path, store: list[Block]) -> None:
+def test_processes_of_a_host_fetch_once_and_use_it_together(
+    folder: Path, store: list[Block]
+) -> None:
     parcel = elsewhere(pack(folder))
     context = multiprocessing.get_context("fork")
-    counts = context.Value("i", 0)
-    arguments = (parcel, cache_folder(), np.concatenate(store), counts)
+    counts, met = context.Value("i", 0), context.Barrier(8)
+    arguments = (parcel, cache_folder(), np.concatenate(store), counts, met)
     processes = [context.Process(target=_fetch_in_a_process, args=arguments) for _ in range(8)]
     for process in processes:
         process.start()
