@@ -21,9 +21,10 @@ from typing import Annotated, Any
 import typer
 
 from cluster.contracts import registry
-from cluster.contracts.errors import AccordError, BadReward, UserError
+from cluster.contracts.errors import AccordError, BadReward, Resumable, UserError
 from cluster.contracts.plugins import plugins_from_environment
 from cluster.machine.environment import prepare_environment
+from cluster.machine.signals import WORDS, CommandSignals, command_signals, exit_code
 
 COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Start": ("quickstart", "init"),
@@ -33,6 +34,8 @@ COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Steer a run": ("scale", "pause", "resume", "stop"),
     "Plan and measure": ("plan", "bench", "simulate"),
 }
+
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: schedulers know it as "start it again later"
 
 app = typer.Typer(
     name="accord",
@@ -97,37 +100,48 @@ def _add_plugins() -> None:
         add_command(registry.COMMANDS[word], "Plugins")
 
 
-def _terminate(signum: int, frame: Any) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 1 stopped by an error, 2 wrong input, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Entry point. Exit codes: see docs/operate.md."""
     prepare_environment()
+    with command_signals() as signals:
+        code = _run(signals)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if code in (exit_code(signal.SIGINT), exit_code(signal.SIGTERM)):
+            os._exit(code)  # background threads of libraries must not hold up the exit
+    sys.exit(code)
+
+
+def _run(signals: CommandSignals) -> int:
+    """Run the command; returns its exit code, after one line on stderr where it is not 0."""
     try:
         _add_plugins()
         # typer hands an Exit back as a number, and an interrupt as 130, instead of raising.
         code = int(app(prog_name="accord", standalone_mode=False) or 0)
     except (UserError, BadReward) as problem:  # an unusable reward is the reward's author's to mend
         print(f"accord: error: {problem}", file=sys.stderr)
-        code = 2
+        return 2
     except AccordError as problem:
         print(f"accord: stopped: {problem}", file=sys.stderr)
-        code = 1
+        return TRY_AGAIN if isinstance(problem, Resumable) else 1
     except (KeyboardInterrupt, typer.Abort):
-        code = 130
+        return _interrupted(signals)
     except typer.Exit as done:
-        code = done.exit_code
-    except Exception as problem:
-        code = _usage_code(problem)
-    if code == 130:
-        print("accord: interrupted", file=sys.stderr)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code == 130:
-        os._exit(code)  # background threads of libraries must not hold up the exit
-    sys.exit(code)
+        return int(done.exit_code)
+    except (Exception, SystemExit) as problem:
+        # Libraries take other ways out when they meet a signal or what it did to their processes.
+        if signals.first is not None:
+            return _interrupted(signals, f" ({type(problem).__name__}: {problem})")
+        if isinstance(problem, SystemExit):
+            raise
+        return _usage_code(problem)
+    return _interrupted(signals) if code == exit_code(signal.SIGINT) else code
+
+
+def _interrupted(signals: CommandSignals, detail: str = "") -> int:
+    number = signals.first or signal.SIGINT
+    print(f"accord: {WORDS[number]}{detail}", file=sys.stderr)
+    return exit_code(number)
 
 
 def _usage_code(problem: Exception) -> int:

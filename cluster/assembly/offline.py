@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -18,7 +17,7 @@ from cluster.contracts.config.file import load_config
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.errors import UserError
 from cluster.machine.hardware import this_machine
-from cluster.machine.signals import signal_handlers_kept
+from cluster.machine.signals import listening
 from cluster.runs.console import Reporter, Stage
 from cluster.runs.run import Run, write_json, write_text
 from cluster.runs.sinks import make_sinks
@@ -236,21 +235,15 @@ def _progress(stage: Stage, sinks: list[Any]) -> OnStep:
 @contextmanager
 def stop_on_signal() -> Iterator[Callable[[], bool]]:
     """Yields whether to stop. From when that is first asked, SIGINT and SIGTERM set it instead of
-    interrupting at once, and a second one interrupts; before, there is nothing to be saved."""
-    asked: list[int] = []
-    watched: list[bool] = []
+    interrupting at once; before, there is nothing to be saved."""
+    asked = threading.Event()
+    with ExitStack() as from_now_on:
 
-    def ask(signum: int, frame: Any) -> None:
-        if asked or not watched:
-            raise KeyboardInterrupt
-        asked.append(signum)
+        def stopped() -> bool:
+            if not watched:
+                watched.append(True)
+                from_now_on.enter_context(listening(asked.set, patient=True))
+            return asked.is_set()
 
-    def stopped() -> bool:
-        watched[:] = [True]
-        return bool(asked)
-
-    with signal_handlers_kept():
-        if threading.current_thread() is threading.main_thread():  # no other may set handlers
-            for name in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(name, ask)
+        watched: list[bool] = []
         yield stopped

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from cluster.contracts.config.base import PluginFiles, Section
 from cluster.contracts.config.file import apply_overrides, check_config, read_toml
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.errors import UserError
+from cluster.machine.signals import listening
 from cluster.runs.console import result
 
 
@@ -42,15 +42,14 @@ def serve_forever(
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("accord.reward").setLevel(logging.DEBUG)
     stop = threading.Event()
-    for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, lambda signum, frame: stop.set())
-    result(server.address)
     try:
-        while not stop.wait(1.0):
-            pass
+        with listening(stop.set):
+            result(server.address)
+            while not stop.wait(1.0):
+                pass
+        raise KeyboardInterrupt
     finally:
         server.stop()
-    raise KeyboardInterrupt
 
 
 def _token(path: Path | None) -> str | None:

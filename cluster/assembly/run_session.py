@@ -15,7 +15,7 @@ from cluster.contracts.errors import UserError
 from cluster.contracts.protocols import Sink
 from cluster.contracts.records import RunState
 from cluster.loop.timeline import Timeline
-from cluster.machine.signals import signal_handlers_kept
+from cluster.machine.signals import last_words, signal_handlers_kept
 from cluster.runs.console import Reporter
 from cluster.runs.run import RESUMABLE, Run
 from cluster.runs.start_log import FIRST_BATCH, StartLog
@@ -98,7 +98,8 @@ def run_session(
 def _status_kept(session: RunSession, *, fresh: bool) -> Iterator[None]:
     run = session.run
     try:
-        yield
+        with last_words(lambda: run.update_manifest(status="interrupted")):
+            yield
     except KeyboardInterrupt:
         run.update_manifest(status="interrupted")
         session.reporter.tell(how_to_continue(run))

@@ -291,24 +291,24 @@ async def _drive(
         state=training.resumed.state if training.resumed else None,
         wishes=ControlFile(session.path, session.event),
     )
-    stop.bind(controller.request_stop)
     session.reporter.say(f"  {training.cores.describe()}")
     workers = [f"worker-{index}" for index in range(config.rollout.workers)]
     service = ["reward service"] if rewards.service is not None else []
     session.start.begins("learner", *service, *workers)
     watch = asyncio.ensure_future(_watch_reward_service(rewards, session, controller))
-    try:
-        if await controller.start():
-            # Its clock begins here, so that what it says of the time left leaves the start out.
-            with session.reporter.stage(algorithm_title(config), config.batch.steps) as stage:
-                sinks.insert(0, stage)
-                await controller.run()
+    with stop.bound(controller.request_stop):
+        try:
+            if await controller.start():
+                # Its clock begins here, so that what it says of the time left leaves the start out.
+                with session.reporter.stage(algorithm_title(config), config.batch.steps) as stage:
+                    sinks.insert(0, stage)
+                    await controller.run()
+                    _tell_stop(training, controller, listeners, watch)
+            else:
                 _tell_stop(training, controller, listeners, watch)
-        else:
-            _tell_stop(training, controller, listeners, watch)
-    finally:
-        watch.cancel()
-        await asyncio.gather(pool.stop(), _stop_learner(learner))
+        finally:
+            watch.cancel()
+            await asyncio.gather(pool.stop(), _stop_learner(learner))
 
 
 def _learner(training: Training) -> Any:

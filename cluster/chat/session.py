@@ -10,6 +10,7 @@ from cluster.chat.conversation import Conversation
 from cluster.chat.line_editing import line_editing
 from cluster.chat.voice import ChatSettings, LocalVoice, Score, Show, Voice, reward_scorer
 from cluster.contracts.errors import AccordError
+from cluster.machine.signals import signals_given_up
 from cluster.runs.console import plain_text
 
 PROMPT = "> "
@@ -242,7 +243,7 @@ def chat_loop(
         interactive=interactive,
     )
     words = [name.partition(" ")[0] for name in HELP]
-    with line_editing(words) if interactive else nullcontext():
+    with signals_given_up(), line_editing(words) if interactive else nullcontext():
         session.run()
 
 

@@ -36,6 +36,11 @@ class Retryable(AccordError):
     """The work may succeed elsewhere or later: a worker died, a service did not answer in time."""
 
 
+class Resumable(AccordError):
+    """The run ends for a reason outside of it, with what it has learnt on disk. The same command
+    with `--resume` may succeed once that is mended; `launch.main` exits with code 75."""
+
+
 class Fatal(AccordError):
     """The run must stop now; continuing would train on something wrong."""
 

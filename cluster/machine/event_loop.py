@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 import threading
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
+
+from cluster.machine.signals import WORDS, in_command, listening, signal_handlers_kept
 
 T = TypeVar("T")
 
@@ -26,15 +27,41 @@ class StopSwitch:
             with suppress(RuntimeError):  # the loop is closed: it has ended by itself
                 self._loop.call_soon_threadsafe(self._act)
 
-    def bind(self, act: Callable[[], None]) -> None:
-        """In the running loop: ``act`` is called in it as soon as somebody asks; where this is the
-        main thread, SIGINT and SIGTERM ask."""
+    @contextmanager
+    def bound(self, act: Callable[[], None]) -> Iterator[None]:
+        """In the running loop: ``act`` is called in it as soon as somebody asks. Where this is the
+        main thread, the first SIGINT or SIGTERM asks; the work may then take its time to end."""
         self._loop, self._act = asyncio.get_running_loop(), act
-        if threading.current_thread() is threading.main_thread():
-            for name in (signal.SIGINT, signal.SIGTERM):
-                self._loop.add_signal_handler(name, act)
         if self._asked:
             act()
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        with listening(self.ask, patient=True) if in_command() else _handlers(self._loop, act):
+            yield
+
+
+@contextmanager
+def _handlers(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> Iterator[None]:
+    """In a program that imports Accord: the first signal calls ``act`` in the loop, the second
+    interrupts it."""
+    heard = False
+
+    def handle() -> None:
+        nonlocal heard
+        if heard:
+            raise KeyboardInterrupt
+        heard = True
+        act()
+
+    with signal_handlers_kept():
+        for number in WORDS:
+            loop.add_signal_handler(number, handle)
+        try:
+            yield
+        finally:
+            for number in WORDS:
+                loop.remove_signal_handler(number)
 
 
 def run_coroutine(work: Coroutine[Any, Any, T], stop: StopSwitch | None = None) -> T:
@@ -46,8 +73,28 @@ def run_coroutine(work: Coroutine[Any, Any, T], stop: StopSwitch | None = None) 
     try:
         asyncio.get_running_loop()
     except RuntimeError:
+        if stop is None and in_command():
+            return _cancelled_by_signals(work)
         return asyncio.run(work)
     return _in_a_thread(work, stop)
+
+
+def _cancelled_by_signals(work: Coroutine[Any, Any, T]) -> T:
+    """An interrupt raised wherever the loop is just now might be lost in a callback."""
+
+    async def cancellable() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+
+        def cancel() -> None:
+            loop.call_soon_threadsafe(task.cancel)
+
+        with listening(cancel):
+            await asyncio.wait([task])
+        if task.cancelled():
+            raise KeyboardInterrupt
+        return task.result()
+
+    return asyncio.run(cancellable())
 
 
 def _in_a_thread(work: Coroutine[Any, Any, T], stop: StopSwitch | None) -> T:

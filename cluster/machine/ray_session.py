@@ -43,31 +43,19 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
 
 @contextmanager
 def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
-    with signal_handlers_kept():  # Ray puts its own for SIGTERM, which ends with another exit code
-        import ray
+    import ray
 
-        if ray.is_initialized():
-            raise UserError(
-                "Ray is already running in this process",
-                where="cluster.address",
-                fix="call ray.shutdown() first; Accord starts or joins Ray itself",
-            )
-        # A line at every start, about what nobody has to decide: its token stays on.
-        token_log = "ray._private.authentication.authentication_token_setup"
-        logging.getLogger(token_log).setLevel(logging.ERROR)
-        try:
-            with _loopback() if config.address is None else nullcontext():
-                context: Any = ray.init(**_options(config))
-        except ConnectionError as problem:
-            raise UserError(
-                f"no Ray cluster answers: {problem}",
-                where=f"cluster.address = {config.address}",
-                fix="start one with `ray start --head`, or leave cluster.address out",
-            ) from None
-        except BaseException:
-            ray.shutdown()  # what it had started when it was interrupted
-            raise
+    if ray.is_initialized():
+        raise UserError(
+            "Ray is already running in this process",
+            where="cluster.address",
+            fix="call ray.shutdown() first; Accord starts or joins Ray itself",
+        )
+    # A line at every start, about what nobody has to decide: its token stays on.
+    token_log = "ray._private.authentication.authentication_token_setup"
+    logging.getLogger(token_log).setLevel(logging.ERROR)
     try:
+        context = _connect(config)
         node: dict[str, Any] = next((n for n in ray.nodes() if n.get("Alive")), {})
         yield {
             "address": context.address_info.get("gcs_address", ""),
@@ -80,7 +68,22 @@ def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
             },
         }
     finally:
-        ray.shutdown()
+        ray.shutdown()  # also what it had started when it was interrupted
+
+
+def _connect(config: ClusterConfig) -> Any:
+    import ray
+
+    try:
+        with signal_handlers_kept():  # Ray puts its own for SIGTERM, with another exit code
+            with _loopback() if config.address is None else nullcontext():
+                return ray.init(**_options(config))
+    except ConnectionError as problem:
+        raise UserError(
+            f"no Ray cluster answers: {problem}",
+            where=f"cluster.address = {config.address}",
+            fix="start one with `ray start --head`, or leave cluster.address out",
+        ) from None
 
 
 @contextmanager

@@ -40,9 +40,9 @@ def test_what_it_raises_comes_through() -> None:
 
 async def until_stopped(stop: StopSwitch, begun: threading.Event) -> str:
     stopped = asyncio.Event()
-    stop.bind(stopped.set)
-    begun.set()
-    await stopped.wait()
+    with stop.bound(stopped.set):
+        begun.set()
+        await stopped.wait()
     return "stopped"
 
 
