@@ -75,9 +75,9 @@ def _connect(config: ClusterConfig) -> Any:
     import ray
 
     try:
-        with signal_handlers_kept():  # Ray puts its own for SIGTERM, with another exit code
-            with _loopback() if config.address is None else nullcontext():
-                return ray.init(**_options(config))
+        # Ray puts a handler of its own for SIGTERM, with another exit code.
+        with signal_handlers_kept(), _loopback() if config.address is None else nullcontext():
+            return ray.init(**_options(config))
     except ConnectionError as problem:
         raise UserError(
             f"no Ray cluster answers: {problem}",
