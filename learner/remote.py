@@ -6,6 +6,7 @@ torch is imported inside the actor, after its process has its cores and thread c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ _PAYLOAD_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 130.0
 _GRACE_S = 5.0
 """After one process has failed: for the others to meet the same fault by themselves."""
+ASIDE = "aside"
+"""Ray's concurrency group of what is answered while a step goes on."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -36,7 +39,9 @@ class LearnerActor:
         self, settings: LearnerSettings, cores: Sequence[int], threads: int, rank: int = 0
     ) -> None:
         if cores and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, set(cores))
+            for thread in os.listdir("/proc/self/task"):  # Ray's threads run the other methods
+                with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
+                    os.sched_setaffinity(int(thread), set(cores))
         # More threads than cores make small products many times slower, and torch reads this once.
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
         if settings.host == NODE_HOST:
@@ -46,6 +51,10 @@ class LearnerActor:
         self._ranks: Any = None
         self._place: Any = None
         self._held: StepInput | None = None
+
+    @ray.method(concurrency_group=ASIDE)
+    def pulse(self) -> None:
+        """Answers while a step goes on: the process lives and is not stopped."""
 
     def pid(self) -> int:
         return os.getpid()
@@ -143,7 +152,10 @@ class RayLearner:
         """Start the processes, load the models, publish. Deadline: `learner.start_timeout_s`."""
         learner = self._settings.learner
         options = {"num_cpus": learner.cpus, "num_gpus": learner.gpus, "max_restarts": 0}
-        make = ray.remote(LearnerActor).options(**{**options, **self._options})
+        remote: Any = ray.remote  # its stubs do not know this option
+        make = remote(concurrency_groups={ASIDE: 1})(LearnerActor).options(
+            **{**options, **self._options}
+        )
         self._actors = [
             make.remote(self._settings, self._cores_of(rank), self._threads, rank)
             for rank in range(learner.processes)
@@ -164,6 +176,17 @@ class RayLearner:
             wanted = None
         result: StepResult = await self._call("step", limit, purpose, wanted)
         return result
+
+    async def pulse(self) -> None:
+        """Returns when every process has answered. Raises Retryable when one is gone."""
+        if not self._actors:
+            raise Retryable("the learner has no process yet")
+        try:
+            await asyncio.gather(
+                *(asyncio.wrap_future(actor.pulse.remote().future()) for actor in self._actors)
+            )
+        except RayError as problem:
+            raise Retryable(f"the learner does not answer: {problem}") from None
 
     async def save(self, directory: str) -> None:
         limit = self._settings.learner.step_timeout_s

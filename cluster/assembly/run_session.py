@@ -35,6 +35,7 @@ class RunSession:
     sinks: list[Sink] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
     outcome: Literal["finished", "stopped"] = "finished"  # of a run that ends without an error
+    addresses: dict[str, str] = field(default_factory=dict)  # where the run can be watched
 
     @property
     def path(self) -> Path:

@@ -32,8 +32,11 @@ from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import AccordError, Fatal, UserError
+from cluster.contracts.protocols import Clock
 from cluster.contracts.records import RunState
 from cluster.loop.controller import Controller
+from cluster.loop.live import LiveMeter
+from cluster.loop.live_feed import LiveFeed, Show
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import loop_settings, pool_settings
 from cluster.machine.clock import MonotonicClock
@@ -45,9 +48,10 @@ from cluster.machine.resources import require_resources
 from cluster.runs.alarm_sink import AlarmSink
 from cluster.runs.console import Reporter
 from cluster.runs.control import ControlFile, forget_pause_and_stop
+from cluster.runs.live_file import LiveFile
 from cluster.runs.run import Run
 from cluster.runs.sample_sink import SampleSink
-from cluster.runs.sinks import make_sinks
+from cluster.runs.sinks import RayLiveGauges, make_sinks
 from cluster.runs.start_log import StartLog
 
 # What may differ on resume, as it does not change what is learnt.
@@ -210,6 +214,7 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
     config, session = training.config, training.session
     session.event("cluster", **dict(ray_info))
     if ray_info["dashboard"]:
+        session.addresses["dashboard"] = f"http://{ray_info['dashboard']}"
         session.reporter.say(
             f"Ray dashboard: http://{ray_info['dashboard']} (`ray get-auth-token` prints the token "
             "it asks for)"
@@ -291,11 +296,14 @@ async def _drive(
         state=training.resumed.state if training.resumed else None,
         wishes=ControlFile(session.path, session.event),
     )
+    feed = _live_feed(training, controller, pool, learner, clock)
+    sinks.append(feed)
     session.reporter.say(f"  {training.cores.describe()}")
     workers = [f"worker-{index}" for index in range(config.rollout.workers)]
     service = ["reward service"] if rewards.service is not None else []
     session.start.begins("learner", *service, *workers)
     watch = asyncio.ensure_future(_watch_reward_service(rewards, session, controller))
+    live = asyncio.ensure_future(feed.run())
     with stop.bound(controller.request_stop):
         try:
             if await controller.start():
@@ -308,7 +316,28 @@ async def _drive(
                 _tell_stop(training, controller, listeners, watch)
         finally:
             watch.cancel()
+            live.cancel()
+            await asyncio.gather(live, return_exceptions=True)
             await asyncio.gather(pool.stop(), _stop_learner(learner))
+
+
+def _live_feed(
+    training: Training, controller: Controller, pool: WorkerPool, learner: Any, clock: Clock
+) -> LiveFeed:
+    """Shows the run while it goes on: to `accord status` and the pages, and to Ray's metrics."""
+    session = training.session
+    shows: list[Show] = [LiveFile(session.path)]
+    if training.config.logging.ray_metrics:
+        shows.append(RayLiveGauges(session.path.name))
+    return LiveFeed(
+        LiveMeter(session.path.name, addresses=session.addresses),
+        controller.facts,
+        pool.facts,
+        shows,
+        clock,
+        session.event,
+        learner.pulse,
+    )
 
 
 def _learner(training: Training) -> Any:

@@ -42,6 +42,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.contracts.errors import Fatal, Retryable
+from cluster.contracts.live import LearnerState
 from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
 from cluster.contracts.records import (
@@ -51,6 +52,7 @@ from cluster.contracts.records import (
     StepResult,
     WeightManifest,
 )
+from cluster.loop.live import LoopFacts, Wait, Waits
 from cluster.loop.loop_metrics import Accounts, Standing
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import LoopSettings
@@ -120,6 +122,10 @@ class Controller:
         self._started = False
         self._saved = first  # step of the newest checkpoint
         self._began = 0.0
+        self._published = -1  # newest version of the learner
+        self._waits: Waits | None = None  # while the loop runs
+        self._learner_state: LearnerState = "starting"
+        self._learner_since = 0.0
 
     @property
     def step(self) -> int:
@@ -154,6 +160,8 @@ class Controller:
         if not self._started and not await self.start():
             return self._state()
         self._accounts = Accounts(self._settings, self._pool, self._clock.now, self._cpu_s)
+        self._learner_is("waiting")
+        self._waits = Waits(self._clock.now())
         self._pool.on_news(self._wake.set)
         try:
             while self._step < self._settings.steps and not self._stop.is_set():
@@ -161,6 +169,7 @@ class Controller:
                 self._admit()
                 self._start_step()
                 self._start_broadcast()
+                self._waits.turn(self._clock.now(), self._waits_for())
                 await self._one_event()
             if self._stop.is_set():
                 await self._finish_running_step()
@@ -205,6 +214,7 @@ class Controller:
 
     async def _first_weights(self) -> WeightManifest:
         began = self._clock.now()
+        self._learner_is("starting")
         manifest = await self._learner.start()
         if manifest.version != self._step:
             raise Fatal(
@@ -212,6 +222,8 @@ class Controller:
             )
         seconds = round(self._clock.now() - began, 3)
         self._run.event("learner_ready", version=manifest.version, seconds=seconds)
+        self._published = manifest.version
+        self._learner_is("waiting")
         return manifest
 
     def _admit(self) -> None:
@@ -245,6 +257,7 @@ class Controller:
         self._check_lag(batch.step, metas)  # the ledger's promise, checked on what really came
         self._taken = metas
         self._accounts.step_begins(now)
+        self._learner_is("training")
         sending = self._pool.sent_version
         self._spawn("step", self._learner.step(replace(batch, sending=sending)))
 
@@ -285,9 +298,11 @@ class Controller:
     async def _after_step(self, result: StepResult) -> None:
         now = self._clock.now()
         began = self._accounts.step_ended(now, result.trained_tokens)
+        self._learner_is("waiting")
         self._timeline.span("learner", f"step {result.step}", began, now)
         self._step = result.step + 1
         self._step_attempts = 0
+        self._published = result.version
         # First of all: workers fetch while the numbers are written and the checkpoint is saved.
         self._to_broadcast = result.manifest
         self._start_broadcast()
@@ -305,6 +320,7 @@ class Controller:
         # The same ids under a higher attempt, so that a late answer to the first one is refused.
         lost = self._buffer.give_back(self._step, self._taken)
         self._accounts.step_lost(self._clock.now(), lost)
+        self._learner_is("waiting")
         self._run.event("step_retried", step=self._step, groups=len(lost), cause=str(problem))
         self._pool.submit(
             [
@@ -320,11 +336,13 @@ class Controller:
 
     async def _save(self) -> None:
         began = self._clock.now()
+        self._learner_is("saving")
         # Written beside and renamed last: an interrupt leaves the checkpoint before it whole.
         staging = self._run.begin_checkpoint(self._step)
         await self._learner.save(str(staging))
         final = self._run.commit_checkpoint(staging, self._state(), self._settings.keep_checkpoints)
         self._saved = self._step
+        self._learner_is("waiting")
         self._timeline.span("learner", "save", began, self._clock.now())
         self._run.event("checkpoint", step=self._step, path=str(final))
 
@@ -352,6 +370,34 @@ class Controller:
             self._saved = self._step  # the learner is busy: saving now would wait for it
 
     # -- accounts ---------------------------------------------------------------------------------
+
+    def facts(self) -> LoopFacts:
+        """For a look at the run, at any time: what is known already; costs the same always."""
+        now = self._clock.now()
+        return LoopFacts(
+            step=self._step,
+            steps=self._settings.steps,
+            elapsed_s=self._elapsed_before + now - self._began if self._began else 0.0,
+            learner=self._learner_state,
+            learner_since=self._learner_since,
+            waits=self._waits.totals(now) if self._waits else {},
+            ready=len(self._buffer),
+            missing=0 if "step" in self._tasks else self._buffer.lacking(),
+            per_step=self._settings.prompts_per_step,
+            published=self._published,
+            held=self._ledger.held if self._waits else -1,
+            sending="broadcast" in self._tasks,
+            bound=self._settings.staleness_bound,
+        )
+
+    def _waits_for(self) -> Wait:
+        if "step" in self._tasks:
+            return "learner"
+        # Nothing is generated or scored, as no more may be admitted before the weights are there.
+        return "weights" if "broadcast" in self._tasks and not self._pool.in_flight else "groups"
+
+    def _learner_is(self, state: LearnerState) -> None:
+        self._learner_state, self._learner_since = state, self._clock.now()
 
     def _check_lag(self, step: int, metas: list[GroupMeta]) -> None:
         for meta in metas:

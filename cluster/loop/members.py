@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -30,6 +30,9 @@ class Member:
     losses: list[float] = field(default_factory=list)  # when, in seconds of the pool's clock
     mismatches: Counter[int] = field(default_factory=Counter)  # by version that did not verify
     runner: asyncio.Task[None] | None = None  # collects its results
+    heard: float | None = None  # when its process last answered; None: it has not begun to serve
+    stats: Mapping[str, float] = field(default_factory=dict)  # its counters, as it last told them
+    finished: int = 0  # groups it handed back, with scores
     swap: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     @property

@@ -13,12 +13,14 @@ import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from cluster.contracts.errors import AccordError, Fatal, Retryable, WeightMismatch
+from cluster.contracts.live import WorkerStatus
 from cluster.contracts.protocols import Clock, WorkerHandle
 from cluster.contracts.records import Assignment, GroupMeta, Harvest, SwapReport, WeightManifest
 from cluster.loop.leases import CounterSums, LeaseBook
+from cluster.loop.live import PoolFacts, WorkerFacts
 from cluster.loop.members import Member, Members, Status
 from cluster.loop.settings import PoolSettings
 from cluster.loop.supervision import GiveUp, decide
@@ -61,6 +63,7 @@ class WorkerPool:
         self.joined = 0
         self.left = 0
         self.failed_swaps = 0
+        self.score_failures = 0  # groups that could not be scored and were tried again
 
     # -- what the controller uses -----------------------------------------------------------------
 
@@ -146,6 +149,30 @@ class WorkerPool:
         included."""
         return dict(self._counters.totals)
 
+    def facts(self) -> PoolFacts:
+        """For a look at the run: what is known already, asked of nobody; O(workers)."""
+        return PoolFacts(
+            workers=[self._facts(m) for m in self._members if m.status != "gone"],
+            unplaced=len(self._waiting),
+            restarts=self.restarts,
+            left=self.left,
+            score_failures=self.score_failures,
+        )
+
+    def _facts(self, member: Member) -> WorkerFacts:
+        age = None if member.heard is None else self._clock.now() - member.heard
+        return WorkerFacts(
+            name=member.name,
+            incarnation=member.handle.incarnation,
+            status=cast(WorkerStatus, member.status),
+            version=member.version,
+            groups=len(self._book.holder(member.index).leases),
+            heard_s_ago=age,
+            late_s=0.0 if age is None else age - self._harvest_s(),
+            finished=member.finished,
+            stats=member.stats,
+        )
+
     def holding_s(self) -> float:
         """Seconds that workers held at least one group, summed over the workers."""
         return self._book.holding_s()
@@ -196,6 +223,7 @@ class WorkerPool:
             await self._stop_quietly(member.handle)
             return
         self._members.become(member, "serving")
+        member.heard = self._clock.now()
         member.runner = asyncio.create_task(self._run(member), name=member.name)
         self._event("worker_serving", worker=member.name, version=member.version, **dict(info))
         self._place()
@@ -237,6 +265,7 @@ class WorkerPool:
                 # A call that is not answered at all: the process hangs, or its machine is gone.
                 async with asyncio.timeout(wait_s + stall_s):
                     harvest = await handle.harvest(wait_s)
+                member.heard, member.stats = self._clock.now(), harvest.stats
                 if harvest.groups or not holder.leases:
                     last = self._clock.now()
                 # It answers, but what it holds does not come: a hung engine behind a live process.
@@ -270,6 +299,7 @@ class WorkerPool:
             if lease is None:
                 self._event("stale_result_refused", group=meta.group_id, worker=member.name)
             elif meta.failure is not None and meta.retryable:
+                self.score_failures += 1
                 self._event("group_retried", group=meta.group_id, cause=meta.failure)
                 if lease.attempt + 1 >= self._settings.max_attempts:
                     raise Fatal(
@@ -279,6 +309,7 @@ class WorkerPool:
             else:
                 done.append(meta)
         if done:
+            member.finished += len(done)
             self._tell((harvest, done))
         if again:
             self.submit(again)
@@ -306,7 +337,7 @@ class WorkerPool:
             return
         leaving = member.status == "draining"
         self._members.become(member, "gone" if leaving else "starting")
-        member.version = -1
+        member.version, member.heard, member.stats = -1, None, {}
         if member.runner and member.runner is not asyncio.current_task():
             member.runner.cancel()
         # Before the restart, so that the other workers have them while this one starts again.

@@ -99,6 +99,10 @@ class GroupBuffer:
         """Group ids the next step still waits for."""
         return [g for g in self.ledger.groups_of(self.next_step) if g not in self._ready]
 
+    def lacking(self) -> int:
+        """How many groups the next step still waits for; costs the same always."""
+        return self.ledger.prompts_per_step - self._arrived.get(self.next_step, 0)
+
     def take(self) -> tuple[StepInput, list[GroupMeta]] | None:
         """The next step's groups once all have come in, else None. Failed groups are in the list
         of metas but not in the input. Asking in vain costs nothing: arrivals are counted."""

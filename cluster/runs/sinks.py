@@ -11,7 +11,13 @@ from typing import Any
 
 from cluster.contracts.config.base import LoggingConfig
 from cluster.contracts.errors import UserError
+from cluster.contracts.live import STAGES, LiveView
 from cluster.contracts.protocols import Sink
+
+WORKER_GAUGES = (
+    *("tokens_per_s", "running", "waiting", "groups"),
+    *("version", "busy", "heartbeat_age_s"),
+)  # fields of WorkerView
 
 
 class JsonlSink:
@@ -90,6 +96,69 @@ class RayMetricsSink:
 
     def close(self) -> None:
         self._gauges.clear()
+
+
+class RayLiveGauges:
+    """A live view as gauges ``accord_live_...``, tagged ``run`` and, where they have one,
+    ``worker``, ``status`` or ``stage``; Ray exports them as ``ray_accord_live_...``."""
+
+    def __init__(self, run_name: str) -> None:
+        from ray.util import metrics
+
+        self._metrics = metrics
+        self._gauges: dict[str, Any] = {}
+        self._run = run_name
+        self._workers: set[str] = set()
+
+    def __call__(self, view: LiveView) -> None:
+        now = {worker.name: worker for worker in view.workers}
+        for name in self._workers - now.keys():  # Ray keeps on exporting what was set last
+            for gauge in WORKER_GAUGES:
+                self._set(f"worker_{gauge}", 0.0, worker=name)
+        self._workers = set(now)
+        for worker in view.workers:
+            for gauge in WORKER_GAUGES:
+                value = getattr(worker, gauge)
+                self._set(f"worker_{gauge}", 0.0 if value is None else value, worker=worker.name)
+        for status, count in view.workers_by_status.items():
+            self._set("workers", count, status=status)
+        for stage, share in view.bottleneck.shares.items():
+            self._set("wait_share", share, stage=stage)
+        for stage in STAGES:
+            self._set("bottleneck", float(view.bottleneck.stage == stage), stage=stage)
+        for name, value in live_numbers(view).items():
+            if value is not None:
+                self._set(name, value)
+
+    def _set(self, name: str, value: float, **tags: str) -> None:
+        gauge = self._gauges.get(name)
+        if gauge is None:
+            gauge = self._gauges[name] = self._metrics.Gauge(
+                f"accord_live_{name}", description=name, tag_keys=("run", *tags)
+            )
+        gauge.set(float(value), tags={"run": self._run, **tags})
+
+
+def live_numbers(view: LiveView) -> dict[str, float | None]:
+    """Gauges of the whole run, by name without prefix."""
+    return {
+        "tokens_per_s": view.tokens_per_s,
+        "learner_step": view.learner.step,
+        "learner_state_s": view.learner.state_s,
+        "learner_busy": view.learner.busy,
+        "learner_heartbeat_age_s": view.learner.heartbeat_age_s,
+        "reward_waiting": view.rewards.waiting,
+        "reward_seconds_per_group": view.rewards.seconds_per_group,
+        "reward_failures": view.rewards.failures,
+        "queue_unplaced": view.queue.unplaced,
+        "queue_in_flight": view.queue.in_flight,
+        "queue_ready": view.queue.ready,
+        "queue_missing": view.queue.missing,
+        "version_published": view.weights.published,
+        "version_held": view.weights.held,
+        "staleness_mean": view.staleness.mean,
+        "staleness_max": view.staleness.max,
+    }
 
 
 def make_sinks(config: LoggingConfig, run_path: Path, *, on_ray: bool) -> list[Sink]:
