@@ -73,5 +73,5 @@ def learner_settings(
         resume_from=resume_from,
         plugins=loaded(),
         # A cluster that was joined may have its workers on other machines.
-        host=NODE_HOST if config.cluster.address is not None else "127.0.0.1",
+        host=NODE_HOST if config.cluster.to_join is not None else "127.0.0.1",
     )

@@ -84,7 +84,7 @@ def reward_role(config: TrainConfig, cores: CorePlan, log_file: Path) -> Iterato
         given = RewardClients(config.reward.address, deadline_s, reward_token())
         yield RewardRole(given)
         return
-    joined = config.cluster.address is not None
+    joined = config.cluster.to_join is not None
     token = secrets.token_urlsafe(32) if joined else None
     service = begin_reward_service(
         config.reward,

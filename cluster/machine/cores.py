@@ -47,7 +47,7 @@ def core_plan(config: TrainConfig, cores: Sequence[int]) -> CorePlan:
     """The plan of a training run whose config has no ``auto`` left. ``cores``: those of this
     machine that this process may use."""
     rollout, learner = config.rollout, config.learner
-    joined = config.cluster.address is not None
+    joined = config.cluster.to_join is not None
     return plan_cores(
         cores,
         rollout.workers,

@@ -16,6 +16,7 @@ import psutil
 
 from cluster.contracts.config.base import ClusterConfig
 from cluster.contracts.errors import UserError
+from cluster.machine.joining import cluster_to_join
 from cluster.machine.ray_token import prepare_token
 from cluster.machine.signals import signal_handlers_kept
 
@@ -34,7 +35,7 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     end; one that was joined is left running.
     """
     _environment()
-    started = config.address is None
+    started = config.to_join is None
     if started:
         prepare_token()
     with _leftovers_ended() if started else nullcontext(), _joined(config) as info:
@@ -74,15 +75,17 @@ def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
 def _connect(config: ClusterConfig) -> Any:
     import ray
 
+    given = config.to_join
+    place = None if given is None else cluster_to_join(given)
     try:
         # Ray puts a handler of its own for SIGTERM, with another exit code.
-        with signal_handlers_kept(), _loopback() if config.address is None else nullcontext():
-            return ray.init(**_options(config))
+        with signal_handlers_kept(), _loopback() if place is None else nullcontext():
+            return ray.init(**_options(config, place))
     except ConnectionError as problem:
         raise UserError(
-            f"no Ray cluster answers: {problem}",
-            where=f"cluster.address = {config.address}",
-            fix="start one with `ray start --head`, or leave cluster.address out",
+            f"the Ray cluster answers, but cannot be joined: {problem}",
+            where=f"cluster.address = {given}",
+            fix="join from a machine that is one of its nodes: `ray start --address` makes it one",
         ) from None
 
 
@@ -139,15 +142,15 @@ def _adopt_orphans(wanted: bool) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 
-def _options(config: ClusterConfig) -> dict[str, Any]:
+def _options(config: ClusterConfig, place: str | None) -> dict[str, Any]:
     common: dict[str, Any] = {
         "log_to_driver": False,
         "logging_level": logging.ERROR,
         "namespace": "accord",
         "configure_logging": False,
     }
-    if config.address is not None:
-        return {**common, "address": config.address}
+    if place is not None:
+        return {**common, "address": place}
     return {
         **common,
         "address": "local",

@@ -26,7 +26,7 @@ def choose_gpus(choices: Choices[TrainConfig]) -> None:
     wanted = workers * each + processes
     if not count:
         why = "no GPU here that the installed torch can use"
-        if config.cluster.address is not None:
+        if config.cluster.to_join is not None:
             why += "; set it where other machines of the cluster have GPUs"
         choices.settle("learner.gpus", 0.0, why)
         choices.settle("rollout.gpus", 0.0, why)
@@ -103,14 +103,14 @@ def choose_learner_cores(choices: Choices[TrainConfig], model: ModelFacts | None
 def _alike(config: Any) -> str:
     """What is assumed of a cluster that was joined: Ray knows its machines only once it runs."""
     cluster = getattr(config, "cluster", None)
-    joined = cluster is not None and cluster.address is not None
+    joined = cluster is not None and cluster.to_join is not None
     return "; the cluster's machines are taken to be like this one" if joined else ""
 
 
 def choose_cluster(choices: Choices[Any], model: ModelFacts | None) -> None:
     config, machine = choices.config, choices.machine
     rollout, learner = config.rollout, getattr(config, "learner", None)
-    joined = config.cluster.address is not None
+    joined = config.cluster.to_join is not None
     trained = learner.processes * learner.cpus if learner is not None else 0.0
     asked = rollout.workers * rollout.cpus + trained
     choices.settle("cluster.pin_cores", *_pinned(config, machine, joined))

@@ -7,6 +7,7 @@ nothing is repaired silently, nothing changes while a run goes on.
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -151,7 +152,9 @@ class LoggingConfig(Section):
 class ClusterConfig(Section):
     address: str | None = Field(
         None,
-        description="Ray cluster to join: `auto` or HOST:PORT. none: start one on this machine.",
+        description="Ray cluster to join: `auto` or HOST:PORT. `local`: start one on this machine. "
+        "none: join the cluster that the variable RAY_ADDRESS names (as in a Ray job), else start "
+        "one on this machine.",
     )
     num_cpus: int | None = auto(
         None,
@@ -175,3 +178,9 @@ class ClusterConfig(Section):
         rule="on if all roles compute on this machine's CPUs and there are enough cores",
         description="Give each role cores of its own.",
     )
+
+    @property
+    def to_join(self) -> str | None:
+        """Address of the cluster to join; None where one is to be started on this machine."""
+        address = self.address or os.environ.get("RAY_ADDRESS")
+        return None if address in (None, "", "local") else address

@@ -79,7 +79,7 @@ def outlook(
     alone_s = samples * engine["mean_length"] / engine["tokens_per_s"]
     # Scoring takes its time from the learner where both have one core.
     together = bool(cores.learner) and cores.learner == cores.reward and len(cores.learner) == 1
-    shared = not cores.workers and not config.cluster.address and not config.rollout.gpus
+    shared = not cores.workers and not config.cluster.to_join and not config.rollout.gpus
     busy_s = alone_s + learner["learn_s"] + reward["scoring_s"]
     times = StepTimes(
         generate_s=alone_s / workers,
