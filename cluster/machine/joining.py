@@ -87,8 +87,9 @@ def _answer(place: str) -> tuple[Answer, str]:
     while True:
         channel: Any = init_grpc_channel(place)
         try:
-            stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
-            stub.GetClusterId(gcs_service_pb2.GetClusterIdRequest(), timeout=ANSWER_S / 2)
+            stub: Any = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+            request: Any = gcs_service_pb2
+            stub.GetClusterId(request.GetClusterIdRequest(), timeout=ANSWER_S / 2)
             return "lets us in", ""
         except AuthenticationError:  # ours is missing: found out on this side
             return "wants another token", ""
