@@ -43,6 +43,7 @@ class CommandSignals:
         self._last_words: list[Callable[[], None]] = []
         self._since = 0.0  # when the command was told to end
         self._nudged = 0.0
+        self._told_lost = sys.unraisablehook
         self._gate = threading.RLock()
         # Python writes each signal's number into it at once, also while the main thread is
         # somewhere in a library and runs no handler.
@@ -58,9 +59,11 @@ class CommandSignals:
             signal.signal(number, self._interrupt)
         signal.signal(NUDGE, self._nudge)
         signal.set_wakeup_fd(self._outbox, warn_on_full_buffer=False)
+        self._told_lost, sys.unraisablehook = sys.unraisablehook, self._lost
         self._watcher.start()
 
     def close(self) -> None:
+        sys.unraisablehook = self._told_lost
         signal.set_wakeup_fd(-1)
         os.write(self._outbox, b"\0")
         self._watcher.join()
@@ -76,6 +79,13 @@ class CommandSignals:
         first, self._raised = not self._raised, True
         if first and self._listener is None:
             raise KeyboardInterrupt
+
+    def _lost(self, told: sys.UnraisableHookArgs) -> None:
+        """What Python calls for an exception that cannot go on (in a destructor, in a fork)."""
+        if issubclass(told.exc_type, KeyboardInterrupt):
+            self._nudged = 0.0  # raise it again at once, and show nobody that it was lost
+        else:
+            self._told_lost(told)
 
     def _nudge(self, number: int, frame: FrameType | None) -> None:
         self.check()

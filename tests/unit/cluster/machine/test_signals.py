@@ -55,6 +55,15 @@ def work():
         pass  # as one raised in a destructor
     time.sleep(60)
 """
+DESTROYS = """
+class Lock:
+    def __del__(self):
+        wait()
+
+def work():
+    Lock()
+    time.sleep(60)
+"""
 REPLACES = """
 def work():
     with signal_handlers_kept():
@@ -142,11 +151,12 @@ class Library:
     ("work", "number", "code", "line"),
     [
         (SWALLOWS, signal.SIGINT, 130, "accord: interrupted\n"),
+        (DESTROYS, signal.SIGINT, 130, "accord: interrupted\n"),
         (REPLACES, signal.SIGTERM, 143, "accord: terminated\n"),
         (LEAVES, signal.SIGTERM, 143, "accord: terminated (SystemExit: 7)\n"),
         (BREAKS, signal.SIGINT, 130, "accord: interrupted (RuntimeError: a process"),
     ],
-    ids=["swallows", "replaces", "leaves", "breaks"],
+    ids=["swallows", "destroys", "replaces", "leaves", "breaks"],
 )
 def test_an_interrupt_that_a_library_loses_still_ends_the_command(
     work: str, number: int, code: int, line: str
