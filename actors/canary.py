@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from cluster.contracts.errors import Fatal, WeightMismatch
+from cluster.contracts.errors import EngineFailure, WeightMismatch
 from cluster.contracts.records import Canary
 
 # An engine's rounding noise, nats. Measured against the learner: 5e-6 in float32 (the largest of 31
@@ -36,7 +36,7 @@ class CanaryCheck:
         accepted before, but within 1e-4 and 1e-3 in float32, within 0.05 and 0.5 in bfloat16.
         Where the new canary and the one before differ by 4 times the noise, the engine's answer
         must be nearer to the new one.
-        Raises Fatal for a number that is not finite, WeightMismatch for the rest.
+        Raises EngineFailure for a number that is not finite, WeightMismatch for the rest.
         """
         if len(got) != len(canary.logprobs):
             raise WeightMismatch(
@@ -44,7 +44,7 @@ class CanaryCheck:
                 f"got {len(got)}"
             )
         if not all(map(math.isfinite, got)):
-            raise Fatal(
+            raise EngineFailure(
                 f"version {version}: the engine computes a log-probability that is not finite"
             )
         found = distance(got, canary.logprobs, dtype)

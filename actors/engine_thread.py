@@ -10,11 +10,12 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import TypeVar
 
-from cluster.contracts.errors import AccordError, Fatal, Retryable
+from cluster.contracts.errors import AccordError, EngineFailure, Retryable
 from cluster.contracts.protocols import Engine
 from cluster.contracts.records import Completion
 
 T = TypeVar("T")
+LOOK_S = 1.0
 IDLE_POLL_S = 0.1  # an idle thread looks so often whether it is to stop
 
 
@@ -48,7 +49,8 @@ class EngineThread:
         self.failure: BaseException | None = None
         self.busy_s = 0.0
         self.wait_s = 0.0
-        self.generated_tokens = 0
+        self.generated_tokens = 0  # of finished completions
+        self._looked = 0.0
         self.unfinished = 0
         self.gauges: dict[str, float] = {}
 
@@ -69,7 +71,7 @@ class EngineThread:
         future: Future[T] = Future()
         with self._gate:
             if not self._open:
-                raise self.failure or Fatal("the engine's thread was stopped")
+                raise self.failure or Retryable("the engine's thread was stopped")
             self._commands.put((work, future))  # type: ignore[arg-type]
         return future
 
@@ -88,11 +90,18 @@ class EngineThread:
         with self._gate:
             engine = self._engine
             if not self._open or engine is None:
-                raise self.failure or Fatal("the engine's thread was stopped")
-        return work(engine)
+                raise self.failure or Retryable("the engine's thread was stopped")
+        try:
+            return work(engine)
+        except Exception as problem:
+            known = _as_engine_failure("the engine failed", problem)
+            if known is problem:
+                raise
+            raise known from problem
 
     def break_off(self, problem: BaseException) -> None:
         """Called by work that found the engine unfit: no step follows."""
+        problem = _as_engine_failure("the engine failed", problem)
         if self.failure is None:
             self.failure = problem
             self._on_failure(problem)
@@ -111,8 +120,9 @@ class EngineThread:
         try:
             engine = self._make_engine()
         except BaseException as problem:
-            self._close(problem)
-            self._ready.set_exception(problem)
+            known = _as_engine_failure("the engine could not be built", problem)
+            self._close(known)
+            self._ready.set_exception(known)
             return
         self._engine = engine
         self._ready.set_result(engine.name)
@@ -120,10 +130,9 @@ class EngineThread:
             while not self._stopping.is_set() and self.failure is None:
                 self._turn(engine)
         except Exception as problem:
-            known = problem if isinstance(problem, AccordError) else _as_fatal(engine.name, problem)
-            self.break_off(known)
+            self.break_off(_as_engine_failure(f"{engine.name} failed in a decode step", problem))
         finally:
-            self._close(self.failure or Fatal("the engine's thread was stopped"))
+            self._close(self.failure or Retryable("the engine's thread was stopped"))
             engine.close()
 
     def _turn(self, engine: Engine) -> None:
@@ -134,9 +143,12 @@ class EngineThread:
             return
         began = time.perf_counter()
         finished = engine.step()
-        self.busy_s += time.perf_counter() - began
+        ended = time.perf_counter()
+        self.busy_s += ended - began
         self.unfinished = engine.unfinished
-        if finished:  # often enough for people, and not the price of a look at every step
+        # Not at every step, which would cost; but a long completion is to be seen to grow.
+        if finished or ended - self._looked > LOOK_S:
+            self._looked = ended
             self.gauges = getattr(engine, "counters", dict)()
         for request_id, completion in finished:
             self.generated_tokens += len(completion.token_ids)
@@ -157,7 +169,7 @@ class EngineThread:
             try:
                 future.set_result(work(engine))
             except Exception as problem:
-                future.set_exception(problem)
+                future.set_exception(_as_engine_failure("the engine failed", problem))
 
     def _close(self, cause: BaseException) -> None:
         with self._gate:
@@ -167,7 +179,10 @@ class EngineThread:
             future.set_exception(cause)
 
 
-def _as_fatal(name: str, problem: Exception) -> Fatal:
-    fatal = Fatal(f"{name} failed in a decode step: {type(problem).__name__}: {problem}")
-    fatal.__cause__ = problem
-    return fatal
+def _as_engine_failure(what: str, problem: BaseException) -> BaseException:
+    """An error whose class is known already stays as it is."""
+    if isinstance(problem, AccordError) or not isinstance(problem, Exception):
+        return problem
+    failure = EngineFailure(f"{what}: {type(problem).__name__}: {problem}")
+    failure.__cause__ = problem
+    return failure

@@ -23,7 +23,7 @@ from actors.decoding import make_decoder
 from actors.environment import EngineKind, choose_engine, make_engine, prepare_environment
 from actors.settings import EngineSettings, derive_seed, engine_settings
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.errors import AccordError, Fatal, Retryable
+from cluster.contracts.errors import AccordError, MachineLost, Retryable, Unexpected, WorkerDied
 from cluster.contracts.plugins import PluginFile, install
 from cluster.contracts.protocols import Scorer
 from cluster.contracts.records import (
@@ -34,6 +34,7 @@ from cluster.contracts.records import (
     SwapReport,
     WeightManifest,
 )
+from cluster.machine.deadlines import within
 from cluster.machine.imports import quick_imports
 
 LOST = (
@@ -108,6 +109,9 @@ class RolloutActor:
         self._index = index
         self._incarnation = incarnation
         self._worker: Any = None  # made in start(): its imports take seconds
+
+    def placed(self) -> None:
+        """Answers when this process runs."""
 
     def start(self) -> dict[str, Any]:
         """Build the engine from the model on disk; weights of a version come by `load_weights`.
@@ -189,6 +193,10 @@ class RayRolloutWorker:
         self._call_s = 30.0  # over a call's own deadline: Ray's queue, and a node under load
         self._started = False
 
+    async def placed(self) -> None:
+        """Ray keeps the actor pending until the cluster has room, and tells its autoscaler."""
+        await self._get(self._actor.placed.remote(), None, "begin")
+
     async def start(self) -> Mapping[str, Any]:
         limit = self._spec.start_timeout_s
         info: Mapping[str, Any] = await self._get(self._actor.start.remote(), limit, "start")
@@ -228,29 +236,46 @@ class RayRolloutWorker:
         finally:
             ray.kill(self._actor, no_restart=True)
 
-    async def _get(self, ref: Any, timeout_s: float, what: str) -> Any:
+    async def _get(self, ref: Any, timeout_s: float | None, what: str) -> Any:
         try:
-            return await asyncio.wait_for(asyncio.wrap_future(ref.future()), timeout_s)
+            answer = asyncio.wrap_future(ref.future())
+            return await (answer if timeout_s is None else within(timeout_s, answer))
         except RayTaskError as problem:
             raise original(problem, self.name) from None
         except LOST as problem:
-            raise Retryable(f"{self.name} is lost: {_first_line(problem)}") from None
+            raise lost(problem, self.name) from None
         except TimeoutError:
             raise Retryable(f"{self.name} did not {what} within {timeout_s:.0f} s") from None
 
 
+def lost(problem: BaseException, name: str) -> Retryable:
+    """What Ray says of an actor that does not answer any more, as one of our classes."""
+    text = f"{name} is lost: {_said_by_ray(problem)}"
+    if getattr(problem, "preempted", False) or "node has died" in str(problem):
+        return MachineLost(text)
+    return WorkerDied(text) if isinstance(problem, RayActorError) else Retryable(text)
+
+
 def original(problem: RayTaskError, name: str) -> BaseException:
-    """What the remote method raised, as the AccordError it was; anything else is Fatal."""
+    """What the remote method raised, as the AccordError it was."""
     cause = problem.cause
     if isinstance(cause, AccordError):
         return cause
     if isinstance(cause, LOST):
-        return Retryable(f"{name} lost what it needed: {_first_line(cause)}")
-    return Fatal(f"{name} failed: {cause or problem}")
+        return Retryable(f"{name} lost what it needed: {_said_by_ray(cause)}")
+    unexpected = Unexpected(f"{name} failed: {type(cause).__name__}: {cause}")
+    unexpected.__cause__ = problem  # with the trace of its process
+    return unexpected
 
 
-def _first_line(problem: BaseException) -> str:
-    return (str(problem).strip() or type(problem).__name__).splitlines()[0]
+def _said_by_ray(problem: BaseException) -> str:
+    """One line. Of a dead actor the first says nothing; the last ones say how it ended."""
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
+    told = [line for line in lines if not line.startswith(_FIELDS_OF_AN_ACTOR)]
+    return " ".join(told[:2])[:300] if told else type(problem).__name__
+
+
+_FIELDS_OF_AN_ACTOR = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:")
 
 
 def make_worker_factory(

@@ -272,7 +272,7 @@ class RolloutWorker:
         Raises WeightMismatch for a duplicate, late, torn or unfitting update and Retryable when
         staging fails: the worker goes on with the weights it has. Raises WeightMismatch when the
         engine holds other weights than those published or does not compute what the learner
-        computes, and Fatal when it computes NaN: the worker is unfit from then on.
+        computes, and EngineFailure when it computes NaN: the worker is unfit from then on.
         """
         if self._receiver is None:
             raise Fatal(f"{self._settings.name} was started without a weight transport")

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.contracts.errors import AccordError, BadReward, Fatal, RewardFailure, UserError
+from cluster.contracts.errors import AccordError, BadReward, RewardFailure, Unexpected, UserError
 from cluster.contracts.protocols import Scorer
 from cluster.contracts.records import (
     Assignment,
@@ -102,6 +102,7 @@ class GroupScorer:
             for i in range(threads)
         ]
         self.busy_s = 0.0
+        self._calling: set[int] = set()  # threads with a call in progress
         for thread in self._threads:
             thread.start()
 
@@ -110,7 +111,8 @@ class GroupScorer:
 
     @property
     def waiting(self) -> int:
-        return self._queue.qsize()
+        """Groups that have no score yet; of those being scored, one for each call."""
+        return self._queue.qsize() + len(self._calling)
 
     def stop(self) -> None:
         """Ask the threads to end; a call in progress keeps its own deadline."""
@@ -120,14 +122,16 @@ class GroupScorer:
     def _run(self) -> None:
         while (groups := self._take()) is not None:
             began = time.perf_counter()
+            self._calling.add(threading.get_ident())
             try:
                 self._score(groups)
             except AccordError as problem:
                 self._on_failure(problem)
             except Exception as problem:
-                fatal = Fatal(f"scoring failed: {type(problem).__name__}: {problem}")
-                fatal.__cause__ = problem
-                self._on_failure(fatal)
+                unexpected = Unexpected(f"scoring failed: {type(problem).__name__}: {problem}")
+                unexpected.__cause__ = problem
+                self._on_failure(unexpected)
+            self._calling.discard(threading.get_ident())
             self.busy_s += time.perf_counter() - began
 
     def _take(self) -> list[FinishedGroup] | None:

@@ -18,7 +18,7 @@ from actors.engines.host_tensors import check_prompt, check_update, published_te
 from actors.engines.proof import differing, fingerprint, require_none_wrong
 from actors.engines.token_limits import Kept, TokenLimits
 from actors.settings import EngineSettings
-from cluster.contracts.errors import Fatal, Retryable
+from cluster.contracts.errors import EngineFailure, Retryable
 from cluster.contracts.records import Completion, FinishReason, VersionSpan
 from cluster.machine.torch_state import prepare_torch
 
@@ -93,7 +93,10 @@ class TransformersEngine:
         return len(self._waiting) + len(self._rows)
 
     def counters(self) -> dict[str, float]:
-        return {"running": len(self._rows)}
+        return {
+            "running": len(self._rows),
+            "unfinished_tokens": sum(len(row.tokens) for row in self._rows),
+        }
 
     def close(self) -> None:
         self._rows, self._cache = [], None
@@ -115,7 +118,7 @@ class TransformersEngine:
             kept = self._limits.apply(logits, [len(row.tokens) for row in self._rows])
         logprobs = torch.log_softmax(logits, dim=-1)
         if not bool(torch.isfinite(logprobs.amax(dim=-1)).all()):
-            raise Fatal(f"{self.name} computed a probability that is not finite")
+            raise EngineFailure(f"{self.name} computed a probability that is not finite")
         done = []
         for place, (row, distribution) in enumerate(zip(self._rows, logprobs, strict=True)):
             self._sample(row, distribution)
@@ -228,7 +231,9 @@ class TransformersEngine:
     def swap(self, version: int) -> None:
         """Exchange the two sets of weights between two steps."""
         if self._staged != version:
-            raise Fatal(f"{self.name} was to swap in version {version}, staged is {self._staged}")
+            raise EngineFailure(
+                f"{self.name} was to swap in version {version}, staged is {self._staged}"
+            )
         self._staged = None
         for name, parameter in self._parameters.items():
             staged = self._second[name]

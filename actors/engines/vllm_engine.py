@@ -33,7 +33,7 @@ from actors.engines.token_limits import Kept, TokenLimits
 from actors.engines.vllm_args import engine_args
 from actors.engines.vllm_limits import request_args
 from actors.settings import EngineSettings
-from cluster.contracts.errors import Fatal, Retryable, UserError
+from cluster.contracts.errors import EngineFailure, Retryable, UserError
 from cluster.contracts.records import Completion, VersionSpan
 
 PROBE_TIMEOUT_S = 120.0  # a failed step can leave vLLM's request unfinished for ever
@@ -172,9 +172,9 @@ class VllmEngine:
     def _completion(self, request_id: str, output: RequestOutput) -> Completion:
         sampled = output.outputs[0]
         if sampled.finish_reason not in ("stop", "length"):
-            raise Fatal(f"{self.name} ended request {request_id}: {sampled.finish_reason}")
+            raise EngineFailure(f"{self.name} ended request {request_id}: {sampled.finish_reason}")
         if not math.isfinite(sum(sampled.logprobs.logprobs)):
-            raise Fatal(
+            raise EngineFailure(
                 f"{self.name} sampled with a log-probability that is not finite "
                 f"(weights of version {self.version})"
             )
@@ -247,16 +247,20 @@ class VllmEngine:
             ) from problem
 
     def swap(self, version: int) -> None:
-        """Put what was staged in force between two steps; Fatal when that fails half-way."""
+        """Put what was staged in force between two steps. Raises EngineFailure half-way."""
         if self._staged != version:
-            raise Fatal(f"{self.name} was to swap in version {version}, staged is {self._staged}")
+            raise EngineFailure(
+                f"{self.name} was to swap in version {version}, staged is {self._staged}"
+            )
         if self._held is not None:
             self._fill(self._held, version)
         self._staged = self._held = None
         try:
             self._llm.collective_rpc("accord_swap")
         except Exception as problem:
-            raise Fatal(f"{self.name} failed swapping in version {version}: {problem}") from problem
+            raise EngineFailure(
+                f"{self.name} failed swapping in version {version}: {problem}"
+            ) from problem
         self.version = version
         self._label()
         if self._settings.kv_on_swap == "recompute":
@@ -313,7 +317,9 @@ class VllmEngine:
             self._early += self._advance(probe)
             if time.monotonic() > deadline:
                 self._llm.abort_request([probe])
-                raise Fatal(f"{self.name} did not answer a canary within {PROBE_TIMEOUT_S:.0f} s")
+                raise EngineFailure(
+                    f"{self.name} did not answer a canary within {PROBE_TIMEOUT_S:.0f} s"
+                )
         answered = self._probe_output.prompt_logprobs
         return [
             float(answered[place][token].logprob)
@@ -326,6 +332,7 @@ class VllmEngine:
         scheduler = self._llm.engine_core.engine_core.scheduler
         return {
             "running": len(self._running),
+            "unfinished_tokens": sum(r.num_output_tokens for r in scheduler.requests.values()),
             "kv_cache_used": scheduler.kv_cache_manager.usage,
             "prefix_cached_tokens": self._cached_tokens,
         }

@@ -2,13 +2,26 @@
 
 Ray and gRPC destroy exception types on the way, so a part raises one of these on the side where the
 cause is known. ``launch.main`` turns a ``UserError`` into one message and exit code 2.
+
+Each type has a ``fault``: what has failed. A run counts its faults apart by it (``faults/...``).
 """
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal, get_args
+
+Fault = Literal["engine", "worker", "prompt", "reward", "learner", "fatal"]
+"""engine: it raised, hung or holds other weights; its worker is replaced. worker: its process or
+machine is gone or does not answer; it is replaced. prompt: one that cannot be completed; its group
+is dropped. reward: a score that could not be had or used. learner: its process is gone. fatal: the
+run must stop."""
+FAULTS: tuple[Fault, ...] = get_args(Fault)
+
 
 class AccordError(Exception):
     """Base of every error Accord raises on purpose."""
+
+    fault: ClassVar[Fault] = "fatal"
 
 
 class UserError(AccordError):
@@ -35,6 +48,26 @@ def _rebuild_user_error(kind: type[UserError], what: str, where: str, fix: str) 
 class Retryable(AccordError):
     """The work may succeed elsewhere or later: a worker died, a service did not answer in time."""
 
+    fault: ClassVar[Fault] = "worker"
+
+
+class WorkerDied(Retryable):
+    """A worker's process has ended though nobody stopped it."""
+
+
+class MachineLost(Retryable):
+    """A worker's machine was taken back or is gone. The worker is not charged with it."""
+
+
+class Unexpected(Retryable):
+    """A worker raised what nobody foresaw. It is replaced; a run bears only few of these."""
+
+
+class EngineFailure(Retryable):
+    """An engine could not be built, raised, hung or computed NaN. Another engine may do better."""
+
+    fault = "engine"
+
 
 class Resumable(AccordError):
     """The run ends for a reason outside of it, with what it has learnt on disk. The same command
@@ -52,10 +85,28 @@ class PeerLost(Fatal):
 class WeightMismatch(Fatal):
     """An engine does not compute with the weights the learner published."""
 
+    fault = "engine"
+
+
+class LearnerLost(Fatal):
+    """The learner's process died or did not answer in time; what it learnt is in checkpoints."""
+
+    fault = "learner"
+
+
+class WorkersGone(Fatal):
+    """Too few workers serve, and no more can come. What was learnt is sound."""
+
+    fault: ClassVar[Fault] = "worker"
+
 
 class RewardFailure(Retryable):
     """A score could not be had (service down, deadline passed). Never becomes a score of 0."""
 
+    fault = "reward"
+
 
 class BadReward(Fatal):
     """A scorer answered something unusable: not finite, wrong count, another model than agreed."""
+
+    fault = "reward"

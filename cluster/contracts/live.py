@@ -17,7 +17,7 @@ LIVE = "live.json"
 LIVE_EVERY_S = 2.0
 """How often the driver writes it. A driver that lives never leaves the file much older."""
 
-WorkerStatus = Literal["starting", "serving", "draining"]
+WorkerStatus = Literal["starting", "serving", "draining", "broken"]
 LearnerState = Literal["starting", "training", "waiting", "saving"]
 Stage = Literal["rollout", "reward", "learner", "weights"]
 STAGES: tuple[Stage, ...] = ("rollout", "reward", "learner", "weights")

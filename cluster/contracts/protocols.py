@@ -82,6 +82,10 @@ class WorkerHandle(Protocol):
     name: str
     incarnation: int
 
+    async def placed(self) -> None:
+        """Wait until the cluster has room for it and its process runs: as long as that takes."""
+        ...
+
     async def start(self) -> Mapping[str, Any]: ...
 
     async def submit(self, assignments: Sequence[Assignment]) -> None: ...

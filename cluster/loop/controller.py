@@ -41,7 +41,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from cluster.contracts.errors import Fatal, Retryable
+from cluster.contracts.errors import Fatal, Retryable, WorkersGone
 from cluster.contracts.live import LearnerState
 from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
@@ -61,7 +61,6 @@ from cluster.loop.steering import Steering
 from cluster.loop.timeline import Timeline
 from cluster.runs.control import Wishes
 
-RESIZE_PAUSE_S = 60.0  # before a number of workers that could not be had is asked for again
 LOOK_AROUND_S = 1.0  # how often it is looked what people want of the run
 BACKGROUND = {"look around"}  # of a run that rests, nothing else is under way
 
@@ -116,9 +115,6 @@ class Controller:
         self._taken: list[GroupMeta] = []  # groups of the learner step under way
         self._step_attempts = 0
         self._sink_errors = 0
-        self._resized_to: int | None = None
-        self._resize_again_at = 0.0
-        self._resizes = 0
         self._started = False
         self._saved = first  # step of the newest checkpoint
         self._began = 0.0
@@ -170,7 +166,7 @@ class Controller:
                 self._start_step()
                 self._start_broadcast()
                 self._waits.turn(self._clock.now(), self._waits_for())
-                await self._one_event()
+                await self._one_event_or_too_few_workers()
             if self._stop.is_set():
                 await self._finish_running_step()
             if self._step > 0 and self._step != self._saved:
@@ -294,6 +290,15 @@ class Controller:
                 self._ledger.weights_held(task.result())
             else:
                 task.result()  # raises what went wrong: nothing that fails here may go unnoticed
+
+    async def _one_event_or_too_few_workers(self) -> None:
+        try:
+            await self._one_event()
+        except WorkersGone:  # what was learnt is sound, so it is kept
+            await self._finish_running_step()
+            if self._step > 0 and self._step != self._saved:
+                await self._save()
+            raise
 
     async def _after_step(self, result: StepResult) -> None:
         now = self._clock.now()
@@ -466,21 +471,13 @@ class Controller:
             steering.rests(step=self._step, finished=len(self._buffer))
         if (paused and not steering.paused) or steering.stop:
             self._wake.set()
-        self._follow_wanted_workers(have)
+        self._follow_wanted_workers()
 
-    def _follow_wanted_workers(self, have: int) -> None:
-        wanted, now = self._steering.workers, self._clock.now()
-        if (
-            wanted is not None
-            and wanted != have
-            # What could not be had is asked for again after a while, or when another number is.
-            and (wanted != self._resized_to or now >= self._resize_again_at)
-        ):
-            self._resized_to, self._resize_again_at = wanted, now + RESIZE_PAUSE_S
+    def _follow_wanted_workers(self) -> None:
+        wanted, have = self._steering.workers, self._pool.wanted
+        if wanted is not None and wanted != have and "resize" not in self._tasks:
             self._run.event("resize", have=have, wanted=wanted)
-            # Not one after the other: workers that are no longer wanted may take long to start.
-            self._resizes += 1
-            self._spawn(f"resize {self._resizes}", self._pool.resize(wanted))
+            self._spawn("resize", self._pool.resize(wanted))
 
     def _spawn(self, name: str, work: Any) -> None:
         task = asyncio.ensure_future(work)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from cluster.contracts.errors import FAULTS
 from cluster.contracts.records import GroupMeta, StepResult, SwapReport
 from cluster.loop.pool import WorkerPool
 
@@ -104,6 +105,7 @@ class Accounts:
             "async/refused": standing.refused,
             "async/dropped": standing.dropped,
             "workers/alive": serving,
+            "workers/wanted": pool.wanted,
             "workers/restarts": pool.restarts,
             "workers/joined": pool.joined,
             "workers/left": pool.left,
@@ -121,6 +123,7 @@ class Accounts:
             "run/elapsed_s": standing.elapsed_s,
             "run/sink_errors": standing.sink_errors,
         }
+        numbers |= {f"faults/{fault}": pool.faults[fault] for fault in FAULTS}
         return numbers | self._swap_numbers() | self._worker_numbers(wall, max(1, serving))
 
     def _swap_numbers(self) -> dict[str, float]:

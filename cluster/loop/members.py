@@ -1,8 +1,10 @@
 """The workers of a run as the pool knows them: each one's process, status and history.
 
 A worker's life:  starting -> serving -> (draining ->) gone
-                     ^            |
-                     +-- lost ----+
+                   ^   ^          |
+                   |   +-- lost --+
+                   |              | too often
+                   +-- broken <---+    (it is tried again when its losses are forgiven)
 """
 
 from __future__ import annotations
@@ -15,8 +17,9 @@ from typing import Literal
 
 from cluster.contracts.protocols import WorkerHandle
 from cluster.loop.leases import LeaseBook
+from cluster.loop.supervision import Loss
 
-Status = Literal["starting", "serving", "draining", "gone"]
+Status = Literal["starting", "serving", "draining", "broken", "gone"]
 
 
 @dataclass(slots=True)
@@ -27,8 +30,13 @@ class Member:
     handle: WorkerHandle
     status: Status = "starting"
     version: int = -1  # of the weights it holds; -1: none that were verified
-    losses: list[float] = field(default_factory=list)  # when, in seconds of the pool's clock
+    node: str = ""  # of the machine it runs on, as its start said
+    waits_for: str = ""  # while it starts: what for, for a person
+    losses: list[Loss] = field(default_factory=list)
     mismatches: Counter[int] = field(default_factory=Counter)  # by version that did not verify
+    refused: BaseException | None = None  # why it could not start the last time
+    served: bool = False  # at least once
+    bringing: asyncio.Task[None] | None = None  # makes it serve
     runner: asyncio.Task[None] | None = None  # collects its results
     heard: float | None = None  # when its process last answered; None: it has not begun to serve
     stats: Mapping[str, float] = field(default_factory=dict)  # its counters, as it last told them
@@ -44,8 +52,9 @@ class Members:
     """All that there ever were, in order. Nothing else changes a status, so that the counts and
     the lease book, which gives groups to serving members only, always agree with it."""
 
-    def __init__(self, book: LeaseBook) -> None:
+    def __init__(self, book: LeaseBook, changed: Callable[[], None] = lambda: None) -> None:
         self._book = book
+        self._changed = changed  # called after every change of a status
         self._all: list[Member] = []
         self._counts: Counter[Status] = Counter()
 
@@ -74,6 +83,7 @@ class Members:
             self._book.open(member.index)
         else:
             self._book.close(member.index)
+        self._changed()
 
     def those(self, *statuses: Status) -> list[Member]:
         return [member for member in self._all if member.status in statuses]

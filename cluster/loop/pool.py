@@ -2,36 +2,47 @@
 
 A group is leased to one incarnation of one worker. When that is lost, its groups are leased again
 with ``attempt + 1``; what the lost one may still send is refused by its incarnation. A worker
-serves only after it holds the current weights, verified; a late joiner is no special case. A worker
-whose weights do not verify is replaced once; when its successor cannot verify the same version
-either, the run ends.
+serves only after it holds the current weights, verified; a late joiner is no special case.
+
+How many workers there are to be is a wish (``resize``), which ``recruiting`` pursues for as long as
+it takes. While fewer than ``min_workers`` serve, groups wait.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from cluster.contracts.errors import AccordError, Fatal, Retryable, WeightMismatch
+from cluster.contracts.errors import (
+    EngineFailure,
+    Fatal,
+    Fault,
+    MachineLost,
+    Retryable,
+    WeightMismatch,
+    WorkersGone,
+)
 from cluster.contracts.live import WorkerStatus
 from cluster.contracts.protocols import Clock, WorkerHandle
 from cluster.contracts.records import Assignment, GroupMeta, Harvest, SwapReport, WeightManifest
 from cluster.loop.leases import CounterSums, LeaseBook
 from cluster.loop.live import PoolFacts, WorkerFacts
 from cluster.loop.members import Member, Members, Status
+from cluster.loop.recruiting import EventLog, Recruiter
 from cluster.loop.settings import PoolSettings
-from cluster.loop.supervision import GiveUp, decide
+from cluster.machine.deadlines import within
 
-EventLog = Callable[..., None]
 Finished = tuple[Harvest, list[GroupMeta]]
 
 # A worker that has nothing yet answers its harvest after a while. All of them together may do so
 # this often a second, however many they are.
 IDLE_ANSWERS_PER_S = 25
 LONGEST_HARVEST_S = 60.0
+FIRST_WORD_S = 30.0  # with too few workers for so long, the run says what it waits for,
+NEXT_WORD_S = 60.0  # and says it again after each of these
 
 
 class WorkerPool:
@@ -45,48 +56,87 @@ class WorkerPool:
         event: EventLog,
         on_swap: Callable[[str, SwapReport, float, float], None] = lambda *_: None,
     ) -> None:
-        self._factory = factory
         self._settings = settings
         self._clock = clock
         self._event = event
         self._on_swap = on_swap  # worker's name, its report, when it was asked and when it was done
         self._book = LeaseBook(clock.now)
-        self._members = Members(self._book)
+        self._members = Members(self._book, self._look_at_the_count)
+        self._recruiter = Recruiter(
+            factory, settings, clock, event, self._members, self._serve, self._end
+        )
         self._counters = CounterSums()
         self._waiting: list[Assignment] = []  # no serving worker to take them yet
-        self._news: list[Finished | BaseException] = []
+        self._news: list[Finished] = []
         self._on_news: Callable[[], None] = lambda: None
-        self._manifest: WeightManifest | None = None
-        self._first: asyncio.Future[WeightManifest] | None = None  # from the learner's start
+        self._problem: BaseException | None = None  # what ended the pool
+        self._changed = asyncio.Event()
+        self._short: asyncio.Task[None] | None = None  # runs while too few serve
+        self._failed_scorings: Counter[int] = Counter()  # by group, until it is finished
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.restarts = 0
-        self.joined = 0
+        self._stopped = False
         self.left = 0
         self.failed_swaps = 0
-        self.score_failures = 0  # groups that could not be scored and were tried again
 
     # -- what the controller uses -----------------------------------------------------------------
 
     async def start(self, count: int, first: Awaitable[WeightManifest]) -> None:
-        """Start ``count`` workers; returns when all serve.
+        """Start ``count`` workers. Returns when all serve, or when ``min_workers`` do and the
+        others have failed once or waited for ``start_timeout_s``: those come later.
 
         ``first``: the first published weights. Workers build their engines before they are there.
+        Raises what kept all of them from starting.
         """
-        self._first = asyncio.ensure_future(first)
-        await asyncio.gather(*(self._join(self._new()) for _ in range(count)))
+        self._recruiter.first = asyncio.ensure_future(first)
+        await self.resize(count)
+        try:
+            tried = self._until(
+                lambda: all(m.served or m.refused or m.status != "starting" for m in self._members)
+            )
+            await within(self._settings.start_timeout_s, tried)
+        except TimeoutError:
+            pass
+        await self._until(lambda: self.count("serving") >= self._recruiter.least)
 
     async def resize(self, count: int) -> None:
-        """Add workers, or drain the newest ones, until ``count`` are wanted."""
-        wanted = self._members.those("starting", "serving")
-        if count > len(wanted):
-            await asyncio.gather(*(self._try_join(self._new()) for _ in range(count - len(wanted))))
-        for member in sorted(wanted, key=lambda m: -m.index)[: max(0, len(wanted) - count)]:
-            if member.status == "starting":
+        """Want ``count`` workers from now on; returns at once. Those that are too many and serve
+        are drained; the others of them are ended."""
+        self._recruiter.wanted = count
+        have = self._members.those("broken", "starting", "serving")
+        for _ in range(count - len(have)):
+            self._recruiter.add()
+        # Last those that serve, and of these last the oldest.
+        order: list[Status] = ["broken", "starting", "serving"]
+        have.sort(key=lambda member: (order.index(member.status), -member.index))
+        for member in have[: max(0, len(have) - count)]:
+            if member.status == "serving":
+                self._begin_drain(member)
+            else:
                 self._not_wanted(member)
-                continue
-            self._members.become(member, "draining")
-            held = len(self._book.holder(member.index).leases)
-            self._event("worker_draining", worker=member.name, leases=held)
+        self._look_at_the_count()
+
+    async def drain(self, who: str, deadline_s: float) -> int:
+        """End the members named ``who`` or running on the node ``who``, after they have finished
+        what they hold; what they hold after ``deadline_s`` seconds goes to others. As many workers
+        as before stay wanted, so others are started in their place. Returns how many it were."""
+        leaving = [
+            member
+            for member in self._members.those("starting", "serving")
+            if who in (member.name, member.node)
+        ]
+        for member in leaving:
+            if member.status == "serving":
+                self._begin_drain(member)
+            else:
+                self._not_wanted(member)
+        await self.resize(self._recruiter.wanted)
+        try:
+            await within(deadline_s, self._until(lambda: all(m.status == "gone" for m in leaving)))
+        except TimeoutError:
+            for member in leaving:
+                gone = MachineLost(f"not drained within {deadline_s:.0f} s")
+                await self._lost(member, gone, member.handle)
+        return len(leaving)
 
     def submit(self, assignments: Sequence[Assignment]) -> None:
         """Lease each group to the serving worker with the fewest samples in hand, and send it.
@@ -103,41 +153,59 @@ class WorkerPool:
     def take_finished(self) -> list[Finished]:
         """What has finished since the last call (groups of live leases only), in order of arrival.
 
-        Raises what ended a worker for good.
+        Raises what ended the pool: WorkersGone when too few workers serve and nothing else is
+        wrong.
         """
-        news, self._news = self._news, []
-        finished: list[Finished] = []
-        for item in news:
-            if isinstance(item, BaseException):
-                raise item
-            finished.append(item)
+        if self._problem is not None:
+            raise self._problem
+        finished, self._news = self._news, []
         return finished
 
     async def broadcast(self, manifest: WeightManifest) -> list[SwapReport]:
         """Bring every serving worker to ``manifest``; returns once all of them hold it."""
-        self._manifest = manifest
+        self._recruiter.manifest = manifest
         members = self._members.those("serving", "draining")
         reports = await asyncio.gather(*(self._swap(m, manifest) for m in members))
         return [report for report in reports if report is not None]
 
     async def stop(self) -> None:
+        self._stopped = True
+        tasks = [*self._tasks, *([self._short] if self._short else [])]
         for member in self._members:
             self._members.become(member, "gone")
-            if member.runner:
-                member.runner.cancel()
-        for task in self._tasks:
+            tasks += [task for task in (member.runner, member.bringing) if task is not None]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(
-            *(self._stop_quietly(m.handle) for m in self._members), return_exceptions=True
-        )
+        await asyncio.gather(*tasks, return_exceptions=True)
+        stopping = (self._recruiter.stop_quietly(member.handle) for member in self._members)
+        await asyncio.gather(*stopping, return_exceptions=True)
 
     def count(self, *statuses: Status) -> int:
         return self._members.count(*statuses)
 
     @property
+    def wanted(self) -> int:
+        """How many workers there are to be."""
+        return self._recruiter.wanted
+
+    @property
+    def restarts(self) -> int:
+        return self._recruiter.restarts
+
+    @property
+    def joined(self) -> int:
+        return self._recruiter.joined
+
+    @property
+    def faults(self) -> Counter[Fault]:
+        """What has gone wrong so far, by class; the controller adds what it meets itself."""
+        return self._recruiter.faults
+
+    @property
     def sent_version(self) -> int | None:
         """The version that workers hold or are being sent; one that joins now loads it."""
-        return None if self._manifest is None else self._manifest.version
+        manifest = self._recruiter.manifest
+        return None if manifest is None else manifest.version
 
     @property
     def in_flight(self) -> int:
@@ -156,7 +224,7 @@ class WorkerPool:
             unplaced=len(self._waiting),
             restarts=self.restarts,
             left=self.left,
-            score_failures=self.score_failures,
+            score_failures=self.faults["reward"],
         )
 
     def _facts(self, member: Member) -> WorkerFacts:
@@ -177,76 +245,71 @@ class WorkerPool:
         """Seconds that workers held at least one group, summed over the workers."""
         return self._book.holding_s()
 
-    # -- life of a member -------------------------------------------------------------------------
+    # -- how many serve ---------------------------------------------------------------------------
 
-    async def _try_join(self, member: Member) -> None:
-        """A worker that was asked for in addition and cannot start must not end the run."""
-        try:
-            await self._join(member)
-        except (AccordError, TimeoutError) as problem:
-            self._members.become(member, "gone")
-            self._event("worker_not_joined", worker=member.name, cause=str(problem))
-            await self._stop_quietly(member.handle)
-
-    def _new(self) -> Member:
-        return self._members.add(self._factory)
-
-    async def _join(self, member: Member) -> None:
-        try:
-            await self._bring_up(member)
-        except WeightMismatch as problem:
-            await self._replace(member, problem)
-        self.joined += member.status == "serving"
-
-    async def _bring_up(self, member: Member) -> None:
-        limit = self._settings.start_timeout_s
-        try:
-            info = await asyncio.wait_for(member.handle.start(), limit)
-        except TimeoutError:  # a slow start would be as slow again: no restart
-            raise Fatal(f"{member.name} was not ready within {limit:.0f} s") from None
-        if self._manifest is None:
-            assert self._first is not None
-            self._manifest = await asyncio.shield(self._first)  # others wait for it, too
-        # Not serving yet, so a broadcast passes this worker over, and must not be missed by it.
-        while True:  # weights may move on while this worker loads them
-            manifest = self._manifest
-            try:
-                await self._load(member, manifest)
-            except Retryable:
-                # The learner may have let go of a version that everybody else is past.
-                if manifest is self._manifest:
-                    raise
-                continue
-            if manifest is self._manifest:
-                break
-        if member.status != "starting":  # no longer wanted, or the run has ended meanwhile
-            await self._stop_quietly(member.handle)
-            return
-        self._members.become(member, "serving")
+    def _serve(self, member: Member) -> None:
         member.heard = self._clock.now()
         member.runner = asyncio.create_task(self._run(member), name=member.name)
-        self._event("worker_serving", worker=member.name, version=member.version, **dict(info))
         self._place()
 
-    async def _load(self, member: Member, manifest: WeightManifest) -> SwapReport:
-        async with member.swap:  # a joiner may still be loading when the next broadcast comes
-            limit = self._settings.weights_timeout_s
-            try:
-                async with asyncio.timeout(limit):
-                    report = await member.handle.load_weights(manifest)
-            except TimeoutError:
-                raise Retryable(f"not on version {manifest.version} within {limit:.0f} s") from None
-            except WeightMismatch:
-                # Here, where it is known which version it was: a newer one may be on its way.
-                member.mismatches[manifest.version] += 1
-                raise
-            member.version = report.version
-            return report
+    def _look_at_the_count(self) -> None:
+        """After every change: waiting for workers begins or ends, and who waits for a count looks
+        again."""
+        self._changed.set()
+        short = self.count("serving") < self._recruiter.least and not self._stopped
+        if short and self._short is None:
+            self._short = asyncio.create_task(self._wait_for_workers())
+        elif not short and self._short is not None:
+            self._short.cancel()
+            self._short = None
+
+    async def _wait_for_workers(self) -> None:
+        """Says every so often what for, and ends the run when that takes too long."""
+        began, limit = self._clock.now(), self._settings.workers_timeout_s
+        word_s = FIRST_WORD_S
+        while True:
+            due_s = min(word_s, limit) if limit else word_s
+            while (left := began + due_s - self._clock.now()) > 0:
+                await self._clock.sleep(left)
+            serving, least = self.count("serving"), self._recruiter.least
+            missing = "; ".join(
+                f"{member.name} waits for {member.waits_for}"
+                for member in self._members.those("starting", "broken")
+            )
+            if limit and due_s >= limit:
+                waited = f"{serving} workers serve, {least} must, for {limit:.0f} s by now"
+                self._end(WorkersGone(f"{waited}: {missing}"))
+                return
+            self._event(
+                "workers_missing",
+                serving=serving,
+                min_workers=least,
+                waited_s=round(due_s),
+                cause=missing,
+            )
+            word_s = due_s + NEXT_WORD_S
+
+    async def _until(self, reached: Callable[[], bool]) -> None:
+        """Wait for a state of the members. Raises what ended the pool meanwhile."""
+        while True:
+            self._changed.clear()
+            if self._problem is not None:
+                raise self._problem
+            if reached():
+                return
+            await self._changed.wait()
+
+    def _end(self, problem: BaseException) -> None:
+        self._problem = self._problem or problem
+        self._changed.set()
+        self._on_news()
+
+    # -- life of a member -------------------------------------------------------------------------
 
     async def _swap(self, member: Member, manifest: WeightManifest) -> SwapReport | None:
         handle, began = member.handle, self._clock.now()
         try:
-            report = await self._load(member, manifest)
+            report = await self._recruiter.load(member, manifest)
         except (Retryable, WeightMismatch) as problem:
             self.failed_swaps += 1
             await self._lost(member, problem, handle)
@@ -256,22 +319,23 @@ class WorkerPool:
 
     async def _run(self, member: Member) -> None:
         """Collect one worker's results until it is drained, lost or gone."""
-        last, handle = self._clock.now(), member.handle
-        holder = self._book.holder(member.index)
+        handle, holder = member.handle, self._book.holder(member.index)
         stall_s = self._settings.stall_timeout_s
+        seen: tuple[float, ...] = ()
+        last = self._clock.now()
         try:
             while member.status in ("serving", "draining"):
                 wait_s = self._harvest_s()
                 # A call that is not answered at all: the process hangs, or its machine is gone.
-                async with asyncio.timeout(wait_s + stall_s):
-                    harvest = await handle.harvest(wait_s)
+                harvest = await within(wait_s + stall_s, handle.harvest(wait_s))
                 member.heard, member.stats = self._clock.now(), harvest.stats
-                if harvest.groups or not holder.leases:
-                    last = self._clock.now()
-                # It answers, but what it holds does not come: a hung engine behind a live process.
+                progress = _progress(harvest)
+                if harvest.groups or progress != seen or not holder.leases or _only_scores(harvest):
+                    seen, last = progress, self._clock.now()
+                # It answers, but samples no token: a hung engine behind a live process.
                 elif self._clock.now() - last > stall_s:
-                    raise Retryable(
-                        f"finished none of {len(holder.leases)} groups in {stall_s:.0f} s"
+                    raise EngineFailure(
+                        f"sampled no token of {len(holder.leases)} groups in {stall_s:.0f} s"
                     )
                 self._receive(member, harvest)
                 if member.status == "draining" and not holder.leases:
@@ -279,15 +343,11 @@ class WorkerPool:
         except (Retryable, WeightMismatch, TimeoutError) as problem:
             await self._lost(member, problem, handle)
         except Exception as problem:  # the supervised boundary: ends the run, with its cause
-            self._tell(problem)
+            self._end(problem)
 
     def _harvest_s(self) -> float:
         shared = len(self._members) / IDLE_ANSWERS_PER_S
         return max(self._settings.harvest_s, min(LONGEST_HARVEST_S, shared))
-
-    def _tell(self, item: Finished | BaseException) -> None:
-        self._news.append(item)
-        self._on_news()
 
     def _receive(self, member: Member, harvest: Harvest) -> None:
         self._counters.report(member.index, harvest.incarnation, harvest.stats)
@@ -299,25 +359,36 @@ class WorkerPool:
             if lease is None:
                 self._event("stale_result_refused", group=meta.group_id, worker=member.name)
             elif meta.failure is not None and meta.retryable:
-                self.score_failures += 1
-                self._event("group_retried", group=meta.group_id, cause=meta.failure)
-                if lease.attempt + 1 >= self._settings.max_attempts:
-                    raise Fatal(
-                        f"group {meta.group_id} failed {lease.attempt + 1} times: {meta.failure}"
-                    )
-                again.append(replace(lease, attempt=lease.attempt + 1))
+                again.append(self._score_again(lease, meta.failure))
             else:
+                self._failed_scorings.pop(meta.group_id, None)
+                self.faults["prompt"] += meta.failure is not None
                 done.append(meta)
         if done:
             member.finished += len(done)
-            self._tell((harvest, done))
+            self._news.append((harvest, done))
+            self._on_news()
         if again:
             self.submit(again)
 
+    def _score_again(self, lease: Assignment, cause: str) -> Assignment:
+        """Worker losses have a count of their own: they say nothing of the reward service."""
+        group = lease.group_id
+        self.faults["reward"] += 1
+        self._failed_scorings[group] += 1
+        self._event("group_retried", group=group, cause=cause)
+        if (times := self._failed_scorings[group]) >= self._settings.max_attempts:
+            raise Fatal(f"group {group} failed {times} times: {cause}")
+        return replace(lease, attempt=lease.attempt + 1)
+
+    def _begin_drain(self, member: Member) -> None:
+        self._members.become(member, "draining")
+        held = len(self._book.holder(member.index).leases)
+        self._event("worker_draining", worker=member.name, leases=held)
+
     def _not_wanted(self, member: Member) -> None:
-        """One that is starting is stopped by whoever starts it, as soon as it could serve."""
-        self._members.become(member, "gone")
-        if member.runner is not None:  # it had served before it was lost
+        self._recruiter.leave(member)
+        if member.served:  # it had served before it was lost
             self.left += 1
             self._event("worker_left", worker=member.name, cause="lost before")
 
@@ -325,15 +396,15 @@ class WorkerPool:
         self._members.become(member, "gone")
         self.left += 1
         self._event("worker_left", worker=member.name)
-        await self._stop_quietly(member.handle)
+        await self._recruiter.stop_quietly(member.handle)
 
     async def _lost(self, member: Member, problem: BaseException, handle: WorkerHandle) -> None:
-        """Release the leases at once, then restart (or give up, which ends the run).
+        """Release the leases at once, then have the worker replaced.
 
         ``handle``: whose failure it is. That of an incarnation already replaced changes nothing.
         """
         # Harvest, submit and swap of one dead process each report it; the first is enough.
-        if member.status in ("starting", "gone") or member.handle is not handle:
+        if member.status not in ("serving", "draining") or member.handle is not handle:
             return
         leaving = member.status == "draining"
         self._members.become(member, "gone" if leaving else "starting")
@@ -346,41 +417,15 @@ class WorkerPool:
         if leaving:
             self.left += 1
             self._event("worker_left", worker=member.name, cause=str(problem))
-            await self._stop_quietly(member.handle)
+            await self._recruiter.stop_quietly(member.handle)
             return
-        # On its own, so that nobody (a broadcast, say) waits for a worker that is starting again.
-        self._background(self._replace(member, problem, requeued=len(orphans)))
-
-    async def _replace(self, member: Member, problem: BaseException, requeued: int = 0) -> None:
-        cause = str(problem) or "no answer in time"
-        member.losses.append(self._clock.now())
-        self._event("worker_lost", worker=member.name, cause=cause, requeued=requeued)
-        repeated = (
-            isinstance(problem, WeightMismatch) and max(member.mismatches.values(), default=0) > 1
-        )
-        # Ended before its successor starts: both would want the same cores or GPU.
-        await self._stop_quietly(member.handle)
-        if repeated:
-            raise Fatal(f"{member.name}, replaced, still does not verify: {cause}")
-        decision = decide(
-            member.losses, self._clock.now(), max_restarts=self._settings.max_restarts
-        )
-        if isinstance(decision, GiveUp):
-            self._members.become(member, "gone")
-            raise Fatal(f"{member.name}: {decision.reason}; last cause: {cause}")
-        await self._clock.sleep(decision.after_s)
-        if member.status != "starting":  # no longer wanted
-            return
-        # Another incarnation is another seed: the same one would sample the same completions again.
-        member.handle = self._factory(member.index, member.handle.incarnation + 1)
-        self.restarts += 1
-        try:
-            await self._bring_up(member)
-        except (Retryable, WeightMismatch) as again:
-            await self._replace(member, again)
+        self._recruiter.note_loss(member, problem, len(orphans))
+        self._recruiter.replace(member, problem)
 
     def _place(self) -> None:
         """Give waiting groups to serving workers, fewest samples in hand first."""
+        if self.count("serving") < self._recruiter.least:
+            return
         shares: dict[int, list[Assignment]] = {}
         given = 0
         for assignment in self._waiting:
@@ -408,9 +453,15 @@ class WorkerPool:
     def _surface(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (problem := task.exception()):
-            self._tell(problem)
+            self._end(problem)
 
-    async def _stop_quietly(self, handle: WorkerHandle) -> None:
-        # It may already be dead: that is often why it is stopped.
-        with contextlib.suppress(AccordError, TimeoutError):
-            await asyncio.wait_for(handle.stop(), 5.0)
+
+def _progress(harvest: Harvest) -> tuple[float, ...]:
+    """Changes whenever the worker has sampled a token."""
+    names = ("generated_tokens", "unfinished_tokens")
+    return tuple(harvest.stats.get(name, 0.0) for name in names)
+
+
+def _only_scores(harvest: Harvest) -> bool:
+    """Whether what the worker holds is all generated and waits for its scores."""
+    return harvest.stats.get("scoring", 0.0) > 0 and harvest.stats.get("unfinished", 0.0) == 0

@@ -26,7 +26,9 @@ class PoolSettings:
     stall_timeout_s: float
     weights_timeout_s: float
     max_restarts: int
-    max_attempts: int = 3  # of one group, over lost workers and failed scoring
+    min_workers: int = 1  # with fewer the run waits,
+    workers_timeout_s: float = 0.0  # at most so long; 0: for ever
+    max_attempts: int = 3  # of scoring one group; lost workers do not count
     harvest_s: float = 1.0  # at least; longer with hundreds of workers
 
 
@@ -48,4 +50,6 @@ def pool_settings(config: TrainConfig) -> PoolSettings:
         stall_timeout_s=config.rollout.stall_timeout_s,
         weights_timeout_s=config.weights.timeout_s,
         max_restarts=config.rollout.max_restarts,
+        min_workers=config.rollout.min_workers,
+        workers_timeout_s=config.rollout.workers_timeout_s,
     )

@@ -150,13 +150,28 @@ class RolloutConfig(Section):
         "that the token was sampled with.",
     )
     start_timeout_s: float = Field(
-        180, gt=0, description="A worker that is not ready after this many seconds is an error."
+        180,
+        gt=0,
+        description="A worker that is not ready this many seconds after its process has begun "
+        "could not start. The time that it waits for room on the cluster does not count.",
     )
     stall_timeout_s: float = Field(
         120,
         gt=0,
-        description="A worker that has work and finishes no group for this many seconds is "
+        description="A worker that has work and samples no token for this many seconds is "
         "replaced.",
+    )
+    min_workers: int = Field(
+        1,
+        ge=0,
+        description="The run goes on while at least this many workers serve. With fewer it gives "
+        "out no prompts and waits for workers.",
+    )
+    workers_timeout_s: float = Field(
+        1800,
+        ge=0,
+        description="The run writes a checkpoint and ends when fewer than `min_workers` have "
+        "served for this many seconds. 0: it waits for ever.",
     )
     request_seeds: bool = Field(
         False,
@@ -167,7 +182,9 @@ class RolloutConfig(Section):
     max_restarts: int = Field(
         3,
         ge=0,
-        description="Most restarts of one worker within ten minutes. One more loss stops the run.",
+        description="Most restarts of one worker within ten minutes. After one more loss the "
+        "run goes on without this worker for ten minutes, and ends when it cannot have "
+        "`min_workers` without it. A lost machine does not count.",
     )
 
     @model_validator(mode="after")

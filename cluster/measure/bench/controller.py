@@ -62,6 +62,8 @@ class _Worker:
         self._version = 0
         self.waits_s: list[float] = []
 
+    async def placed(self) -> None: ...
+
     async def start(self) -> Mapping[str, Any]:
         return {}
 

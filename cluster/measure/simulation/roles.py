@@ -85,6 +85,8 @@ class SimulatedWorker:
         self._dead = False
         self._finished_tokens = 0.0
 
+    async def placed(self) -> None: ...
+
     async def start(self) -> Mapping[str, Any]:
         if self.incarnation:
             await asyncio.sleep(self._scenario.restart_s)

@@ -103,6 +103,8 @@ class FakeWorker:
         self.version = -1
         self._todo: list[tuple[Assignment, int]] = []
 
+    async def placed(self) -> None: ...
+
     async def start(self) -> Mapping[str, Any]:
         await asyncio.sleep(self._world.start_s)
         if self._world.start_problem is not None:
@@ -256,6 +258,12 @@ def looks_often(controller: Controller) -> None:
     controller._look_around = look  # type: ignore[method-assign]
 
 
+async def until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not reached():
+            await asyncio.sleep(0.005)
+
+
 async def drive(controller: Controller, pool: WorkerPool) -> Any:
     try:
         return await asyncio.wait_for(controller.run(), 20)
@@ -271,7 +279,8 @@ def test_every_prompt_is_trained_once_in_order(tmp_path: Path, bound: int) -> No
     assert [g for b in learner.batches for g in b.group_ids] == list(range(18))
     assert (state.step, state.next_group) == (6, 18)
     assert [step for step, _ in lines.rows] == [1, 2, 3, 4, 5, 6]
-    assert lines.rows[-1][1]["weight_sync/canary_logp_diff"] == pytest.approx(1e-6)
+    swaps = [row for _, row in lines.rows if "weight_sync/canary_logp_diff" in row]
+    assert swaps[-1]["weight_sync/canary_logp_diff"] == pytest.approx(1e-6)
     path, restored = run.latest_checkpoint()
     assert (path.name, restored.step) == ("step-000006", 6)
 
@@ -324,7 +333,7 @@ def test_a_worker_that_joins_goes_on_to_newer_weights_when_older_ones_are_gone(
             await asyncio.sleep(0.001)  # w1 is loading version 1
             await pool.broadcast(manifest(2))
             await asyncio.wait_for(joining, 5)
-            assert pool.count("serving") == 2
+            await until(lambda: pool.count("serving") == 2)
         finally:
             await pool.stop()
         return events(run)
@@ -350,13 +359,13 @@ def test_a_mismatch_is_blamed_on_the_version_that_did_not_verify(tmp_path: Path)
             await asyncio.sleep(0.001)  # w1 is loading version 1
             await pool.broadcast(manifest(2))
             await asyncio.wait_for(joining, 5)
+            await until(lambda: pool.count("serving") == 2)
             assert pool.take_finished() == []
-            assert pool.count("serving") == 2
         finally:
             await pool.stop()
         return events(run)
 
-    lost = [event for event in asyncio.run(scenario()) if event["kind"] == "worker_lost"]
+    lost = [event for event in asyncio.run(scenario()) if event["kind"] == "worker_not_joined"]
     assert [event["cause"] for event in lost] == ["version 1: torn", "version 2: torn"]
 
 
@@ -517,9 +526,8 @@ def test_a_worker_whose_weights_do_not_verify_is_replaced_once(
     asyncio.run(drive(controller, pool))
     assert [g for b in learner.batches for g in b.group_ids] == list(range(18))
     assert pool.restarts == 1
-    assert [e["cause"] for e in events(run) if e["kind"] == "worker_lost"] == [
-        f"version {version}: torn"
-    ]
+    kind = "worker_lost" if version else "worker_not_joined"
+    assert [e["cause"] for e in events(run) if e["kind"] == kind] == [f"version {version}: torn"]
 
 
 @pytest.mark.parametrize("version", [0, 2])
@@ -527,7 +535,7 @@ def test_weights_that_do_not_verify_twice_end_the_run(tmp_path: Path, version: i
     world = World()
     world.torn = {version: 2}
     controller, pool, _, _ = build(tmp_path, world, FakeLearner(), workers=1)
-    with pytest.raises(Fatal, match=f"w0, replaced, still does not verify: version {version}"):
+    with pytest.raises(Fatal, match=f"w0: replaced, still does not verify; .*version {version}"):
         asyncio.run(drive(controller, pool))
     assert pool.restarts == 1
 
@@ -599,9 +607,7 @@ def test_a_stop_while_workers_start_does_not_wait_for_them(tmp_path: Path) -> No
     assert not (run.path / "checkpoints").exists()
 
 
-def test_a_worker_that_cannot_join_leaves_the_run_going_and_is_not_retried_at_once(
-    tmp_path: Path,
-) -> None:
+def test_a_worker_that_cannot_join_leaves_the_run_going(tmp_path: Path) -> None:
     world, learner = World(), FakeLearner(seconds=0.005)
     controller, pool, run, _ = build(tmp_path, world, learner, steps=40, workers=1)
 
@@ -617,7 +623,10 @@ def test_a_worker_that_cannot_join_leaves_the_run_going_and_is_not_retried_at_on
 
     pool._factory = make
     wish(controller, lambda: Wishes(workers=2))
+
+    pool._recruiter._factory = make
+    controller._wanted_workers = lambda: 2
     asyncio.run(drive(controller, pool))
     assert len(learner.batches) == 40
     failed = [e for e in events(run) if e["kind"] == "worker_not_joined"]
-    assert [e["cause"] for e in failed] == ["no CPU is free"]
+    assert {e["cause"] for e in failed} == {"no CPU is free"}

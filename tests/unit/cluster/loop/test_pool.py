@@ -39,6 +39,8 @@ class Worker:
         self.stopped = False
         self._done: list[GroupMeta] = []
 
+    async def placed(self) -> None: ...
+
     async def start(self) -> Mapping[str, Any]:
         await asyncio.sleep(self.start_s)
         return {"engine": "scripted"}
@@ -218,6 +220,7 @@ def test_a_worker_that_joins_while_weights_move_on_serves_with_the_newest() -> N
         await asyncio.sleep(1)  # it is loading version 0
         assert await world.pool.broadcast(manifest(1))
         await joining
+        await asyncio.sleep(10)
         assert world.workers[1, 0].loaded == [0, 1]
         serving = [detail for kind, detail in world.events if kind == "worker_serving"]
         assert [detail["version"] for detail in serving] == [0, 1]
@@ -251,7 +254,8 @@ def test_the_groups_of_a_lost_worker_go_to_another_and_its_late_answers_are_refu
         first.lost = Retryable("killed")
         await asyncio.sleep(2)
         assert other.groups == [(1, 0), (0, 1)]
-        assert ("worker_lost", {"worker": "w0", "cause": "killed", "requeued": 1}) in world.events
+        loss = {"worker": "w0", "cause": "killed", "fault": "worker", "requeued": 1}
+        assert ("worker_lost", loss) in world.events
         other.finish(0, attempt=0)  # as the lost one would have answered
         await asyncio.sleep(2)
         assert "stale_result_refused" in world.kinds()
@@ -333,6 +337,7 @@ def test_a_worker_that_was_added_and_cannot_start_leaves_the_others_at_work() ->
     async def scene(world: World) -> None:
         await world.start(1)
         await world.pool.resize(2)
+        await asyncio.sleep(150)
         assert world.pool.count("serving") == 1
         assert "worker_not_joined" in world.kinds()
         world.submit(0)
