@@ -7,7 +7,7 @@ import random
 import pytest
 
 from actors.canary import CanaryCheck, distance
-from cluster.contracts.errors import Fatal, WeightMismatch
+from cluster.contracts.errors import EngineFailure, WeightMismatch
 from cluster.contracts.records import Canary
 
 TOKENS = tuple(range(32))
@@ -101,9 +101,9 @@ def test_one_improbable_token_does_not_fail_bfloat16() -> None:
         CanaryCheck().compare(wanted, [x + 0.6 for x in wanted.logprobs], 0, "bfloat16")
 
 
-def test_a_number_that_is_not_finite_is_fatal() -> None:
+def test_a_number_that_is_not_finite_makes_the_engine_unfit() -> None:
     wanted = canary()
-    with pytest.raises(Fatal, match="not finite"):
+    with pytest.raises(EngineFailure, match="not finite"):
         CanaryCheck().compare(wanted, [float("nan"), *wanted.logprobs[1:]], 0, "float32")
     with pytest.raises(WeightMismatch, match="got 3"):
         CanaryCheck().compare(wanted, [0.0] * 3, 0, "float32")

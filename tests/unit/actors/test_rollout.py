@@ -15,9 +15,11 @@ from actors.rollout import RolloutWorker, WorkerSettings
 from actors.settings import derive_seed
 from cluster.contracts.errors import (
     BadReward,
+    EngineFailure,
     Fatal,
     Retryable,
     RewardFailure,
+    Unexpected,
     UserError,
     WeightMismatch,
 )
@@ -375,9 +377,9 @@ def test_a_failure_in_staging_leaves_the_old_weights_in_force(bench: Bench) -> N
 def test_a_failure_in_the_swap_makes_the_worker_unfit(bench: Bench) -> None:
     bench.load(0)
     bench.engine.break_swap = "half-way"
-    with pytest.raises(RuntimeError, match="half-way"):
+    with pytest.raises(EngineFailure, match="half-way"):
         bench.load(1)
-    with pytest.raises(RuntimeError, match="half-way"):
+    with pytest.raises(EngineFailure, match="half-way"):
         bench.worker.harvest(WAIT_S)
 
 
@@ -433,7 +435,7 @@ def test_an_update_for_another_model_is_refused_untouched(bench: Bench) -> None:
 
 @pytest.mark.parametrize(
     ("shift", "kind", "words"),
-    [(0.01, WeightMismatch, "differ"), (float("nan"), Fatal, "not finite")],
+    [(0.01, WeightMismatch, "differ"), (float("nan"), EngineFailure, "not finite")],
 )
 def test_a_wrong_canary_makes_the_worker_unfit(
     bench: Bench, shift: float, kind: type[Exception], words: str
@@ -472,7 +474,7 @@ def test_a_reward_failure_never_becomes_a_score(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize(
-    ("problem", "kind"), [(BadReward("nan"), BadReward), (KeyError("bug"), Fatal)]
+    ("problem", "kind"), [(BadReward("nan"), BadReward), (KeyError("bug"), Unexpected)]
 )
 def test_an_unusable_reward_ends_the_worker(
     bench: Bench, problem: Exception, kind: type[Exception]
@@ -535,7 +537,9 @@ def test_a_failed_step_surfaces_with_its_cause(bench: Bench) -> None:
     bench.load(0)
     bench.engine.break_step = "out of memory"
     bench.worker.submit([work(0)])
-    with pytest.raises(Fatal, match="scripted 1 failed in a decode step: RuntimeError: out of"):
+    with pytest.raises(
+        EngineFailure, match="scripted 1 failed in a decode step: RuntimeError: out of"
+    ):
         bench.harvest_all(1)
 
 
