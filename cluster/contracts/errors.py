@@ -94,8 +94,8 @@ class LearnerLost(Fatal):
     fault = "learner"
 
 
-class WorkersGone(Fatal):
-    """Too few workers serve, and no more can come. What was learnt is sound."""
+class WorkersGone(Resumable):
+    """Too few workers serve, and no more can come. What was learnt is sound and saved."""
 
     fault: ClassVar[Fault] = "worker"
 

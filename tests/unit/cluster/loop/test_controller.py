@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from cluster.contracts.errors import Fatal, Retryable, UserError, WeightMismatch
+from cluster.contracts.errors import Fatal, Retryable, UserError, WeightMismatch, WorkersGone
 from cluster.contracts.metrics import last
 from cluster.contracts.records import (
     Assignment,
@@ -383,7 +383,7 @@ def test_a_worker_that_keeps_dying_ends_the_run_with_its_cause(tmp_path: Path) -
     world = World()
     world.act = lambda worker, assignment: (_ for _ in ()).throw(Retryable("no memory"))  # type: ignore
     controller, pool, _, _ = build(tmp_path, world, FakeLearner(), workers=1)
-    with pytest.raises(Fatal, match=r"w0: lost 3 times .* no memory"):
+    with pytest.raises(WorkersGone, match=r"w0: lost 3 times .* no memory"):
         asyncio.run(drive(controller, pool))
 
 
@@ -535,7 +535,9 @@ def test_weights_that_do_not_verify_twice_end_the_run(tmp_path: Path, version: i
     world = World()
     world.torn = {version: 2}
     controller, pool, _, _ = build(tmp_path, world, FakeLearner(), workers=1)
-    with pytest.raises(Fatal, match=f"w0: replaced, still does not verify; .*version {version}"):
+    with pytest.raises(
+        WorkersGone, match=f"w0: replaced, still does not verify; .*version {version}"
+    ):
         asyncio.run(drive(controller, pool))
     assert pool.restarts == 1
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from cluster.contracts.errors import Fatal, Retryable
+from cluster.contracts.errors import Fatal, Retryable, WorkersGone
 from cluster.contracts.records import (
     Assignment,
     GroupMeta,
@@ -298,7 +298,7 @@ def test_a_worker_that_is_lost_too_often_ends_the_run() -> None:
         for incarnation in range(3):
             world.workers[0, incarnation].lost = Retryable("killed")
             await asyncio.sleep(10)
-        with pytest.raises(Fatal, match="w0: lost 3 times within 600 s; last cause: killed"):
+        with pytest.raises(WorkersGone, match="w0: lost 3 times within 600 s; last cause: killed"):
             world.pool.take_finished()
 
     play(scene)
