@@ -23,6 +23,7 @@ from actors.decoding import make_decoder
 from actors.environment import EngineKind, choose_engine, make_engine, prepare_environment
 from actors.settings import EngineSettings, derive_seed, engine_settings
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.deadlines import within
 from cluster.contracts.errors import AccordError, MachineLost, Retryable, Unexpected, WorkerDied
 from cluster.contracts.plugins import PluginFile, install
 from cluster.contracts.protocols import Scorer
@@ -34,7 +35,6 @@ from cluster.contracts.records import (
     SwapReport,
     WeightManifest,
 )
-from cluster.machine.deadlines import within
 from cluster.machine.imports import quick_imports
 
 LOST = (

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+from cluster.contracts.deadlines import within
 from cluster.contracts.errors import (
     EngineFailure,
     Fatal,
@@ -33,7 +34,6 @@ from cluster.loop.live import PoolFacts, WorkerFacts
 from cluster.loop.members import Member, Members, Status
 from cluster.loop.recruiting import EventLog, Recruiter
 from cluster.loop.settings import PoolSettings
-from cluster.machine.deadlines import within
 
 Finished = tuple[Harvest, list[GroupMeta]]
 

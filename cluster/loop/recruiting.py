@@ -16,6 +16,7 @@ import traceback
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
+from cluster.contracts.deadlines import within
 from cluster.contracts.errors import (
     AccordError,
     EngineFailure,
@@ -39,7 +40,6 @@ from cluster.loop.supervision import (
     decide,
     is_charged,
 )
-from cluster.machine.deadlines import within
 
 EventLog = Callable[..., None]
 STOP_S = 5.0
