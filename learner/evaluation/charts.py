@@ -10,7 +10,6 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from xml.etree import ElementTree
 
 import matplotlib
@@ -18,8 +17,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-MOST_POINTS = 300
-FEWEST_TO_SMOOTH = 20
+from learner.evaluation.lines import MOST_POINTS, Line, smooth, thin, window
+
 SERIES = ("#010101", "#020202", "#030303", "#040404")  # stand-ins, replaced by the CSS variables
 _SETTINGS = {
     "svg.fonttype": "none",
@@ -33,13 +32,6 @@ _SETTINGS = {
 _METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _URL = re.compile(r"url\(#([^)]+)\)")
 _LONG = re.compile(r"(\.\d\d)\d+")
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    label: str
-    x: Sequence[float]
-    y: Sequence[float]
 
 
 def line_chart(name: str, title: str, lines: Sequence[Line], x_label: str, alt: str) -> Markup:
@@ -86,31 +78,6 @@ def reliability_chart(
         size = 3 + 5 * (count / most) ** 0.5
         axes.plot([probability], [frequency], color=SERIES[0], marker="o", markersize=size)
     return _inline(figure, name, title, alt)
-
-
-def window(points: int) -> int:
-    """Points that ``smooth`` takes the mean of: a tenth of the line, odd; 1 for a short line."""
-    return 1 if points < FEWEST_TO_SMOOTH else points // 20 * 2 + 1
-
-
-def smooth(y: Sequence[float], width: int) -> list[float]:
-    """The mean of the up to ``width`` points around each point, fewer at the ends of the line."""
-    half = width // 2
-    parts = [y[max(0, i - half) : i + half + 1] for i in range(len(y))]
-    return [sum(part) / len(part) for part in parts]
-
-
-def thin(x: Sequence[float], y: Sequence[float]) -> tuple[list[float], list[float]]:
-    """At most ``MOST_POINTS`` points: lowest and highest of each stretch, so spikes stay seen."""
-    if len(x) <= MOST_POINTS:
-        return list(x), list(y)
-    keep = {0, len(x) - 1}
-    stretches = (MOST_POINTS - 2) // 2
-    for k in range(stretches):
-        part = range(k * len(x) // stretches, (k + 1) * len(x) // stretches)
-        keep |= {min(part, key=lambda i: y[i]), max(part, key=lambda i: y[i])}
-    order = sorted(keep)
-    return [x[i] for i in order], [y[i] for i in order]
 
 
 def _figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:

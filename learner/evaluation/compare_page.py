@@ -8,6 +8,7 @@ from typing import Any
 
 from learner.evaluation import charts
 from learner.evaluation.comparison import ComparedRun, differing_settings, metric_rows
+from learner.evaluation.lines import Line
 from learner.evaluation.page import render
 from learner.evaluation.run_files import write_atomic
 
@@ -27,7 +28,7 @@ def write_comparison(runs: Sequence[ComparedRun], path: Path) -> Path:
 
 
 def _chart(at: int, metric: str, title: str, runs: Sequence[ComparedRun]) -> Any:
-    lines = [charts.Line(run.letter, *run.series[metric]) for run in runs if metric in run.series]
+    lines = [Line(run.letter, *run.series[metric]) for run in runs if metric in run.series]
     alt = "; ".join(
         f"{line.label}: {len(line.y)} points from {line.y[0]:.4g} to {line.y[-1]:.4g}"
         for line in lines

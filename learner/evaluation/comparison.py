@@ -80,8 +80,11 @@ class MetricRow:
     best: tuple[tuple[float, int] | None, ...]
 
 
-def read_runs(paths: Sequence[Path]) -> list[ComparedRun]:
-    return [_read(letter, path) for letter, path in zip(LETTERS, paths, strict=False)]
+def read_runs(
+    paths: Sequence[Path], rows_of: Callable[[Path], Sequence[Row]] | None = None
+) -> list[ComparedRun]:
+    """``rows_of``: of a run directory, rows of metrics ascending by step; all of them by default."""
+    return [_read(letter, path, rows_of) for letter, path in zip(LETTERS, paths, strict=False)]
 
 
 def differing_settings(runs: Sequence[ComparedRun]) -> list[tuple[str, tuple[str, ...]]]:
@@ -162,7 +165,7 @@ def _best(run: ComparedRun, metric: str, better: Best | None) -> tuple[float, in
     return best, int(steps[values.index(best)])
 
 
-def _read(letter: str, path: Path) -> ComparedRun:
+def _read(letter: str, path: Path, rows_of: Callable[[Path], Sequence[Row]] | None) -> ComparedRun:
     files = RunFiles(path)
     manifest = files.json_object("manifest.json") or {}
     return ComparedRun(
@@ -171,7 +174,7 @@ def _read(letter: str, path: Path) -> ComparedRun:
         command=str(manifest.get("command", "?")),
         status=str(manifest.get("status", "?")),
         settings={**_config(files), **_made_with(manifest)},
-        series=_series(files.metrics() or []),
+        series=_series((rows_of(path) if rows_of else files.metrics()) or []),
         win_rate=number(files.json_object("evaluation.json") or {}, "win_rate"),
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup
 
 from learner.evaluation import charts, frontier
-from learner.evaluation.curves import ends, series
+from learner.evaluation.lines import ends, series
 from learner.evaluation.run_files import Row, number
 from learner.evaluation.samples import Sample, TextStats, text_stats
 

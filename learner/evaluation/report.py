@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.errors import UserError
-from learner.evaluation import charts, panels
+from learner.evaluation import panels
 from learner.evaluation.about import about, expected
 from learner.evaluation.completions import of_training
 from learner.evaluation.curves import curves
+from learner.evaluation.lines import window
 from learner.evaluation.page import plain, render
 from learner.evaluation.run_files import Row, RunFiles, number, write_atomic
 from learner.evaluation.samples import Sample, choose, read_samples
@@ -83,7 +84,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "sample_count": len(samples),
         "stats": stats,
         "curves": curves(rows),
-        "smoothed": charts.window(len(rows)),
+        "smoothed": window(len(rows)),
         **_reward_charts(rows),
         "length_r": length_r,
         "timing": panels.table(rows, ("time/",)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from learner.evaluation.curves import series
+from learner.evaluation.lines import series
 from learner.evaluation.run_files import Row, number
 from learner.evaluation.samples import TextStats
 

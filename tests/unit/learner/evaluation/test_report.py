@@ -14,6 +14,7 @@ from markupsafe import Markup
 
 from cluster.contracts.errors import UserError
 from learner.evaluation import charts, curves, panels, verdict
+from learner.evaluation.lines import smooth, thin, window
 from learner.evaluation.page import visible
 from learner.evaluation.report import write_report
 from learner.evaluation.run_files import RunFiles, write_atomic
@@ -352,12 +353,12 @@ def test_readable_text_of_any_script_is_left_alone() -> None:
 def test_long_curves_are_thinned_with_their_spikes() -> None:
     y = [math.sin(i / 500) for i in range(20_000)]
     y[12_345] = 99.0
-    x, kept = charts.thin(range(20_000), y)
+    x, kept = thin(range(20_000), y)
     assert len(x) <= 300
     assert 99.0 in kept
     assert (x[0], x[-1]) == (0, 19_999)
     assert x == sorted(x)
-    assert charts.thin([1, 2], [3, 4]) == ([1, 2], [3, 4])
+    assert thin([1, 2], [3, 4]) == ([1, 2], [3, 4])
 
 
 def test_warnings_name_what_they_saw() -> None:
@@ -537,11 +538,11 @@ def test_one_curve_per_reward_source_and_generation_does_not_end_at_zero() -> No
 
 def test_smoothing_takes_the_mean_of_what_is_around_a_point() -> None:
     line = [float(i) for i in range(50)]
-    assert charts.smooth(line, 5)[2:-2] == pytest.approx(line[2:-2])
-    assert charts.window(19) == 1
-    assert charts.window(60) == 7
+    assert smooth(line, 5)[2:-2] == pytest.approx(line[2:-2])
+    assert window(19) == 1
+    assert window(60) == 7
     noisy = [0.0, 3.0, 0.0, 3.0, 0.0, 3.0, 0.0]
-    assert charts.smooth(noisy, 3) == pytest.approx([1.5, 1.0, 2.0, 1.0, 2.0, 1.0, 1.5])
+    assert smooth(noisy, 3) == pytest.approx([1.5, 1.0, 2.0, 1.0, 2.0, 1.0, 1.5])
 
 
 def test_a_reward_source_may_have_any_name() -> None:
