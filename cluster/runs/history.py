@@ -5,6 +5,7 @@ Events are fed one by one, so that a page that follows a run pays for new events
 
 from __future__ import annotations
 
+import copy
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -51,6 +52,15 @@ class History:
     def alarms(self) -> list[str]:
         """What the alarms say that have begun and not ended."""
         return list(self._alarms.values())
+
+    def snapshot(self) -> History:
+        """A copy that later events do not change."""
+        copied = copy.copy(self)
+        copied.counts = self.counts.copy()
+        copied.recent = self.recent.copy()
+        copied.spans = deque((copy.copy(span) for span in self.spans), MOST_SPANS)
+        copied._open, copied._alarms = dict(self._open), dict(self._alarms)
+        return copied
 
     def add(self, event: Row) -> None:
         kind = str(event.get("kind", "?"))

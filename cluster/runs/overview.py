@@ -12,7 +12,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -116,6 +116,14 @@ def overview(path: Path, name: str | None = None, *, sized: bool = True) -> RunO
         metrics={name: value for name, value in last.items() if _is_number(value)},
         size_bytes=sum(_stat(p)[1] for p in path.rglob("*")) if sized else None,
     )
+
+
+def live_status(known: RunOverview) -> RunOverview:
+    """``known`` with what changes although its files do not: a process that ended without a word,
+    and the last sign of life."""
+    status = status_of(known.path, _manifest(known.path))
+    left = known.seconds_left if status == "running" else None
+    return replace(known, status=status, seconds_left=left, updated=_last_written(known.path))
 
 
 def status_of(path: Path, manifest: Mapping[str, Any]) -> str:

@@ -83,7 +83,7 @@ class MetricRow:
 def read_runs(
     paths: Sequence[Path], rows_of: Callable[[Path], Sequence[Row]] | None = None
 ) -> list[ComparedRun]:
-    """``rows_of``: of a run directory, rows of metrics ascending by step; all of them by default."""
+    """``rows_of``: of a run directory, its metrics ascending by step (default: all)."""
     return [_read(letter, path, rows_of) for letter, path in zip(LETTERS, paths, strict=False)]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,25 +14,10 @@ from typing import Any
 from markupsafe import Markup
 
 from learner.evaluation import charts, frontier
+from learner.evaluation.event_rows import notable
 from learner.evaluation.lines import ends, series
 from learner.evaluation.run_files import Row, number
 from learner.evaluation.samples import Sample, TextStats, text_stats
-
-# Events of a run in which nothing went wrong; every other kind, known or not, is listed singly.
-EVERYDAY = frozenset(
-    {
-        "alarm",  # listed at the top
-        "checkpoint",
-        "cluster",
-        "learner_ready",
-        "loop_started",
-        "rows",
-        "run_finished",
-        "swap",
-        "worker_draining",
-        "worker_serving",
-    }
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,14 +94,6 @@ def summary(
     figures["wall_seconds"] = wall_seconds(rows, stages)
     figures["notable_events"] = sum(notable(event) for event in events)
     return figures
-
-
-def notable(event: Row) -> bool:
-    return str(event.get("kind")) not in EVERYDAY
-
-
-def event_counts(events: Sequence[Row]) -> list[tuple[str, int]]:
-    return Counter(str(event.get("kind", "no kind")) for event in events).most_common()
 
 
 def frontier_chart(rows: Sequence[Row]) -> tuple[Markup | None, str]:

@@ -16,6 +16,7 @@ from learner.evaluation import panels
 from learner.evaluation.about import about, expected
 from learner.evaluation.completions import of_training
 from learner.evaluation.curves import curves
+from learner.evaluation.event_rows import described, event_counts, notable
 from learner.evaluation.lines import window
 from learner.evaluation.page import plain, render
 from learner.evaluation.run_files import Row, RunFiles, number, write_atomic
@@ -157,25 +158,13 @@ def _samples(files: RunFiles) -> list[Sample]:
 
 
 def _events(events: list[Row] | None) -> dict[str, Any]:
-    notable = [event for event in events or [] if panels.notable(event)]
+    found = [event for event in events or [] if notable(event)]
     times = [at for event in events or [] if (at := number(event, "time")) is not None]
     start = min(times, default=0.0)
     return {
-        "events": None if events is None else [_event(e, start) for e in notable[-MOST_EVENTS:]],
-        "events_left_out": max(0, len(notable) - MOST_EVENTS),
-        "event_counts": panels.event_counts(events or []),
-    }
-
-
-def _event(event: Row, start: float) -> dict[str, Any]:
-    """``start`` is the time of the first event: what is shown is how long after it."""
-    at = number(event, "time")
-    rest = {key: value for key, value in event.items() if key not in ("time", "kind", "detail")}
-    detail = event.get("detail", "")
-    return {
-        "time": event.get("time") if at is None else at - start,
-        "kind": str(event.get("kind", "no kind")),
-        "detail": ", ".join(plain(part) for part in (detail, rest) if part),
+        "events": None if events is None else [described(e, start) for e in found[-MOST_EVENTS:]],
+        "events_left_out": max(0, len(found) - MOST_EVENTS),
+        "event_counts": event_counts(events or []),
     }
 
 
