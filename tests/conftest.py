@@ -41,15 +41,25 @@ def repo_root() -> Path:
 @pytest.fixture(scope="session")
 def world() -> ModuleType:
     """The module tests/ppo_world.py: helpers of the learner's tests."""
-    name = "accord_tests_ppo_world"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, ROOT / "tests" / "ppo_world.py")
+    return _helpers("ppo_world")
+
+
+@pytest.fixture(scope="session")
+def run_dirs() -> ModuleType:
+    """The module tests/pages_world.py: run directories for the tests of pages."""
+    return _helpers("pages_world")
+
+
+def _helpers(name: str) -> ModuleType:
+    known = f"accord_tests_{name}"
+    if known not in sys.modules:
+        spec = importlib.util.spec_from_file_location(known, ROOT / "tests" / f"{name}.py")
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
+        sys.modules[known] = module
         spec.loader.exec_module(module)
-    return sys.modules[name]
+    return sys.modules[known]
 
 
 @pytest.fixture(scope="session")

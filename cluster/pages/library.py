@@ -77,7 +77,8 @@ class Library:
         if self.only is not None:
             found = [one for one in found if one.key.split("/")[0] == self.only]
         outer = [one for one in found if "/" not in one.key][::-1]
-        inner = [one for one in found if "/" in one.key]
+        # A link in the folder is its owner's; one within a run may lead anywhere.
+        inner = [one for one in found if "/" in one.key and not one.path.is_symlink()]
         return [
             one
             for first in outer
