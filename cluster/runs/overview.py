@@ -17,11 +17,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cluster.contracts.live import LIVE
 from cluster.runs.driver import driver_of
 from cluster.runs.rows import Row, parse_object, tail_rows
 
 RATE_STEPS = 20  # the time left follows from the median duration of this many last steps
-LIVE = "live.json"  # which a training writes every few seconds
+
 SILENT_AFTER_S = 120.0  # without any file written, where the driver's process cannot be seen
 LATEST = {  # metric -> its name for people; the first that a run has is shown
     "objective/scores": "reward",
