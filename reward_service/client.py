@@ -18,9 +18,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from cluster.contracts.errors import BadReward, RewardFailure, UserError
 from cluster.contracts.records import Rollout, Score
 from reward_service import wire
+from reward_service.access import OPEN, Access, Tls
 from reward_service.proto import reward_pb2 as pb
 from reward_service.proto import reward_pb2_grpc
-from reward_service.security import TlsFiles, client_credentials, is_loopback
+from reward_service.security import channel, is_loopback, why_not_connected
 from reward_service.source import ScoreItem, ServiceInfo
 
 Code = grpc.StatusCode
@@ -29,6 +30,7 @@ USERS = (Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.UNAUTHENTICATED, 
 ATTEMPT_SHARE = 1 / 3  # of the deadline, for one attempt: a hung service leaves time to ask another
 SHORTEST_ATTEMPT_S = 1.0
 MAX_CAUSES = 3
+LAST_WORDS_S = 2.0
 OPTIONS = (
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
@@ -46,13 +48,10 @@ OPTIONS = (
 class _Target:
     """One address: its channel, and how many of our calls it is working on."""
 
-    def __init__(self, address: str, tls: TlsFiles | None) -> None:
+    def __init__(self, address: str, tls: Tls | None) -> None:
         self.address = address
         self.busy = 0
-        if tls is None:
-            self.channel = grpc.insecure_channel(address, OPTIONS)
-        else:
-            self.channel = grpc.secure_channel(address, client_credentials(tls), OPTIONS)
+        self.channel = channel(address, tls, OPTIONS)
         self.rewards = reward_pb2_grpc.RewardServiceStub(self.channel)
         self.health = health_pb2_grpc.HealthStub(self.channel)
 
@@ -85,8 +84,7 @@ class RewardClient:
         addresses: Sequence[str],
         *,
         deadline_s: float = 30.0,
-        token: str | None = None,
-        tls: TlsFiles | None = None,
+        access: Access = OPEN,
         tokenizer: str = "",
     ) -> None:
         if not addresses:
@@ -94,13 +92,15 @@ class RewardClient:
         self.version = ""
         self._deadline_s = deadline_s
         self._tokenizer = tokenizer
-        self._metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        self._metadata: tuple[tuple[str, str], ...] = ()
+        if access.token:
+            self._metadata = (("authorization", f"Bearer {access.token}"),)
         self._lock = threading.Lock()
         self._connecting = threading.Lock()
         self._info: ServiceInfo | None = None
         self._turn = 0
         self._closed = False
-        self._targets = [_Target(address, tls) for address in dict.fromkeys(addresses)]
+        self._targets = [_Target(address, access.tls) for address in dict.fromkeys(addresses)]
 
     def connect(self, timeout_s: float = 10.0) -> ServiceInfo:
         """Reach every address and pin the scorer's version.
@@ -134,7 +134,7 @@ class RewardClient:
                 wait_for_ready=True,
             )
         except grpc.RpcError as error:
-            raise _unreached(target, error, timeout_s) from error
+            raise _unreached(target, error, timeout_s, self._metadata) from error
         return wire.decode_info(reply, service=target.address)
 
     def healthy(self, timeout_s: float = 2.0) -> dict[str, bool]:
@@ -250,10 +250,22 @@ def _code(error: Any) -> Any:
     return code() if code is not None else Code.UNKNOWN
 
 
-def _unreached(target: _Target, error: Any, timeout_s: float) -> UserError:
+def _last_words(target: _Target, metadata: Any) -> str:
+    """Why there is no connection: a call that waits for one is only told that its time is over."""
+    try:
+        target.rewards.GetInfo(pb.GetInfoRequest(), timeout=LAST_WORDS_S, metadata=metadata)
+    except grpc.RpcError as error:
+        details: Callable[[], str] = error.details
+        return details() or ""
+    return ""
+
+
+def _unreached(target: _Target, error: Any, timeout_s: float, metadata: Any) -> UserError:
     where = f"reward service {target.address}"
     code = _code(error)
     if code in (Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE):
+        if known := why_not_connected(_last_words(target, metadata)):
+            return UserError(known[0], where=where, fix=known[1])
         return UserError(
             f"nobody listens at {target.address} (tried for {timeout_s:g} s)",
             where=where,

@@ -6,13 +6,14 @@ import hashlib
 import importlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.errors import AccordError, BadReward, UserError
 from cluster.contracts.records import Prompt, Score
 from cluster.contracts.registry import REWARD_KINDS
+from reward_service.access import Access
 from reward_service.source import (
     Part,
     ScoreItem,
@@ -104,15 +105,17 @@ class Composition:
             source.close()
 
 
-def build(cfg: RewardConfig, *, threads: int = 1, remote_token: str | None = None) -> Composition:
-    """Load every source; ``remote_token`` is the bearer token for sources of type grpc.
+def build(
+    cfg: RewardConfig, *, threads: int = 1, remote: Mapping[str, Access] | None = None
+) -> Composition:
+    """Load every source; ``remote``: what lets sources of type grpc in, by their names.
 
     Raises UserError for what cannot be loaded or reached.
     """
     sources: list[Source] = []
     try:
         for source in cfg.sources:
-            sources.append(_load(source, cfg, threads, remote_token))
+            sources.append(_load(source, cfg, threads, remote or {}))
         return Composition(sources, [source.weight for source in cfg.sources], cfg.clip)
     except BaseException:
         for loaded in sources:
@@ -120,8 +123,10 @@ def build(cfg: RewardConfig, *, threads: int = 1, remote_token: str | None = Non
         raise
 
 
-def _load(source: Any, cfg: RewardConfig, threads: int, remote_token: str | None) -> Source:
-    context = SourceContext(threads=threads, deadline_s=cfg.deadline_s, remote_token=remote_token)
+def _load(source: Any, cfg: RewardConfig, threads: int, remote: Mapping[str, Access]) -> Source:
+    context = SourceContext(
+        threads=threads, deadline_s=cfg.deadline_s, access=remote.get(source.name)
+    )
     made: Source = _module(source).make(source, context)
     return made
 

@@ -9,8 +9,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +20,8 @@ from cluster.contracts.config.reward import RewardConfig, RewardModelSource
 from cluster.contracts.errors import AccordError, Fatal, UserError
 from cluster.contracts.plugins import PluginFile, install, loaded
 from cluster.machine.imports import quick_imports
+from reward_service.access import OPEN, Access
 from reward_service.client import RewardClient
-from reward_service.security import TlsFiles
 from reward_service.source import ServiceInfo
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -135,9 +135,8 @@ def begin_reward_service(
     cores: Sequence[int] = (),
     *,
     reach: Literal["machine", "cluster"] = "machine",
-    token: str | None = None,
-    tls: TlsFiles | None = None,
-    remote_token: str | None = None,
+    access: Access = OPEN,
+    remote: Mapping[str, Access] | None = None,
     threads: int = 1,
     timeout_s: float = 120.0,
     log_file: Path | None = None,
@@ -153,7 +152,7 @@ def begin_reward_service(
     actor = kind.options(num_cpus=num_cpus, max_concurrency=3).remote(
         tuple(cores), threads, str(log_file.absolute()) if log_file else None
     )
-    outcome = actor.start.remote(_absolute(cfg), reach, token, tls, remote_token, loaded())
+    outcome = actor.start.remote(_absolute(cfg), reach, access, remote, loaded())
     return RewardServiceHandle(actor, ServicePlace([outcome], num_cpus, timeout_s))
 
 
@@ -166,19 +165,18 @@ def start_reward_service(cfg: RewardConfig, *args: Any, **keys: Any) -> RewardSe
 
 @dataclass(frozen=True, slots=True)
 class RewardClients:
-    """Makes a worker's client in the worker's process, once the service is there. Picklable; the
-    token stays out of every repr and log."""
+    """Makes a worker's client in the worker's process, once the service is there. Picklable."""
 
     service: str | ServicePlace
     deadline_s: float
-    token: str | None = field(default=None, repr=False)
+    access: Access = OPEN
 
     def __call__(self, tokenizer: str) -> RewardClient:
         """``tokenizer``: fingerprint of the one that made the rollouts' token ids."""
         place = self.service
         address = place if isinstance(place, str) else place.wait()[0]
         client = RewardClient(
-            [address], deadline_s=self.deadline_s, token=self.token, tokenizer=tokenizer
+            [address], deadline_s=self.deadline_s, access=self.access, tokenizer=tokenizer
         )
         client.connect()
         return client
@@ -203,9 +201,8 @@ class _RewardActor:
         self,
         cfg: RewardConfig,
         reach: str,
-        token: str | None,
-        tls: TlsFiles | None,
-        remote_token: str | None,
+        access: Access,
+        remote: Mapping[str, Access] | None,
         plugins: tuple[PluginFile, ...],
     ) -> tuple[str, ServiceInfo] | UserError:
         """Errors of the user are returned, not raised: Ray would wrap and retype them."""
@@ -218,9 +215,7 @@ class _RewardActor:
         host = "127.0.0.1" if reach == "machine" else str(ray.util.get_node_ip_address())
         try:
             install(plugins)
-            self._server = serve(
-                cfg, host, 0, token, tls, threads=self._threads, remote_token=remote_token
-            )
+            self._server = serve(cfg, host, 0, access, threads=self._threads, remote=remote)
         except UserError as error:
             return error
         return self._server.address, self._server.info

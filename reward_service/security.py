@@ -4,47 +4,37 @@ from __future__ import annotations
 
 import hmac
 import ipaddress
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
 
 from cluster.contracts.errors import UserError
+from reward_service.access import Access, Tls
 
 HEALTH_PREFIX = "/grpc.health.v1.Health/"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TlsFiles:
-    """PEM files. Server: certificate and key, and ``ca`` to demand client certificates (mTLS).
-    Client: ``ca`` to check the server (None: the system's), certificate and key for mTLS."""
-
-    ca: str | None = None
-    certificate: str | None = None
-    key: str | None = None
-
-
-def server_credentials(tls: TlsFiles) -> grpc.ServerCredentials:
+def server_credentials(tls: Tls) -> grpc.ServerCredentials:
     if not tls.certificate or not tls.key:
         raise UserError("a TLS server needs a certificate and its key", fix="give both PEM files")
-    pair = (_read(tls.key), _read(tls.certificate))
-    roots = _read(tls.ca) if tls.ca else None
-    return grpc.ssl_server_credentials([pair], roots, require_client_auth=roots is not None)
-
-
-def client_credentials(tls: TlsFiles) -> grpc.ChannelCredentials:
-    return grpc.ssl_channel_credentials(
-        _read(tls.ca) if tls.ca else None,
-        _read(tls.key) if tls.key else None,
-        _read(tls.certificate) if tls.certificate else None,
+    return grpc.ssl_server_credentials(
+        [(tls.key, tls.certificate)], tls.ca, require_client_auth=tls.ca is not None
     )
 
 
-def require_safe(host: str, token: str | None, tls: TlsFiles | None) -> None:
+def channel(address: str, tls: Tls | None, options: Sequence[tuple[str, Any]]) -> grpc.Channel:
+    """A client's connection, encrypted where ``tls`` is given."""
+    if tls is None:
+        return grpc.insecure_channel(address, options)
+    credentials = grpc.ssl_channel_credentials(tls.ca, tls.key, tls.certificate)
+    named = [("grpc.ssl_target_name_override", tls.name)] if tls.name else []
+    return grpc.secure_channel(address, credentials, [*options, *named])
+
+
+def require_safe(host: str, access: Access) -> None:
     """Raises UserError when a service open to a network would ask nobody who they are."""
-    if is_loopback(host) or token or (tls is not None and tls.ca):
+    if is_loopback(host) or access.token or (access.tls is not None and access.tls.ca):
         return
     raise UserError(
         "a reward service that other machines can reach needs to know who asks",
@@ -84,8 +74,24 @@ def _refuse(request: Any, context: grpc.ServicerContext) -> None:
     context.abort(grpc.StatusCode.UNAUTHENTICATED, "the bearer token is missing or wrong")
 
 
-def _read(path: str) -> bytes:
-    try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=path) from error
+def why_not_connected(details: str) -> tuple[str, str] | None:
+    """(what is wrong, what to do) where gRPC's own words show that somebody listens, but that the
+    two ends do not agree on encryption."""
+    if "CERTIFICATE_VERIFY_FAILED" in details:
+        return (
+            "its certificate is not signed by an authority that is trusted here",
+            "give the authority's certificate as `ca` in the section tls of the reward's config",
+        )
+    if "WRONG_VERSION_NUMBER" in details:
+        return (
+            "it does not encrypt, but the config's section tls asks for it",
+            "leave the section tls out, or start the service with --tls-cert and --tls-key",
+        )
+    if "handshake failed" in details:
+        return f"no encrypted connection: {details}", "check the files of the section tls"
+    if "Socket closed" in details:
+        return (
+            "it closes the connection: it encrypts, or wants a client certificate it trusts",
+            "give `ca`, and `cert` and `key` if it asks for them, in the section tls",
+        )
+    return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
@@ -16,13 +17,13 @@ from grpc_reflection.v1alpha import reflection
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.errors import AccordError, RewardFailure, UserError
 from reward_service import wire
+from reward_service.access import OPEN, Access, Tls
 from reward_service.batching import Coalescer, DeadlinePassed, Overloaded
 from reward_service.composition import Composition, build
 from reward_service.proto import reward_pb2 as pb
 from reward_service.proto import reward_pb2_grpc
 from reward_service.reply_cache import ReplyCache, RequestMismatch
 from reward_service.security import (
-    TlsFiles,
     TokenInterceptor,
     is_loopback,
     require_safe,
@@ -92,24 +93,24 @@ def serve(
     cfg: RewardConfig,
     host: str = "127.0.0.1",
     port: int = 0,
-    token: str | None = None,
-    tls: TlsFiles | None = None,
+    access: Access = OPEN,
     *,
     threads: int = 1,
-    remote_token: str | None = None,
+    remote: Mapping[str, Access] | None = None,
     with_reflection: bool = False,
 ) -> RunningServer:
     """Load the rewards of ``cfg`` and serve them; port 0 lets the system choose.
 
-    ``threads``: compute threads of a reward model. ``remote_token``: for sources of type grpc.
+    ``threads``: compute threads of a reward model. ``remote``: what lets the sources of type grpc
+    in, by name (None: read here, from files and environment).
     Raises UserError: a source that cannot be loaded, a port in use, a host open to a network
     without a token or client certificates.
     """
-    require_safe(host, token, tls)
-    composition = build(cfg, threads=threads, remote_token=remote_token)
+    require_safe(host, access)
+    composition = build(cfg, threads=threads, remote=remote)
     try:
         return serve_composition(
-            composition, cfg, host, port, token, tls, with_reflection=with_reflection
+            composition, cfg, host, port, access, with_reflection=with_reflection
         )
     except BaseException:
         composition.close()
@@ -121,21 +122,20 @@ def serve_composition(
     cfg: RewardConfig,
     host: str = "127.0.0.1",
     port: int = 0,
-    token: str | None = None,
-    tls: TlsFiles | None = None,
+    access: Access = OPEN,
     *,
     with_reflection: bool = False,
 ) -> RunningServer:
     """As ``serve``, for rewards that are loaded already; stopping the server closes them."""
-    require_safe(host, token, tls)
+    require_safe(host, access)
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="accord-reward"),
-        interceptors=[TokenInterceptor(token)] if token else [],
+        interceptors=[TokenInterceptor(access.token)] if access.token else [],
         options=OPTIONS,
         maximum_concurrent_rpcs=MAX_CONCURRENT,
     )
-    bound = _bind(server, host, port, tls)
-    if token and tls is None and not is_loopback(host):
+    bound = _bind(server, host, port, access.tls)
+    if access.token and access.tls is None and not is_loopback(host):
         log.warning("the reward service at %s:%d talks unencrypted: use TLS", host, bound)
     coalescer = Coalescer(
         composition.score, max_batch=cfg.max_batch, max_wait_s=cfg.max_wait_ms / 1000
@@ -153,7 +153,7 @@ def serve_composition(
     return RunningServer(server, f"{host}:{bound}", info, coalescer, composition, healthy)
 
 
-def _bind(server: grpc.Server, host: str, port: int, tls: TlsFiles | None) -> int:
+def _bind(server: grpc.Server, host: str, port: int, tls: Tls | None) -> int:
     address = f"{host}:{port}"
     credentials = server_credentials(tls) if tls is not None else None
     try:

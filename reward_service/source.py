@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from cluster.contracts.records import Message, Prompt
+from reward_service.access import Access
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,12 +66,12 @@ class SourceContext:
     `reward_service/sources/`, with `make(source, context) -> Source` and `check(source, prompts)`,
     which raises UserError for what can be found wrong before anything is started.
 
-    threads: of torch. remote_token: the bearer token for services elsewhere.
+    threads: of torch. access: what lets a source of type grpc in (None: it reads that itself).
     """
 
     threads: int = 1
     deadline_s: float = 30.0
-    remote_token: str | None = None
+    access: Access | None = None
 
 
 TRIAL_COMPLETIONS = ("A trial completion.", "")  # a policy may write nothing at all

@@ -12,7 +12,7 @@ from pydantic import Field
 from cluster.contracts.config.base import PluginFiles, Section
 from cluster.contracts.config.file import apply_overrides, check_config, read_toml
 from cluster.contracts.config.reward import RewardConfig
-from cluster.contracts.errors import UserError
+from cluster.contracts.private_files import read_token
 from cluster.machine.signals import listening
 from cluster.runs.console import result
 
@@ -28,16 +28,22 @@ def serve_forever(
     host: str,
     port: int,
     token_file: Path | None,
+    tls: tuple[str | None, str | None, str | None] = (None, None, None),
     reflection: bool = False,
 ) -> None:
     """Prints the address, then serves until interrupted (which is raised then). Other sections of
-    the file are not read."""
+    the file are not read. ``tls``: PEM files (certificate, its key, authority of the clients')."""
+    from reward_service.access import Access, read_tls
     from reward_service.server import serve
 
     tree = apply_overrides(_OnlyReward, read_toml(path), overrides)
     read = {key: tree[key] for key in _OnlyReward.model_fields if key in tree}
     config = check_config(_OnlyReward, read, where=path)
-    server = serve(config.reward, host, port, _token(token_file), with_reflection=reflection)
+    cert, key, ca = tls
+    access = Access(
+        token=read_token(token_file) if token_file else None, tls=read_tls(ca, cert, key)
+    )
+    server = serve(config.reward, host, port, access, with_reflection=reflection)
     # The traceback of a reward function that fails is for whoever runs it, that is, here.
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("accord.reward").setLevel(logging.DEBUG)
@@ -50,20 +56,3 @@ def serve_forever(
         raise KeyboardInterrupt
     finally:
         server.stop()
-
-
-def _token(path: Path | None) -> str | None:
-    if path is None:
-        return None
-    if not path.is_file():
-        raise UserError(
-            "no such token file", where=str(path), fix="make one with a long random word"
-        )
-    token = path.read_text(encoding="utf-8", errors="replace").strip()
-    if not token or not token.isascii() or not token.isprintable():
-        raise UserError(
-            "holds no token that can travel in a header",
-            where=str(path),
-            fix="write one long random word of ASCII characters into it",
-        )
-    return token

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.records import Prompt
+from reward_service.access import Access, service_access
 
 CONNECT_S = 3.0
 
@@ -19,7 +19,7 @@ def check_rewards(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
     numbers of its weights.
     """
     if config.address is not None:
-        _reach(config.address, reward_token())
+        _reach(config.address, service_access(config))
         return
     from reward_service.composition import check_source
 
@@ -27,13 +27,8 @@ def check_rewards(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
         check_source(source, prompts)
 
 
-def reward_token() -> str | None:
-    """Bearer token of the service at ``reward.address``; secrets come from the environment only."""
-    return os.environ.get("ACCORD_REWARD_TOKEN")
-
-
-def _reach(address: str, token: str | None) -> None:
+def _reach(address: str, access: Access) -> None:
     from reward_service.client import RewardClient
 
-    with RewardClient([address], token=token) as client:
+    with RewardClient([address], access=access) as client:
         client.connect(CONNECT_S)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.prepare import Prepared, context_length
-from cluster.assembly.rewards import reward_token
 from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import BadReward
@@ -73,29 +71,33 @@ def reward_role(config: TrainConfig, cores: CorePlan, log_file: Path) -> Iterato
     What one started here prints goes to ``log_file``, on this machine; a BadReward raised within
     then names the file.
 
-    A service elsewhere gets the token in the variable ACCORD_REWARD_TOKEN. One started here listens
-    on loopback; on a cluster that was joined, where workers may sit on other machines, on its
-    node's address with a token made for this run.
+    A service elsewhere gets the token in the variable ACCORD_REWARD_TOKEN. One started here answers
+    to a token made for this run. It listens on loopback; on a cluster that was joined, where
+    workers may sit on other machines, on its node's address, encrypted with a certificate made for
+    this run.
     """
+    from reward_service.access import service_access, sources_access
+    from reward_service.certificate import run_access
     from reward_service.remote import RewardClients, begin_reward_service
 
     deadline_s = config.reward.deadline_s
     if config.reward.address:  # it was reached before Ray was started
-        given = RewardClients(config.reward.address, deadline_s, reward_token())
+        given = RewardClients(config.reward.address, deadline_s, service_access(config.reward))
         yield RewardRole(given)
         return
     joined = config.cluster.to_join is not None
-    token = secrets.token_urlsafe(32) if joined else None
+    own, theirs = run_access(encrypted=joined)
     service = begin_reward_service(
         config.reward,
         num_cpus=1,
         cores=cores.reward,
         reach="cluster" if joined else "machine",
-        token=token,
+        access=own,
+        remote=sources_access(config.reward),
         log_file=None if joined else log_file,
     )
     try:
-        yield RewardRole(RewardClients(service.place, deadline_s, token), service)
+        yield RewardRole(RewardClients(service.place, deadline_s, theirs), service)
     except BadReward as problem:
         if log_file.is_file() and log_file.stat().st_size:
             raise BadReward(f"{problem}\n  log: {log_file}") from problem

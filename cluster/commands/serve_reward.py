@@ -20,6 +20,17 @@ def serve_reward(
     token_file: Annotated[
         Path | None, typer.Option(help="File that holds the bearer token clients must send.")
     ] = None,
+    tls_cert: Annotated[
+        str | None,
+        typer.Option(help="PEM file of the service's certificate. Encrypts the traffic."),
+    ] = None,
+    tls_key: Annotated[
+        str | None, typer.Option(help="PEM file of its key. Only its owner may read it.")
+    ] = None,
+    tls_ca: Annotated[
+        str | None,
+        typer.Option(help="PEM file of an authority. Only clients with its certificates get in."),
+    ] = None,
     reflection: Annotated[
         bool,
         typer.Option("--reflection", help="Let clients such as grpcurl list the calls."),
@@ -33,4 +44,12 @@ def serve_reward(
     """
     from cluster.assembly.reward_server import serve_forever
 
-    serve_forever(str(config), overrides or [], host, port, token_file, reflection)
+    serve_forever(
+        str(config),
+        overrides or [],
+        host,
+        port,
+        token_file,
+        (tls_cert, tls_key, tls_ca),
+        reflection,
+    )

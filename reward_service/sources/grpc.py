@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cluster.contracts.config.reward import GrpcSource
 from cluster.contracts.records import Prompt
+from reward_service.access import Access, source_access
 from reward_service.client import RewardClient
 from reward_service.source import Part, ScoreItem, SourceContext
 
@@ -13,11 +14,12 @@ CONNECT_S = 3.0
 
 
 def make(source: GrpcSource, context: SourceContext) -> GrpcScorer:
-    return GrpcScorer(source, deadline_s=context.deadline_s, token=context.remote_token)
+    access = context.access or source_access(source)
+    return GrpcScorer(source, deadline_s=context.deadline_s, access=access)
 
 
 def check(source: GrpcSource, prompts: Sequence[Prompt]) -> None:
-    with RewardClient([source.address], token=None) as client:
+    with RewardClient([source.address], access=source_access(source)) as client:
         client.connect(CONNECT_S)
 
 
@@ -26,10 +28,10 @@ class GrpcScorer:
 
     type = "grpc"
 
-    def __init__(self, source: GrpcSource, *, deadline_s: float, token: str | None) -> None:
+    def __init__(self, source: GrpcSource, *, deadline_s: float, access: Access) -> None:
         self.name = source.name
         # A margin, so that our own caller still hears why when the other service is slow.
-        self._client = RewardClient([source.address], deadline_s=deadline_s * 0.9, token=token)
+        self._client = RewardClient([source.address], deadline_s=deadline_s * 0.9, access=access)
         try:
             info = self._client.connect()
         except BaseException:

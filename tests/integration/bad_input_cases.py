@@ -669,7 +669,7 @@ OTHERS = {
         lambda w, d: serve(w, d, "--host", "0.0.0.0"), ("0.0.0.0", "token")
     ),
     "no token file": Case(
-        lambda w, d: serve(w, d, "--token-file", d / "no"), ("/no", "no such token file")
+        lambda w, d: serve(w, d, "--token-file", d / "no"), ("/no", "No such file")
     ),
     "chat without a model": Case(
         lambda w, d: ["chat", d / "gone" / "m"], ("gone/m", "no such model directory")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
+import socket
 import subprocess
 import threading
 import time
@@ -16,16 +18,23 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.contracts.config.reward import FunctionSource, GrpcSource, RewardConfig, RulesSource
+from cluster.contracts.config.reward import (
+    FunctionSource,
+    GrpcSource,
+    RewardConfig,
+    RulesSource,
+    TlsSection,
+)
 from cluster.contracts.errors import BadReward, RewardFailure, UserError
 from cluster.contracts.records import Completion, Prompt, Rollout, Score, VersionSpan
 from reward_service import server as server_module
 from reward_service import wire
+from reward_service.access import Access, Tls, read_tls
+from reward_service.certificate import run_access
 from reward_service.client import RewardClient
-from reward_service.composition import Composition
+from reward_service.composition import Composition, check_source
 from reward_service.proto import reward_pb2 as pb
 from reward_service.proto import reward_pb2_grpc
-from reward_service.security import TlsFiles
 from reward_service.server import RunningServer, serve, serve_composition
 from reward_service.source import Part, ScoreItem
 
@@ -353,12 +362,12 @@ def serve_quickly(cfg: RewardConfig) -> None:
 
 def test_a_token_is_asked_for_everything_but_health(words: Words) -> None:
     cfg = config()
-    with serve(cfg, token="s3cret") as running:
-        with RewardClient([running.address], token="s3cret") as client:
+    with serve(cfg, access=Access(token="s3cret")) as running:
+        with RewardClient([running.address], access=Access(token="s3cret")) as client:
             assert values(client.score([rollout("a")])) == [0]
         for wrong in (None, "s3cre", "s3cret2"):
             with (
-                RewardClient([running.address], token=wrong) as client,
+                RewardClient([running.address], access=Access(token=wrong)) as client,
                 pytest.raises(UserError, match="token is missing or wrong"),
             ):
                 client.connect()
@@ -377,11 +386,11 @@ def test_a_token_is_asked_for_everything_but_health(words: Words) -> None:
 def test_a_network_address_needs_a_token() -> None:
     with pytest.raises(UserError, match="other machines can reach"):
         serve(config(), host="0.0.0.0")
-    with serve(config(), host="0.0.0.0", token="t") as running:
+    with serve(config(), host="0.0.0.0", access=Access(token="t")) as running:
         assert running.address.startswith("0.0.0.0:")
 
 
-def _certificate(folder: Path) -> TlsFiles:
+def _certificate(folder: Path) -> tuple[Path, Path]:
     key, certificate = folder / "key.pem", folder / "cert.pem"
     subprocess.run(
         ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1",
@@ -389,21 +398,105 @@ def _certificate(folder: Path) -> TlsFiles:
          "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"],
         check=True, capture_output=True, timeout=30,
     )  # fmt: skip
-    return TlsFiles(ca=str(certificate), certificate=str(certificate), key=str(key))
+    return certificate, key
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
-def test_mutual_tls(tmp_path: Path) -> None:
-    files = _certificate(tmp_path)
-    with serve(config(), tls=files) as running:
-        with RewardClient([running.address], tls=files) as client:
+def test_mutual_tls_and_a_token_between_services(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A source of type grpc reaches a service that asks for a certificate and a token; who lacks
+    one of them gets no score and a message that says which."""
+    certificate, key = map(str, _certificate(tmp_path))
+    files = read_tls(certificate, certificate, key)
+    assert files is not None
+    monkeypatch.setenv("INNER_TOKEN", "s3cret")
+    with serve(config(), access=Access(token="s3cret", tls=files)) as inner:
+        source = GrpcSource(
+            address=inner.address,
+            token_env="INNER_TOKEN",
+            tls=TlsSection(ca=certificate, cert=certificate, key=key),
+        )
+        check_source(source, [])
+        with (
+            serve(RewardConfig(sources=[source])) as outer,
+            RewardClient([outer.address]) as client,
+        ):
             assert values(client.score([rollout("a")])) == [0]
-        for stranger in (TlsFiles(ca=files.ca), None):
+        for stranger, why in (
+            (Access(token="s3cret", tls=Tls(ca=files.ca)), "wants a client certificate"),
+            (Access(token="s3cret", tls=run_access(encrypted=True)[1].tls), "not signed by"),
+            (Access(token="s3cret"), "it encrypts"),
+            (Access(tls=files), "token is missing or wrong"),
+        ):
             with (
-                RewardClient([running.address], tls=stranger) as client,
-                pytest.raises(UserError, match=r"nobody listens|does not speak"),
+                RewardClient([inner.address], access=stranger) as client,
+                pytest.raises(UserError, match=why),
             ):
                 client.connect(timeout_s=0.5)
+    monkeypatch.delenv("INNER_TOKEN")
+    with pytest.raises(UserError, match="INNER_TOKEN is not set"):
+        check_source(source, [])
+
+
+def test_what_a_run_scores_does_not_travel_in_clear(words: Words) -> None:
+    """With the certificate made for a run; without one, the relay between them reads it all."""
+    composition = Composition([words], [1.0])
+    secret = "a-completion-nobody-else-reads"
+    for encrypted in (True, False):
+        own, theirs = run_access(encrypted=encrypted)
+        with (
+            serve_composition(composition, config(), access=own) as running,
+            Relay(running.address) as relay,
+            RewardClient([relay.address], access=theirs) as client,
+        ):
+            assert values(client.score([rollout(secret)])) == [1]
+            with (
+                RewardClient([relay.address], access=run_access(encrypted=encrypted)[1]) as other,
+                pytest.raises(UserError, match=r"not signed by|token is"),
+            ):
+                other.connect(timeout_s=1)
+        assert theirs.token is not None
+        for word in (secret, theirs.token):
+            assert (word.encode() in relay.heard) != encrypted
+        assert theirs.token not in repr((own, theirs))
+
+
+class Relay:
+    """Hands bytes on between a client and the address, and keeps them."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
+        self._target = (host, int(port))
+        self._server = socket.create_server(("127.0.0.1", 0))
+        self._open = [self._server]
+        self.heard = b""
+        self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):  # closed
+            while True:
+                near = self._server.accept()[0]
+                far = socket.create_connection(self._target)
+                self._open += [near, far]
+                for source, sink in ((near, far), (far, near)):
+                    threading.Thread(target=self._pump, args=(source, sink), daemon=True).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                self.heard += data
+                sink.sendall(data)
+
+    def __enter__(self) -> Relay:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for one in self._open:
+            with contextlib.suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+            one.close()
 
 
 def test_malformed_requests_are_refused(server: RunningServer, words: Words) -> None:

@@ -53,9 +53,37 @@ class RulesSource(Section):
     name: str = Field("rules", description="Name in metrics and reports.")
 
 
+class TlsSection(Section):
+    """PEM files with which a client reaches a service that encrypts. They are read where the
+    command runs; no other host needs them."""
+
+    ca: str | None = Field(
+        None,
+        description="PEM file of the authority that signed the service's certificate. none: those "
+        "the system trusts.",
+    )
+    cert: str | None = Field(
+        None,
+        description="PEM file of a client certificate, for a service that asks for one (mTLS).",
+    )
+    key: str | None = Field(
+        None, description="PEM file of the client certificate's key. Only its owner may read it."
+    )
+
+
 class GrpcSource(Section):
     type: Literal["grpc"] = Field("grpc", description="A reward service that runs elsewhere.")
     address: Address = Field(description="HOST:PORT of a service that speaks accord.reward.v1.")
+    token_env: str | None = Field(
+        None,
+        description="Environment variable that holds the bearer token the service asks for. none: "
+        "no token is sent.",
+    )
+    tls: TlsSection | None = Field(
+        None,
+        description="Reach the service encrypted. An empty table is enough for a service "
+        "whose certificate the system trusts. none: in clear.",
+    )
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("grpc", description="Name in metrics and reports.")
 
@@ -137,4 +165,9 @@ class RewardConfig(Section):
         None,
         description="HOST:PORT of a running reward service (`accord serve-reward`), which "
         "scores with its own sources. none: the run starts one.",
+    )
+    tls: TlsSection | None = Field(
+        None,
+        description="Reach the service at `address` encrypted. An empty table is enough for a "
+        "service whose certificate the system trusts. none: in clear.",
     )

@@ -44,7 +44,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 def probe_reward(config: TrainConfig, folder: Path, threads: int) -> dict[str, Any]:
     """Scores a step's samples as workers ask for it, a few groups a call."""
-    from cluster.assembly.rewards import reward_token
+    from reward_service.access import OPEN, service_access
     from reward_service.client import RewardClient
     from reward_service.server import serve
 
@@ -56,7 +56,7 @@ def probe_reward(config: TrainConfig, folder: Path, threads: int) -> dict[str, A
     client = RewardClient(
         [address],
         deadline_s=config.reward.deadline_s,
-        token=reward_token() if config.reward.address else None,
+        access=service_access(config.reward) if config.reward.address else OPEN,
     )
     client.connect()
     client.score(rollouts[:size])  # the first call is slower than all others

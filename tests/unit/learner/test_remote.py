@@ -34,6 +34,7 @@ def _run(work: Coroutine[Any, Any, T]) -> T:
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
     ray.init(
+        address="local",
         num_cpus=4,
         include_dashboard=False,
         object_store_memory=100 * 2**20,

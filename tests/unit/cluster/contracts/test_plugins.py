@@ -77,7 +77,7 @@ def test_one_plugin_file_extends_everything_a_step_is_made_of(
     world: ModuleType, tiny: Path, folder: Path, plugin: Path
 ) -> None:
     config = load_config(TrainConfig, write_config(folder, tiny))
-    server = serve(config.reward, "127.0.0.1", 0, None, None)
+    server = serve(config.reward)
     learner = PPOLearner(learner_settings(config, (4, 5, 6), run_dir=str(folder)))
     try:
         with RewardClient([server.address]) as client:
