@@ -285,11 +285,14 @@ def make_worker_factory(
     num_gpus: float = 0,
     cores: Callable[[int], tuple[int, ...]] = lambda index: (),
     resources: Mapping[str, float] | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> Callable[[int, int], RayRolloutWorker]:
     """(index, incarnation) -> worker, for the pool. ``cores(index)``: the cores it keeps to."""
     options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
     if resources:
         options["resources"] = dict(resources)
+    if labels:
+        options["label_selector"] = dict(labels)
 
     def make(index: int, incarnation: int) -> RayRolloutWorker:
         return RayRolloutWorker(replace(spec, cores=cores(index)), index, incarnation, options)

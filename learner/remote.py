@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import ray
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.contracts.errors import AccordError, Fatal, PeerLost, Retryable
 from cluster.contracts.plugins import install
@@ -132,6 +135,7 @@ class RayLearner:
 
     cores: dealt out to its processes, `threads` to each; empty: they are not pinned. threads: of
     torch, in each process. options: more options of the actors, such as a scheduling strategy.
+    room_timeout_s: how long to wait for a place on the cluster, which may still grow.
     """
 
     def __init__(
@@ -141,7 +145,10 @@ class RayLearner:
         cores: Sequence[int] = (),
         threads: int = 1,
         options: dict[str, Any] | None = None,
+        room_timeout_s: float = math.inf,
     ) -> None:
+        self._room_timeout_s = room_timeout_s
+        self._group: Any = None  # reserves places near each other for several processes
         self._settings = settings
         self._cores, self._threads = tuple(cores), threads
         self._options = dict(options or {})
@@ -149,17 +156,18 @@ class RayLearner:
         self._started = False
 
     async def start(self) -> WeightManifest:
-        """Start the processes, load the models, publish. Deadline: `learner.start_timeout_s`."""
+        """Start the processes, load the models, publish. Deadline: `learner.start_timeout_s` from
+        the moment at which all processes have their places."""
         learner = self._settings.learner
-        options = {"num_cpus": learner.cpus, "num_gpus": learner.gpus, "max_restarts": 0}
         remote: Any = ray.remote  # its stubs do not know this option
-        make = remote(concurrency_groups={ASIDE: 1})(LearnerActor).options(
-            **{**options, **self._options}
-        )
+        make = remote(concurrency_groups={ASIDE: 1})(LearnerActor)
         self._actors = [
-            make.remote(self._settings, self._cores_of(rank), self._threads, rank)
-            for rank in range(learner.processes)
+            make.options(**options).remote(
+                self._settings, self._cores_of(rank), self._threads, rank
+            )
+            for rank, options in enumerate(self._places())
         ]
+        await self._call("pid", self._room_timeout_s, "to find room on the cluster", together=False)
         limit, purpose = learner.start_timeout_s, "to load its models"
         place = () if learner.processes == 1 else (await self._first("open_place", limit, purpose),)
         manifest: WeightManifest = await self._call("start", limit, purpose, *place)
@@ -202,6 +210,27 @@ class RayLearner:
                 await self._call("close", _STOP_TIMEOUT_S, "to finish writing")
         finally:
             self._end()
+
+    def _places(self) -> list[dict[str, Any]]:
+        """Options of each process. Several share one placement group, so that all of them get a
+        place or none, on as few machines as possible."""
+        learner = self._settings.learner
+        common: dict[str, Any] = {"num_cpus": learner.cpus, "num_gpus": learner.gpus}
+        common |= {"resources": dict(learner.resources), "max_restarts": 0, **self._options}
+        labels = dict(learner.labels)
+        if learner.processes == 1:
+            return [common | ({"label_selector": labels} if labels else {})]
+        asked = {"CPU": learner.cpus, "GPU": learner.gpus, **learner.resources}
+        bundle = {kind: amount for kind, amount in asked.items() if amount > 0}
+        self._group = placement_group(
+            [bundle] * learner.processes,
+            strategy="PACK",
+            bundle_label_selector=[labels] * learner.processes if labels else None,
+        )
+        return [
+            common | {"scheduling_strategy": PlacementGroupSchedulingStrategy(self._group, rank)}
+            for rank in range(learner.processes)
+        ]
 
     def _cores_of(self, rank: int) -> tuple[int, ...]:
         own = self._cores[rank * self._threads : (rank + 1) * self._threads]
@@ -256,6 +285,9 @@ class RayLearner:
         actors, self._actors = self._actors, []
         for actor in actors:
             ray.kill(actor, no_restart=True)
+        if self._group is not None:
+            group, self._group = self._group, None
+            remove_placement_group(group)
 
 
 def _worst(problems: Sequence[BaseException]) -> BaseException:

@@ -149,7 +149,10 @@ def begin_reward_service(
     that fails.
     """
     kind: Any = ray.remote(_RewardActor)
-    actor = kind.options(num_cpus=num_cpus, max_concurrency=3).remote(
+    options = {"num_cpus": num_cpus, "resources": dict(cfg.resources), "max_concurrency": 3}
+    if cfg.labels:
+        options["label_selector"] = dict(cfg.labels)
+    actor = kind.options(**options).remote(
         tuple(cores), threads, str(log_file.absolute()) if log_file else None
     )
     outcome = actor.start.remote(_absolute(cfg), reach, access, remote, loaded())

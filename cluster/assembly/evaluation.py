@@ -45,7 +45,8 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
         ray_cluster(config.cluster) as ray_info,
         reporter.stage("evaluation"),
     ):
-        gpus = Need("rollout.gpus", "GPU", config.rollout.gpus, 2)  # one worker or more per policy
+        # One worker or more per policy.
+        gpus = Need("a worker", {"GPU": config.rollout.gpus}, 2, keys={"GPU": "rollout.gpus"})
         require_resources([gpus], ray_info, reporter.say)
         record = evaluate_in_cluster(config, prompts, run.path)
     write_report(run.path)

@@ -125,6 +125,8 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
         num_cpus=job.rollout.cpus,
         num_gpus=job.rollout.gpus,
         cores=lambda index: cores_of_worker(index, job.rollout, cores),
+        resources=job.rollout.resources,
+        labels=job.rollout.labels,
     )
     workers = [make(index, 0) for index in range(max(1, count))]
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.prepare import Prepared, prepare
+from cluster.assembly.room import tell_what_is_missing
 from cluster.assembly.run_session import (
     RunSession,
     how_to_continue,
@@ -303,6 +305,7 @@ async def _drive(
     service = ["reward service"] if rewards.service is not None else []
     session.start.begins("learner", *service, *workers)
     watch = asyncio.ensure_future(_watch_reward_service(rewards, session, controller))
+    room = asyncio.ensure_future(tell_what_is_missing(config, session))
     live = asyncio.ensure_future(feed.run())
     with stop.bound(controller.request_stop):
         try:
@@ -316,6 +319,7 @@ async def _drive(
                 _tell_stop(training, controller, listeners, watch)
         finally:
             watch.cancel()
+            room.cancel()
             live.cancel()
             await asyncio.gather(live, return_exceptions=True)
             await asyncio.gather(pool.stop(), _stop_learner(learner))
@@ -352,7 +356,12 @@ def _learner(training: Training) -> Any:
         resume_from=str(resumed.checkpoint.absolute()) if resumed else None,
     )
     cores = training.cores
-    return RayLearner(settings, cores=cores.learner, threads=cores.learner_threads)
+    return RayLearner(
+        settings,
+        cores=cores.learner,
+        threads=cores.learner_threads,
+        room_timeout_s=training.config.cluster.room_timeout_s or math.inf,
+    )
 
 
 async def _watch_reward_service(

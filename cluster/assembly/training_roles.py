@@ -40,7 +40,12 @@ def worker_factory(
     )
     rollout = config.rollout
     return make_worker_factory(
-        spec, num_cpus=rollout.cpus, num_gpus=rollout.gpus, cores=cores.worker
+        spec,
+        num_cpus=rollout.cpus,
+        num_gpus=rollout.gpus,
+        cores=cores.worker,
+        resources=rollout.resources,
+        labels=rollout.labels,
     )
 
 
@@ -89,7 +94,7 @@ def reward_role(config: TrainConfig, cores: CorePlan, log_file: Path) -> Iterato
     own, theirs = run_access(encrypted=joined)
     service = begin_reward_service(
         config.reward,
-        num_cpus=1,
+        num_cpus=config.reward.cpus,
         cores=cores.reward,
         reach="cluster" if joined else "machine",
         access=own,
@@ -107,16 +112,21 @@ def reward_role(config: TrainConfig, cores: CorePlan, log_file: Path) -> Iterato
 
 
 def resource_needs(config: TrainConfig) -> list[Need]:
-    """What Ray must have for the run, by the setting that asks for it."""
-    rollout, learner = config.rollout, config.learner
-    own_rewards = [] if config.reward.address else [Need("the reward service", "CPU", 1)]
+    """What Ray must have for the run, by role."""
+    rollout, learner, reward = config.rollout, config.learner, config.reward
+    services = 0 if reward.address else reward.replicas
     return [
-        Need("rollout.cpus", "CPU", rollout.cpus, rollout.workers),
-        Need("learner.cpus", "CPU", learner.cpus, learner.processes),
-        *own_rewards,
-        Need("rollout.gpus", "GPU", rollout.gpus, rollout.workers),
-        Need("learner.gpus", "GPU", learner.gpus, learner.processes),
+        _need("a learner process", "learner", learner, learner.processes, learner.gpus),
+        *([_need("a reward service", "reward", reward, services, 0.0)] if services else []),
+        _need("a rollout worker", "rollout", rollout, rollout.workers, rollout.gpus),
     ]
+
+
+def _need(role: str, section: str, config: Any, count: int, gpus: float) -> Need:
+    each = {"CPU": config.cpus, "GPU": gpus, **config.resources}
+    keys = {"CPU": f"{section}.cpus", "GPU": f"{section}.gpus", "labels": f"{section}.labels"}
+    keys |= dict.fromkeys(config.resources, f"{section}.resources")
+    return Need(role, each, count, config.labels, keys)
 
 
 def parents(config: TrainConfig) -> dict[str, str]:

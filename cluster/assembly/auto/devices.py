@@ -112,15 +112,17 @@ def choose_cluster(choices: Choices[Any], model: ModelFacts | None) -> None:
     rollout, learner = config.rollout, getattr(config, "learner", None)
     joined = config.cluster.to_join is not None
     trained = learner.processes * learner.cpus if learner is not None else 0.0
-    asked = rollout.workers * rollout.cpus + trained
+    reward: Any = getattr(config, "reward", None)
+    scored = 1 if reward is None else reward.replicas * reward.cpus
+    most = rollout.workers + 2  # room for two workers that `accord scale` may add
+    asked = most * rollout.cpus + trained + scored
     choices.settle("cluster.pin_cores", *_pinned(config, machine, joined))
     if joined:
         other = "not used: the cluster was started by somebody else"
         choices.settle("cluster.num_cpus", None, other)
         choices.settle("cluster.object_store_mb", OBJECT_STORE_LEAST_MB, other)
         return
-    # One for the reward service, and room for two workers that `accord scale` may add.
-    slots = max(8, machine.cores, math.ceil(asked + 1 + 2 * rollout.cpus))
+    slots = max(8, machine.cores, math.ceil(asked))
     why = f"one per core ({machine.cores}), at least 8, room for all roles"
     choices.settle("cluster.num_cpus", slots, why)
     choices.settle("cluster.object_store_mb", *_object_store(rollout, machine, model))

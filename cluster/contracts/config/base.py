@@ -68,6 +68,25 @@ def auto_rule(field: FieldInfo) -> str | None:
     return str(extra[AUTO]) if isinstance(extra, dict) and AUTO in extra else None
 
 
+def resources(role: str) -> Any:
+    return Field(
+        default_factory=dict,
+        description=f"Further Ray resources that {role} asks for, such as {{rollout = 1}}. Start "
+        "nodes with `ray start --resources` to offer them.",
+    )
+
+
+def labels(role: str) -> Any:
+    return Field(
+        default_factory=dict,
+        description=f"Labels that a node must have for {role}, such as "
+        '{"ray.io/market-type" = "spot"}. Ray\'s selectors `!value` and `in(a, b)` are allowed.',
+    )
+
+
+Resources = dict[str, Annotated[float, Field(gt=0)]]
+Labels = dict[str, str]
+
 DType = Literal["float32", "bfloat16"]
 PluginFiles = Annotated[list[str], AfterValidator(load_plugins)]
 """Loads the files. A config has them first, so that their words are known when others are read."""
@@ -172,6 +191,13 @@ class ClusterConfig(Section):
     )
     dashboard: bool = Field(
         False, description="Start the Ray dashboard with a cluster that Accord starts."
+    )
+    room_timeout_s: float = Field(
+        1800,
+        ge=0,
+        description="On a cluster that was joined: the run ends when learner and reward service "
+        "have found no room for this many seconds. The run says what is missing meanwhile. 0: "
+        "it waits for ever.",
     )
     pin_cores: bool = auto(
         True,

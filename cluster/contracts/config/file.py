@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -227,14 +228,20 @@ def _dump(
     for key, value in node.items():
         if key not in tables and key not in arrays and value != {}:
             comment = comments.get(f"{prefix}{key}")
-            lines.append(f"{key} = {toml_value(value)}" + (f"  # {comment}" if comment else ""))
+            text = f"{_key(key)} = {toml_value(value)}"
+            lines.append(text + (f"  # {comment}" if comment else ""))
     for key, items in arrays.items():
         for item in items:
-            lines.append(f"\n[[{prefix}{key}]]")
-            _dump(item, f"{prefix}{key}.", lines, comments)
+            lines.append(f"\n[[{prefix}{_key(key)}]]")
+            _dump(item, f"{prefix}{_key(key)}.", lines, comments)
     for key, table in tables.items():
-        lines.append(f"\n[{prefix}{key}]")
-        _dump(table, f"{prefix}{key}.", lines, comments)
+        lines.append(f"\n[{prefix}{_key(key)}]")
+        _dump(table, f"{prefix}{_key(key)}.", lines, comments)
+
+
+def _key(key: str) -> str:
+    """Quoted where TOML asks for it: names of labels and of runs hold dots and slashes."""
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def toml_value(value: Any) -> str:

@@ -7,8 +7,12 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from cluster.contracts.config.base import (
+    Labels,
+    Resources,
     Section,
     auto,
+    labels,
+    resources,
 )
 from cluster.contracts.registry import WEIGHT_TRANSPORTS
 
@@ -103,6 +107,8 @@ class LearnerConfig(Section):
         ge=0,
         description="GPUs that Ray reserves for each learner process.",
     )
+    resources: Resources = resources("a learner process")
+    labels: Labels = labels("a learner process")
     start_timeout_s: float = Field(
         180, gt=0, description="A learner that is not ready after this many seconds is an error."
     )

@@ -7,7 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
-from cluster.contracts.config.base import Address, Section
+from cluster.contracts.config.base import (
+    Address,
+    Labels,
+    Resources,
+    Section,
+    labels,
+    resources,
+)
 from cluster.contracts.registry import REWARD_KINDS, RewardKind
 
 
@@ -171,3 +178,12 @@ class RewardConfig(Section):
         description="Reach the service at `address` encrypted. An empty table is enough for a "
         "service whose certificate the system trusts. none: in clear.",
     )
+    replicas: int = Field(
+        1,
+        ge=1,
+        description="Number of reward services that the run starts. Workers ask the one with the "
+        "fewest calls outstanding, and another when it fails.",
+    )
+    cpus: float = Field(1, gt=0, description="CPU cores that Ray reserves for a reward service.")
+    resources: Resources = resources("a reward service")
+    labels: Labels = labels("a reward service")

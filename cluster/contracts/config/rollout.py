@@ -6,7 +6,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from cluster.contracts.config.base import DType, Section, auto
+from cluster.contracts.config.base import (
+    DType,
+    Labels,
+    Resources,
+    Section,
+    auto,
+    labels,
+    resources,
+)
 
 
 class DataConfig(Section):
@@ -142,6 +150,8 @@ class RolloutConfig(Section):
         ge=0,
         description="GPUs that Ray reserves for one worker. Below 1, workers share one.",
     )
+    resources: Resources = resources("a worker")
+    labels: Labels = labels("a worker")
     kv_on_swap: Literal["recompute", "keep"] = Field(
         "recompute",
         description="What happens to the key-value cache of unfinished completions when new "

@@ -9,7 +9,7 @@ from cluster.assembly.training_roles import resource_needs
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.hardware import Machine
-from cluster.machine.resources import shortage
+from cluster.machine.resources import Node, shortage
 
 WORDS = ["model.path=m", "data.prompts=p.jsonl", 'reward.sources=[{type="rules",max_words=3}]']
 
@@ -26,4 +26,4 @@ def test_what_is_chosen_for_a_machine_is_there(cores: int, gpus: int, workers: i
     resolved = resolve_training(config, machine, None).config
     assert isinstance(resolved.cluster.num_cpus, int)
     ray_has = {"CPU": float(resolved.cluster.num_cpus), "GPU": float(gpus)}
-    assert shortage(resource_needs(resolved), ray_has) is None
+    assert shortage(resource_needs(resolved), [Node("here", ray_has)]) is None

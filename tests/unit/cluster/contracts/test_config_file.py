@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.contracts.config.file import check_config, dump_toml, load_config
+from cluster.contracts.config.file import check_config, dump_toml, load_config, toml_value
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import UserError
 
@@ -132,3 +132,12 @@ def test_control_characters_in_a_config_read_back_equal() -> None:
     tree = TREE | {"model": {"path": 'a\r\t"\\\x00\x7f\x1bé'}}
     config = check_config(TrainConfig, tree, where="")
     assert check_config(TrainConfig, tomllib.loads(dump_toml(config)), where="") == config
+
+
+def test_names_with_dots_and_slashes_are_read_back_as_they_were_written() -> None:
+    labels = {"ray.io/market-type": "spot", "a b": "in(x, y)", "plain": "!z"}
+    words = [*BASE, f"rollout.labels={toml_value(labels)}", "rollout.resources={rollout=1}"]
+    config = load_config(TrainConfig, None, words)
+    assert config.rollout.labels == labels
+    again = check_config(TrainConfig, tomllib.loads(dump_toml(config)), where="test")
+    assert again.rollout == config.rollout
