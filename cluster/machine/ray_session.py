@@ -9,18 +9,17 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Any
 
 import psutil
 
 from cluster.contracts.config.base import ClusterConfig
 from cluster.contracts.errors import UserError
+from cluster.machine.handshake import PACKAGES, ROOT, require_same_everywhere
 from cluster.machine.joining import cluster_to_join
 from cluster.machine.ray_token import prepare_token
 from cluster.machine.signals import signal_handlers_kept
 
-ROOT = Path(__file__).resolve().parents[2]
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 LEFTOVERS_S = 2.0
 LOOPBACK = "127.0.0.1"
@@ -29,17 +28,20 @@ LOOPBACK = "127.0.0.1"
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     """Ray for the length of a command. Yields {"address", "metrics_port", "dashboard", "resources",
-    "started"}; resources: "CPU" and "GPU" of the whole cluster.
+    "started", "software"}; resources: "CPU" and "GPU" of the whole cluster; software: what every
+    host has to run, None where there is only this one.
 
     A cluster started here listens on loopback only, asks for Ray's token, and is shut down at the
-    end; one that was joined is left running.
+    end; one that was joined is left running. Raises UserError for one whose hosts run other
+    software.
     """
     _environment()
     started = config.to_join is None
     if started:
         prepare_token()
     with _leftovers_ended() if started else nullcontext(), _joined(config) as info:
-        yield info | {"started": started}
+        software = None if started else require_same_everywhere()
+        yield info | {"started": started, "software": software}
 
 
 @contextmanager
@@ -150,7 +152,9 @@ def _options(config: ClusterConfig, place: str | None) -> dict[str, Any]:
         "configure_logging": False,
     }
     if place is not None:
-        return {**common, "address": place}
+        # Its hosts import the driver's Accord, whatever they have of their own.
+        code = {"py_modules": [str(ROOT / name) for name in PACKAGES], "excludes": ["__pycache__"]}
+        return {**common, "address": place, "runtime_env": code}
     return {
         **common,
         "address": "local",

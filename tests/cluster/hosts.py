@@ -171,8 +171,8 @@ def hosts(count: int) -> Iterator[Lab]:
     with _number() as number:
         lab = Lab(number, count)
         lab.down()  # what a killed test process left
-        lab.lab("up", count)
         try:
+            lab.lab("up", count)
             yield lab
         finally:
             lab.down()
@@ -188,6 +188,8 @@ def _number() -> Iterator[int]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
+            if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue  # its holder removed it meanwhile, and somebody may have made a new one
             try:
                 yield number
             finally:
