@@ -17,6 +17,7 @@ from cluster.contracts.records import RunState
 from cluster.loop.timeline import Timeline
 from cluster.machine.signals import last_words, signal_handlers_kept
 from cluster.runs.console import Reporter
+from cluster.runs.quarantine import put_in_quarantine
 from cluster.runs.run import RESUMABLE, Run
 from cluster.runs.start_log import FIRST_BATCH, StartLog
 
@@ -51,8 +52,18 @@ class RunSession:
                 self.reporter.say(str(detail["note"]))
         elif kind == "loop_started":
             self.start.begins(FIRST_BATCH)
-        elif kind in ("worker_lost", "worker_not_joined"):
+        elif kind in ("worker_lost", "worker_not_joined", "worker_broken"):
             self.reporter.say(f"{detail['worker']}: {detail['cause']}")
+        elif kind == "workers_missing":
+            self.reporter.say(
+                f"{detail['serving']} of at least {detail['min_workers']} workers serve: "
+                f"{detail['cause']}"
+            )
+        elif kind == "prompt_set_aside":
+            put_in_quarantine(self.path, detail)
+            self.reporter.say(
+                f"{detail['where'] or detail['prompt']}: set aside, {detail['cause']}"
+            )
 
     def begin_checkpoint(self, step: int) -> Path:
         return self.run.begin_checkpoint(step)

@@ -51,6 +51,7 @@ from cluster.runs.alarm_sink import AlarmSink
 from cluster.runs.console import Reporter
 from cluster.runs.control import ControlFile, forget_pause_and_stop
 from cluster.runs.live_file import LiveFile
+from cluster.runs.quarantine import quarantined
 from cluster.runs.run import Run
 from cluster.runs.sample_sink import SampleSink
 from cluster.runs.sinks import RayLiveGauges, make_sinks
@@ -284,6 +285,7 @@ async def _drive(
         clock,
         session.event,
         session.timeline.swap,
+        quarantined(session.path),
     )
     sinks = [*session.sinks, session.start, listeners]
     controller = Controller(

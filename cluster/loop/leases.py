@@ -59,15 +59,24 @@ class LeaseBook:
         index = self._lightest()
         if index is None:
             return None
+        holder = self._lease(index, assignment)
+        # `_lightest` left this worker's entry on top: replaced in one operation, not two.
+        heapq.heapreplace(self._heap, (holder.samples, index))
+        return index
+
+    def give_to(self, index: int, assignment: Assignment) -> None:
+        """Lease a group to this open worker, whatever it holds."""
+        self._lease(index, assignment)
+        self._offer(index)
+
+    def _lease(self, index: int, assignment: Assignment) -> Holder:
         holder = self._holders[index]
         if not holder.leases:
             self._count_holding(1)
         holder.leases[assignment.group_id] = assignment
         holder.samples += assignment.samples
         self.leased += 1
-        # `_lightest` left this worker's entry on top: replaced in one operation, not two.
-        heapq.heapreplace(self._heap, (holder.samples, index))
-        return index
+        return holder
 
     def take(self, index: int, group_id: int, attempt: int = 0) -> Assignment | None:
         """End a lease; None when this worker does not hold the group, or for another attempt."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -23,8 +23,9 @@ from cluster.contracts.errors import (
     Fault,
     MachineLost,
     Retryable,
+    Unexpected,
     WeightMismatch,
-    WorkersGone,
+    WorkerDied,
 )
 from cluster.contracts.live import WorkerStatus
 from cluster.contracts.protocols import Clock, WorkerHandle
@@ -34,6 +35,8 @@ from cluster.loop.live import PoolFacts, WorkerFacts
 from cluster.loop.members import Member, Members, Status
 from cluster.loop.recruiting import EventLog, Recruiter
 from cluster.loop.settings import PoolSettings
+from cluster.loop.shortage import Shortage
+from cluster.loop.suspects import Suspects
 
 Finished = tuple[Harvest, list[GroupMeta]]
 
@@ -41,8 +44,7 @@ Finished = tuple[Harvest, list[GroupMeta]]
 # this often a second, however many they are.
 IDLE_ANSWERS_PER_S = 25
 LONGEST_HARVEST_S = 60.0
-FIRST_WORD_S = 30.0  # with too few workers for so long, the run says what it waits for,
-NEXT_WORD_S = 60.0  # and says it again after each of these
+KILLS = (EngineFailure, WorkerDied, Unexpected)  # losses that a prompt may have caused
 
 
 class WorkerPool:
@@ -55,7 +57,9 @@ class WorkerPool:
         clock: Clock,
         event: EventLog,
         on_swap: Callable[[str, SwapReport, float, float], None] = lambda *_: None,
+        set_aside: Mapping[str, str] | None = None,
     ) -> None:
+        """``set_aside``: ids of prompts that no worker is given any more, with the cause."""
         self._settings = settings
         self._clock = clock
         self._event = event
@@ -65,16 +69,24 @@ class WorkerPool:
         self._recruiter = Recruiter(
             factory, settings, clock, event, self._members, self._serve, self._end
         )
+        self._shortage = Shortage(
+            self._members,
+            lambda: self._recruiter.least,
+            settings.workers_timeout_s,
+            clock,
+            event,
+            self._end,
+        )
+        self._suspects = Suspects()
+        self._set_aside = dict(set_aside or {})  # prompts, with the cause
         self._counters = CounterSums()
         self._waiting: list[Assignment] = []  # no serving worker to take them yet
         self._news: list[Finished] = []
         self._on_news: Callable[[], None] = lambda: None
         self._problem: BaseException | None = None  # what ended the pool
         self._changed = asyncio.Event()
-        self._short: asyncio.Task[None] | None = None  # runs while too few serve
         self._failed_scorings: Counter[int] = Counter()  # by group, until it is finished
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._stopped = False
         self.left = 0
         self.failed_swaps = 0
 
@@ -143,7 +155,13 @@ class WorkerPool:
 
         Returns at once: a worker that is slow to take its share holds up nobody else.
         """
-        self._waiting.extend(assignments)
+        for assignment in assignments:
+            if (cause := self._set_aside.get(assignment.prompt.id)) is not None:
+                self._leave_out(assignment, cause)
+            elif assignment.group_id in self._suspects:
+                self._suspects.waiting.append(assignment)
+            else:
+                self._waiting.append(assignment)
         self._place()
 
     def on_news(self, call: Callable[[], None]) -> None:
@@ -169,8 +187,8 @@ class WorkerPool:
         return [report for report in reports if report is not None]
 
     async def stop(self) -> None:
-        self._stopped = True
-        tasks = [*self._tasks, *([self._short] if self._short else [])]
+        self._shortage.stop()
+        tasks = [*self._tasks]
         for member in self._members:
             self._members.become(member, "gone")
             tasks += [task for task in (member.runner, member.bringing) if task is not None]
@@ -210,7 +228,7 @@ class WorkerPool:
     @property
     def in_flight(self) -> int:
         """Groups leased or waiting for a worker."""
-        return len(self._waiting) + self._book.leased
+        return len(self._waiting) + len(self._suspects.waiting) + self._book.leased
 
     def stats(self) -> dict[str, float]:
         """Workers' counters summed since the start (tokens, busy seconds, ...), the lost ones'
@@ -221,7 +239,7 @@ class WorkerPool:
         """For a look at the run: what is known already, asked of nobody; O(workers)."""
         return PoolFacts(
             workers=[self._facts(m) for m in self._members if m.status != "gone"],
-            unplaced=len(self._waiting),
+            unplaced=len(self._waiting) + len(self._suspects.waiting),
             restarts=self.restarts,
             left=self.left,
             score_failures=self.faults["reward"],
@@ -253,41 +271,9 @@ class WorkerPool:
         self._place()
 
     def _look_at_the_count(self) -> None:
-        """After every change: waiting for workers begins or ends, and who waits for a count looks
-        again."""
+        """After every change: who waits for a count looks again."""
         self._changed.set()
-        short = self.count("serving") < self._recruiter.least and not self._stopped
-        if short and self._short is None:
-            self._short = asyncio.create_task(self._wait_for_workers())
-        elif not short and self._short is not None:
-            self._short.cancel()
-            self._short = None
-
-    async def _wait_for_workers(self) -> None:
-        """Says every so often what for, and ends the run when that takes too long."""
-        began, limit = self._clock.now(), self._settings.workers_timeout_s
-        word_s = FIRST_WORD_S
-        while True:
-            due_s = min(word_s, limit) if limit else word_s
-            while (left := began + due_s - self._clock.now()) > 0:
-                await self._clock.sleep(left)
-            serving, least = self.count("serving"), self._recruiter.least
-            missing = "; ".join(
-                f"{member.name} waits for {member.waits_for}"
-                for member in self._members.those("starting", "broken")
-            )
-            if limit and due_s >= limit:
-                waited = f"{serving} workers serve, {least} must, for {limit:.0f} s by now"
-                self._end(WorkersGone(f"{waited}: {missing}"))
-                return
-            self._event(
-                "workers_missing",
-                serving=serving,
-                min_workers=least,
-                waited_s=round(due_s),
-                cause=missing,
-            )
-            word_s = due_s + NEXT_WORD_S
+        self._shortage.look()
 
     async def _until(self, reached: Callable[[], bool]) -> None:
         """Wait for a state of the members. Raises what ended the pool meanwhile."""
@@ -341,7 +327,7 @@ class WorkerPool:
                 if member.status == "draining" and not holder.leases:
                     await self._retire(member)
         except (Retryable, WeightMismatch, TimeoutError) as problem:
-            await self._lost(member, problem, handle)
+            await self._lost(member, problem, handle, generating=True)
         except Exception as problem:  # the supervised boundary: ends the run, with its cause
             self._end(problem)
 
@@ -358,7 +344,9 @@ class WorkerPool:
             # Taken for lost and leased again meanwhile: training on both would count it twice.
             if lease is None:
                 self._event("stale_result_refused", group=meta.group_id, worker=member.name)
-            elif meta.failure is not None and meta.retryable:
+                continue
+            self._suspects.clear(meta.group_id)
+            if meta.failure is not None and meta.retryable:
                 again.append(self._score_again(lease, meta.failure))
             else:
                 self._failed_scorings.pop(meta.group_id, None)
@@ -368,8 +356,7 @@ class WorkerPool:
             member.finished += len(done)
             self._news.append((harvest, done))
             self._on_news()
-        if again:
-            self.submit(again)
+        self.submit(again)  # also for suspects whose turn it is now
 
     def _score_again(self, lease: Assignment, cause: str) -> Assignment:
         """Worker losses have a count of their own: they say nothing of the reward service."""
@@ -398,10 +385,18 @@ class WorkerPool:
         self._event("worker_left", worker=member.name)
         await self._recruiter.stop_quietly(member.handle)
 
-    async def _lost(self, member: Member, problem: BaseException, handle: WorkerHandle) -> None:
+    async def _lost(
+        self,
+        member: Member,
+        problem: BaseException,
+        handle: WorkerHandle,
+        *,
+        generating: bool = False,
+    ) -> None:
         """Release the leases at once, then have the worker replaced.
 
         ``handle``: whose failure it is. That of an incarnation already replaced changes nothing.
+        ``generating``: what it had in hand may be what has killed it.
         """
         # Harvest, submit and swap of one dead process each report it; the first is enough.
         if member.status not in ("serving", "draining") or member.handle is not handle:
@@ -413,6 +408,10 @@ class WorkerPool:
             member.runner.cancel()
         # Before the restart, so that the other workers have them while this one starts again.
         orphans = [replace(a, attempt=a.attempt + 1) for a in self._book.take_all(member.index)]
+        if generating and isinstance(problem, KILLS):
+            self._blame(orphans, problem)
+        for orphan in orphans:
+            self._suspects.given_back(orphan.group_id)
         self.submit(orphans)
         if leaving:
             self.left += 1
@@ -422,17 +421,49 @@ class WorkerPool:
         self._recruiter.note_loss(member, problem, len(orphans))
         self._recruiter.replace(member, problem)
 
+    def _blame(self, held: list[Assignment], problem: BaseException) -> None:
+        """Set aside the prompt that has killed the worker, once it is known which it was."""
+        guilty = self._suspects.blame(held)
+        if guilty is not None:
+            prompt = guilty.prompt
+            cause = f"it killed two workers that had it in hand; the last one: {problem}"
+            self._set_aside[prompt.id] = cause
+            detail = {"prompt": prompt.id, "where": prompt.where, "group": guilty.group_id}
+            self._event("prompt_set_aside", **detail, cause=cause)
+
+    def _leave_out(self, assignment: Assignment, cause: str) -> None:
+        self.faults["prompt"] += 1
+        meta = GroupMeta(
+            group_id=assignment.group_id,
+            attempt=assignment.attempt,
+            samples=0,
+            prompt_tokens=len(assignment.prompt.token_ids),
+            response_tokens=0,
+            version_min=-1,
+            version_max=-1,
+            failure=cause,
+        )
+        nobody = Harvest(worker="", incarnation=0, groups=(meta,), payload=None)
+        self._news.append((nobody, [meta]))
+        self._on_news()
+
     def _place(self) -> None:
         """Give waiting groups to serving workers, fewest samples in hand first."""
         if self.count("serving") < self._recruiter.least:
             return
         shares: dict[int, list[Assignment]] = {}
         given = 0
+        if self._suspects.waiting:
+            serving = [member.index for member in self._members.those("serving")]
+            while (turn := self._suspects.next_for(serving)) is not None:
+                index, assignment = turn
+                self._book.give_to(index, assignment)
+                shares.setdefault(index, []).append(assignment)
         for assignment in self._waiting:
-            index = self._book.give(assignment)
-            if index is None:  # nobody serves; who joins next calls this again
+            taker = self._book.give(assignment)
+            if taker is None:  # nobody serves; who joins next calls this again
                 break
-            shares.setdefault(index, []).append(assignment)
+            shares.setdefault(taker, []).append(assignment)
             given += 1
         del self._waiting[:given]
         for index, share in shares.items():

@@ -3,147 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 
-from cluster.contracts.errors import Fatal, Retryable, WorkersGone
-from cluster.contracts.records import (
-    Assignment,
-    GroupMeta,
-    Harvest,
-    Prompt,
-    SwapReport,
-    WeightManifest,
+from cluster.contracts.errors import (
+    EngineFailure,
+    Fatal,
+    MachineLost,
+    Retryable,
+    RewardFailure,
+    Unexpected,
+    UserError,
+    WorkerDied,
+    WorkersGone,
 )
-from cluster.loop.pool import WorkerPool
-from cluster.loop.settings import PoolSettings
-from cluster.measure.simulation.loop import VirtualClock, VirtualLoop
 from cluster.measure.simulation.roles import manifest
-
-T = TypeVar("T")
-FOREVER_S = 1e6
-
-
-class Worker:
-    """Does as it is told: ``finish`` hands in a group, the attributes make it slow or hang."""
-
-    def __init__(self, index: int, incarnation: int) -> None:
-        self.name, self.incarnation = f"w{index}", incarnation
-        self.start_s = self.submit_s = self.load_s = 0.0
-        self.given: list[Assignment] = []
-        self.loaded: list[int] = []
-        self.lost: Retryable | None = None
-        self.hangs = False
-        self.stopped = False
-        self._done: list[GroupMeta] = []
-
-    async def placed(self) -> None: ...
-
-    async def start(self) -> Mapping[str, Any]:
-        await asyncio.sleep(self.start_s)
-        return {"engine": "scripted"}
-
-    async def submit(self, assignments: Sequence[Assignment]) -> None:
-        assert self.loaded, "given work before it had weights"
-        await asyncio.sleep(self.submit_s)
-        self.given += assignments
-
-    async def load_weights(self, manifest: WeightManifest) -> SwapReport:
-        await asyncio.sleep(self.load_s)
-        self.loaded.append(manifest.version)
-        seconds = dict.fromkeys(("fetch_s", "verify_s", "stage_s", "pause_s", "prove_s"), 0.0)
-        return SwapReport(version=manifest.version, canary_logp_diff=0.0, **seconds)
-
-    async def harvest(self, timeout_s: float) -> Harvest:
-        if self.hangs:
-            await asyncio.sleep(FOREVER_S)
-        for _ in range(10):
-            await asyncio.sleep(timeout_s / 10)
-            if self.lost is not None:
-                raise self.lost
-            if self._done:
-                break
-        done, self._done = tuple(self._done), []
-        return Harvest(
-            worker=self.name, incarnation=self.incarnation, groups=done, payload=object()
-        )
-
-    async def stop(self) -> None:
-        self.stopped = True
-
-    def finish(self, group: int, attempt: int = 0, failure: str | None = None) -> None:
-        self._done.append(
-            GroupMeta(
-                group_id=group, attempt=attempt, samples=2, prompt_tokens=1, response_tokens=5,
-                version_min=0, version_max=0, failure=failure, retryable=failure is not None,
-            )
-        )  # fmt: skip
-
-    @property
-    def groups(self) -> list[tuple[int, int]]:
-        return [(given.group_id, given.attempt) for given in self.given]
-
-
-class World:
-    """A pool, the workers it made by (index, incarnation), and the events it wrote."""
-
-    def __init__(self, loop: VirtualLoop, change: Callable[[Worker], None]) -> None:
-        self.workers: dict[tuple[int, int], Worker] = {}
-        self.events: list[tuple[str, dict[str, Any]]] = []
-        self._change = change
-        limits = PoolSettings(
-            start_timeout_s=100, stall_timeout_s=30, weights_timeout_s=20, max_restarts=2
-        )
-        self.pool = WorkerPool(self._make, limits, VirtualClock(loop), self._event)
-
-    def _make(self, index: int, incarnation: int) -> Worker:
-        made = self.workers[index, incarnation] = Worker(index, incarnation)
-        self._change(made)
-        return made
-
-    def _event(self, kind: str, **detail: Any) -> None:
-        self.events.append((kind, detail))
-
-    def kinds(self) -> list[str]:
-        return [kind for kind, _ in self.events]
-
-    async def start(self, count: int) -> None:
-        await self.pool.start(count, published(0))
-
-    def submit(self, *groups: int, samples: int = 2) -> None:
-        prompt = Prompt(id="p", messages=(), token_ids=(1,))
-        self.pool.submit(
-            [Assignment(group_id=group, prompt=prompt, samples=samples) for group in groups]
-        )
-
-    def finished(self) -> list[int]:
-        taken = self.pool.take_finished()
-        return [meta.group_id for _, metas in taken for meta in metas]
-
-
-async def published(version: int, after_s: float = 0.0) -> WeightManifest:
-    await asyncio.sleep(after_s)
-    return manifest(version)
-
-
-def play(
-    scene: Callable[[World], Awaitable[T]], change: Callable[[Worker], None] = lambda _: None
-) -> T:
-    """Run a scene in virtual time; the pool is stopped at its end."""
-    loop = VirtualLoop()
-
-    async def whole() -> T:
-        world = World(loop, change)
-        try:
-            return await scene(world)
-        finally:
-            await world.pool.stop()
-            assert all(worker.stopped for worker in world.workers.values())
-
-    return loop.run(whole())
-
+from tests.pool_world import FOREVER_S, Worker, World, play, published
 
 # -- giving out groups -----------------------------------------------------------------------------
 
@@ -345,3 +221,309 @@ def test_a_worker_that_was_added_and_cannot_start_leaves_the_others_at_work() ->
         assert world.workers[0, 0].groups == [(0, 0)]
 
     play(scene, change)
+
+
+# -- classes of failures ---------------------------------------------------------------------------
+
+CUDA = "CUDA out of memory"
+
+
+def engine_fails(worker: Worker) -> None:
+    worker.start_problem = EngineFailure(CUDA)
+
+
+def test_an_engine_that_fails_costs_a_restart_and_not_the_run() -> None:
+    async def scene(world: World) -> None:
+        await world.start(3)
+        world.submit(0, 1, 2)
+        await asyncio.sleep(0.5)
+        world.workers[1, 0].lost = EngineFailure(CUDA)
+        await asyncio.sleep(5)
+        assert world.finished() == []  # raises what ended the pool
+        assert world.pool.count("serving") == 3
+        assert (world.pool.faults["engine"], world.pool.faults["worker"]) == (1, 0)
+
+    play(scene)
+
+
+def test_a_lost_machine_is_not_charged() -> None:
+    async def scene(world: World) -> None:
+        await world.start(1)
+        for incarnation in range(8):
+            world.workers[0, incarnation].lost = MachineLost("taken back")
+            await asyncio.sleep(40)
+        assert world.finished() == []
+        assert world.pool.count("serving") == 1
+
+    play(scene, max_restarts=0)
+
+
+def test_what_nobody_foresaw_is_borne_three_times() -> None:
+    async def scene(world: World) -> None:
+        await world.start(4)
+        for index in range(3):
+            world.workers[index, 0].lost = Unexpected("KeyError: 'surprise'")
+        await asyncio.sleep(10)
+        assert world.finished() == []
+        world.workers[3, 0].lost = Unexpected("KeyError: 'surprise'")
+        await asyncio.sleep(10)
+        with pytest.raises(Fatal, match=r"4 times within 600 s .* nobody foresaw.*surprise"):
+            world.pool.take_finished()
+
+    play(scene)
+
+
+def test_an_engine_that_no_worker_can_build_ends_the_start_at_once() -> None:
+    async def scene(world: World) -> float:
+        with pytest.raises(EngineFailure, match=CUDA):
+            await world.start(3)
+        return asyncio.get_running_loop().time()
+
+    assert play(scene, engine_fails) < 5.0
+
+
+def test_one_worker_that_cannot_build_its_engine_at_the_start_does_not_end_it() -> None:
+    def change(worker: Worker) -> None:
+        if (worker.name, worker.incarnation) in {("w1", 0), ("w1", 1)}:
+            engine_fails(worker)
+
+    async def scene(world: World) -> None:
+        await world.start(2)
+        await asyncio.sleep(5)
+        assert world.pool.count("serving") == 2
+
+    play(scene, change)
+
+
+# -- replacements that cannot start ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [EngineFailure(CUDA), UserError("vLLM cannot run this model"), RewardFailure("service away")],
+)
+def test_a_replacement_that_cannot_start_is_tried_until_it_can(problem: Exception) -> None:
+    """However long that takes: the GPU's memory is freed, or the service comes back, in the end."""
+
+    def change(worker: Worker) -> None:
+        if worker.name == "w0" and 0 < worker.incarnation < 12:
+            worker.start_problem = problem
+
+    async def scene(world: World) -> None:
+        await world.start(2)
+        world.workers[0, 0].lost = WorkerDied("killed")
+        await asyncio.sleep(80)
+        assert world.finished() == []
+        assert world.pool.count("serving") == 1
+        await asyncio.sleep(300)
+        assert world.pool.count("serving") == 2
+        tries = [detail for kind, detail in world.events if kind == "worker_not_joined"]
+        assert len(tries) == 11
+        assert max(detail["again_in_s"] for detail in tries) <= 30.0
+        assert sum(detail["again_in_s"] for detail in tries) > 80.0  # it does not thrash
+
+    play(scene, change)
+
+
+def test_a_worker_waits_for_room_as_long_as_it_takes_and_is_asked_for_once() -> None:
+    def change(worker: Worker) -> None:
+        worker.place_s = 5000.0 if worker.name == "w0" and worker.incarnation == 1 else 0.0
+
+    async def scene(world: World) -> None:
+        await world.start(1)
+        world.workers[0, 0].lost = MachineLost("its node has died")
+        await asyncio.sleep(5)
+        world.submit(0)
+        await asyncio.sleep(3995)
+        assert world.finished() == []
+        assert set(world.workers) == {(0, 0), (0, 1)}
+        words = [detail for kind, detail in world.events if kind == "workers_missing"]
+        assert words[0]["cause"] == "w0 waits for room on the cluster"
+        assert 60 < len(words) < 70  # one a minute
+        await asyncio.sleep(2000)
+        assert world.workers[0, 1].groups == [(0, 0)]
+
+    play(scene, change)
+
+
+def test_with_too_few_workers_nothing_is_given_out() -> None:
+    def change(worker: Worker) -> None:
+        worker.place_s = 100.0 if worker.incarnation else 0.0
+
+    async def scene(world: World) -> None:
+        await world.start(2)
+        world.workers[1, 0].lost = WorkerDied("killed")
+        await asyncio.sleep(2)
+        world.submit(0)
+        await asyncio.sleep(50)
+        assert world.workers[0, 0].groups == []
+        await asyncio.sleep(60)
+        assert world.workers[0, 0].groups == [(0, 0)]
+
+    play(scene, change, min_workers=2)
+
+
+def test_too_few_workers_for_too_long_end_the_run() -> None:
+    def change(worker: Worker) -> None:
+        worker.place_s = FOREVER_S if worker.incarnation else 0.0
+
+    async def scene(world: World) -> None:
+        await world.start(2)
+        for index in range(2):
+            world.workers[index, 0].lost = MachineLost("its node has died")
+        await asyncio.sleep(590)
+        assert world.finished() == []
+        await asyncio.sleep(20)
+        with pytest.raises(WorkersGone, match=r"0 workers serve, 1 must, for 600 s .*w1 waits"):
+            world.pool.take_finished()
+
+    play(scene, change, workers_timeout_s=600)
+
+
+def test_a_worker_that_fails_by_itself_is_given_up_and_the_others_go_on() -> None:
+    async def scene(world: World) -> None:
+        await world.start(2)
+        for incarnation in range(3):
+            world.workers[0, incarnation].lost = WorkerDied("segmentation fault")
+            await asyncio.sleep(10)
+        assert world.finished() == []
+        assert world.pool.count("serving") == world.pool.count("broken") == 1
+        world.submit(0)
+        await asyncio.sleep(2)
+        assert world.workers[1, 0].groups == [(0, 0)]
+        await asyncio.sleep(600)
+        assert world.pool.count("serving") == 2  # forgiven
+
+    play(scene)
+
+
+# -- progress --------------------------------------------------------------------------------------
+
+
+def test_a_long_completion_is_no_stall() -> None:
+    async def scene(world: World) -> None:
+        await world.start(1)
+        worker = world.workers[0, 0]
+        world.submit(0)
+        for tokens in range(600):  # 32k tokens at 50 a second
+            worker.stats = {"generated_tokens": 0.0, "unfinished_tokens": tokens, "unfinished": 2}
+            await asyncio.sleep(1)
+        assert world.pool.restarts == 0
+        await asyncio.sleep(40)  # now it samples nothing any more
+        assert world.pool.restarts == 1
+        assert world.pool.faults["engine"] == 1
+
+    play(scene)
+
+
+def test_waiting_for_scores_is_no_stall() -> None:
+    async def scene(world: World) -> None:
+        await world.start(1)
+        world.submit(0)
+        world.workers[0, 0].stats = {"generated_tokens": 90.0, "unfinished": 0, "scoring": 1}
+        await asyncio.sleep(300)
+        assert world.pool.restarts == 0
+
+    play(scene)
+
+
+# -- draining --------------------------------------------------------------------------------------
+
+
+def test_a_node_is_drained_and_what_is_not_done_by_the_deadline_goes_to_others() -> None:
+    async def scene(world: World) -> None:
+        await world.start(2)
+        world.submit(0, 1, 2, 3)
+        await asyncio.sleep(0.5)
+        draining = asyncio.create_task(world.pool.drain("node of w1", 20))
+        await asyncio.sleep(1)
+        assert world.pool.count("serving") == 2  # another one has taken its place
+        world.workers[1, 0].finish(1)
+        await asyncio.sleep(2)
+        assert world.finished() == [1]
+        assert await draining == 1
+        await asyncio.sleep(1)
+        assert world.workers[1, 0].stopped
+        assert (3, 1) in [*world.workers[0, 0].groups, *world.workers[2, 0].groups]
+        assert world.pool.in_flight == 3
+
+    play(scene)
+
+
+def test_scaling_to_nothing_keeps_groups_for_later() -> None:
+    async def scene(world: World) -> None:
+        await world.start(2)
+        world.submit(0, 1)
+        await asyncio.sleep(0.5)
+        await world.pool.resize(0)
+        for worker in list(world.workers.values()):
+            worker.finish_all()
+        world.submit(2)
+        await asyncio.sleep(5000)
+        assert sorted(world.finished()) == [0, 1]
+        assert world.pool.count("serving", "starting", "draining") == 0
+        assert world.pool.in_flight == 1
+        await world.pool.resize(2)
+        await asyncio.sleep(1)
+        assert world.pool.count("serving") == 2
+        assert world.workers[2, 0].groups == [(2, 0)]
+
+    play(scene, workers_timeout_s=600)
+
+
+# -- prompts that kill -----------------------------------------------------------------------------
+
+
+def poisoned(*prompts: str) -> Any:
+    def change(worker: Worker) -> None:
+        worker.poison = set(prompts)
+
+    return change
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("groups", [1, 5])
+def test_a_prompt_that_killed_two_workers_is_set_aside_and_no_other(
+    workers: int, groups: int
+) -> None:
+    async def scene(world: World) -> None:
+        await world.start(workers)
+        world.submit(*range(groups))
+        done: list[int] = []
+        for _ in range(60):
+            await asyncio.sleep(2)
+            for worker in list(world.workers.values()):
+                if not {given.prompt.id for given in worker.given} & worker.poison:
+                    worker.finish_all()
+            done += world.finished()
+        assert sorted(done) == list(range(groups))
+        aside = [detail for kind, detail in world.events if kind == "prompt_set_aside"]
+        assert [(detail["prompt"], detail["where"]) for detail in aside] == [
+            ("p0", "prompts.jsonl:1")
+        ]
+        assert "assertion of the engine" in aside[0]["cause"]
+        assert world.pool.restarts == 2
+        assert world.pool.faults["prompt"] == 1
+        world.submit(0)  # it comes again in the next pass
+        assert world.finished() == [0]
+        assert world.pool.restarts == 2
+
+    play(scene, poisoned("p0"), max_restarts=3)
+
+
+def test_the_worker_losses_of_a_group_do_not_use_up_its_scoring() -> None:
+    async def scene(world: World) -> None:
+        await world.start(1)
+        world.submit(7)
+        for incarnation in range(2):
+            await asyncio.sleep(5)
+            world.workers[0, incarnation].lost = Retryable("did not answer")
+        await asyncio.sleep(5)
+        worker = world.workers[0, 2]
+        worker.finish(7, attempt=2, failure="the reward service is away")
+        await asyncio.sleep(2)
+        worker.finish(7, attempt=3)
+        await asyncio.sleep(2)
+        assert world.finished() == [7]
+
+    play(scene, max_restarts=5)
