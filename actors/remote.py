@@ -65,6 +65,7 @@ class WorkerSpec:
     start_timeout_s: float = 180.0
     weights_timeout_s: float = 120.0
     score_batch: int = 64
+    reward_outage_s: float = 300.0
     plugins: tuple[PluginFile, ...] = ()
 
 
@@ -95,6 +96,7 @@ def worker_spec(
         start_timeout_s=rollout.start_timeout_s,
         weights_timeout_s=config.weights.timeout_s,
         score_batch=config.reward.max_batch,
+        reward_outage_s=config.reward.outage_s,
         threads=threads,
         plugins=plugins,
     )
@@ -140,6 +142,7 @@ class RolloutActor:
                 start_timeout_s=spec.start_timeout_s,
                 swap_timeout_s=spec.weights_timeout_s,
                 score_batch=spec.score_batch,
+                reward_outage_s=spec.reward_outage_s,
             ),
         )
         info: dict[str, Any] = self._worker.start()

@@ -51,6 +51,7 @@ class WorkerSettings:
     stop_timeout_s: float = 10.0
     scoring_threads: int = 2  # one waits for the reward service while the other prepares a call
     score_batch: int = 64  # most rollouts in one call of the scorer
+    reward_outage_s: float = 300.0  # for so long finished groups wait for a scorer that is away
 
 
 @dataclass(slots=True)
@@ -107,6 +108,7 @@ class RolloutWorker:
                 self._fail,
                 threads=self._settings.scoring_threads,
                 batch=self._settings.score_batch,
+                outage_s=self._settings.reward_outage_s,
             )
         engine = self._thread.ready(self._settings.start_timeout_s)
         seconds = round(time.perf_counter() - began, 3)
@@ -201,6 +203,7 @@ class RolloutWorker:
             "cpu_s": time.process_time(),
             "unfinished": float(thread.unfinished),
             "scoring": float(self._scoring.waiting if self._scoring else 0),
+            "reward_down_s": self._scoring.down_s if self._scoring else 0.0,
             "score_s": self._scoring.busy_s if self._scoring else 0.0,
             "swaps": float(self._swaps),
             "swap_pause_s": self._pause_s,

@@ -8,7 +8,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.contracts.errors import AccordError, BadReward, RewardFailure, Unexpected, UserError
+import tenacity
+
+from cluster.contracts.errors import (
+    AccordError,
+    BadReward,
+    Resumable,
+    RewardFailure,
+    Unexpected,
+    UserError,
+)
 from cluster.contracts.protocols import Scorer
 from cluster.contracts.records import (
     Assignment,
@@ -78,8 +87,10 @@ def rollouts_of(groups: Sequence[FinishedGroup], decode: Decode) -> list[list[Ro
 class GroupScorer:
     """Threads that score whatever groups wait, several in one call when they queue up.
 
-    A RewardFailure makes the groups of that call failed and retryable. Anything else a scorer
-    raises goes to ``on_failure``: an unusable reward must stop the worker, not become a number.
+    While the scorer cannot be had (RewardFailure), groups are kept and asked for again, for
+    ``outage_s`` seconds: completions are never sampled again for want of a score. An unusable
+    answer (BadReward) is asked for once more. What remains goes to ``on_failure``: it must end the
+    worker, not become a number.
     """
 
     def __init__(
@@ -90,19 +101,26 @@ class GroupScorer:
         on_failure: Callable[[BaseException], None],
         threads: int,
         batch: int,
+        outage_s: float = 300.0,
+        longest_pause_s: float = 10.0,
     ) -> None:
         self._scorer = scorer
         self._decode = decode
         self._deliver = deliver
         self._on_failure = on_failure
         self._batch = batch
+        self._outage_s = outage_s
+        self._longest_pause_s = longest_pause_s
         self._queue: queue.SimpleQueue[FinishedGroup | None] = queue.SimpleQueue()
+        self._stopping = threading.Event()
+        self._in_hand = 0  # groups of calls under way
+        self._down: dict[int, float] = {}  # thread -> since when the scorer fails it
+        self._count = threading.Lock()
         self._threads = [
             threading.Thread(target=self._run, name=f"scoring-{i}", daemon=True)
             for i in range(threads)
         ]
         self.busy_s = 0.0
-        self._calling: set[int] = set()  # threads with a call in progress
         for thread in self._threads:
             thread.start()
 
@@ -111,18 +129,25 @@ class GroupScorer:
 
     @property
     def waiting(self) -> int:
-        """Groups that have no score yet; of those being scored, one for each call."""
-        return self._queue.qsize() + len(self._calling)
+        """Groups that are generated and have no scores yet."""
+        return self._queue.qsize() + self._in_hand
+
+    @property
+    def down_s(self) -> float:
+        """For how long the scorer has given no answer; 0 while it answers."""
+        with self._count:
+            return time.monotonic() - min(self._down.values()) if self._down else 0.0
 
     def stop(self) -> None:
         """Ask the threads to end; a call in progress keeps its own deadline."""
+        self._stopping.set()
         for _ in self._threads:
             self._queue.put(None)
 
     def _run(self) -> None:
         while (groups := self._take()) is not None:
             began = time.perf_counter()
-            self._calling.add(threading.get_ident())
+            self._hold(len(groups))
             try:
                 self._score(groups)
             except AccordError as problem:
@@ -131,8 +156,12 @@ class GroupScorer:
                 unexpected = Unexpected(f"scoring failed: {type(problem).__name__}: {problem}")
                 unexpected.__cause__ = problem
                 self._on_failure(unexpected)
-            self._calling.discard(threading.get_ident())
+            self._hold(-len(groups))
             self.busy_s += time.perf_counter() - began
+
+    def _hold(self, groups: int) -> None:
+        with self._count:
+            self._in_hand += groups
 
     def _take(self) -> list[FinishedGroup] | None:
         """Wait for a group; add those already waiting, up to the batch. None: end."""
@@ -162,15 +191,52 @@ class GroupScorer:
             return
         answers = rollouts_of(groups, self._decode)
         rollouts = [rollout for answer in answers for rollout in answer]
+        scores = self._scores(rollouts)
+        if scores is not None:
+            self._hand_over(groups, answers, scores)
+
+    def _scores(self, rollouts: list[Rollout]) -> list[Score] | None:
+        """Kept at through an outage; None when this is stopped meanwhile. Raises Resumable for an
+        outage that is too long."""
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(RewardFailure),
+            stop=tenacity.stop_after_delay(self._outage_s)
+            | tenacity.stop_when_event_set(self._stopping),
+            wait=tenacity.wait_random_exponential(multiplier=0.5, max=self._longest_pause_s),
+            sleep=tenacity.sleep_using_event(self._stopping),
+            after=lambda _: self._is_down(True),
+            reraise=True,
+        )
         try:
-            scores = self._scorer.score(rollouts)
+            return retrying(self._usable, rollouts)
         except RewardFailure as problem:
-            for group in groups:
-                self._deliver(group.failed(str(problem), retryable=True), None)
-            return
+            if self._stopping.is_set():
+                return None
+            raise Resumable(
+                f"rewards could not be had for {self._outage_s:.0f} s (reward.outage_s): {problem}"
+            ) from problem
+        finally:
+            self._is_down(False)
+
+    def _is_down(self, down: bool) -> None:
+        with self._count:
+            if down:
+                self._down.setdefault(threading.get_ident(), time.monotonic())
+            else:
+                self._down.pop(threading.get_ident(), None)
+
+    def _usable(self, rollouts: list[Rollout]) -> list[Score]:
+        """A reply may be torn once; a scorer that repeats it is wrong."""
+        try:
+            return self._checked(rollouts)
+        except BadReward:
+            return self._checked(rollouts)
+
+    def _checked(self, rollouts: list[Rollout]) -> list[Score]:
+        scores = self._scorer.score(rollouts)
         if len(scores) != len(rollouts):
             raise BadReward(f"{len(rollouts)} rollouts were scored with {len(scores)} scores")
-        self._hand_over(groups, answers, scores)
+        return scores
 
     def _hand_over(
         self, groups: list[FinishedGroup], answers: list[list[Rollout]], scores: list[Score]

@@ -86,7 +86,9 @@ class RewardClient:
         deadline_s: float = 30.0,
         access: Access = OPEN,
         tokenizer: str = "",
+        follow: Callable[[], Sequence[str]] | None = None,
     ) -> None:
+        """``follow``: the addresses of now, looked up when the known ones give no answer."""
         if not addresses:
             raise UserError("no address of a reward service", where="reward.address")
         self.version = ""
@@ -100,7 +102,10 @@ class RewardClient:
         self._info: ServiceInfo | None = None
         self._turn = 0
         self._closed = False
+        self._tls = access.tls
+        self._follow = follow
         self._targets = [_Target(address, access.tls) for address in dict.fromkeys(addresses)]
+        self._left: list[_Target] = []  # of addresses that are no longer in use
 
     def connect(self, timeout_s: float = 10.0) -> ServiceInfo:
         """Reach every address and pin the scorer's version.
@@ -110,6 +115,7 @@ class RewardClient:
         with self._connecting:
             if self._info is not None:
                 return self._info
+            self._look_up()
             end = time.monotonic() + timeout_s
             infos = [self._reach(target, end, timeout_s) for target in self._targets]
             for target, info in zip(self._targets, infos, strict=True):
@@ -155,7 +161,11 @@ class RewardClient:
     def score_items(self, items: Sequence[ScoreItem]) -> list[Score]:
         if not items:
             return []
-        size = min(self.connect().max_batch, wire.MAX_ITEMS)
+        try:
+            info = self.connect()
+        except Unreached as problem:
+            raise RewardFailure(problem.what) from problem
+        size = min(info.max_batch, wire.MAX_ITEMS)
         chunks = [items[start : start + size] for start in range(0, len(items), size)]
         if len(chunks) == 1:
             return self._score_chunk(items)
@@ -186,6 +196,8 @@ class RewardClient:
     def _attempt(self, request: pb.ScoreRequest, call: _Call) -> tuple[_Target, pb.ScoreResponse]:
         left = max(0.001, call.end - time.monotonic())
         timeout = min(left, max(SHORTEST_ATTEMPT_S, self._deadline_s * ATTEMPT_SHARE))
+        if call.failed:
+            self._look_up()
         target = self._choose(call.failed)
         try:
             reply = target.rewards.Score(request, timeout=timeout, metadata=self._metadata)
@@ -213,6 +225,17 @@ class RewardClient:
             target.busy += 1
             return target
 
+    def _look_up(self) -> None:
+        """A service that was started again may listen elsewhere."""
+        addresses = tuple(dict.fromkeys(self._follow())) if self._follow is not None else ()
+        with self._lock:
+            known = {target.address: target for target in self._targets}
+            if self._closed or not addresses or set(addresses) == known.keys():
+                return
+            self._targets = [known.get(at) or _Target(at, self._tls) for at in addresses]
+            # Their channels stay open: other threads may be waiting on them for a last answer.
+            self._left += [target for at, target in known.items() if at not in addresses]
+
     def _again(self, error: BaseException) -> bool:
         return isinstance(error, grpc.RpcError) and not self._closed and _code(error) in AGAIN
 
@@ -230,7 +253,7 @@ class RewardClient:
     def close(self) -> None:
         with self._lock:
             self._closed = True
-        for target in self._targets:
+        for target in [*self._targets, *self._left]:
             target.channel.close()
 
     def __enter__(self) -> RewardClient:
@@ -260,13 +283,17 @@ def _last_words(target: _Target, metadata: Any) -> str:
     return ""
 
 
+class Unreached(UserError):
+    """Nobody listens there, now."""
+
+
 def _unreached(target: _Target, error: Any, timeout_s: float, metadata: Any) -> UserError:
     where = f"reward service {target.address}"
     code = _code(error)
     if code in (Code.DEADLINE_EXCEEDED, Code.UNAVAILABLE):
         if known := why_not_connected(_last_words(target, metadata)):
             return UserError(known[0], where=where, fix=known[1])
-        return UserError(
+        return Unreached(
             f"nobody listens at {target.address} (tried for {timeout_s:g} s)",
             where=where,
             fix="start it with `accord serve-reward`, or correct the address",

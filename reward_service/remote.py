@@ -5,23 +5,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import io
+import json
 import logging
 import os
+import secrets
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
+from ray.experimental import internal_kv
 
 from cluster.contracts.config.reward import RewardConfig, RewardModelSource
 from cluster.contracts.errors import AccordError, Fatal, UserError
 from cluster.contracts.plugins import PluginFile, install, loaded
 from cluster.machine.imports import quick_imports
 from reward_service.access import OPEN, Access
-from reward_service.client import RewardClient
+from reward_service.client import RewardClient, Unreached
 from reward_service.source import ServiceInfo
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -68,13 +71,42 @@ class ServicePlace:
         return Fatal(f"the reward service's process died while it started: {problem}")
 
 
+@dataclass(frozen=True, slots=True)
+class AddressBook:
+    """Where a run's reward services listen now. Ray's head keeps it, so that any process of the
+    cluster can look it up and none has to be asked."""
+
+    name: str
+
+    def put(self, addresses: Sequence[str]) -> None:
+        internal_kv._internal_kv_put(self._key, json.dumps(list(addresses)).encode())
+
+    def read(self) -> list[str]:
+        """Empty where nothing was put, or the head does not answer: what is known then still
+        holds."""
+        try:
+            found = internal_kv._internal_kv_get(self._key)
+        except Exception:
+            return []
+        return [str(address) for address in json.loads(found)] if found else []
+
+    @property
+    def _key(self) -> bytes:
+        return f"accord/rewards/{self.name}".encode()
+
+
+Begun = tuple[Any, ServicePlace]
+
+
 class RewardServiceHandle:
     """A service that starts or runs: its ``place`` to give to clients, ``address``, ``stop``."""
 
-    def __init__(self, actor: Any, place: ServicePlace) -> None:
-        self._actor: Any = actor
+    def __init__(self, begin: Callable[[], Begun], book: AddressBook) -> None:
+        """``begin``: begins to start the service in a new process."""
+        self._begin = begin
+        self._actor, self.place = begin()
         self._answer: tuple[str, ServiceInfo] | None = None
-        self.place = place
+        self.book = book
 
     def wait(self) -> None:
         """Until it serves. On failure its process is ended; raises as ``ServicePlace.wait``."""
@@ -92,6 +124,13 @@ class RewardServiceHandle:
         except (ray.exceptions.RayError, TimeoutError) as problem:
             raise self.place.explained(problem) from None
         self._answer = self.place.settled(outcome)
+
+    async def restart(self) -> None:
+        """Another process in place of one that died. Raises as ``started``."""
+        ray.kill(self._actor)
+        self._actor, self.place = self._begin()
+        await self.started()
+        self.book.put([self.address])
 
     @property
     def address(self) -> str:
@@ -152,11 +191,15 @@ def begin_reward_service(
     options = {"num_cpus": num_cpus, "resources": dict(cfg.resources), "max_concurrency": 3}
     if cfg.labels:
         options["label_selector"] = dict(cfg.labels)
-    actor = kind.options(**options).remote(
-        tuple(cores), threads, str(log_file.absolute()) if log_file else None
-    )
-    outcome = actor.start.remote(_absolute(cfg), reach, access, remote, loaded())
-    return RewardServiceHandle(actor, ServicePlace([outcome], num_cpus, timeout_s))
+
+    def begin() -> Begun:
+        actor = kind.options(**options).remote(
+            tuple(cores), threads, str(log_file.absolute()) if log_file else None
+        )
+        outcome = actor.start.remote(_absolute(cfg), reach, access, remote, loaded())
+        return actor, ServicePlace([outcome], num_cpus, timeout_s)
+
+    return RewardServiceHandle(begin, AddressBook(secrets.token_hex(8)))
 
 
 def start_reward_service(cfg: RewardConfig, *args: Any, **keys: Any) -> RewardServiceHandle:
@@ -173,15 +216,22 @@ class RewardClients:
     service: str | ServicePlace
     deadline_s: float
     access: Access = OPEN
+    book: AddressBook | None = None  # of a service that may be started again
 
     def __call__(self, tokenizer: str) -> RewardClient:
         """``tokenizer``: fingerprint of the one that made the rollouts' token ids."""
         place = self.service
         address = place if isinstance(place, str) else place.wait()[0]
         client = RewardClient(
-            [address], deadline_s=self.deadline_s, access=self.access, tokenizer=tokenizer
+            [address],
+            deadline_s=self.deadline_s,
+            access=self.access,
+            tokenizer=tokenizer,
+            follow=self.book.read if self.book is not None else None,
         )
-        client.connect()
+        # Away at the moment: a worker that comes back during an outage waits like the others do.
+        with contextlib.suppress(Unreached):
+            client.connect()
         return client
 
 

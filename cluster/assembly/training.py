@@ -33,7 +33,7 @@ from cluster.assembly.training_roles import (
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.errors import AccordError, Fatal, UserError
+from cluster.contracts.errors import AccordError, UserError
 from cluster.contracts.protocols import Clock
 from cluster.contracts.records import RunState
 from cluster.loop.controller import Controller
@@ -368,27 +368,29 @@ def _learner(training: Training) -> Any:
 
 async def _watch_reward_service(
     rewards: RewardRole, session: RunSession, controller: Controller
-) -> str:
-    """Notes when the service has started. When it dies later, ends the run, with a checkpoint, and
-    says how it died: workers would find out call by call, each after its deadline."""
+) -> None:
+    """Notes when the service has started, and starts it again when it dies. Where it cannot work
+    any more, ends the run, with a checkpoint, and raises why."""
     try:
         await rewards.ready()
     except AccordError:
-        return ""  # raised by the workers, which need the service to start
+        return  # raised by the workers, which need the service to start
     session.start.ends("reward service")
-    cause = await rewards.death()
-    controller.request_stop()
-    return cause
+    try:
+        await rewards.keep_up(session.event)
+    except AccordError:
+        controller.request_stop()
+        raise
 
 
 def _tell_stop(
-    training: Training, controller: Controller, listeners: Listeners, watch: asyncio.Future[str]
+    training: Training, controller: Controller, listeners: Listeners, watch: asyncio.Future[None]
 ) -> None:
-    """Raises KeyboardInterrupt when the run was interrupted before its last step, Fatal when the
-    reward service had died."""
+    """Raises KeyboardInterrupt when the run was interrupted before its last step, and what keeps
+    the reward service from working."""
     session, step = training.session, controller.step
-    if watch.done() and (cause := watch.result()):
-        raise Fatal(f"the process of the reward service died: {cause}")
+    if watch.done():
+        watch.result()
     if listeners.stopped:
         session.event("stopped_by_callback", step=step)
     elif controller.stopped_as_asked and step < training.config.batch.steps:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,9 +15,10 @@ from typing import Any
 from cluster.assembly.prepare import Prepared, context_length
 from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.errors import BadReward
+from cluster.contracts.errors import BadReward, Fatal
 from cluster.contracts.plugins import loaded
 from cluster.contracts.protocols import Scorer
+from cluster.loop.supervision import Loss, Restart, decide
 from cluster.machine.cores import CorePlan
 from cluster.machine.resources import Need
 
@@ -62,11 +65,27 @@ class RewardRole:
         if self.service is not None:
             await self.service.started()
 
-    async def death(self) -> str:
-        """Wait until the process of a service that was started here has died; says how."""
+    async def keep_up(self, event: Callable[..., None]) -> None:
+        """Start the service again whenever its process dies, with growing pauses. Workers keep
+        what is to be scored meanwhile, and end the run when that takes too long; so this gives up
+        only where the service says that it cannot work (UserError)."""
         if self.service is None:
-            return await asyncio.get_running_loop().create_future()  # elsewhere: it is not seen
-        return str(await self.service.death())
+            return  # elsewhere: it is not seen from here
+        losses: list[Loss] = []
+        while True:
+            cause = await self.service.death()
+            while cause:
+                losses.append(Loss(time.monotonic()))
+                event("reward_service_lost", cause=cause)
+                pause = decide(losses, losses[-1].at, max_restarts=sys.maxsize)
+                await asyncio.sleep(pause.after_s if isinstance(pause, Restart) else 0.0)
+                try:
+                    await self.service.restart()
+                    cause = ""
+                except Fatal as problem:  # it died once more
+                    cause = str(problem)
+            seconds = round(time.monotonic() - losses[-1].at, 3)
+            event("reward_service_restarted", address=self.service.address, seconds=seconds)
 
 
 @contextmanager
@@ -102,7 +121,7 @@ def reward_role(config: TrainConfig, cores: CorePlan, log_file: Path) -> Iterato
         log_file=None if joined else log_file,
     )
     try:
-        yield RewardRole(RewardClients(service.place, deadline_s, theirs), service)
+        yield RewardRole(RewardClients(service.place, deadline_s, theirs, service.book), service)
     except BadReward as problem:
         if log_file.is_file() and log_file.stat().st_size:
             raise BadReward(f"{problem}\n  log: {log_file}") from problem

@@ -41,7 +41,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from cluster.contracts.errors import Fatal, Retryable, WorkersGone
+from cluster.contracts.errors import Fatal, Resumable, Retryable
 from cluster.contracts.live import LearnerState
 from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
@@ -166,7 +166,7 @@ class Controller:
                 self._start_step()
                 self._start_broadcast()
                 self._waits.turn(self._clock.now(), self._waits_for())
-                await self._one_event_or_too_few_workers()
+                await self._one_event_or_the_end()
             if self._stop.is_set():
                 await self._finish_running_step()
             if self._step > 0 and self._step != self._saved:
@@ -291,10 +291,10 @@ class Controller:
             else:
                 task.result()  # raises what went wrong: nothing that fails here may go unnoticed
 
-    async def _one_event_or_too_few_workers(self) -> None:
+    async def _one_event_or_the_end(self) -> None:
         try:
             await self._one_event()
-        except WorkersGone:  # what was learnt is sound, so it is kept
+        except Resumable:  # what was learnt is sound, so it is kept
             await self._finish_running_step()
             if self._step > 0 and self._step != self._saved:
                 await self._save()

@@ -161,6 +161,13 @@ class RewardConfig(Section):
         description="A scoring call that takes longer than this many seconds, retries included, "
         "fails.",
     )
+    outage_s: float = Field(
+        300,
+        ge=0,
+        description="While the reward service does not answer, finished completions are kept and "
+        "scored when it does. After this many seconds the run writes a checkpoint and ends with "
+        "exit code 75.",
+    )
     max_batch: int = Field(64, ge=1, description="Most completions in one scoring batch.")
     max_wait_ms: float = Field(
         5, ge=0, description="Most milliseconds that a scoring batch waits for further completions."

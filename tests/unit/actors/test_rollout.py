@@ -17,6 +17,7 @@ from cluster.contracts.errors import (
     BadReward,
     EngineFailure,
     Fatal,
+    Resumable,
     Retryable,
     RewardFailure,
     Unexpected,
@@ -156,6 +157,7 @@ class Lengths:
         self.gate.set()
         self.problem: Exception | None = None
         self.leave_out = 0
+        self.leave_out_times = 1000
 
     def score(self, rollouts: Sequence[Rollout]) -> list[Score]:
         assert self.gate.wait(WAIT_S)
@@ -166,7 +168,8 @@ class Lengths:
             Score(value=float(len(r.completion.token_ids)), scorer_version=self.version)
             for r in rollouts
         ]
-        return scored[self.leave_out :]
+        self.leave_out_times -= 1
+        return scored[self.leave_out if self.leave_out_times >= 0 else 0 :]
 
 
 class Shelf:
@@ -460,17 +463,39 @@ def test_work_before_weights_is_refused(bench: Bench) -> None:
         bench.worker.submit([work(0)])
 
 
-def test_a_reward_failure_never_becomes_a_score(bench: Bench) -> None:
+def test_completions_are_kept_through_an_outage_and_scored_once_it_ends(bench: Bench) -> None:
     bench.load(0)
     bench.scorer.problem = RewardFailure("the service is down")
     bench.worker.submit([work(0), work(1)])
-    metas, groups = bench.harvest_all(2)
-    assert groups == []
-    assert all(m.failure == "the service is down" and m.retryable for m in metas)
+    wait_until(lambda: bench.worker.stats()["reward_down_s"] > 0.2)
+    generated = bench.worker.stats()["generated_tokens"]
+    assert bench.worker.harvest(0.0).groups == ()
+    assert bench.worker.stats()["scoring"] == 2
     bench.scorer.problem = None
-    bench.worker.submit([work(0, attempt=1)])
+    metas, groups = bench.harvest_all(2)
+    assert [(m.attempt, m.failure) for m in metas] == [(0, None)] * 2
+    assert len(groups) == 2
+    after = bench.worker.stats()
+    assert after["generated_tokens"] == generated  # not sampled again
+    assert (after["scoring"], after["reward_down_s"]) == (0, 0)
+
+
+def test_an_outage_that_is_too_long_ends_the_worker_so_that_the_run_can_be_resumed() -> None:
+    bench = make_bench(reward_outage_s=0.3)
+    bench.load(0)
+    bench.scorer.problem = RewardFailure("the service is down")
+    bench.worker.submit([work(0)])
+    with pytest.raises(Resumable, match=r"reward\.outage_s.*the service is down"):
+        bench.harvest_all(1)
+    bench.worker.stop()
+
+
+def test_an_unusable_reply_is_asked_for_once_more(bench: Bench) -> None:
+    bench.load(0)
+    bench.scorer.leave_out, bench.scorer.leave_out_times = 1, 1
+    bench.worker.submit([work(0)])
     (meta,), groups = bench.harvest_all(1)
-    assert (meta.attempt, meta.failure, len(groups)) == (1, None, 1)
+    assert (meta.failure, len(groups)) == (None, 1)
 
 
 @pytest.mark.parametrize(
