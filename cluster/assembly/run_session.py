@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from cluster.contracts.config.base import Section
 from cluster.contracts.errors import UserError
+from cluster.contracts.live import LiveView
 from cluster.contracts.protocols import Sink
 from cluster.contracts.records import RunState
 from cluster.loop.timeline import Timeline
@@ -36,6 +37,7 @@ class RunSession:
     sinks: list[Sink] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
     outcome: Literal["finished", "stopped"] = "finished"  # of a run that ends without an error
+    shows: list[Callable[[LiveView], None]] = field(default_factory=list)  # where it is watched
     addresses: dict[str, str] = field(default_factory=dict)  # where the run can be watched
 
     @property

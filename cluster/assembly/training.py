@@ -15,6 +15,7 @@ from typing import Any
 from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.prepare import Prepared, prepare
+from cluster.assembly.ray_dashboard import RayTab, ray_tab_of
 from cluster.assembly.room import tell_what_is_missing
 from cluster.assembly.run_session import (
     RunSession,
@@ -47,6 +48,7 @@ from cluster.machine.cores import CorePlan, core_plan, own_cores
 from cluster.machine.event_loop import StopSwitch, run_coroutine
 from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import require_resources
+from cluster.pages.ray_tab import LiveBoard
 from cluster.runs.alarm_sink import AlarmSink
 from cluster.runs.console import Reporter
 from cluster.runs.control import ControlFile, forget_pause_and_stop
@@ -207,9 +209,24 @@ def _report(session: RunSession) -> None:
 def _train_on_ray(training: Training) -> None:
     start = training.session.start
     start.begins("Ray")
-    with ray_cluster(training.config.cluster) as ray_info:
+    cluster = training.config.cluster
+    with ray_tab_of(cluster) as tab, ray_cluster(cluster) as ray_info:
         start.ends("Ray")
+        _serve_page(training, tab, ray_info)
         train_in_cluster(training, ray_info)
+
+
+def _serve_page(training: Training, tab: RayTab, ray_info: Mapping[str, Any]) -> None:
+    """The run's page in Ray's dashboard, from now to the end of the run."""
+    session = training.session
+    board = LiveBoard(session.path, str(ray_info["session"]))
+    server = tab.serve(board, ray_info["dashboard"])
+    if server is not None:
+        session.shows.append(board)
+        session.addresses["page"] = server.url_with_token
+        session.reporter.say(
+            f"this run's page, also in the Metrics tab of Ray's dashboard: {server.url_with_token}"
+        )
 
 
 def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
@@ -332,7 +349,7 @@ def _live_feed(
 ) -> LiveFeed:
     """Shows the run while it goes on: to `accord status` and the pages, and to Ray's metrics."""
     session = training.session
-    shows: list[Show] = [LiveFile(session.path)]
+    shows: list[Show] = [LiveFile(session.path), *session.shows]
     if training.config.logging.ray_metrics:
         shows.append(RayLiveGauges(session.path.name))
     return LiveFeed(

@@ -17,6 +17,9 @@ LIVE = "live.json"
 LIVE_EVERY_S = 2.0
 """How often the driver writes it. A driver that lives never leaves the file much older."""
 
+HISTORY_POINTS = 300
+"""As many looks at the run are kept: the last ten minutes."""
+
 WorkerStatus = Literal["starting", "serving", "draining", "broken"]
 LearnerState = Literal["starting", "training", "waiting", "saving"]
 Stage = Literal["rollout", "reward", "learner", "weights"]

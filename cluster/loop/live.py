@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from cluster.contracts.live import (
-    LIVE_EVERY_S,
+    HISTORY_POINTS,
     STAGES,
     Bottleneck,
     History,
@@ -29,7 +29,6 @@ from cluster.loop.advice import bottleneck
 
 RATE_WINDOW_S = 10.0
 SHARE_WINDOW_S = 60.0
-HISTORY_S = 600.0
 SILENT_S = 10.0
 """A process that is this late with its answer counts as silent. With the time between two looks, a
 stopped process shows within 15 seconds."""
@@ -119,7 +118,7 @@ class LiveMeter:
     addresses: dict[str, str] = field(default_factory=dict)
     _looks: deque[_Look] = field(default_factory=deque)
     _history: deque[tuple[float, float, float, float | None, int, int]] = field(
-        default_factory=lambda: deque(maxlen=int(HISTORY_S / LIVE_EVERY_S))
+        default_factory=lambda: deque(maxlen=HISTORY_POINTS)
     )
 
     def view(

@@ -106,6 +106,8 @@ class _Headers:
 class _Token:
     """Lets a request through that carries the token: in its cookie, in a header, or in its address.
 
+    In an address it is ``?token=``, or the first part of the path: then it stays there, for a frame
+    in a page of another site, where browsers keep no cookies. Its app sees it as its ``root_path``.
     The cookie's name holds the port, as browsers share cookies between the ports of a host.
     """
 
@@ -119,7 +121,10 @@ class _Token:
             return
         given = parse_qs(scope["query_string"].decode("latin-1")).get(QUERY, [None])[-1]
         cookie = f"accord-{(scope.get('server') or ('', 0))[1]}"
-        if self._access.admits(given):
+        first = scope["path"].partition("/")[2].partition("/")[0]
+        if self._access.framed_by and self._access.admits(first):
+            await self._app({**scope, "root_path": f"/{first}"}, receive, send)
+        elif self._access.admits(given):
             await _exchange(scope, cookie, self._access.token)(scope, receive, send)
         elif self._access.admits(_carried(Headers(scope=scope), cookie)):
             await self._app(scope, receive, send)

@@ -196,7 +196,7 @@ def events(
     ``faults``: without the everyday ones."""
     history = library.history(shelf.path)
     fitting = [e for e in reversed(history.recent) if not faults or notable(e)]
-    rows = [row for row in map(_event_row, fitting) if _has(row, find)]
+    rows = [row for row in map(event_row, fitting) if _has(row, find)]
     return {
         "events": rows[:most],
         "more": max(0, len(rows) - most),
@@ -206,7 +206,7 @@ def events(
     }
 
 
-def _event_row(event: Mapping[str, Any]) -> EventRow:
+def event_row(event: Mapping[str, Any]) -> EventRow:
     told = described(dict(event), 0.0)
     moment = number(event, "time")
     when = "?" if moment is None else clock(moment)

@@ -20,12 +20,20 @@ CONNECTIONS = 64  # more are answered 503: pages must not take a run's memory
 class PageServer:
     """``app`` behind the checks of ``access``, at ``address``:``port`` (0: any free port).
 
-    Raises UserError where the port cannot be had.
+    ``listening``: a socket of ``listen``, for who had to know the port before. Raises UserError
+    where the port cannot be had.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, address: str, port: int) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        access: Access,
+        address: str,
+        port: int,
+        listening: socket.socket | None = None,
+    ) -> None:
         self._access = access
-        self._socket = _listen(address, port)
+        self._socket = listening or listen(address, port)
         self.address = address
         self.port: int = self._socket.getsockname()[1]
         self._server = uvicorn.Server(
@@ -77,7 +85,8 @@ class PageServer:
             time.sleep(0.01)
 
 
-def _listen(address: str, port: int) -> socket.socket:
+def listen(address: str, port: int) -> socket.socket:
+    """A socket that takes connections; they wait until a ``PageServer`` has it."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     found = socket.socket(family, socket.SOCK_STREAM)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -190,7 +190,21 @@ class ClusterConfig(Section):
         description="Object store of a cluster that Accord starts, in MiB.",
     )
     dashboard: bool = Field(
-        False, description="Start the Ray dashboard with a cluster that Accord starts."
+        False,
+        description="Start Ray's dashboard with a cluster that Accord starts. Its Metrics tab and "
+        "its Overview show the run while it goes on.",
+    )
+    page_port: int = Field(
+        8266,
+        ge=1,
+        le=65535,
+        description="Port of the run's page in Ray's dashboard, on the loopback address. If it is "
+        "taken on a cluster that Accord starts, any free one.",
+    )
+    dashboard_origins: list[str] = Field(
+        default_factory=list,
+        description="More addresses under which a browser shows Ray's dashboard, such as "
+        "`https://ray.example.org`. Pages of other addresses cannot show the run in a frame.",
     )
     room_timeout_s: float = Field(
         1800,
