@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.contracts.config.base import ClusterConfig
 from cluster.contracts.errors import UserError
@@ -111,10 +111,8 @@ def _joining(config: ClusterConfig) -> RayTab:
 
 
 def _access(config: ClusterConfig, token: str | None = None) -> Access:
-    framed_by = tuple(config.dashboard_origins)
-    return (
-        Access(framed_by=framed_by) if token is None else Access(token=token, framed_by=framed_by)
-    )
+    access = Access(framed_by=tuple(config.dashboard_origins))
+    return access if token is None else replace(access, token=token)
 
 
 def _origins(dashboard: str | None, more: tuple[str, ...]) -> tuple[str, ...]:

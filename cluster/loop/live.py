@@ -19,7 +19,6 @@ from cluster.contracts.live import (
     LiveView,
     QueueView,
     RewardView,
-    Stage,
     StalenessView,
     WeightsView,
     WorkerStatus,
@@ -196,11 +195,12 @@ class LiveMeter:
         stages = dict(before.stages) if before else {}
         waits = {stage: loop.waits.get(stage, 0.0) for stage in ("learner", "weights")}
         known = sum(waits.values()) + stages.get("rollout", 0.0) + stages.get("reward", 0.0)
-        # The time in which groups were to come, since the last look: nothing is left to generate
-        # while the scores of what was generated are to come, or the workers are at it.
+        # The time in which groups were to come, since the last look.
         groups_s = max(0.0, sum(loop.waits.values()) - known)
-        stage: Stage = "reward" if _only_scoring(pool.workers) else "rollout"
-        stages = {**stages, **waits, stage: stages.get(stage, 0.0) + groups_s}
+        scored = groups_s * self._scoring_share(pool.workers, before)
+        stages |= waits
+        stages["reward"] = stages.get("reward", 0.0) + scored
+        stages["rollout"] = stages.get("rollout", 0.0) + groups_s - scored
         look = _Look(
             at=now,
             stages=stages,
@@ -212,6 +212,22 @@ class LiveMeter:
         while self._looks[0].at < now - SHARE_WINDOW_S:
             self._looks.popleft()
         return look
+
+    @staticmethod
+    def _scoring_share(workers: Sequence[WorkerFacts], before: _Look | None) -> float:
+        """Of the time in which groups were to come: the part in which they were scored, not
+        generated. By the seconds that the workers spent with either since the last look."""
+        spent = {"score_s": 0.0, "busy_s": 0.0}
+        for facts in workers:
+            old = before.workers.get(facts.name) if before else None
+            base = old.stats if old is not None and old.incarnation == facts.incarnation else {}
+            for counter in spent:
+                spent[counter] += facts.stats.get(counter, 0.0) - base.get(counter, 0.0)
+        total = sum(spent.values())
+        if total > 0:
+            return max(0.0, spent["score_s"] / total)
+        # Nobody has finished anything: a call of the reward service that takes long, or a stop.
+        return 1.0 if _only_scoring(workers) else 0.0
 
     def _before(self, now: float, window_s: float) -> _Look:
         """The newest look that is ``window_s`` old, or the oldest there is."""

@@ -121,8 +121,14 @@ def test_shares_say_what_the_run_waited_for() -> None:
         "weights": 0.05,
     }
     assert view.bottleneck.stage == "reward"
+    # In seconds that the workers tell of, if they tell of any.
+    told = worker(unfinished=0, busy_s=1.0, score_s=3.0)
+    spent = {"groups": 22.0, "learner": 5.0, "weights": 1.0}
+    view = look(meter, 28.0, loop_facts(waits=spent), pool_facts(told))
+    assert view.bottleneck.shares["reward"] == pytest.approx(16 / 28, abs=1e-3)
+    assert view.bottleneck.shares["rollout"] == pytest.approx(6 / 28, abs=1e-3)
     # An hour later all of that is long past.
-    spent = {"groups": 14.0, "learner": 5.0 + 3600.0, "weights": 1.0}
+    spent = {"groups": 22.0, "learner": 5.0 + 3600.0, "weights": 1.0}
     look(meter, 3600.0, loop_facts(waits=spent), pool_facts(generating))
     spent["learner"] += 10.0
     view = look(meter, 3610.0, loop_facts(waits=spent), pool_facts(generating))
