@@ -72,17 +72,17 @@ class RayTab:
 def ray_tab_of(config: ClusterConfig) -> Iterator[RayTab]:
     """Within it Ray is started or joined. A Grafana of the user's (RAY_GRAFANA_HOST) is left alone:
     there is no page then."""
-    if os.environ.get(GRAFANA) and config.address is None:
+    if os.environ.get(GRAFANA) and config.to_join is None:
         yield RayTab()
         return
-    if config.address is not None:
+    if config.to_join is not None:
         tab = _joining(config)
     elif config.dashboard:
         tab = _starting(config)
     else:
         tab = RayTab()
     told: Mapping[str, str] = {}
-    if config.address is None and tab.access is not None and tab.listening is not None:
+    if config.to_join is None and tab.access is not None and tab.listening is not None:
         told = _environment(tab.listening.getsockname()[1], tab.access.token)
     os.environ.update(told)
     try:

@@ -16,7 +16,7 @@ def bottleneck(view: LiveView) -> Bottleneck:
         return Bottleneck(
             stage="learner",
             shares=shares,
-            why=f"the learner has not answered for {age:.0f} s",
+            why=f"The learner has not answered for {age:.0f} s.",
             advice="See whether its process or host is stopped, overloaded or cut off.",
         )
     if not shares:
@@ -29,14 +29,14 @@ def bottleneck(view: LiveView) -> Bottleneck:
         "weights": _weights,
     }[stage](view)
     share = f"{shares[stage]:.0%} of the last minute"
-    return Bottleneck(stage=stage, shares=shares, why=f"{why} ({share})", advice=advice)
+    return Bottleneck(stage=stage, shares=shares, why=f"{why} ({share}).", advice=advice)
 
 
 def _starting(view: LiveView) -> str:
     waits = [worker.name for worker in view.workers if worker.status == "starting"]
     if view.learner.state == "starting":
         waits.insert(0, "the learner")
-    return f"starting: {', '.join(waits)}" if waits else "starting"
+    return f"Starting: {', '.join(waits)}." if waits else "Starting."
 
 
 def _learner(view: LiveView) -> tuple[str, str]:
@@ -48,7 +48,7 @@ def _learner(view: LiveView) -> tuple[str, str]:
             f" The workers decode only {busy:.0%} of their time, so fewer would do: "
             f"accord scale {view.run} {len(serving) - 1}."
         )
-    return "workers wait while the learner trains", advice
+    return "Workers wait while the learner trains", advice
 
 
 def _rollout(view: LiveView) -> tuple[str, str]:
@@ -56,25 +56,25 @@ def _rollout(view: LiveView) -> tuple[str, str]:
     if silent:
         ages = ", ".join(f"{w.name} for {w.heartbeat_age_s or 0:.0f} s" for w in silent)
         return (
-            f"workers do not answer: {ages}",
+            f"Workers do not answer: {ages}",
             "They are replaced after rollout.stall_timeout_s. See whether their hosts are stopped.",
         )
     serving = view.workers_by_status.get("serving", 0)
     starting = view.workers_by_status.get("starting", 0)
     if not serving:
         return (
-            f"no worker serves, {starting} are starting" if starting else "there are no workers",
+            f"No worker serves, {starting} are starting" if starting else "There are no workers",
             "Wait for them." if starting else f"Ask for some: accord scale {view.run} 1.",
         )
     advice = f"Add workers: accord scale {view.run} {serving + starting + 1}."
     if view.staleness.bound == 0:
         advice += " With staleness.bound=1 workers also generate while the learner trains."
-    return "the learner waits for completions", advice
+    return "The learner waits for completions", advice
 
 
 def _reward(view: LiveView) -> tuple[str, str]:
     return (
-        f"completions wait for their scores ({view.rewards.waiting} groups in the queue)",
+        f"Completions wait for their scores ({view.rewards.waiting} groups in the queue)",
         "Give the reward service more: a larger reward.max_batch, more processes, or a faster one.",
     )
 
@@ -83,7 +83,7 @@ def _weights(view: LiveView) -> tuple[str, str]:
     last = view.weights.last_s
     took = f"; the last one took {last:.1f} s" if last is not None else ""
     return (
-        f"everything waits for weight updates{took}",
+        f"Everything waits for weight updates{took}",
         f"Raise staleness.bound above {view.staleness.bound}, or choose a faster "
         "weights.transport.",
     )

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from ipaddress import ip_address
+from pathlib import PurePath
 from typing import Any
 
 import psutil
@@ -64,7 +65,7 @@ def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
             "address": context.address_info.get("gcs_address", ""),
             "metrics_port": node.get("MetricsExportPort"),
             "dashboard": context.dashboard_url or None,
-            "session": Path(str(context.address_info.get("session_dir", ""))).name,
+            "session": PurePath(str(context.address_info.get("session_dir", ""))).name,
             "resources": {
                 kind: amount
                 for kind, amount in ray.cluster_resources().items()

@@ -200,12 +200,12 @@ SILENT = (
         (
             view_with({"rollout": 1.0}, workers_by_status={"serving": 0, "starting": 0}),
             "rollout",
-            "no workers",
+            "There are no workers",
             "accord scale mine 1",
         ),
         (view_with({"reward": 0.6, "rollout": 0.4}), "reward", "7 groups", "reward.max_batch"),
         (view_with({"weights": 0.6, "rollout": 0.4}), "weights", "2.5 s", "staleness.bound above"),
-        (view_with({}), None, "starting", ""),
+        (view_with({}), None, "Starting", ""),
         (
             view_with({}, learner=LearnerView(state="starting")),
             None,
