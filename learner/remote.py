@@ -10,7 +10,9 @@ import contextlib
 import dataclasses
 import math
 import os
+import secrets
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
@@ -18,16 +20,19 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.contracts.errors import AccordError, Fatal, PeerLost, Retryable
+from cluster.contracts.durable import FileDigest, write_text
+from cluster.contracts.errors import AccordError, Fatal, NotSaved, PeerLost, Retryable
 from cluster.contracts.plugins import install
 from cluster.contracts.records import StepInput, StepResult, WeightManifest
 from cluster.machine.imports import quick_imports
+from learner.outbox import Outbox, copy_files
 from learner.settings import NODE_HOST, LearnerSettings
 
 T = TypeVar("T")
 
 _PAYLOAD_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 130.0
+_CHECKPOINT = "checkpoint"  # folder of the outbox
 _GRACE_S = 5.0
 """After one process has failed: for the others to meet the same fault by themselves."""
 ASIDE = "aside"
@@ -36,7 +41,8 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS
 
 
 class LearnerActor:
-    """Runs in its own process, the learner's `rank` of several. One call at a time, in order."""
+    """Runs in its own process, the learner's `rank` of several. One call at a time, in order, and
+    beside them one call of the group "files"."""
 
     def __init__(
         self, settings: LearnerSettings, cores: Sequence[int], threads: int, rank: int = 0
@@ -54,6 +60,8 @@ class LearnerActor:
         self._ranks: Any = None
         self._place: Any = None
         self._held: StepInput | None = None
+        self._outbox: Outbox | None = None
+        self._snapshot: Any = None
 
     @ray.method(concurrency_group=ASIDE)
     def pulse(self) -> None:
@@ -61,6 +69,21 @@ class LearnerActor:
 
     def pid(self) -> int:
         return os.getpid()
+
+    def sees(self, path: str, word: str) -> bool:
+        """Whether `path`, which the driver wrote, is the driver's file also here: it holds `word`,
+        and what is written beside it here is there for the driver. Where it is not, the files of
+        this learner go into an outbox."""
+        probe = Path(path)
+        with contextlib.suppress(OSError):
+            if probe.read_text(encoding="utf-8") == word:
+                probe.with_name(f"{probe.name}-seen").write_text(word, encoding="utf-8")
+                return True
+        return False
+
+    def use_outbox(self) -> None:
+        self._outbox = Outbox()
+        self._settings = dataclasses.replace(self._settings, run_dir=str(self._outbox.path))
 
     def open_place(self) -> tuple[str, int]:
         """(host, port) at which the processes of this learner meet; asked of the first one."""
@@ -100,16 +123,38 @@ class LearnerActor:
             raise Fatal("the learner was asked for a step that it does not hold")
         return self._learner.step(wanted)
 
-    def save(self, directory: str) -> None:
-        self._learner.save(directory)
+    def snapshot(self) -> int:
+        """Copy the state in memory; how many bytes it takes (on the first rank)."""
+        self._snapshot = self._learner.snapshot()
+        return self._snapshot.nbytes if self._snapshot is not None else 0
+
+    @ray.method(concurrency_group="files")
+    def write_snapshot(self, directory: str) -> tuple[FileDigest, ...]:
+        """directory: below the outbox where there is one."""
+        taken, self._snapshot = self._snapshot, None
+        if taken is None:
+            raise Fatal("the learner was asked to write a checkpoint that it has no copy of")
+        root = Path(directory) if self._outbox is None else self._outbox.path / directory
+        digests: tuple[FileDigest, ...] = taken.write(root)
+        return digests
+
+    @ray.method(concurrency_group="files")
+    def outbox(self, method: str, *args: Any) -> Any:
+        return None if self._outbox is None else getattr(self._outbox, method)(*args)
 
     def close(self) -> None:
+        """Finish writing. What is in the outbox stays until it is closed, too."""
         try:
             if self._learner is not None:
                 self._learner.close()
         finally:
             if self._ranks is not None:
                 self._ranks.leave()
+
+
+# Ray's types do not know the option.
+_with_groups: Any = ray.remote
+_LearnerActors = _with_groups(concurrency_groups={ASIDE: 1, "files": 1})(LearnerActor)
 
 
 def _fetched(batch: StepInput) -> StepInput:
@@ -154,21 +199,25 @@ class RayLearner:
         self._options = dict(options or {})
         self._actors: list[Any] = []
         self._started = False
+        self._has_outbox = False
+        self._copying = asyncio.Lock()  # one file after the other
+        self._carrying: asyncio.Task[None] | None = None
 
     async def start(self) -> WeightManifest:
         """Start the processes, load the models, publish. Deadline: `learner.start_timeout_s` from
         the moment at which all processes have their places."""
         learner = self._settings.learner
-        remote: Any = ray.remote  # its stubs do not know this option
-        make = remote(concurrency_groups={ASIDE: 1})(LearnerActor)
         self._actors = [
-            make.options(**options).remote(
+            _LearnerActors.options(**options).remote(
                 self._settings, self._cores_of(rank), self._threads, rank
             )
             for rank, options in enumerate(self._places())
         ]
         await self._call("pid", self._room_timeout_s, "to find room on the cluster", together=False)
         limit, purpose = learner.start_timeout_s, "to load its models"
+        self._has_outbox = not await self._sees_run_directory()
+        if self._has_outbox:
+            await self._first("use_outbox", limit, purpose)
         place = () if learner.processes == 1 else (await self._first("open_place", limit, purpose),)
         manifest: WeightManifest = await self._call("start", limit, purpose, *place)
         self._started = True
@@ -183,6 +232,7 @@ class RayLearner:
             await self._call("hold", limit, f"to fetch step {batch.step}", batch, together=False)
             wanted = None
         result: StepResult = await self._call("step", limit, purpose, wanted)
+        self._carry_rollouts()
         return result
 
     async def pulse(self) -> None:
@@ -196,9 +246,31 @@ class RayLearner:
         except RayError as problem:
             raise Retryable(f"the learner does not answer: {problem}") from None
 
-    async def save(self, directory: str) -> None:
+    async def snapshot(self) -> int:
+        """Copy the state in the learner's memory, after the step before; bytes of the copy."""
         limit = self._settings.learner.step_timeout_s
-        await self._call("save", limit, f"to write the checkpoint {directory}", directory)
+        nbytes: int = await self._call("snapshot", limit, "to copy its state")
+        return nbytes
+
+    async def store(self, directory: str) -> tuple[FileDigest, ...]:
+        """Write the copy that `snapshot` made below `directory` of this host, while steps go on.
+
+        Raises NotSaved where a disk does not take it.
+        """
+        limit, purpose = self._settings.learner.step_timeout_s, f"to write {directory}"
+        place = _CHECKPOINT if self._has_outbox else directory
+        try:
+            files = await self._first("write_snapshot", limit, purpose, place)
+            if self._has_outbox:
+                await self._copy(files, Path(directory), _CHECKPOINT)
+                await self._bring_rollouts()
+        except OSError as problem:
+            raise NotSaved(f"{directory}: {problem}") from problem
+        finally:
+            if self._has_outbox and self._actors:
+                self._actors[0].outbox.remote("remove", _CHECKPOINT)
+        stored: tuple[FileDigest, ...] = files
+        return stored
 
     async def stop(self) -> None:
         """Let it finish writing, then end its processes. Raises what the last writing met.
@@ -208,7 +280,11 @@ class RayLearner:
         try:
             if self._actors and self._started:
                 await self._call("close", _STOP_TIMEOUT_S, "to finish writing")
+                await self._bring_rollouts()
+                await self._first("outbox", _STOP_TIMEOUT_S, "to tidy up", "close")
         finally:
+            if self._carrying is not None:
+                self._carrying.cancel()
             self._end()
 
     def _places(self) -> list[dict[str, Any]]:
@@ -232,13 +308,61 @@ class RayLearner:
             for rank in range(learner.processes)
         ]
 
+    # -- files of a learner on another host -------------------------------------------------------
+
+    async def _sees_run_directory(self) -> bool:
+        """Whether the first process and this one see the same run directory."""
+        if self._settings.run_dir is None:
+            return True  # nothing will be written
+        word = secrets.token_hex(16)
+        probe = Path(self._settings.run_dir) / f".probe-{word}"
+        seen = probe.with_name(f"{probe.name}-seen")
+        try:
+            write_text(probe, word)
+            limit, purpose = self._settings.learner.start_timeout_s, "to look at the run directory"
+            theirs = await self._first("sees", limit, purpose, str(probe), word)
+            return bool(theirs) and seen.is_file() and seen.read_text(encoding="utf-8") == word
+        finally:
+            probe.unlink(missing_ok=True)
+            seen.unlink(missing_ok=True)
+
+    def _carry_rollouts(self) -> None:
+        """Begin to copy what the learner has finished to write; the next step need not wait."""
+        if self._has_outbox and (self._carrying is None or self._carrying.done()):
+            self._carrying = asyncio.ensure_future(self._bring_rollouts())
+
+    async def _bring_rollouts(self) -> None:
+        if not self._has_outbox:
+            return
+        async with self._copying:
+            files = await self._first("outbox", _PAYLOAD_TIMEOUT_S, "for its rollouts", "rollouts")
+            for file in files:
+                await self._copy([file], Path(str(self._settings.run_dir)))
+                # Only now: what could not be written here is tried again after the next step.
+                await self._first("outbox", _PAYLOAD_TIMEOUT_S, "to tidy up", "remove", file.name)
+
+    async def _copy(self, files: Sequence[FileDigest], target: Path, below: str = "") -> None:
+        actor = self._actors[0]
+
+        def ask(name: str, offset: int) -> Any:
+            return actor.outbox.remote("read", name, offset).future()
+
+        try:
+            await asyncio.to_thread(copy_files, ask, files, target, below)
+        except RayTaskError as problem:
+            raise OSError(f"the learner's host could not read a file: {problem.cause}") from problem
+        except RayError as problem:
+            raise _named(problem, "send its files") from None
+
     def _cores_of(self, rank: int) -> tuple[int, ...]:
         own = self._cores[rank * self._threads : (rank + 1) * self._threads]
         return own or self._cores  # fewer cores than processes: they share them all
 
-    async def _first(self, method: str, limit_s: float, purpose: str) -> Any:
+    async def _first(self, method: str, limit_s: float, purpose: str, *args: Any) -> Any:
         """As `_call`, of the first process alone."""
-        return await self._ask(self._actors[:1], method, limit_s, purpose)
+        if not self._actors:
+            raise Fatal(f"the learner was asked to {method} but is not running")
+        return await self._ask(self._actors[:1], method, limit_s, purpose, *args)
 
     async def _call(
         self, method: str, limit_s: float, purpose: str, *args: Any, together: bool = True

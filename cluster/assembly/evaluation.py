@@ -15,6 +15,7 @@ from cluster.assembly.run_session import run_session
 from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import read_toml
+from cluster.contracts.durable import write_json
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import Prompt, Rollout
 from cluster.contracts.samples import prompt_text
@@ -22,7 +23,7 @@ from cluster.machine.hardware import this_machine
 from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import Need, require_resources
 from cluster.runs.console import Reporter
-from cluster.runs.run import Run, write_json
+from cluster.runs.run import Run
 
 
 def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:

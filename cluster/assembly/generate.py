@@ -11,11 +11,12 @@ from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_
 from cluster.contracts.config.base import ClusterConfig, ModelConfig
 from cluster.contracts.config.file import check_config
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
+from cluster.contracts.durable import write_text
 from cluster.contracts.records import Rollout
 from cluster.machine.cores import own_cores
 from cluster.machine.ray_session import ray_cluster
 from cluster.runs.console import Reporter
-from cluster.runs.run import require_writable, write_text
+from cluster.runs.run import require_writable
 
 
 def generate_to_file(

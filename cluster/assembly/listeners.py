@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.callbacks import STOP, Answer, AnyCallback, Callback, StepInfo
+from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import UserError
 from cluster.contracts.protocols import Journal
 from cluster.contracts.records import RunState
@@ -107,14 +108,19 @@ class ListenedRun:
 
     def event(self, kind: str, **detail: Any) -> None:
         self._run.event(kind, **detail)
+        if kind == "checkpoint":  # here and not where it is committed, which is another thread
+            self._listeners.checkpoint(Path(detail["path"]), detail["step"])
 
-    def begin_checkpoint(self, step: int) -> Path:
-        return self._run.begin_checkpoint(step)
+    async def begin_checkpoint(self, step: int, nbytes: int) -> Path:
+        return await self._run.begin_checkpoint(step, nbytes)
 
-    def commit_checkpoint(self, staging: Path, state: RunState, keep: int) -> Path:
-        final = self._run.commit_checkpoint(staging, state, keep)
-        self._listeners.checkpoint(final, state.step)
-        return final
+    async def commit_checkpoint(
+        self, staging: Path, files: Sequence[FileDigest], state: RunState, keep: int
+    ) -> Path:
+        return await self._run.commit_checkpoint(staging, files, state, keep)
+
+    async def abandon_checkpoint(self, staging: Path) -> None:
+        await self._run.abandon_checkpoint(staging)
 
 
 class _OnStep(Callback):

@@ -15,11 +15,12 @@ from cluster.assembly.run_session import open_run, refuse_changes, run_session, 
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
+from cluster.contracts.durable import write_json, write_text
 from cluster.contracts.errors import UserError
 from cluster.machine.hardware import this_machine
 from cluster.machine.signals import listening
 from cluster.runs.console import Reporter, Stage
-from cluster.runs.run import Run, write_json, write_text
+from cluster.runs.run import Run
 from cluster.runs.sinks import make_sinks
 
 CENTRE_ROWS = "centre_rows.txt"  # where the rows lie on which the reward model is centred

@@ -37,7 +37,8 @@ def replay_run(path: str, verify: bool, steps: int | None, reporter: Reporter) -
             where=path,
             fix="replay it without --verify",
         )
-    checkpoint, state = run.latest_checkpoint()
+    found = run.checkpoints.newest_good()
+    checkpoint, state = found.path, found.state
     wanted = _steps_wanted(steps, state, path)
     recorded = _recorded_steps(run, config, state, wanted)
     # OpenMP reads them once, when torch is imported.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cluster.contracts.config.base import Section
+from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import UserError
 from cluster.contracts.live import LiveView
 from cluster.contracts.protocols import Sink
@@ -66,12 +67,22 @@ class RunSession:
             self.reporter.say(
                 f"{detail['where'] or detail['prompt']}: set aside, {detail['cause']}"
             )
+        elif kind == "checkpoint_failed":
+            self.reporter.say(
+                f"no checkpoint was written at step {detail['step']}; training goes on, and the "
+                f"next interval tries again: {detail['cause']}"
+            )
 
-    def begin_checkpoint(self, step: int) -> Path:
-        return self.run.begin_checkpoint(step)
+    async def begin_checkpoint(self, step: int, nbytes: int) -> Path:
+        return await self.run.begin_checkpoint(step, nbytes)
 
-    def commit_checkpoint(self, staging: Path, state: RunState, keep: int) -> Path:
-        return self.run.commit_checkpoint(staging, state, keep)
+    async def commit_checkpoint(
+        self, staging: Path, files: Sequence[FileDigest], state: RunState, keep: int
+    ) -> Path:
+        return await self.run.commit_checkpoint(staging, files, state, keep)
+
+    async def abandon_checkpoint(self, staging: Path) -> None:
+        await self.run.abandon_checkpoint(staging)
 
     def close(self) -> None:
         for sink in self.sinks:

@@ -50,6 +50,7 @@ from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import require_resources
 from cluster.pages.ray_tab import LiveBoard
 from cluster.runs.alarm_sink import AlarmSink
+from cluster.runs.checkpoints import Found
 from cluster.runs.console import Reporter
 from cluster.runs.control import ControlFile, forget_pause_and_stop
 from cluster.runs.live_file import LiveFile
@@ -67,14 +68,6 @@ FREE_ON_RESUME = (
 READING = "model, prompts and rewards"
 
 
-@dataclass(frozen=True, slots=True)
-class Resumed:
-    """Where a run is continued."""
-
-    state: RunState
-    checkpoint: Path
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """One run of the loop: what was checked, the run directory, and where each role computes."""
@@ -82,7 +75,7 @@ class Training:
     prepared: Prepared
     session: RunSession
     cores: CorePlan
-    resumed: Resumed | None = None
+    resumed: Found | None = None
     callbacks: Sequence[AnyCallback] = ()
 
     @property
@@ -153,11 +146,14 @@ def resume_training(
         prepared = prepare(config)
         _refuse_other_prompts(config, resumed.state, len(prepared.prompts))
     step = resumed.state.step
-    detail = {"step": step, "checkpoint": resumed.checkpoint.name}
+    detail = {"step": step, "checkpoint": resumed.path.name}
     with run_session(run, reporter, start=start, resumed=config, **detail) as session:
+        session.run.checkpoints.set_aside(resumed.passed_over)
+        for damaged, problem in resumed.passed_over.items():
+            reporter.say(f"passed over {damaged.name}, which is damaged: {problem}")
         reporter.say(
             f"resuming at step {step} of {config.batch.steps}, prompt {resumed.state.next_group}, "
-            f"version {resumed.state.version}, from {resumed.checkpoint.name}"
+            f"version {resumed.state.version}, from {resumed.path.name}"
         )
         cores = core_plan(config, own_cores())
         training = Training(
@@ -168,16 +164,16 @@ def resume_training(
     return run.path
 
 
-def _place_to_resume(run: Run, config: TrainConfig) -> Resumed:
-    checkpoint, state = run.latest_checkpoint()
-    if state.step >= config.batch.steps:
+def _place_to_resume(run: Run, config: TrainConfig) -> Found:
+    found = run.checkpoints.newest_good()
+    if found.state.step >= config.batch.steps:
         more = config.batch.steps * 2
         raise UserError(
             f"has done its {config.batch.steps} steps",
             where=str(run.path),
             fix=f"ask for more: accord train --resume {run.path} batch.steps={more}",
         )
-    return Resumed(state, checkpoint)
+    return found
 
 
 def _refuse_other_prompts(config: TrainConfig, state: RunState, count: int) -> None:
@@ -266,8 +262,8 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
         raise listeners.problem
     if session.outcome == "stopped" and session.run.newest_checkpoint() is None:
         return  # stopped before its first step: there is nothing to publish
-    final, _ = session.run.latest_checkpoint()
-    publish_policy(final / "policy", session.path / "policy")
+    final = session.run.checkpoints.newest_good()
+    publish_policy(final.path / "policy", session.path / "policy")
 
 
 def _add_sinks(training: Training) -> None:
@@ -372,7 +368,7 @@ def _learner(training: Training) -> Any:
         training.config,
         canary_prompt=training.prepared.prompts.prompt(0).token_ids,
         run_dir=str(training.session.path.absolute()),
-        resume_from=str(resumed.checkpoint.absolute()) if resumed else None,
+        resume_from=str(resumed.path.absolute()) if resumed else None,
     )
     cores = training.cores
     return RayLearner(

@@ -74,6 +74,10 @@ class Resumable(AccordError):
     with `--resume` may succeed once that is mended; `launch.main` exits with code 75."""
 
 
+class NotSaved(AccordError):
+    """A checkpoint could not be written (disk full). Training may go on; the next may succeed."""
+
+
 class Fatal(AccordError):
     """The run must stop now; continuing would train on something wrong."""
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from cluster.contracts.durable import FileDigest
 from cluster.contracts.records import (
     Assignment,
     Completion,
@@ -106,8 +107,13 @@ class LearnerHandle(Protocol):
 
     async def step(self, batch: StepInput) -> StepResult: ...
 
-    async def save(self, directory: str) -> None:
-        """Write policy/ and trainer state under ``directory`` (complete on return)."""
+    async def snapshot(self) -> int:
+        """Copy policy and trainer state in memory; bytes of the copy. No step may go on."""
+        ...
+
+    async def store(self, directory: str) -> tuple[FileDigest, ...]:
+        """Write the copy under ``directory``, while steps go on; what was written, as it was
+        hashed. Raises NotSaved where the disk does not take it."""
         ...
 
     async def stop(self) -> None: ...
@@ -134,9 +140,14 @@ class Journal(Protocol):
 
     def event(self, kind: str, **detail: Any) -> None: ...
 
-    def begin_checkpoint(self, step: int) -> Path: ...
+    # These take long, beside the loop; they raise NotSaved.
+    async def begin_checkpoint(self, step: int, nbytes: int) -> Path: ...
 
-    def commit_checkpoint(self, staging: Path, state: RunState, keep: int) -> Path: ...
+    async def commit_checkpoint(
+        self, staging: Path, files: Sequence[FileDigest], state: RunState, keep: int
+    ) -> Path: ...
+
+    async def abandon_checkpoint(self, staging: Path) -> None: ...
 
 
 class Sink(Protocol):

@@ -17,6 +17,8 @@
     an admitted group    a serving worker                      a worker that joins or comes back
     a finished group     the other groups of its step          the last of them (or its failure)
     learner step s       its groups; never for a broadcast     the slowest group of s
+    the next step        the copy of the learner's state, if   the learner, within seconds
+                         a checkpoint is due
     a broadcast          the one before                        the slowest worker (lost: left out)
     a swap in a worker   the token under way                   the engine, some milliseconds later
     a stop               the step under way, a little          the learner, or ``stop_grace_s``
@@ -27,9 +29,9 @@ only workers that answer or are given up, and admission only a broadcast. With `
 waiting is the whole of it (train, send, generate, train ...); every step of bound lets generation
 run one step ahead.
 
-At most one each goes on of: a learner step with its saving, a broadcast. The loop starts whatever
-can start and wakes when anything ends. It holds metadata only: rollouts and weights go from role to
-role.
+At most one each goes on of: a learner step, the writing of a checkpoint, a broadcast. The loop starts
+whatever can start and wakes when anything ends. It holds metadata only: rollouts and weights go from
+role to role.
 """
 
 from __future__ import annotations
@@ -39,9 +41,10 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from cluster.contracts.errors import Fatal, Resumable, Retryable
+from cluster.contracts.errors import Fatal, NotSaved, Resumable, Retryable
 from cluster.contracts.live import LearnerState
 from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
@@ -117,6 +120,8 @@ class Controller:
         self._sink_errors = 0
         self._started = False
         self._saved = first  # step of the newest checkpoint
+        self._save_due = False
+        self._save_began = 0.0
         self._began = 0.0
         self._published = -1  # newest version of the learner
         self._waits: Waits | None = None  # while the loop runs
@@ -161,16 +166,16 @@ class Controller:
         self._pool.on_news(self._wake.set)
         try:
             while self._step < self._settings.steps and not self._stop.is_set():
-                # Each of the three does nothing when it cannot start; none of them waits.
+                # Each of these does nothing when it cannot start; none of them waits.
                 self._admit()
+                self._start_save()
                 self._start_step()
                 self._start_broadcast()
                 self._waits.turn(self._clock.now(), self._waits_for())
                 await self._one_event_or_the_end()
             if self._stop.is_set():
                 await self._finish_running_step()
-            if self._step > 0 and self._step != self._saved:
-                await self._save()
+            await self._finish_saving()
             return self._state()
         finally:
             await self._end_tasks()
@@ -236,7 +241,7 @@ class Controller:
             )
 
     def _start_step(self) -> None:
-        if "step" in self._tasks:
+        if "step" in self._tasks or "snapshot" in self._tasks:
             return  # one learner, one step: steps change the same weights
         if self._steering.paused:
             return
@@ -285,9 +290,13 @@ class Controller:
                 if isinstance(problem := task.exception(), Retryable):
                     self._step_again(problem)
                 else:
-                    await self._after_step(task.result())
+                    self._after_step(task.result())
             elif name == "broadcast":
                 self._ledger.weights_held(task.result())
+            elif name == "snapshot":
+                self._spawn("save", self._save(task.result()))
+            elif name == "save":
+                self._after_save(task)
             else:
                 task.result()  # raises what went wrong: nothing that fails here may go unnoticed
 
@@ -296,11 +305,10 @@ class Controller:
             await self._one_event()
         except Resumable:  # what was learnt is sound, so it is kept
             await self._finish_running_step()
-            if self._step > 0 and self._step != self._saved:
-                await self._save()
+            await self._finish_saving()
             raise
 
-    async def _after_step(self, result: StepResult) -> None:
+    def _after_step(self, result: StepResult) -> None:
         now = self._clock.now()
         began = self._accounts.step_ended(now, result.trained_tokens)
         self._learner_is("waiting")
@@ -308,13 +316,12 @@ class Controller:
         self._step = result.step + 1
         self._step_attempts = 0
         self._published = result.version
-        # First of all: workers fetch while the numbers are written and the checkpoint is saved.
+        # First of all: workers fetch while the numbers are written.
         self._to_broadcast = result.manifest
         self._start_broadcast()
         self._write_metrics(result, now)
         self._look()
-        if self._step % self._settings.checkpoint_every == 0 or self._step == self._settings.steps:
-            await self._save()
+        self._save_due = self._save_due or self._time_to_save(now)
         self._accounts.next_window(now, waiting_since=self._clock.now())
 
     def _step_again(self, problem: Retryable) -> None:
@@ -339,17 +346,79 @@ class Controller:
             ]
         )
 
-    async def _save(self) -> None:
-        began = self._clock.now()
+    # -- checkpoints ------------------------------------------------------------------------------
+
+    def _time_to_save(self, now: float) -> bool:
+        every, every_s = self._settings.checkpoint_every, self._settings.checkpoint_every_s
+        return (
+            self._step % every == 0
+            or self._step == self._settings.steps
+            or (every_s is not None and now - max(self._save_began, self._began) >= every_s)
+        )
+
+    def _start_save(self) -> None:
+        if self._save_due and not {"step", "snapshot", "save"} & self._tasks.keys():
+            self._save_due = False
+            self._spawn("snapshot", self._snapshot())
+
+    async def _snapshot(self) -> tuple[RunState, int]:
+        """The only part of a checkpoint that a step has to wait for."""
+        state, self._save_began = self._state(), self._clock.now()
         self._learner_is("saving")
-        # Written beside and renamed last: an interrupt leaves the checkpoint before it whole.
-        staging = self._run.begin_checkpoint(self._step)
-        await self._learner.save(str(staging))
-        final = self._run.commit_checkpoint(staging, self._state(), self._settings.keep_checkpoints)
-        self._saved = self._step
+        nbytes = await self._learner.snapshot()
         self._learner_is("waiting")
-        self._timeline.span("learner", "save", began, self._clock.now())
-        self._run.event("checkpoint", step=self._step, path=str(final))
+        self._timeline.span("learner", "copy state", self._save_began, self._clock.now())
+        return state, nbytes
+
+    async def _save(self, snapshot: tuple[RunState, int]) -> Path:
+        """Beside the loop: hashing and copying many gigabytes takes minutes."""
+        state, nbytes = snapshot
+        began, copied = self._save_began, self._clock.now()
+        # Written beside and renamed last: an interrupt leaves the checkpoint before it whole.
+        staging = await self._run.begin_checkpoint(state.step, nbytes)
+        try:
+            files = await self._learner.store(str(staging))
+        except NotSaved:
+            await self._run.abandon_checkpoint(staging)
+            raise
+        keep = self._settings.keep_checkpoints
+        path = await self._run.commit_checkpoint(staging, files, state, keep)
+        self._saved = state.step
+        ended = self._clock.now()
+        self._timeline.span("checkpoint", f"step {state.step}", copied, ended)
+        self._run.event(
+            "checkpoint",
+            step=state.step,
+            path=str(path),
+            bytes=nbytes,
+            learner_waited_s=round(copied - began, 3),
+            seconds=round(ended - began, 3),
+        )
+        return path
+
+    def _after_save(self, task: asyncio.Task[Any]) -> None:
+        if isinstance(problem := task.exception(), NotSaved):
+            # What was trained is in the learner's memory; it is written at the next interval.
+            self._run.event("checkpoint_failed", step=self._step, cause=str(problem))
+        else:
+            task.result()  # raises any other problem
+
+    async def _finish_saving(self) -> None:
+        """At the end: wait for the checkpoint under way, and write the newest state. Raises
+        Resumable when that cannot be written."""
+        try:
+            if (task := self._tasks.pop("snapshot", None)) is not None:
+                self._tasks["save"] = asyncio.ensure_future(self._save(await task))
+            if (task := self._tasks.pop("save", None)) is not None:
+                await asyncio.wait([task])
+                self._after_save(task)
+            if self._step > 0 and self._step != self._saved:
+                await self._save(await self._snapshot())
+        except NotSaved as problem:
+            raise Resumable(
+                f"the run has ended, and its last state, of step {self._step}, could not be saved: "
+                f"{problem}"
+            ) from problem
 
     async def _finish_running_step(self) -> None:
         """On a stop: wait for the step under way. When somebody is in a hurry, only a little; the

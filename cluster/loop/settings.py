@@ -16,6 +16,7 @@ class LoopSettings:
     workers: int
     checkpoint_every: int
     keep_checkpoints: int
+    checkpoint_every_s: float | None = None  # by time, beside the number of steps
     stop_grace_s: float = 4.0
     max_step_attempts: int = 3  # of one learner step whose rollouts were lost on the way
 
@@ -40,6 +41,7 @@ def loop_settings(config: TrainConfig) -> LoopSettings:
         staleness_bound=config.staleness.bound,
         workers=config.rollout.workers,
         checkpoint_every=config.checkpoint.every,
+        checkpoint_every_s=config.checkpoint.every_s,
         keep_checkpoints=config.checkpoint.keep,
     )
 

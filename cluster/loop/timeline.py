@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from cluster.contracts.durable import write_text
 from cluster.contracts.records import SwapReport
-from cluster.runs.run import write_text
 
 MOST_SPANS = 200_000
 MOST_SWAPS = 100_000  # of them: the learner's spans always have room

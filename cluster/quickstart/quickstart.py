@@ -54,12 +54,13 @@ from cluster.contracts.config.offline import (
 from cluster.contracts.config.reward import FunctionSource, RewardConfig, RewardModelSource
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.durable import write_json, write_text
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import Rollout
 from cluster.machine.cores import core_plan, own_cores
 from cluster.machine.ray_session import ray_cluster
 from cluster.runs.console import Reporter, result
-from cluster.runs.run import Run, write_json, write_text
+from cluster.runs.run import Run
 from cluster.runs.start_log import StartLog
 
 MAX_PROMPT_TOKENS = 48

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from cluster.runs.run import write_json
+from cluster.contracts.durable import write_json
 
 CONTROL = "control.json"
 MOST_BYTES = 1 << 16

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.runs.run import write_text
+from cluster.contracts.durable import write_text
 
 FILE_NAME = "accord_grafana_dashboard.json"
 UID = "accordRlhf"

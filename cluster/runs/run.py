@@ -7,16 +7,15 @@ only once their manifest does.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import hashlib
 import json
 import os
 import platform
-import shutil
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,10 @@ from pydantic import BaseModel
 
 from cluster.contracts.config.base import folder_name
 from cluster.contracts.config.file import dump_toml
+from cluster.contracts.durable import FileDigest, write_json, write_text
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
+from cluster.runs.checkpoints import Checkpoints
 from cluster.runs.driver import LOCK, Driver, driver_of
 from cluster.runs.provenance import git_commit, versions
 
@@ -38,6 +39,11 @@ class Run:
     """Paths and writers of one run directory."""
 
     path: Path
+    checkpoints: Checkpoints = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        checkpoints = Checkpoints(self.path / "checkpoints", self.event)
+        object.__setattr__(self, "checkpoints", checkpoints)
 
     @staticmethod
     def create(directory: str, name: str, command: str, config: BaseModel, **manifest: Any) -> Run:
@@ -95,59 +101,21 @@ class Run:
         self.event("resumed", **detail)
         self.update_manifest(status="running")
 
-    # -- checkpoints ------------------------------------------------------------------------------
+    async def begin_checkpoint(self, step: int, nbytes: int = 0) -> Path:
+        return await asyncio.to_thread(self.checkpoints.begin, step, nbytes)
 
-    def checkpoint_dir(self, step: int) -> Path:
-        return self.path / "checkpoints" / f"step-{step:06d}"
+    async def commit_checkpoint(
+        self, staging: Path, files: Sequence[FileDigest], state: RunState, keep: int
+    ) -> Path:
+        return await asyncio.to_thread(self.checkpoints.commit, staging, files, state, keep)
 
-    def begin_checkpoint(self, step: int) -> Path:
-        """An empty staging directory beside the final one, on the same file system."""
-        staging = self.checkpoint_dir(step).with_name(f".staging-{step:06d}")
-        shutil.rmtree(staging, ignore_errors=True)
-        staging.mkdir(parents=True)
-        return staging
-
-    def commit_checkpoint(self, staging: Path, state: RunState, keep: int) -> Path:
-        """Write the run state and, last, the manifest; rename; drop all but the newest ``keep``."""
-        write_json(staging / "run_state.json", asdict(state))
-        files = {
-            str(p.relative_to(staging)): {"sha256": _sha256(p), "bytes": p.stat().st_size}
-            for p in sorted(staging.rglob("*"))
-            if p.is_file()
-        }
-        write_json(staging / "manifest.json", {"step": state.step, "files": files})
-        final = self.checkpoint_dir(state.step)
-        if final.exists():
-            shutil.rmtree(final)
-        os.replace(staging, final)
-        _fsync_dir(final.parent)
-        for old in self._complete()[:-keep]:
-            shutil.rmtree(old)
-        return final
-
-    def latest_checkpoint(self) -> tuple[Path, RunState]:
-        """The newest checkpoint whose files are all as the manifest says; damaged ones are reported
-        as events and passed over. Raises UserError when none is left."""
-        for path in reversed(self._complete()):
-            problem = verify_checkpoint(path)
-            if problem is None:
-                state = json.loads((path / "run_state.json").read_text(encoding="utf-8"))
-                return path, RunState(**state)
-            self.event("checkpoint_damaged", checkpoint=path.name, cause=problem)
-        raise UserError(
-            "no usable checkpoint",
-            where=str(self.path / "checkpoints"),
-            fix="start the run anew under another name; it was stopped before its first checkpoint",
-        )
+    async def abandon_checkpoint(self, staging: Path) -> None:
+        await asyncio.to_thread(self.checkpoints.abandon, staging)
 
     def newest_checkpoint(self) -> int | None:
         """Step of the newest checkpoint, its files unread; None without one."""
         found = (p.name.partition("-")[2] for p in (self.path / "checkpoints").glob("step-*"))
         return max((int(number) for number in found if number.isdigit()), default=None)
-
-    def _complete(self) -> list[Path]:
-        found = (self.path / "checkpoints").glob("step-*")
-        return sorted(p for p in found if (p / "manifest.json").is_file())
 
     # -- one driver at a time ---------------------------------------------------------------------
 
@@ -173,34 +141,6 @@ def name_by_time(command: str) -> str:
     return f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def verify_checkpoint(path: Path) -> str | None:
-    """None when every file has the size and hash the manifest names, else what is wrong."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        entries = {n: (int(e["bytes"]), str(e["sha256"])) for n, e in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as problem:
-        return f"manifest.json is damaged: {problem!r}"
-    for name, (size, digest) in entries.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size} of {size} bytes"
-        if _sha256(file) != digest:
-            return f"{name} does not have the recorded hash"
-    return None
-
-
-def write_text(path: Path, text: str) -> None:
-    """Temp-then-rename, synced, so that a reader sees the old file or the new one."""
-    staging = path.with_name(f".{path.name}.tmp")
-    with staging.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(staging, path)
-
-
 def require_writable(path: Path) -> None:
     """Raises UserError when ``path`` cannot become a file, before hours go into its content."""
     if path.is_dir():
@@ -213,10 +153,6 @@ def require_writable(path: Path) -> None:
         )
     if not os.access(path.parent, os.W_OK):
         raise UserError("cannot be written", where=str(path), fix="give another place")
-
-
-def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, default=str, ensure_ascii=False) + "\n")
 
 
 def _how_to_continue(command: str, path: Path) -> str:
@@ -239,16 +175,3 @@ def _manifest(command: str, name: str, extra: Mapping[str, Any]) -> dict[str, An
         "driver": Driver.of_this_process().record(),
         **extra,
     }
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync_dir(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,14 +9,14 @@
 A learner of several processes writes the same files: sharded tensors are put together, and dealt
 out again by whatever number of processes reads them.
 
-The order of samples needs no state: it is a function of (seed, step, epoch). The caller puts the
-directory in place (temp-then-rename); on return every file is on disk.
+The order of samples needs no state: it is a function of (seed, step, epoch). A checkpoint is
+copied in memory between two steps and written while training goes on. The caller puts the directory
+in place (temp-then-rename).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.contracts.config.base import ModelConfig
-from cluster.contracts.errors import UserError
+from cluster.contracts.durable import FileDigest, digests_below, sync_tree
+from cluster.contracts.errors import NotSaved, UserError
 from learner.algorithms.kl import AdaptiveKL, FixedKL
 from learner.compute.optimizer_step import SkipCounter
 from learner.compute.ranks import whole
@@ -52,59 +53,97 @@ class TrainerState:
     canary_ids: tuple[int, ...]
 
 
-def save_state(state: TrainerState, directory: str | Path) -> None:
-    """Write `state` under `directory` (made if missing); complete and synced on return.
+@dataclass(slots=True, kw_only=True, eq=False)
+class Snapshot:
+    """Copies, in the memory of this host, of all that a checkpoint holds: training may go on while
+    they are written. ``policy``, ``value``, ``moments``, ``random_states``: tensors by name."""
 
-    Every rank has to call this; the first one writes.
+    model: Any
+    tokenizer: Any
+    policy: dict[str, Tensor]
+    value: dict[str, Tensor] | None
+    moments: dict[str, dict[str, Tensor]]
+    random_states: dict[str, Tensor]
+    trainer: Mapping[str, Any]
+
+    @property
+    def nbytes(self) -> int:
+        parts = [self.policy, self.value or {}, *self.moments.values(), self.random_states]
+        # A tensor under two names is written once.
+        found = {id(tensor): tensor.nbytes for part in parts for tensor in part.values()}
+        return sum(found.values())
+
+    def write(self, directory: str | Path) -> tuple[FileDigest, ...]:
+        """Write everything below ``directory`` (made if missing); complete and synced on return.
+        Raises NotSaved where the disk does not take it."""
+        root = Path(directory)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            save_policy(self.model, self.tokenizer, root / "policy", self.policy)
+            if self.value is not None:
+                save_file(self.value, root / "value.safetensors")
+            for name, tensors in self.moments.items():
+                save_file(tensors, root / f"optimizer_{name}.safetensors")
+            save_file(self.random_states, root / "rng.safetensors")
+            text = json.dumps(self.trainer, indent=2, allow_nan=False) + "\n"
+            (root / "trainer.json").write_text(text, encoding="utf-8")
+            # The caller renames the directory next: the name must not reach the disk before the
+            # data.
+            sync_tree(root)
+            return digests_below(root)
+        except (OSError, SafetensorError) as problem:
+            raise NotSaved(f"{root}: {problem}") from problem
+
+
+def snapshot(state: TrainerState) -> Snapshot | None:
+    """Copy what a checkpoint holds; None on all ranks but the first. Every rank has to call this.
+
+    Memory: as much as the policy, the value network and the optimisers' moments take.
     """
     networks = state.networks
     keep = networks.ranks.first
     # The other ranks hold the same, or are needed below to gather what is sharded.
     if not keep and not networks.sharded:
-        return
-    root = Path(directory)
-    # Whole weights are written by transformers from the model itself, without a copy.
-    policy = _plain(networks.policy.state_dict(), keep) if networks.sharded else None
+        return None
+    policy = _plain(networks.policy.state_dict(), keep)
     value = None if networks.value is None else _plain(networks.value.state_dict(), keep)
+    optimizers = _optimizers(state.optimizers)
     moments = {
         name: _flat(optimizer.state_dict()["state"], keep)
-        for name, (optimizer, _) in _optimizers(state.optimizers).items()
+        for name, (optimizer, _) in optimizers.items()
     }
     if not keep:
-        return
-    # Nothing is written before everything is gathered: a rank that dies leaves no half a file.
-    root.mkdir(parents=True, exist_ok=True)
-    if policy is not None:
-        policy = _tied_again(policy, networks.policy)
-    save_policy(networks.policy, state.tokenizer, root / "policy", policy)
-    if value is not None:
-        save_file(value, root / "value.safetensors")
-    described = {}
-    for name, (optimizer, skips) in _optimizers(state.optimizers).items():
-        # Popped, so that the copy of these moments is freed before the next is written.
-        save_file(moments.pop(name), root / f"optimizer_{name}.safetensors")
-        described[name] = {
+        return None
+    described = {
+        name: {
             "param_groups": optimizer.state_dict()["param_groups"],
             "skipped": skips.total,
             "skipped_in_a_row": skips.in_a_row,
         }
-    save_file(_random_states(), root / "rng.safetensors")
+        for name, (optimizer, skips) in optimizers.items()
+    }
     trainer = {
         "schema": SCHEMA,
         "version": state.version,
-        "value": _value_kind(state.networks),
+        "value": _value_kind(networks),
         "kl": {"controller": type(state.kl).__name__, **state.kl.state_dict()},
         "canary_ids": list(state.canary_ids),
         "optimizers": described,
     }
-    text = json.dumps(trainer, indent=2, allow_nan=False) + "\n"
-    (root / "trainer.json").write_text(text, encoding="utf-8")
-    # The caller renames the directory next: the name must not reach the disk before the data.
-    _sync(root)
+    return Snapshot(
+        model=networks.policy,
+        tokenizer=state.tokenizer,
+        policy=_tied_again(policy, networks.policy),
+        value=value,
+        moments=moments,
+        random_states=_random_states(),
+        # Plain values of now: the optimisers' own change as training goes on.
+        trainer=json.loads(json.dumps(trainer, allow_nan=False)),
+    )
 
 
 def restore_state(state: TrainerState, directory: str | Path) -> None:
-    """Fill `state`, built from the same settings, with what `save_state` wrote.
+    """Fill `state`, built from the same settings, with what `Snapshot.write` wrote.
 
     Raises UserError where files are missing or damaged or come from other settings (another value
     network, KL controller or model shape).
@@ -235,12 +274,3 @@ def _set_random_states(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _sync(root: Path) -> None:
-    for path in [*root.rglob("*"), root]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

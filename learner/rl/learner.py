@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, last
 from cluster.contracts.records import Canary, StepInput, StepResult, WeightManifest
@@ -22,7 +23,7 @@ from cluster.machine.torch_state import prepare_torch
 from cluster.weights.transports import Publisher, PublisherOptions, make_publisher
 from learner.compute.optimizer import lr_factor, set_lr
 from learner.compute.ranks import SINGLE, Ranks
-from learner.rl.checkpoint import TrainerState, restore_state, save_state
+from learner.rl.checkpoint import Snapshot, TrainerState, restore_state, snapshot
 from learner.rl.experience import Experience, StepPlan, build_experience
 from learner.rl.flops import matrix_peak, step_flops
 from learner.rl.metrics import experience_metrics, sequence_kl
@@ -141,12 +142,18 @@ class PPOLearner:
             trained_tokens=int(experience.loss_mask.sum()),
         )
 
-    def save(self, directory: str | Path) -> None:
-        """Write policy/ and the trainer's state under `directory`; complete on return (of the
-        first rank)."""
+    def snapshot(self) -> Snapshot | None:
+        """Copy what a checkpoint holds, so that it can be written while training goes on; None on
+        all ranks but the first. Rollouts of the steps before are then on disk."""
         if self._writer is not None:
             self._writer.flush()
-        save_state(self.state, directory)
+        return snapshot(self.state)
+
+    def save(self, directory: str | Path) -> tuple[FileDigest, ...]:
+        """Write policy/ and the trainer's state under `directory`; complete on return (of the
+        first rank, which alone writes)."""
+        taken = self.snapshot()
+        return () if taken is None else taken.write(directory)
 
     def restore(self, directory: str | Path) -> None:
         """Take up exactly where `save` stood. Raises UserError where that is not possible."""

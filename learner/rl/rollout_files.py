@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cluster.contracts.durable import sync
 from cluster.contracts.errors import Fatal
 
 _DEADLINE_S = 120.0
@@ -62,6 +63,8 @@ def _write(path: Path, table: pa.Table) -> None:
     aside = path.with_name(f".{path.name}.writing-{os.getpid()}")
     try:
         pq.write_table(table, aside, compression="zstd", write_page_checksum=True)
+        sync(aside)  # before it gets its name: a name must never stand for half a file
         os.replace(aside, path)
+        sync(path.parent)
     finally:
         aside.unlink(missing_ok=True)

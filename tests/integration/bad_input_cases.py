@@ -521,6 +521,7 @@ def made_run(
     from cluster.contracts.config.train import TrainConfig
     from cluster.contracts.records import RunState
     from cluster.runs.run import Run
+    from tests.checkpoint_files import write_checkpoint
 
     config = load_config(TrainConfig, str(train(world, folder)[1]))
     run = Run.create(str(folder / "runs"), "r", "train", config)
@@ -529,7 +530,8 @@ def made_run(
             step=step, version=step, next_group=2 * step, prompts_total=total, dropped=(),
             elapsed_s=1.0,
         )  # fmt: skip
-        run.commit_checkpoint(run.begin_checkpoint(step), state, 2)
+        staging = run.checkpoints.begin(step)
+        run.checkpoints.commit(staging, write_checkpoint(staging), state, 2)
     run.update_manifest(status=status)
     return run.path
 

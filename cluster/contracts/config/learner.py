@@ -150,4 +150,10 @@ class CheckpointConfig(Section):
         ge=1,
         description="Learner steps between checkpoints.",
     )
-    keep: int = Field(2, ge=1, description="Number of newest checkpoints to keep.")
+    every_s: float | None = Field(
+        None,
+        gt=0,
+        description="A checkpoint is written at the end of a step also when the last one began "
+        "this many seconds ago. none: by steps only.",
+    )
+    keep: int = Field(2, ge=1, description="Number of newest undamaged checkpoints to keep.")

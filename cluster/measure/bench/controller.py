@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from cluster.contracts.durable import FileDigest
 from cluster.contracts.records import (
     Assignment,
     GroupMeta,
@@ -127,7 +128,11 @@ class _Learner:
             trained_tokens=len(batch.group_ids),
         )
 
-    async def save(self, directory: str) -> None: ...
+    async def snapshot(self) -> int:
+        return 0
+
+    async def store(self, directory: str) -> tuple[FileDigest, ...]:
+        return ()
 
     async def stop(self) -> None: ...
 
@@ -135,11 +140,15 @@ class _Learner:
 class _NoJournal:
     def event(self, kind: str, **detail: Any) -> None: ...
 
-    def begin_checkpoint(self, step: int) -> Path:
+    async def begin_checkpoint(self, step: int, nbytes: int) -> Path:
         return Path()
 
-    def commit_checkpoint(self, staging: Path, state: RunState, keep: int) -> Path:
+    async def commit_checkpoint(
+        self, staging: Path, files: Sequence[FileDigest], state: RunState, keep: int
+    ) -> Path:
         return staging
+
+    async def abandon_checkpoint(self, staging: Path) -> None: ...
 
 
 def measure(options: BenchOptions) -> BenchResult:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import Retryable
 from cluster.contracts.records import (
     Assignment,
@@ -295,8 +296,11 @@ class SimulatedLearner:
             trained_tokens=int(tokens),
         )
 
-    async def save(self, directory: str) -> None:
-        await asyncio.sleep(0)
+    async def snapshot(self) -> int:
+        return 0
+
+    async def store(self, directory: str) -> tuple[FileDigest, ...]:
+        return ()
 
     async def stop(self) -> None: ...
 
@@ -324,8 +328,12 @@ class Trail:
 
     def close(self) -> None: ...
 
-    def begin_checkpoint(self, step: int) -> Path:
+    async def begin_checkpoint(self, step: int, nbytes: int) -> Path:
         return Path(f"step-{step}")
 
-    def commit_checkpoint(self, staging: Path, state: RunState, keep: int) -> Path:
+    async def commit_checkpoint(
+        self, staging: Path, files: Sequence[FileDigest], state: RunState, keep: int
+    ) -> Path:
         return staging
+
+    async def abandon_checkpoint(self, staging: Path) -> None: ...

@@ -15,6 +15,7 @@ import ray
 from ray.exceptions import RayError
 from transformers import AutoModelForCausalLM
 
+from cluster.contracts.durable import digests_below
 from cluster.contracts.errors import Fatal, Retryable, UserError
 from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput, WeightManifest
@@ -66,7 +67,9 @@ def test_a_step_a_lost_payload_a_deadline_and_death(
         result = await learner.step(good)
         with pytest.raises(Fatal, match="step 0 was asked of a learner at version 1"):
             await learner.step(good)
-        await learner.save(str(tmp_path / "checkpoint"))
+        await learner.snapshot()
+        files = await learner.store(str(tmp_path / "checkpoint"))
+        assert files == digests_below(tmp_path / "checkpoint")
         return started, result
 
     started, result = _run(live())
@@ -77,10 +80,10 @@ def test_a_step_a_lost_payload_a_deadline_and_death(
 
     async def die() -> None:
         os.kill(await _as_future(learner._actors[0].pid.remote()), signal.SIGKILL)
-        with pytest.raises(Fatal, match="process died while asked to save"):
-            await learner.save(str(tmp_path / "never"))
+        with pytest.raises(Fatal, match="process died while asked to snapshot"):
+            await learner.snapshot()
         with pytest.raises(Fatal, match="is not running"):
-            await learner.save(str(tmp_path / "never"))
+            await learner.store(str(tmp_path / "never"))
         await learner.stop()
 
     _run(die())
@@ -103,7 +106,8 @@ def test_two_processes_are_one_learner_and_end_together(
         # All meet this fault by themselves, so nobody is left waiting and nothing has to end.
         with pytest.raises(Fatal, match="step 0 was asked of a learner at version 1"):
             await learner.step(good)
-        await learner.save(str(tmp_path / "two"))
+        await learner.snapshot()
+        await learner.store(str(tmp_path / "two"))
         await single.start()
         alone = await single.step(good)
         await single.stop()

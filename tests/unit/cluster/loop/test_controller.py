@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import Fatal, Retryable, UserError, WeightMismatch, WorkersGone
 from cluster.contracts.metrics import last
 from cluster.contracts.records import (
@@ -33,6 +34,7 @@ from cluster.loop.steering import Steering
 from cluster.loop.timeline import Timeline
 from cluster.runs.control import Wishes
 from cluster.runs.run import Run
+from tests.checkpoint_files import write_checkpoint
 
 
 def manifest(version: int) -> WeightManifest:
@@ -64,6 +66,9 @@ class FakeLearner:
         self.batches: list[StepInput] = []
         self.saved: list[str] = []
         self.lose: dict[int, int] = {}  # step -> how often its rollouts are lost on the way
+        self.copied = -1
+        self.store_s = 0.0
+        self.store_problems: list[Exception] = []
         self.start_s = 0.0
         self.start_problem: Exception | None = None
 
@@ -88,9 +93,16 @@ class FakeLearner:
             trained_tokens=10,
         )
 
-    async def save(self, directory: str) -> None:
+    async def snapshot(self) -> int:
+        self.copied = self.version
+        return 10
+
+    async def store(self, directory: str) -> tuple[FileDigest, ...]:
         self.saved.append(directory)
-        (Path(directory) / "model.bin").write_text(str(self.version))
+        await asyncio.sleep(self.store_s)
+        if self.store_problems:
+            raise self.store_problems.pop(0)
+        return write_checkpoint(Path(directory), str(self.copied))
 
     async def stop(self) -> None: ...
 
@@ -281,8 +293,8 @@ def test_every_prompt_is_trained_once_in_order(tmp_path: Path, bound: int) -> No
     assert [step for step, _ in lines.rows] == [1, 2, 3, 4, 5, 6]
     swaps = [row for _, row in lines.rows if "weight_sync/canary_logp_diff" in row]
     assert swaps[-1]["weight_sync/canary_logp_diff"] == pytest.approx(1e-6)
-    path, restored = run.latest_checkpoint()
-    assert (path.name, restored.step) == ("step-000006", 6)
+    found = run.checkpoints.newest_good()
+    assert (found.path.name, found.state.step) == ("step-000006", 6)
 
 
 def test_weights_that_a_worker_asks_for_are_retained_and_few_others(tmp_path: Path) -> None:
@@ -411,7 +423,7 @@ def test_stop_keeps_what_was_done(tmp_path: Path) -> None:
         return await drive(controller, pool)
 
     state = asyncio.run(scenario())
-    _, restored = run.latest_checkpoint()
+    restored = run.checkpoints.newest_good().state
     assert 0 < restored.step == state.step == len(learner.batches) < 1000
 
 

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
+from cluster.contracts.durable import write_json
 from cluster.contracts.errors import UserError
 from cluster.runs.driver import Driver
 from cluster.runs.overview import find_runs, overview, size, span
-from cluster.runs.run import Run, write_json
+from cluster.runs.run import Run
 from cluster.runs.status import headline, read_status, status_lines
 from cluster.runs.steer import scale_workers
 

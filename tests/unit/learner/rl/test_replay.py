@@ -61,12 +61,12 @@ def train(
         learner.step(
             StepInput(step=step, group_ids=tuple(kept), payloads=(world.table_of(groups),))
         )
-    staging = run.begin_checkpoint(last)
-    learner.save(staging)
+    staging = run.checkpoints.begin(last)
+    files = learner.save(staging)
     learner.close()
     dropped = ({"group": DROPPED, "prompt": "p", "cause": "too long"},) if last > 2 else ()
     state = RunState(step=last, version=last, next_group=4 * last, prompts_total=9, dropped=dropped)
-    run.commit_checkpoint(staging, state, keep=2)
+    run.checkpoints.commit(staging, files, state, keep=2)
 
 
 @pytest.fixture(scope="module")
