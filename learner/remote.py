@@ -21,10 +21,11 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.contracts.durable import FileDigest, write_text
-from cluster.contracts.errors import AccordError, Fatal, NotSaved, PeerLost, Retryable
+from cluster.contracts.errors import AccordError, Fatal, NotSaved, PeerLost, Retryable, UserError
 from cluster.contracts.plugins import install
 from cluster.contracts.records import StepInput, StepResult, WeightManifest
 from cluster.machine.imports import quick_imports
+from cluster.machine.parcels import Parcel, pack, unpack
 from learner.outbox import Outbox, copy_files
 from learner.settings import NODE_HOST, LearnerSettings
 
@@ -123,6 +124,10 @@ class LearnerActor:
             raise Fatal("the learner was asked for a step that it does not hold")
         return self._learner.step(wanted)
 
+    def use_checkpoint(self, parcel: Parcel) -> None:
+        """Start from the packed checkpoint, which the driver's disk holds."""
+        self._settings = dataclasses.replace(self._settings, resume_from=str(unpack(parcel)))
+
     def snapshot(self) -> int:
         """Copy the state in memory; how many bytes it takes (on the first rank)."""
         self._snapshot = self._learner.snapshot()
@@ -215,9 +220,7 @@ class RayLearner:
         ]
         await self._call("pid", self._room_timeout_s, "to find room on the cluster", together=False)
         limit, purpose = learner.start_timeout_s, "to load its models"
-        self._has_outbox = not await self._sees_run_directory()
-        if self._has_outbox:
-            await self._first("use_outbox", limit, purpose)
+        await self._bridge_hosts(limit)
         place = () if learner.processes == 1 else (await self._first("open_place", limit, purpose),)
         manifest: WeightManifest = await self._call("start", limit, purpose, *place)
         self._started = True
@@ -310,18 +313,38 @@ class RayLearner:
 
     # -- files of a learner on another host -------------------------------------------------------
 
-    async def _sees_run_directory(self) -> bool:
-        """Whether the first process and this one see the same run directory."""
+    async def _bridge_hosts(self, limit: float) -> None:
+        """Give the processes what they do not see of the run directory: an outbox to the first,
+        which writes, and the checkpoint that a resumed run starts from to all."""
+        sees = await self._see_run_directory(limit)
+        self._has_outbox = not sees[0]
+        if self._has_outbox:
+            if self._settings.weights.transport == "disk":
+                raise UserError(
+                    "the learner's host does not see the run directory, through which weights "
+                    "would go",
+                    where="weights.transport = disk",
+                    fix="set weights.transport = 'object_store', or run.dir to a shared directory",
+                )
+            await self._first("use_outbox", limit, "to make its outbox")
+        checkpoint = self._settings.resume_from
+        if checkpoint is not None and not all(sees):
+            parcel = await asyncio.to_thread(pack, Path(checkpoint))
+            await self._call("use_checkpoint", limit, "to fetch its checkpoint", parcel)
+
+    async def _see_run_directory(self, limit: float) -> list[bool]:
+        """Of each process, whether it and this one see the same run directory."""
         if self._settings.run_dir is None:
-            return True  # nothing will be written
+            return [True for _ in self._actors]  # nothing will be written
         word = secrets.token_hex(16)
         probe = Path(self._settings.run_dir) / f".probe-{word}"
         seen = probe.with_name(f"{probe.name}-seen")
         try:
             write_text(probe, word)
-            limit, purpose = self._settings.learner.start_timeout_s, "to look at the run directory"
-            theirs = await self._first("sees", limit, purpose, str(probe), word)
-            return bool(theirs) and seen.is_file() and seen.read_text(encoding="utf-8") == word
+            purpose = "to look at the run directory"
+            theirs = await self._ask(self._actors, "sees", limit, purpose, str(probe), word)
+            here = seen.is_file() and seen.read_text(encoding="utf-8") == word
+            return [here and bool(answer) for answer in theirs]
         finally:
             probe.unlink(missing_ok=True)
             seen.unlink(missing_ok=True)
@@ -362,7 +385,7 @@ class RayLearner:
         """As `_call`, of the first process alone."""
         if not self._actors:
             raise Fatal(f"the learner was asked to {method} but is not running")
-        return await self._ask(self._actors[:1], method, limit_s, purpose, *args)
+        return (await self._ask(self._actors[:1], method, limit_s, purpose, *args))[0]
 
     async def _call(
         self, method: str, limit_s: float, purpose: str, *args: Any, together: bool = True
@@ -373,7 +396,8 @@ class RayLearner:
         """
         if not self._actors:
             raise Fatal(f"the learner was asked to {method} but is not running")
-        return await self._ask(self._actors, method, limit_s, purpose, *args, together=together)
+        answers = await self._ask(self._actors, method, limit_s, purpose, *args, together=together)
+        return answers[0]
 
     async def _ask(
         self,
@@ -383,7 +407,7 @@ class RayLearner:
         purpose: str,
         *args: Any,
         together: bool = True,
-    ) -> Any:
+    ) -> list[Any]:
         answers = [
             asyncio.wrap_future(getattr(actor, method).remote(*args).future()) for actor in actors
         ]
@@ -400,7 +424,7 @@ class RayLearner:
                 raise _named(_worst(problems), method) from None
             if waiting:
                 raise Fatal(f"waited {limit_s:.0f} s for the learner {purpose}; it was ended")
-            return answers[0].result()
+            return [answer.result() for answer in answers]
         finally:
             for answer in answers:
                 answer.cancel()

@@ -29,9 +29,9 @@ only workers that answer or are given up, and admission only a broadcast. With `
 waiting is the whole of it (train, send, generate, train ...); every step of bound lets generation
 run one step ahead.
 
-At most one each goes on of: a learner step, the writing of a checkpoint, a broadcast. The loop starts
-whatever can start and wakes when anything ends. It holds metadata only: rollouts and weights go from
-role to role.
+At most one each goes on of: a learner step, the writing of a checkpoint, a broadcast. The loop
+starts whatever can start and wakes when anything ends. It holds metadata only: rollouts and weights
+go from role to role.
 """
 
 from __future__ import annotations

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from cluster.contracts.durable import write_json
 from cluster.contracts.errors import UserError
 from cluster.runs import steer
 from cluster.runs.control import ControlFile, Wishes
 from cluster.runs.driver import Driver
-from cluster.runs.run import Run, write_json
+from cluster.runs.run import Run
 
 
 class Config(BaseModel):
