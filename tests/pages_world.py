@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.durable import write_json, write_text
 from cluster.contracts.live import (
     Bottleneck,
     LearnerView,
@@ -24,7 +25,7 @@ from cluster.contracts.live import (
 from cluster.contracts.records import Completion, Prompt, Rollout, RolloutGroup, Score, VersionSpan
 from cluster.contracts.rollout_table import to_table
 from cluster.runs.driver import Driver
-from cluster.runs.run import Run, write_json, write_text
+from cluster.runs.run import Run
 from learner.evaluation.samples import Sample, write_samples
 from learner.rl.rollout_files import RolloutWriter
 

@@ -13,7 +13,9 @@ from hosts import ROOT, Lab
 pytestmark = pytest.mark.lab
 
 PROMPTS = "".join(f'{{"prompt": "how long does it last {i}"}}\n' for i in range(16))
-REWARD = "def score(prompt, completion):\n    return float(len(completion))\n"
+REWARD = (
+    "def score(completions, **columns):\n    return [float(len(str(c))) for c in completions]\n"
+)
 CONFIG = """
 [model]
 path = "{model}"

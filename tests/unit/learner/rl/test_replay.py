@@ -49,7 +49,7 @@ def train(
     run: Run, config: TrainConfig, world: ModuleType, sampler: Any, first: int, last: int
 ) -> None:
     """Steps [first, last) as the controller drives them, with a checkpoint at the end."""
-    before = str(run.checkpoint_dir(first)) if first else None
+    before = str(run.checkpoints.path_of(first)) if first else None
     settings = learner_settings(config, (4, 5, 6), str(run.path), resume_from=before)
     learner = PPOLearner(settings, world.KeepingPublisher())
     learner.start()
@@ -79,7 +79,7 @@ def original(world: ModuleType, tiny: Path, tmp_path_factory: pytest.TempPathFac
     train(run, config, world, sampler, 0, STOPPED_AT)
     resumed = config_of(folder / "model", folder, STEPS)
     train(run, resumed, world, sampler, STOPPED_AT, STEPS)
-    shutil.copytree(run.checkpoint_dir(STEPS) / "policy", run.path / "policy")
+    shutil.copytree(run.checkpoints.path_of(STEPS) / "policy", run.path / "policy")
     run.update_manifest(status="finished")
     return folder
 
