@@ -35,6 +35,14 @@ class Job:
     deadline: float
     future: Future[list[Score]] = field(default_factory=Future)
 
+    def settle(self, outcome: list[Score] | Exception) -> None:
+        """Answer who waits, and let go of the items: the reply may be kept for long."""
+        self.items = ()
+        if isinstance(outcome, Exception):
+            self.future.set_exception(outcome)
+        else:
+            self.future.set_result(outcome)
+
 
 class BatchQueue:
     """First in, first out. A batch is due when full or when its oldest job waited long enough."""
@@ -129,7 +137,7 @@ class Coalescer:
             waiting = self._queue.drain()
             self._changed.notify()
         for job in waiting:
-            job.future.set_exception(Overloaded("the service is shutting down"))
+            job.settle(Overloaded("the service is shutting down"))
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
@@ -145,7 +153,7 @@ class Coalescer:
                     return
                 batch, expired = self._queue.take(self._clock())
             for job in expired:
-                job.future.set_exception(DeadlinePassed("its deadline passed before it was scored"))
+                job.settle(DeadlinePassed("its deadline passed before it was scored"))
             if batch:
                 self._score_jobs(batch)
 
@@ -158,15 +166,16 @@ class Coalescer:
         except BaseException as error:  # handed on to whoever asked; this thread must live on
             if len(jobs) == 1 or isinstance(error, RewardFailure):
                 for job in jobs:
-                    job.future.set_exception(_plain_exception(error))
+                    job.settle(_plain_exception(error))
                 return
             for job in jobs:
                 self._score_jobs([job])
             return
         start = 0
         for job in jobs:
-            job.future.set_result(scores[start : start + len(job.items)])
-            start += len(job.items)
+            end = start + len(job.items)
+            job.settle(scores[start:end])
+            start = end
 
     def _score_in_chunks(self, items: Sequence[ScoreItem]) -> list[Score]:
         scores: list[Score] = []

@@ -166,14 +166,14 @@ class RewardClient:
         except Unreached as problem:
             raise RewardFailure(problem.what) from problem
         size = min(info.max_batch, wire.MAX_ITEMS)
-        chunks = [items[start : start + size] for start in range(0, len(items), size)]
+        chunks = wire.split(wire.encode_items(items), size)
         if len(chunks) == 1:
-            return self._score_chunk(items)
+            return self._score_chunk(chunks[0])
         with ThreadPoolExecutor(2 * len(self._targets)) as pool:
             return [score for part in pool.map(self._score_chunk, chunks) for score in part]
 
-    def _score_chunk(self, items: Sequence[ScoreItem]) -> list[Score]:
-        request = wire.encode_request(uuid.uuid4().hex, items)
+    def _score_chunk(self, items: Sequence[pb.Item]) -> list[Score]:
+        request = pb.ScoreRequest(request_id=uuid.uuid4().hex, items=items)
         call = _Call(time.monotonic() + self._deadline_s)
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(self._again),

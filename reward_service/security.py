@@ -53,12 +53,14 @@ def is_loopback(host: str) -> bool:
 
 
 class TokenInterceptor(grpc.ServerInterceptor):
-    """Refuses calls without ``authorization: Bearer <token>``. Health checks are let through: they
-    tell whether the service serves and nothing else, and probes carry no secrets."""
+    """Refuses calls without ``authorization: Bearer <token>``, before their message is read. Health
+    checks are let through: they tell whether the service serves and nothing else, and probes carry
+    no secrets."""
 
     def __init__(self, token: str) -> None:
         self._expected = f"Bearer {token}".encode()
-        self._refusal = grpc.unary_unary_rpc_method_handler(_refuse)
+        # Of a stream, which this one-message call looks like as well, nothing is read unasked.
+        self._refusal = grpc.stream_unary_rpc_method_handler(_refuse)
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         if details.method.startswith(HEALTH_PREFIX):

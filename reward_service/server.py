@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.errors import AccordError, RewardFailure, UserError
 from reward_service import wire
 from reward_service.access import OPEN, Access, Tls
-from reward_service.batching import Coalescer, DeadlinePassed, Overloaded
+from reward_service.batching import Coalescer, DeadlinePassed, Job, Overloaded
 from reward_service.composition import Composition, build
+from reward_service.intake import Intake, Read, return_freed_memory
 from reward_service.proto import reward_pb2 as pb
-from reward_service.proto import reward_pb2_grpc
 from reward_service.reply_cache import ReplyCache, RequestMismatch
 from reward_service.security import (
     TokenInterceptor,
@@ -34,12 +33,17 @@ from reward_service.source import ServiceInfo
 log = logging.getLogger("accord.reward")
 
 SERVICE = pb.DESCRIPTOR.services_by_name["RewardService"].full_name
+HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 THREADS = 96  # each waits for its batch, so this bounds the requests that can share one
 MAX_CONCURRENT = 512
 MAX_ERROR_CHARS = 1500  # status texts travel in headers, which gRPC limits to 8 KiB
 OPTIONS = (
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
+    ("grpc.max_concurrent_streams", 128),  # of one connection
+    # A stream that nobody reads yet keeps this much, whatever its sender could send.
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 65536),
     ("grpc.so_reuseport", 0),  # a port in use must be an error, not a second server on it
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
@@ -57,14 +61,14 @@ class RunningServer:
         info: ServiceInfo,
         coalescer: Coalescer,
         composition: Composition,
-        healthy: health.HealthServicer,
+        servicer: _Servicer,
     ) -> None:
         self.address = address
         self.info = info
         self.coalescer = coalescer
         self._server = server
         self._composition = composition
-        self._healthy = healthy
+        self._servicer = servicer
         self._stopped = False
 
     def wait(self, timeout_s: float | None = None) -> None:
@@ -76,7 +80,7 @@ class RunningServer:
         if self._stopped:
             return
         self._stopped = True
-        self._healthy.enter_graceful_shutdown()
+        self._servicer.serving = False
         self._server.stop(grace_s).wait(grace_s + 5.0)
         if not self.coalescer.close():
             log.warning("the reward service at %s stopped while still scoring", self.address)
@@ -128,6 +132,7 @@ def serve_composition(
 ) -> RunningServer:
     """As ``serve``, for rewards that are loaded already; stopping the server closes them."""
     require_safe(host, access)
+    return_freed_memory()
     server = grpc.server(
         ThreadPoolExecutor(THREADS, thread_name_prefix="accord-reward"),
         interceptors=[TokenInterceptor(access.token)] if access.token else [],
@@ -142,15 +147,12 @@ def serve_composition(
     )
     info = composition.info(cfg.max_batch)
     servicer = _Servicer(coalescer, info, cfg.deadline_s)
-    reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server)
-    healthy = health.HealthServicer()
-    health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
-    healthy.set(SERVICE, health_pb2.HealthCheckResponse.SERVING)
+    server.add_generic_rpc_handlers(servicer.handlers())
     if with_reflection:
-        names = (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        names = (SERVICE, HEALTH, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
     server.start()
-    return RunningServer(server, f"{host}:{bound}", info, coalescer, composition, healthy)
+    return RunningServer(server, f"{host}:{bound}", info, coalescer, composition, servicer)
 
 
 def _bind(server: grpc.Server, host: str, port: int, tls: Tls | None) -> int:
@@ -168,19 +170,36 @@ def _bind(server: grpc.Server, host: str, port: int, tls: Tls | None) -> int:
         ) from error
 
 
-class _Servicer(reward_pb2_grpc.RewardServiceServicer):
+class _Servicer:
     def __init__(self, coalescer: Coalescer, info: ServiceInfo, longest_s: float) -> None:
+        self.serving = True
         self._coalescer = coalescer
         self._info = info
         self._longest_s = longest_s
         self._replies = ReplyCache()
+        self._intake = Intake()
 
-    def GetInfo(self, request: pb.GetInfoRequest, context: Any) -> pb.GetInfoResponse:
+    def handlers(self) -> tuple[grpc.GenericRpcHandler, ...]:
+        """Each call has one message. To gRPC it is a stream of one, because of a stream nothing is
+        read before the handler asks for it."""
+        return (
+            grpc.method_handlers_generic_handler(
+                SERVICE, {"Score": _one_message(self.score), "GetInfo": _one_message(self.tell)}
+            ),
+            grpc.method_handlers_generic_handler(HEALTH, {"Check": _one_message(self.check)}),
+        )
+
+    def check(self, _: Iterator[bytes], context: Any) -> health_pb2.HealthCheckResponse:
+        """Whatever service is named, because the message is never read: anybody may ask this."""
+        states = health_pb2.HealthCheckResponse
+        return states(status=states.SERVING if self.serving else states.NOT_SERVING)
+
+    def tell(self, _: Iterator[bytes], context: Any) -> pb.GetInfoResponse:
         return wire.encode_info(self._info)
 
-    def Score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
+    def score(self, messages: Iterator[bytes], context: Any) -> pb.ScoreResponse:
         try:
-            return self._score(request, context)
+            return self._score(messages, context)
         except Exception as error:
             code, text = _status(error)
             if code is Code.INTERNAL:
@@ -188,24 +207,48 @@ class _Servicer(reward_pb2_grpc.RewardServiceServicer):
             context.abort(code, text[:MAX_ERROR_CHARS])
             raise  # abort has raised already
 
-    def _score(self, request: pb.ScoreRequest, context: Any) -> pb.ScoreResponse:
-        left_s = min(context.time_remaining(), self._longest_s)
+    def _score(self, messages: Iterator[bytes], context: Any) -> pb.ScoreResponse:
+        given_s = context.time_remaining()  # None: the caller set no deadline
+        left_s = self._longest_s if given_s is None else min(given_s, self._longest_s)
         if left_s <= 0 or not context.is_active():
             raise DeadlinePassed("the deadline passed before the request was read")
-        items = wire.decode_request(request)
         deadline = time.monotonic() + left_s
-        digest = hashlib.sha256(request.SerializeToString(deterministic=True)).digest()
-        job = self._replies.job(
-            request.request_id, digest, deadline, lambda: self._coalescer.submit(items, deadline)
-        )
+        read = self._intake.read(messages, context, left_s)
+        request_id, ids = read.request_id, [item.id for item in read.items]
+        job = self._job(read, deadline)
+        del read  # the job has the items for as long as it needs them
         try:
-            scores = job.future.result(timeout=left_s)
+            scores = job.future.result(timeout=max(0.0, deadline - time.monotonic()))
         except FutureTimeout as error:
             if job.future.done():  # the scorer itself timed out
                 raise
             raise DeadlinePassed(f"not scored within {left_s:.1f} s") from error
-        ids = [item.id for item in items]
-        return wire.encode_reply(request.request_id, self._info.scorer_version, ids, scores)
+        return wire.encode_reply(request_id, self._info.scorer_version, ids, scores)
+
+    def _job(self, read: Read, deadline: float) -> Job:
+        """A new job keeps the room its items take until it is done; any other gives it back."""
+        begun: list[Job] = []
+        loan = (
+            read.loan
+        )  # what the job calls when it is done lives on with its reply: not the items
+
+        def start() -> Job:
+            begun.append(self._coalescer.submit(read.items, deadline))
+            return begun[0]
+
+        try:
+            return self._replies.job(read.request_id, read.digest, deadline, start)
+        finally:
+            if begun:
+                begun[0].future.add_done_callback(lambda _: loan.end())
+            else:
+                loan.end()
+
+
+def _one_message(behaviour: Any) -> grpc.RpcMethodHandler:
+    return grpc.stream_unary_rpc_method_handler(
+        behaviour, response_serializer=lambda reply: reply.SerializeToString()
+    )
 
 
 def _status(error: Exception) -> tuple[Any, str]:

@@ -16,9 +16,16 @@ MAX_ITEMS = 4096
 MAX_ID_CHARS = 512
 MAX_MESSAGES = 1024
 MAX_TEXT_CHARS = 1_000_000
-MAX_TOKENS = 1_048_576
+MAX_TOKENS = 1_048_576  # of a request
 MAX_METADATA_CHARS = 1_000_000
-MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+MAX_REQUEST_METADATA_CHARS = 2_000_000
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024  # what gRPC receives by default, so other servers take it, too
+FULL_BYTES = 1024 * 1024  # a client begins another request then
+# What a request becomes in memory: Python's integers, the lists and dicts of JSON at their worst,
+# and a few copies of the message.
+TOKEN_BYTES = 36
+METADATA_FACTOR = 24
+COPIES = 4
 # No reward of a sane scale comes near; a larger one is a scorer gone wrong (1e30 is finite, too).
 MAX_ABS_SCORE = 1e6
 
@@ -60,7 +67,12 @@ def _place(rollout: Rollout) -> str:
 
 def encode_request(request_id: str, items: Sequence[ScoreItem]) -> pb.ScoreRequest:
     """Raises BadReward for an item that cannot travel (not text, not JSON, over a limit)."""
-    request = pb.ScoreRequest(request_id=request_id)
+    return pb.ScoreRequest(request_id=request_id, items=encode_items(items))
+
+
+def encode_items(items: Sequence[ScoreItem]) -> list[pb.Item]:
+    """Raises BadReward as ``encode_request``."""
+    found = []
     written: dict[int, str] = {}  # the samples of a prompt share its metadata: written out once
     for item in items:
         try:
@@ -71,8 +83,30 @@ def encode_request(request_id: str, items: Sequence[ScoreItem]) -> pb.ScoreReque
             _check_item(encoded)
         except (BadRequest, TypeError, ValueError) as error:  # ValueError: a lone surrogate
             raise BadReward(f"{item.label} cannot go to the reward service: {error}") from error
-        request.items.append(encoded)
-    return request
+        found.append(encoded)
+    return found
+
+
+def split(items: Sequence[pb.Item], most: int) -> list[list[pb.Item]]:
+    """In order, into requests of at most ``most`` items; one that is full by its bytes takes no
+    further item."""
+    parts: list[list[pb.Item]] = []
+    room = 0
+    for item in items:
+        size = item.ByteSize()
+        if not parts or len(parts[-1]) >= most or size > room:
+            parts.append([])
+            room = FULL_BYTES
+        parts[-1].append(item)
+        room -= size
+    return parts
+
+
+def memory_of(request: pb.ScoreRequest, size: int) -> int:
+    """Bytes that a request of ``size`` bytes may take when it is decoded, at most."""
+    tokens = sum(len(item.prompt_ids) + len(item.response_ids) for item in request.items)
+    metadata = sum(len(item.metadata_json) for item in request.items)
+    return COPIES * size + TOKEN_BYTES * tokens + METADATA_FACTOR * metadata
 
 
 def _encode_item(item: ScoreItem, metadata_json: str) -> pb.Item:
@@ -95,21 +129,33 @@ def _plain(value: Any) -> str:
     raise TypeError(f"metadata holds a {type(value).__name__}, which JSON cannot")
 
 
-def decode_request(request: pb.ScoreRequest) -> list[ScoreItem]:
-    """Raises BadRequest when a field is missing, malformed or over its limit."""
+def check_request(request: pb.ScoreRequest) -> None:
+    """Raises BadRequest when a field is missing or over its limit. Decodes nothing."""
     if not 0 < len(request.request_id) <= MAX_ID_CHARS:
         raise BadRequest(f"request_id must have 1 to {MAX_ID_CHARS} characters")
     if not 0 < len(request.items) <= MAX_ITEMS:
         raise BadRequest(f"a request has 1 to {MAX_ITEMS} items, this one {len(request.items)}")
-    items = []
     seen: set[str] = set()
     for item in request.items:
         _check_item(item)
         if item.id in seen:
             raise BadRequest(f"item id {item.id!r} occurs twice")
         seen.add(item.id)
-        items.append(_decode_item(item))
-    return items
+    tokens = sum(len(item.prompt_ids) + len(item.response_ids) for item in request.items)
+    if tokens > MAX_TOKENS:
+        raise BadRequest(f"a request of {tokens} tokens, the limit is {MAX_TOKENS}")
+    metadata = sum(len(item.metadata_json) for item in request.items)
+    if metadata > MAX_REQUEST_METADATA_CHARS:
+        raise BadRequest(
+            f"a request with {metadata} characters of metadata, "
+            f"the limit is {MAX_REQUEST_METADATA_CHARS}"
+        )
+
+
+def decode_request(request: pb.ScoreRequest) -> list[ScoreItem]:
+    """Raises BadRequest when a field is missing, malformed or over its limit."""
+    check_request(request)
+    return [_decode_item(item) for item in request.items]
 
 
 def _check_item(item: pb.Item) -> None:
@@ -126,6 +172,8 @@ def _check_item(item: pb.Item) -> None:
         raise BadRequest(f"{where}: {tokens} tokens, the limit is {MAX_TOKENS}")
     if len(item.metadata_json) > MAX_METADATA_CHARS:
         raise BadRequest(f"{where}: metadata over {MAX_METADATA_CHARS} characters")
+    if (size := item.ByteSize()) > MAX_MESSAGE_BYTES - 2 * MAX_ID_CHARS:
+        raise BadRequest(f"{where}: {size} bytes, the limit is {MAX_MESSAGE_BYTES}")
     if item.finish_reason not in FINISH_REASONS:
         reason = item.finish_reason[:20]
         raise BadRequest(f"{where}: finish_reason {reason!r} is not one of {FINISH_REASONS}")

@@ -207,3 +207,30 @@ def test_a_failed_reply_is_not_kept_and_old_ones_are_forgotten() -> None:
     cache.job("t", b"d", 5.0, lambda: job("a"))
     assert cache.job("s", b"d", 5.0, lambda: job("a")) is kept
     assert cache.job("r", b"d", 5.0, lambda: job("z")).items[0].id == "z"
+
+
+def test_a_job_that_is_done_lets_go_of_its_items() -> None:
+    one = job("a")
+    one.settle([Score(value=1.0, parts={}, scorer_version="v")])
+    assert one.items == ()
+    assert one.future.result(0)[0].value == 1.0
+
+
+def test_replies_are_forgotten_when_they_take_too_much_memory() -> None:
+    """Counted by their content: one with long texts weighs what a hundred others do."""
+    cache = ReplyCache(size=1000, most_bytes=100_000)
+    for number in range(50):
+        cache.job(f"r{number}", b"d", 5.0, lambda: job("a")).settle(
+            [Score(value=1.0, parts={"rules": 1.0}, scorer_version="v")]
+        )
+    assert len(cache._jobs) == 50
+    cache.job("long", b"d", 5.0, lambda: job("a")).settle(
+        [Score(value=1.0, parts={}, scorer_version="v", vetoes=("x" * 90_000,))]
+    )
+    assert "long" in cache._jobs
+    assert "r0" not in cache._jobs
+    assert cache._bytes <= 100_000
+    cache.job("far too long", b"d", 5.0, lambda: job("a")).settle(
+        [Score(value=1.0, parts={}, scorer_version="v", vetoes=("x" * 200_000,))]
+    )
+    assert cache._bytes == 0
