@@ -512,7 +512,14 @@ def test_a_stop_that_was_asked_for_waits_for_the_step_and_leaves_a_checkpoint(
     learner = FakeLearner(seconds=0.5)
     controller, pool, run, _ = build(tmp_path, World(), learner, steps=30)
     controller._settings = replace(controller._settings, stop_grace_s=0.01)
-    wish(controller, lambda: Wishes(stop=controller.step >= 1))
+    asked: list[bool] = []
+
+    def wishes() -> Wishes:
+        if controller.step == 1 and "step" in controller._tasks:
+            asked.append(True)  # in the middle of the second step
+        return Wishes(stop=bool(asked))
+
+    wish(controller, wishes)
     looks_often(controller)
     state = asyncio.run(drive(controller, pool))
     assert controller.stopped_as_asked
