@@ -71,6 +71,9 @@ class LearnerActor:
     def pid(self) -> int:
         return os.getpid()
 
+    def node(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
+
     def sees(self, path: str, word: str) -> bool:
         """Whether `path`, which the driver wrote, is the driver's file also here: it holds `word`,
         and what is written beside it here is there for the driver. Where it is not, the files of
@@ -198,6 +201,7 @@ class RayLearner:
         room_timeout_s: float = math.inf,
     ) -> None:
         self._room_timeout_s = room_timeout_s
+        self.nodes: frozenset[str] = frozenset()  # ids of those that its processes run on
         self._group: Any = None  # reserves places near each other for several processes
         self._settings = settings
         self._cores, self._threads = tuple(cores), threads
@@ -219,6 +223,8 @@ class RayLearner:
             for rank, options in enumerate(self._places())
         ]
         await self._call("pid", self._room_timeout_s, "to find room on the cluster", together=False)
+        homes = [asyncio.wrap_future(actor.node.remote().future()) for actor in self._actors]
+        self.nodes = frozenset(await asyncio.gather(*homes))
         limit, purpose = learner.start_timeout_s, "to load its models"
         await self._bridge_hosts(limit)
         place = () if learner.processes == 1 else (await self._first("open_place", limit, purpose),)

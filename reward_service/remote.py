@@ -137,6 +137,9 @@ class RewardServiceHandle:
         """Known once it has started."""
         return self._known()[0]
 
+    def runs_at(self, host: str) -> bool:
+        return self._answer is not None and self.address.rpartition(":")[0] == host
+
     @property
     def info(self) -> ServiceInfo:
         return self._known()[1]

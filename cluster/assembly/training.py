@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.auto.resolve import resolve_here
+from cluster.assembly.leaving import LeavingWatch
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.prepare import Prepared, prepare
 from cluster.assembly.ray_dashboard import RayTab, ray_tab_of
@@ -45,6 +46,7 @@ from cluster.loop.settings import loop_settings, pool_settings
 from cluster.machine.clock import MonotonicClock
 from cluster.machine.core_sharing import SideBalance
 from cluster.machine.cores import CorePlan, core_plan, own_cores
+from cluster.machine.draining import LeavingNode
 from cluster.machine.event_loop import StopSwitch, run_coroutine
 from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import require_resources
@@ -321,6 +323,9 @@ async def _drive(
     session.start.begins("learner", *service, *workers)
     watch = asyncio.ensure_future(_watch_reward_service(rewards, session, controller))
     room = asyncio.ensure_future(tell_what_is_missing(config, session))
+    leaving = asyncio.ensure_future(
+        _watch_leaving_nodes(training, controller, pool, learner, rewards)
+    )
     live = asyncio.ensure_future(feed.run())
     with stop.bound(controller.request_stop):
         try:
@@ -335,9 +340,32 @@ async def _drive(
         finally:
             watch.cancel()
             room.cancel()
+            leaving.cancel()
             live.cancel()
             await asyncio.gather(live, return_exceptions=True)
             await asyncio.gather(pool.stop(), _stop_learner(learner))
+
+
+async def _watch_leaving_nodes(
+    training: Training, controller: Controller, pool: WorkerPool, learner: Any, rewards: RewardRole
+) -> None:
+    """What a node that is about to go would take with it is passed on or saved before."""
+    session = training.session
+    if training.config.cluster.to_join is None:
+        return  # the only node is this machine
+
+    def home(node: LeavingNode) -> list[str]:
+        scores = rewards.service is not None and rewards.service.runs_at(node.address)
+        roles = ["learner"] * (node.id in learner.nodes) + ["reward service"] * scores
+        if roles:
+            session.reporter.say(
+                f"node {node.name} is about to go, with {' and '.join(roles)}: a checkpoint is "
+                "written after the step under way"
+            )
+        return roles
+
+    watch = LeavingWatch(pool, session.event, home, controller.request_checkpoint)
+    await watch.run()
 
 
 def _live_feed(

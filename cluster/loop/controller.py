@@ -55,6 +55,7 @@ from cluster.contracts.records import (
     StepResult,
     WeightManifest,
 )
+from cluster.loop.autoscale import Autoscaler
 from cluster.loop.live import LoopFacts, Wait, Waits
 from cluster.loop.loop_metrics import Accounts, Standing
 from cluster.loop.pool import WorkerPool
@@ -93,7 +94,7 @@ class Controller:
         self._sinks = sinks
         self._clock = clock
         self._timeline = timeline
-        self._steering = Steering(wishes, run.event)
+        self._steering = Steering(wishes, run.event, _autoscaler(settings))
         self._cpu_s = cpu_s  # CPU seconds of the loop's thread
         first = state.step if state else 0
         self._step = first  # learner steps finished
@@ -137,6 +138,11 @@ class Controller:
         """Finish what is cheap to finish, keep everything done, and return."""
         self._hurry.set()
         self._stop.set()
+        self._wake.set()
+
+    def request_checkpoint(self) -> None:
+        """Write one after the step under way, or at once where none is."""
+        self._save_due = self._step > 0
         self._wake.set()
 
     @property
@@ -513,6 +519,7 @@ class Controller:
         numbers = values(result.metrics) | self._accounts.numbers(result, now, standing)
         # JSON has no NaN; a number that could not be measured is left out.
         numbers = {name: v for name, v in numbers.items() if math.isfinite(v)}
+        self._steering.step_ended(numbers, now=now, wanted=self._pool.wanted)
         for sink in self._sinks:
             try:
                 sink.write(self._step, numbers)
@@ -552,3 +559,10 @@ class Controller:
         task = asyncio.ensure_future(work)
         task.add_done_callback(lambda _: self._wake.set())
         self._tasks[name] = task
+
+
+def _autoscaler(settings: LoopSettings) -> Autoscaler | None:
+    if settings.autoscale is None:
+        return None
+    least, most = settings.autoscale
+    return Autoscaler(least=least, most=most)

@@ -18,6 +18,7 @@ class LoopSettings:
     keep_checkpoints: int
     checkpoint_every_s: float | None = None  # by time, beside the number of steps
     stop_grace_s: float = 4.0
+    autoscale: tuple[int, int] | None = None  # fewest and most workers of the policy; None: off
     max_step_attempts: int = 3  # of one learner step whose rollouts were lost on the way
 
 
@@ -43,7 +44,15 @@ def loop_settings(config: TrainConfig) -> LoopSettings:
         checkpoint_every=config.checkpoint.every,
         checkpoint_every_s=config.checkpoint.every_s,
         keep_checkpoints=config.checkpoint.keep,
+        autoscale=_autoscale(config),
     )
+
+
+def _autoscale(config: TrainConfig) -> tuple[int, int] | None:
+    rollout = config.rollout
+    if not rollout.autoscale or rollout.max_workers is None:
+        return None
+    return rollout.min_workers, rollout.max_workers
 
 
 def pool_settings(config: TrainConfig) -> PoolSettings:

@@ -177,6 +177,16 @@ class RolloutConfig(Section):
         description="The run goes on while at least this many workers serve. With fewer it gives "
         "out no prompts and waits for workers.",
     )
+    max_workers: int | None = Field(
+        None, ge=1, description="Most rollout workers that `autoscale` asks for."
+    )
+    autoscale: bool = Field(
+        False,
+        description="Change the number of workers by itself, within `min_workers` and "
+        "`max_workers`: more while the learner waits for completions, fewer while the workers "
+        "have no work. Where Ray has an autoscaler, ask it for the machines. "
+        "`accord scale RUN N` overrules it, `accord scale RUN auto` gives it the choice again.",
+    )
     workers_timeout_s: float = Field(
         1800,
         ge=0,
@@ -206,6 +216,11 @@ class RolloutConfig(Section):
             )
         if "" in self.stop:
             raise ValueError("stop holds an empty string: it would end every completion at once")
+        if self.autoscale and (self.max_workers or 0) < max(1, self.min_workers):
+            raise ValueError(
+                "autoscale = true needs max_workers, the most workers it may ask for, and not "
+                f"below min_workers = {self.min_workers}"
+            )
         if self.min_tokens > self.max_tokens and "max_tokens" in self.model_fields_set:
             raise ValueError(
                 f"min_tokens = {self.min_tokens} is over max_tokens = {self.max_tokens}"

@@ -85,6 +85,8 @@ class SimulatedWorker:
         self._deadline = 0.0
         self._dead = False
         self._finished_tokens = 0.0
+        self._busy_s = 0.0
+        self._busy_since: float | None = None  # it has something in hand
 
     async def placed(self) -> None: ...
 
@@ -96,6 +98,7 @@ class SimulatedWorker:
 
     async def submit(self, assignments: Sequence[Assignment]) -> None:
         self._refuse_if_dead()
+        self._busy()
         now, free, rate = self._own_time(), self._free, self._rate
         for assignment in assignments:
             lengths = self._lengths.of(assignment.group_id, assignment.attempt)
@@ -114,6 +117,7 @@ class SimulatedWorker:
             self._record.occupation.add(
                 [t + self._paused_s for t in starts], [t + self._paused_s for t in ends]
             )
+        self._busy_since = self._loop.time()
         self._arm()
 
     async def harvest(self, timeout_s: float) -> Harvest:
@@ -139,7 +143,7 @@ class SimulatedWorker:
             incarnation=self.incarnation,
             groups=tuple(metas),
             payload=traces,
-            stats={"generated_tokens": self._finished_tokens},
+            stats={"generated_tokens": self._finished_tokens, "busy_s": self._busy()},
         )
 
     async def load_weights(self, manifest: WeightManifest) -> SwapReport:
@@ -169,6 +173,13 @@ class SimulatedWorker:
 
     async def stop(self) -> None:
         self._dead = True
+
+    def _busy(self) -> float:
+        now = self._loop.time()
+        if self._busy_since is not None:
+            self._busy_s += now - self._busy_since
+        self._busy_since = now if self._open else None
+        return self._busy_s
 
     def _live(self) -> None:
         if self._life_s < self._scenario.seconds:
