@@ -30,7 +30,7 @@ COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Start": ("quickstart", "init"),
     "Train": ("sft", "reward_model", "dpo", "train"),
     "Sample and judge": ("generate", "evaluate", "chat", "preferences", "serve_reward"),
-    "Look at a run": ("runs", "status", "ui", "samples", "compare", "report", "replay"),
+    "Look at a run": ("runs", "status", "ui", "samples", "compare", "report", "replay", "audit"),
     "Steer a run": ("scale", "pause", "resume", "stop"),
     "Plan and measure": ("plan", "bench", "simulate"),
 }

@@ -111,6 +111,9 @@ class ListenedRun:
         if kind == "checkpoint":  # here and not where it is committed, which is another thread
             self._listeners.checkpoint(Path(detail["path"]), detail["step"])
 
+    def account(self, **row: Any) -> None:
+        self._run.account(**row)
+
     async def begin_checkpoint(self, step: int, nbytes: int) -> Path:
         return await self._run.begin_checkpoint(step, nbytes)
 

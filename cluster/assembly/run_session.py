@@ -73,6 +73,9 @@ class RunSession:
                 f"next interval tries again: {detail['cause']}"
             )
 
+    def account(self, **row: Any) -> None:
+        self.run.account(**row)
+
     async def begin_checkpoint(self, step: int, nbytes: int) -> Path:
         return await self.run.begin_checkpoint(step, nbytes)
 

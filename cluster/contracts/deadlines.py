@@ -7,7 +7,7 @@ from collections.abc import Awaitable
 from typing import TypeVar
 
 T = TypeVar("T")
-LATE_S = 1.0
+LATE_S = 5.0
 
 
 async def within(limit_s: float, work: Awaitable[T]) -> T:

@@ -140,6 +140,10 @@ class Journal(Protocol):
 
     def event(self, kind: str, **detail: Any) -> None: ...
 
+    def account(self, **row: Any) -> None:
+        """A line of the books that `accord audit` checks (``cluster.runs.audit``)."""
+        ...
+
     # These take long, beside the loop; they raise NotSaved.
     async def begin_checkpoint(self, step: int, nbytes: int) -> Path: ...
 

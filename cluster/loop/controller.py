@@ -159,6 +159,7 @@ class Controller:
             return False
         self._started = True
         self._began = self._clock.now()
+        self._run.account(start=self._step)
         self._run.event("loop_started", step=self._step, version=manifest.version)
         return True
 
@@ -322,6 +323,7 @@ class Controller:
         self._step = result.step + 1
         self._step_attempts = 0
         self._published = result.version
+        self._account(result)
         # First of all: workers fetch while the numbers are written.
         self._to_broadcast = result.manifest
         self._start_broadcast()
@@ -443,6 +445,7 @@ class Controller:
             self._tasks.pop("step")
             result, now = task.result(), self._clock.now()
             self._step = result.step + 1
+            self._account(result)
             self._accounts.step_ended(now, result.trained_tokens)
             self._write_metrics(result, now)
         else:
@@ -478,6 +481,23 @@ class Controller:
 
     def _learner_is(self, state: LearnerState) -> None:
         self._learner_state, self._learner_since = state, self._clock.now()
+
+    def _account(self, result: StepResult) -> None:
+        """Enter the step that has just ended into the books, and where every other group is."""
+        trained = [meta for meta in self._taken if meta.failure is None]
+        self._run.account(
+            step=result.step,
+            trained=[meta.group_id for meta in trained],
+            dropped={str(m.group_id): m.failure for m in self._taken if m.failure is not None},
+            samples=sum(meta.samples for meta in trained),
+            tokens=sum(meta.response_tokens for meta in trained),
+            version_min=min(meta.version_min for meta in trained),
+            version_max=max(meta.version_max for meta in trained),
+            issued=self._ledger.admitted,
+            ready=len(self._buffer) + self._pool.unread,
+            in_flight=self._pool.in_flight,
+            refused=self._buffer.refused,
+        )
 
     def _check_lag(self, step: int, metas: list[GroupMeta]) -> None:
         for meta in metas:

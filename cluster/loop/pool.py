@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
-from cluster.contracts.deadlines import within
+from cluster.contracts.deadlines import LATE_S, within
 from cluster.contracts.errors import (
     EngineFailure,
     Fatal,
@@ -230,6 +230,11 @@ class WorkerPool:
         """Groups leased or waiting for a worker."""
         return len(self._waiting) + len(self._suspects.waiting) + self._book.leased
 
+    @property
+    def unread(self) -> int:
+        """Finished groups that ``take_finished`` has not given out yet."""
+        return sum(len(groups) for _, groups in self._news)
+
     def stats(self) -> dict[str, float]:
         """Workers' counters summed since the start (tokens, busy seconds, ...), the lost ones'
         included."""
@@ -308,18 +313,20 @@ class WorkerPool:
         handle, holder = member.handle, self._book.holder(member.index)
         stall_s = self._settings.stall_timeout_s
         seen: tuple[float, ...] = ()
-        last = self._clock.now()
+        quiet_s = 0.0
         try:
             while member.status in ("serving", "draining"):
-                wait_s = self._harvest_s()
+                wait_s, asked = self._harvest_s(), self._clock.now()
                 # A call that is not answered at all: the process hangs, or its machine is gone.
                 harvest = await within(wait_s + stall_s, handle.harvest(wait_s))
                 member.heard, member.stats = self._clock.now(), harvest.stats
                 progress = _progress(harvest)
                 if harvest.groups or progress != seen or not holder.leases or _only_scores(harvest):
-                    seen, last = progress, self._clock.now()
+                    seen, quiet_s = progress, 0.0
+                else:  # not more than an answer takes: this process itself may have stood still
+                    quiet_s += min(member.heard - asked, wait_s + LATE_S)
                 # It answers, but samples no token: a hung engine behind a live process.
-                elif self._clock.now() - last > stall_s:
+                if quiet_s > stall_s:
                     raise EngineFailure(
                         f"sampled no token of {len(holder.leases)} groups in {stall_s:.0f} s"
                     )

@@ -1,7 +1,7 @@
 """A run on disk: one directory, files that a reader never sees half written, checkpoints that exist
 only once their manifest does.
 
-    runs/NAME/  config.toml  manifest.json  metrics.jsonl  events.jsonl  timeline.json
+    runs/NAME/  config.toml  manifest.json  metrics.jsonl  events.jsonl  ledger.jsonl  timeline.json
                 inputs/  rollouts/    checkpoints/step-000010/{policy/, ..., manifest.json}
 """
 
@@ -31,6 +31,7 @@ from cluster.runs.driver import LOCK, Driver, driver_of
 from cluster.runs.provenance import git_commit, versions
 
 RESUMABLE = ("train", "sft", "reward-model", "dpo")  # commands with --resume
+LEDGER = "ledger.jsonl"
 INPUTS = "inputs"  # objects of the Python session that started the run, written as files
 
 
@@ -89,6 +90,14 @@ class Run:
         row = {"time": time.time(), "kind": kind, **detail}
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, default=str, ensure_ascii=False) + "\n")
+
+    def account(self, **row: Any) -> None:
+        """Append one line to ledger.jsonl: what a step trained on, and where all other groups were
+        at that moment."""
+        with (self.path / LEDGER).open("ab+") as file:
+            torn = file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
+            # A killed process can leave half a line; the next one must not become part of it.
+            file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
 
     def update_manifest(self, **entries: Any) -> None:
         path = self.path / "manifest.json"

@@ -140,6 +140,8 @@ class _Learner:
 class _NoJournal:
     def event(self, kind: str, **detail: Any) -> None: ...
 
+    def account(self, **row: Any) -> None: ...
+
     async def begin_checkpoint(self, step: int, nbytes: int) -> Path:
         return Path()
 

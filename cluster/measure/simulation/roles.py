@@ -339,6 +339,8 @@ class Trail:
 
     def close(self) -> None: ...
 
+    def account(self, **row: Any) -> None: ...
+
     async def begin_checkpoint(self, step: int, nbytes: int) -> Path:
         return Path(f"step-{step}")
 
