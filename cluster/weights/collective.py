@@ -7,10 +7,16 @@ come and go without anybody else noticing. The learner's side is a thread: train
     worker                        store (in the learner's process)          learner's thread
     asks          ───────────▶    queue of "<pair> <n> <version>"  ──────▶  packs nothing: sends the
     recv ◀─────────────────────── communicator of the pair ◀──────────────  snapshot of that version
+
+The store is behind a gate that opens with a secret of the run, and every ask is signed with it; the
+secret is in the manifest, which only Ray brings. The tensors themselves travel as torch.distributed
+sends them, without encryption: the two ends learn each other's ports from the store.
 """
 
 from __future__ import annotations
 
+import hmac
+import socket
 import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +30,7 @@ from torch import Tensor
 from cluster.contracts.errors import Retryable, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
 from cluster.weights.device_buffer import layout, pack, unpack
+from cluster.weights.gate import LOOPBACK, Gate, new_secret, pass_gate, proof
 from cluster.weights.manifest import build_manifest
 from cluster.weights.transports import PublisherOptions
 
@@ -36,7 +43,7 @@ _SENT, _GONE = "sent", "gone"
 class CollectivePublisher:
     """Keeps the retained versions on the device and serves them to whoever asks.
 
-    host: the address the store listens on; on a cluster, this node's address as others see it.
+    host: the only address it listens on; on a cluster, this node's address as others see it.
     """
 
     on_device = True
@@ -44,9 +51,10 @@ class CollectivePublisher:
     def __init__(self, host: str, timeout_s: float = TIMEOUT_S) -> None:
         self._timeout = timedelta(seconds=timeout_s)
         self._host = host
-        self._store: Any = dist.TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=self._timeout
-        )
+        self._secret = new_secret()
+        self._store: Any = _store_on_loopback(self._timeout)
+        self._gate = Gate(host, self._secret, self._store.port)
+        self._asked: dict[int, int] = {}
         self._snapshots: dict[int, Tensor] = {}
         self._spare: Tensor | None = None
         self._lock = threading.Lock()
@@ -64,7 +72,7 @@ class CollectivePublisher:
     ) -> WeightManifest:
         """Take a snapshot on the device. ``arrays`` may be changed after the return."""
         manifest = build_manifest(
-            arrays, dtypes, version, canary, NAME, (self._host, self._store.port)
+            arrays, dtypes, version, canary, NAME, (self._host, self._gate.port, self._secret)
         )
         spare, self._spare = self._spare, None
         snapshot = pack(arrays, spare)
@@ -81,7 +89,8 @@ class CollectivePublisher:
                 self._spare = self._snapshots.pop(version)
 
     def close(self) -> None:
-        self._store.queue_push("asks", _STOP)
+        self._gate.close()
+        self._store.queue_push("asks", _signed(self._secret, _STOP))
         self._thread.join(TIMEOUT_S)
         for sender in self._senders.values():
             sender.shutdown(wait=True, cancel_futures=True)
@@ -91,8 +100,13 @@ class CollectivePublisher:
         store = self._store.clone()  # one that waits lets no other thread use it
         # The thread ends by an ask of our own, so it may wait for as long as the run takes.
         store.set_timeout(timedelta(days=365))
-        while (ask := store.queue_pop("asks").decode()) != _STOP:
+        while (ask := _opened(self._secret, store.queue_pop("asks"))) != _STOP:
+            if ask is None:
+                continue  # of nobody who knows the secret
             pair, number, version = map(int, ask.split())
+            if number <= self._asked.get(pair, 0):
+                continue  # sent a second time
+            self._asked[pair] = number
             # A thread for each worker: one that has died holds up nobody else.
             sender = self._senders.setdefault(pair, ThreadPoolExecutor(1, f"weights-{pair}"))
             sender.submit(self._answer, f"answer/{pair}/{number}", pair, version)
@@ -105,7 +119,7 @@ class CollectivePublisher:
             if snapshot is not None:
                 if pair not in self._pairs:
                     self._pairs[pair] = _communicator(
-                        self._store.clone(), pair, 0, snapshot.device, self._timeout
+                        self._store.clone(), pair, 0, snapshot.device, self._timeout, self._host
                     )
                 self._pairs[pair].send([snapshot], 1, 0).wait()
         except RuntimeError:
@@ -120,7 +134,8 @@ class CollectiveReceiver:
     def __init__(self, device: str = "cpu", timeout_s: float = TIMEOUT_S) -> None:
         self._device = torch.device(device)
         self._timeout = timedelta(seconds=timeout_s)
-        self._address: tuple[str, int] | None = None
+        self._address: tuple[str, int, bytes] | None = None
+        self._own = ""  # this machine, as the learner sees it
         self._store: Any = None
         self._pair = 0
         self._asked = 0
@@ -134,7 +149,7 @@ class CollectiveReceiver:
         """
         try:
             return self._fetch(manifest)
-        except RuntimeError as problem:  # what torch.distributed raises, timeouts too
+        except (RuntimeError, OSError) as problem:  # torch.distributed's, and the gate's
             self._address = None
             raise Retryable(
                 f"weights of version {manifest.version} did not come through the communicator "
@@ -147,7 +162,8 @@ class CollectiveReceiver:
         self._asked += 1
         key = f"answer/{self._pair}/{self._asked}"
         # One message, so that a worker that dies here leaves nothing that others would wait for.
-        self._store.queue_push("asks", f"{self._pair} {self._asked} {manifest.version}")
+        ask = f"{self._pair} {self._asked} {manifest.version}"
+        self._store.queue_push("asks", _signed(manifest.locator[2], ask))
         self._store.wait([key], self._timeout)
         answer = self._store.get(key).decode()
         self._store.delete_key(key)
@@ -155,7 +171,7 @@ class CollectiveReceiver:
             raise Retryable(f"the learner no longer holds weights of version {manifest.version}")
         if self._communicator is None:
             self._communicator = _communicator(
-                self._store, self._pair, 1, self._device, self._timeout
+                self._store, self._pair, 1, self._device, self._timeout, self._own
             )
         _, total = layout(entry.nbytes for entry in manifest.tensors)
         buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
@@ -165,13 +181,14 @@ class CollectiveReceiver:
         except (ValueError, RuntimeError, AttributeError) as problem:
             raise WeightMismatch(f"weights of version {manifest.version}: {problem}") from None
 
-    def _connect(self, host: str, port: int) -> None:
+    def _connect(self, host: str, port: int, secret: bytes) -> None:
+        inner, self._own = pass_gate(host, port, secret)
         self._store = dist.TCPStore(
-            host, port, is_master=False, wait_for_workers=False, timeout=self._timeout
+            LOOPBACK, inner, is_master=False, wait_for_workers=False, timeout=self._timeout
         )
         self._pair = self._store.add("pairs", 1)
         self._communicator = None
-        self._address = (host, port)
+        self._address = (host, port, secret)
 
 
 def publisher(options: PublisherOptions) -> CollectivePublisher:
@@ -183,12 +200,41 @@ def receiver(device: str) -> CollectiveReceiver:
 
 
 def _communicator(
-    store: Any, pair: int, rank: int, device: torch.device, timeout: timedelta
+    store: Any, pair: int, rank: int, device: torch.device, timeout: timedelta, host: str
 ) -> Any:
-    """Two processes: the learner is rank 0, the worker rank 1."""
+    """Two processes: the learner is rank 0, the worker rank 1. gloo listens on ``host`` only."""
     own = dist.PrefixStore(f"pair/{pair}", store)
     if device.type == "cuda":
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(own, rank, 2, options)
-    return dist.ProcessGroupGloo(own, rank, 2, timeout)
+    kind: Any = dist.ProcessGroupGloo
+    gloo = kind._Options()
+    gloo._timeout = timeout
+    gloo._devices = [kind.create_device(hostname=host)]
+    return kind(own, rank, 2, gloo)
+
+
+def _store_on_loopback(timeout: timedelta) -> Any:
+    """A store listens on every address unless it is given a socket that listens already."""
+    listening = socket.create_server((LOOPBACK, 0))
+    port = listening.getsockname()[1]
+    return dist.TCPStore(
+        LOOPBACK,
+        port,
+        is_master=True,
+        wait_for_workers=False,
+        timeout=timeout,
+        master_listen_fd=listening.detach(),
+    )
+
+
+def _signed(secret: bytes, ask: str) -> bytes:
+    return proof(secret, ask.encode()).hex().encode() + b" " + ask.encode()
+
+
+def _opened(secret: bytes, message: bytes) -> str | None:
+    """The ask in a message, None when it is not signed with the secret."""
+    signature, _, ask = message.partition(b" ")
+    genuine = hmac.compare_digest(signature, proof(secret, ask).hex().encode())
+    return ask.decode() if genuine else None

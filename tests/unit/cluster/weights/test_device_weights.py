@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -190,6 +193,37 @@ def test_a_dead_worker_holds_up_nobody_and_an_old_version_is_refused() -> None:
     finally:
         doomed.close()
         other.close()
+        publisher.close()
+
+
+@pytest.mark.slow
+def test_strangers_get_nothing_and_end_nothing() -> None:
+    """Without the run's secret nobody gets past the gate; who is on the learner's machine and
+    writes nonsense into its store is not answered; the weights go on."""
+    publisher = CollectivePublisher("127.0.0.1", 10.0)
+    receiver = CollectiveReceiver("cpu", 10.0)
+    try:
+        made = publisher.publish(tensors(0), DTYPES, 0, CANARY)
+        host, port, _ = made.locator
+        with pytest.raises(Retryable, match=r"does not know|ended within"):
+            CollectiveReceiver("cpu", 2.0).fetch(
+                dataclasses.replace(made, locator=(host, port, b"another secret"))
+            )
+        for nonsense in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(4096)):
+            with socket.create_connection((host, port)) as stranger:
+                stranger.sendall(nonsense)
+        local = publisher._store.clone()
+        for nonsense in (b"", b"7", b"1 1 0", b"stop", b"\xff\xfe", b"0" * 64 + b" 1 1 0"):
+            local.queue_push("asks", nonsense)
+        assert equal(receiver.fetch(made), tensors(0))
+        assert local.num_keys() < 50  # no answer to any of them
+        listening = {
+            c.laddr.ip
+            for c in psutil.Process().net_connections("inet")
+            if c.status == psutil.CONN_LISTEN
+        }
+        assert {address.removeprefix("::ffff:") for address in listening} == {"127.0.0.1"}
+    finally:
         publisher.close()
 
 
