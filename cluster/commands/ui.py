@@ -30,10 +30,10 @@ def ui(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = PORT,
 ) -> None:
-    """Show runs in a browser: curves, workers, completions, events, comparisons.
+    """Show runs in a browser, also while they go on.
 
-    The pages follow runs that go on. The command prints an address with a token in it; without the
-    token nothing is shown. It runs until Ctrl-C.
+    The pages show curves, workers, completions, events and comparisons. The command prints an
+    address with a token in it. Without the token nothing is shown. Ctrl-C ends the server.
 
     Example: `accord ui`
 

@@ -161,7 +161,7 @@ def read_live(run_path: Path) -> LiveView | None:
                 ),
             }
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.contracts.live import LiveView, read_live
 from cluster.contracts.samples import sampled_steps
 from cluster.pages.chart import line_chart
 from cluster.pages.library import Library, Shelf
 from cluster.runs.history import History, WorkerSpan
-from cluster.runs.overview import RunOverview, ago, span
+from cluster.runs.overview import RunOverview, ago, fresh_live, span
 from cluster.runs.rows import Row
 from learner.evaluation.event_rows import described, notable
 from learner.evaluation.lines import STEP, curve_lines, window
@@ -22,7 +21,6 @@ from learner.evaluation.run_files import RunFiles, number
 
 MOST_WORKERS = 40
 MOST_EVENTS = 30
-FRESH_S = 15.0  # an older live.json says what was, not what is
 MEANINGS = {
     "running": "Its process is alive.",
     "finished": "It has done all its steps.",
@@ -76,15 +74,6 @@ def _evaluation(path: Path) -> Row | None:
     keys = ("win_rate", "ci_low", "ci_high", "mean_score_policy", "mean_score_baseline")
     figures: Row = {key: number(found, key) for key in keys}
     return figures if figures["win_rate"] is not None else None
-
-
-def fresh_live(path: Path) -> LiveView | None:
-    """None where the driver has not written for a while: old numbers would look like today's."""
-    try:
-        age = time.time() - (path / "live.json").stat().st_mtime
-    except OSError:
-        return None
-    return read_live(path) if age < FRESH_S else None
 
 
 def web_address(value: Any) -> str | None:

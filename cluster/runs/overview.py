@@ -17,12 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from cluster.contracts.live import LIVE
+from cluster.contracts.live import LIVE, LiveView, read_live
 from cluster.runs.driver import driver_of
 from cluster.runs.rows import Row, parse_object, tail_rows
 
 RATE_STEPS = 20  # the time left follows from the median duration of this many last steps
 
+FRESH_S = 15.0  # an older live.json says what was, not what is
 SILENT_AFTER_S = 120.0  # without any file written, where the driver's process cannot be seen
 LATEST = {  # metric -> its name for people; the first that a run has is shown
     "objective/scores": "reward",
@@ -139,6 +140,18 @@ def status_of(path: Path, manifest: Mapping[str, Any]) -> str:
     if alive is None and (path / LIVE).exists():
         return "silent" if time.time() - _last_written(path) > SILENT_AFTER_S else "running"
     return "dead" if alive is False else "running"
+
+
+def heartbeat_age(path: Path) -> float | None:
+    """Seconds since the driver last wrote ``live.json``; None where it has not."""
+    moment = _stat(path / LIVE)[0]
+    return max(0.0, time.time() - moment) if moment else None
+
+
+def fresh_live(path: Path) -> LiveView | None:
+    """None where the driver has not written for a while: old numbers would look like today's."""
+    age = heartbeat_age(path)
+    return read_live(path) if age is not None and age < FRESH_S else None
 
 
 def _seconds_left(rows: Sequence[Row], step: int, steps: int | None) -> float | None:

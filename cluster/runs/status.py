@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,39 +10,45 @@ from cluster.contracts.errors import UserError
 from cluster.runs.console import shown
 from cluster.runs.control import Wishes, read_wishes
 from cluster.runs.driver import driver_of
-from cluster.runs.history import FollowedHistory
-from cluster.runs.overview import RunOverview, ago, overview, span
+from cluster.runs.history import FollowedHistory, History
+from cluster.runs.overview import RunOverview, ago, fresh_live, heartbeat_age, overview, span
 from cluster.runs.run import Run
 
 CONTINUED = ("train", "sft", "reward-model", "dpo")  # the commands that have --resume
 
 
-def read_status(run: Run) -> dict[str, Any]:
+def read_status(run: Run, history: History | None = None) -> dict[str, Any]:
     """For people and --json. ``alarms``: those that have not ended; ``workers``: names of the
-    rollout workers that serve now; ``driver_alive``: None where this machine cannot tell.
+    rollout workers that serve now; ``driver_alive``: None where this machine cannot tell;
+    ``live``: what live.json says, None where it is missing or old; ``heartbeat_age_s``: seconds
+    since the driver wrote it. ``history``: where it is at hand.
 
     Raises UserError for a damaged manifest.
     """
-    facts = overview(run.path)
+    facts = overview(run.path, sized=history is None)
     if facts.status == "damaged":
         raise UserError(
             "is damaged", where=str(run.path / "manifest.json"), fix="restore the file, if you can"
         )
-    history = FollowedHistory(run.path).read()
+    history = history or FollowedHistory(run.path).read()
     driver = driver_of(run.path)
     checkpoint = _newest_checkpoint(run)
     wishes = _wishes(run)
+    running = facts.status == "running"
+    live = fresh_live(run.path) if running else None
     return {
         **facts.record(),
         "metrics": dict(facts.metrics),
         "alarms": history.alarms,
-        "workers": history.serving if facts.status == "running" else [],
+        "workers": history.serving if running else [],
         "workers_wanted": wishes.worker_count,
-        "paused": wishes.paused and facts.status == "running",
+        "paused": wishes.paused and running,
         "checkpoint": checkpoint and {"path": str(checkpoint), "step": _step(checkpoint)},
-        "dashboard": history.cluster.get("dashboard") if facts.status == "running" else None,
+        "dashboard": history.cluster.get("dashboard") if running else None,
         "driver": driver.record() if driver else None,
         "driver_alive": driver.alive() if driver else None,
+        "live": asdict(live) if live else None,
+        "heartbeat_age_s": heartbeat_age(run.path) if running else None,
         "events": dict(history.counts),
     }
 
@@ -77,12 +84,51 @@ def status_lines(run: Run) -> list[str]:
     if status["checkpoint"]:
         path = Path(status["checkpoint"]["path"])
         lines.append(f"  newest checkpoint: {path} ({ago(path.stat().st_mtime)})")
-    if status["dashboard"]:
-        lines.append(f"  Ray dashboard: {status['dashboard']}")
+    lines += live_lines(status["live"], status["heartbeat_age_s"])
+    lines += address_lines(status)
     lines += [f"  alarm: {text}" for text in status["alarms"]]
     lines += _process(facts, status)
     events = ", ".join(f"{kind} {count}" for kind, count in sorted(status["events"].items()))
     return [*lines, f"  events: {events}"] if events else lines
+
+
+def live_lines(live: dict[str, Any] | None, heartbeat_age_s: float | None) -> list[str]:
+    """What the run waits for and what would help. The numbers of a file are taken as they come: it
+    may be another release's."""
+    if live is None:
+        if heartbeat_age_s is None:
+            return []
+        return [f"  the run's process has not reported for {span(heartbeat_age_s)}"]
+    stage, learner = live["bottleneck"], live["learner"]
+    lines = [
+        f"  generated {number_text(live['tokens_per_s'])} tokens/s, learner {learner['state']} for "
+        f"{number_text(learner['state_s'])} s, {number_text(live['queue']['ready'])} of "
+        f"{number_text(live['queue']['per_step'])} groups ready, "
+        f"staleness {number_text(live['staleness']['mean'])}"
+    ]
+    if stage["stage"]:
+        lines.append(f"  waits for: {stage['stage']}. {stage['why']}".rstrip())
+        lines += [f"  advice: {stage['advice']}"] if stage["advice"] else []
+    silent = [str(worker["name"]) for worker in live["workers"] if worker["silent"]]
+    silent += ["the learner"] if learner["silent"] else []
+    return [*lines, f"  does not answer: {', '.join(silent)}"] if silent else lines
+
+
+def address_lines(status: dict[str, Any]) -> list[str]:
+    if not status["dashboard"]:
+        return []
+    lines = [
+        f"  Ray dashboard: http://{status['dashboard']} (`ray get-auth-token` prints the token it "
+        "asks for)"
+    ]
+    page = (status["live"] or {}).get("addresses", {}).get("page")
+    return [*lines, f"  this run's page, with its token: {page}"] if page else lines
+
+
+def number_text(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "?"
+    return f"{value:.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.2g}"
 
 
 def _process(facts: RunOverview, status: dict[str, Any]) -> list[str]:

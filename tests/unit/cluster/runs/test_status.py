@@ -63,7 +63,7 @@ def test_a_running_run_tells_its_step_and_the_time_left(tmp_path: Path) -> None:
     assert (status["driver"]["pid"], status["driver_alive"]) == (os.getpid(), True)
     assert lines[0].startswith("r: running (train), step 4 of 10, reward +0.400, 12 s left, last")
     assert "  workers serving: 1 (worker-1)" in lines
-    assert "  Ray dashboard: 127.0.0.1:8265" in lines
+    assert any(line.startswith("  Ray dashboard: http://127.0.0.1:8265") for line in lines)
     assert lines[-1] == "  events: cluster 1, worker_lost 1, worker_serving 2"
 
 
