@@ -86,8 +86,10 @@ def worker_spec(
     # A worker's stream begins anew on resume, so it needs another seed there; a sample's own
     # randomness does not: a repeated step then repeats what it sampled.
     seed = config.run.seed + (0 if rollout.request_seeds else first_step)
+    engine = engine_settings(config.model, rollout, stop_ids, prompt, context)
     return WorkerSpec(
-        engine=engine_settings(config.model, rollout, stop_ids, prompt, context),
+        # It takes its first weights from the learner, which need not be on its disk.
+        engine=replace(engine, weights="published"),
         kind=rollout.engine,
         seed=seed,
         per_request_seeds=rollout.request_seeds,

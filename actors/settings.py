@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.rollout import RolloutConfig
+from cluster.machine.shipment import known_as
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,6 +18,8 @@ class EngineSettings:
     ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and empty ``allowed_tokens``: no limit (see
     ``actors.engines.token_limits``). ``record_token_sets``: completions say what they were sampled
     from, as the learner needs it; nobody else does. ``stop``: strings that end a completion.
+    ``weights``: "disk" reads those of the model's directory; "published" starts with memory as it
+    is, and the engine serves nothing before it is given a version. Then no weights need be there.
     """
 
     model_path: str
@@ -43,6 +45,7 @@ class EngineSettings:
     gpu_memory_fraction: float = 0.45
     trust_remote_code: bool = False
     revision: str | None = None
+    weights: Literal["disk", "published"] = "disk"
 
     @property
     def limits_tokens(self) -> bool:
@@ -71,9 +74,8 @@ def engine_settings(
 ) -> EngineSettings:
     """The engine's part of a config. context: tokens the model can attend to, None unknown."""
     wanted = max_prompt_tokens + rollout.max_tokens
-    path = Path(model.path)
     return EngineSettings(
-        model_path=str(path.absolute()) if path.exists() else model.path,
+        model_path=known_as(model.path),
         dtype=rollout.dtype,
         temperature=rollout.temperature,
         max_tokens=rollout.max_tokens,

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.cache_utils import DynamicCache
+from transformers.initialization import no_init_weights
 
 from actors.decoding import StopStrings, make_text
 from actors.engines.host_tensors import check_prompt, check_update, published_tensors, to_tensor
@@ -28,6 +29,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def _no_text(ids: Sequence[int]) -> str:
     """Without stop strings nobody asks for a text, and no tokenizer is needed."""
     return ""
+
+
+def _model(settings: EngineSettings) -> Any:
+    source = {
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+    }
+    kind: dict[str, Any] = {"dtype": DTYPES[settings.dtype], "attn_implementation": "eager"}
+    if settings.weights == "disk":
+        return AutoModelForCausalLM.from_pretrained(settings.model_path, **source, **kind)
+    config = AutoConfig.from_pretrained(settings.model_path, **source)
+    with no_init_weights():  # drawing random numbers takes minutes for a large model
+        model = AutoModelForCausalLM.from_config(
+            config, trust_remote_code=settings.trust_remote_code, **kind
+        )
+    model.tie_weights()
+    return model
 
 
 @dataclass(slots=True)
@@ -54,13 +72,7 @@ class TransformersEngine:
         self._settings = settings
         prepare_torch()
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = AutoModelForCausalLM.from_pretrained(
-            settings.model_path,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            dtype=DTYPES[settings.dtype],
-            attn_implementation="eager",
-        )
+        self._model = _model(settings)
         self._model.to(self._device).eval()
         self._parameters = published_tensors(self._model)
         self._shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}

@@ -30,6 +30,7 @@ def engine_args(settings: EngineSettings) -> EngineArgs:
     return EngineArgs(
         model=settings.model_path,
         revision=settings.revision,
+        load_format="auto" if settings.weights == "disk" else "dummy",
         trust_remote_code=settings.trust_remote_code,
         dtype=settings.dtype,
         seed=settings.seed,

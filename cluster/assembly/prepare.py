@@ -40,9 +40,23 @@ def prepare(config: TrainConfig) -> Prepared:
         config=config,
         prompts=prompts,
         tokenizer=tokenizer,
-        stop_ids=stop_token_ids(config.model.path, tokenizer),
+        stop_ids=stop_token_ids(config.model.path, tokenizer, config.model.revision),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
     )
+
+
+def with_pinned_models(config: TrainConfig) -> TrainConfig:
+    """Hub ids get the commit that every host uses, also when the run is resumed. Raises UserError
+    for a model that is neither a directory nor on the hub."""
+    from learner.models.hub import pinned
+
+    learner = config.learner
+    model = pinned(config.model)
+    if learner.reference_path is not None:
+        given = ModelConfig(path=learner.reference_path, revision=learner.reference_revision)
+        revision = pinned(given).revision
+        learner = learner.model_copy(update={"reference_revision": revision})
+    return config.model_copy(update={"model": model, "learner": learner})
 
 
 def check_models(config: TrainConfig) -> None:
@@ -54,7 +68,8 @@ def check_models(config: TrainConfig) -> None:
     model, learner = config.model, config.learner
     check_causal_model(model.path, model.revision, model.trust_remote_code)
     if learner.reference_path is not None:
-        check_causal_model(learner.reference_path, None, model.trust_remote_code)
+        revision = learner.reference_revision
+        check_causal_model(learner.reference_path, revision, model.trust_remote_code)
     if learner.value_path is not None:
         read_artifact(Path(learner.value_path))
         check_reward_model(learner.value_path)

@@ -106,7 +106,7 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
     from actors.remote import WorkerSpec, generate_all, make_worker_factory
     from learner.models.load import load_tokenizer, stop_token_ids
 
-    stop_ids = stop_token_ids(job.model.path, load_tokenizer(job.model))
+    stop_ids = stop_token_ids(job.model.path, load_tokenizer(job.model), job.model.revision)
     spec = WorkerSpec(
         engine=replace(
             engine_settings(

@@ -36,13 +36,16 @@ class PackedFile:
     modified_ns: int
 
 
-def listed(root: Path, wanted: Callable[[str], bool]) -> tuple[PackedFile, ...]:
-    """The regular files at or below `root`, by name; bytecode that Python made is left out."""
+Wanted = Callable[[Path], bool]
+"""Whether a file is sent, or a folder looked into."""
+
+
+def listed(root: Path, wanted: Wanted) -> tuple[PackedFile, ...]:
+    """The `wanted` files at or below `root`, by name; bytecode that Python made is left out."""
     found = []
-    for name, path in _walk(root):
-        if wanted(name):
-            facts = path.stat()
-            found.append(PackedFile(name, facts.st_size, facts.st_ino, facts.st_mtime_ns))
+    for name, path in _walk(root, wanted):
+        facts = path.stat()
+        found.append(PackedFile(name, facts.st_size, facts.st_ino, facts.st_mtime_ns))
     if not found:
         raise UserError(
             "holds no file to send to the other hosts",
@@ -52,7 +55,7 @@ def listed(root: Path, wanted: Callable[[str], bool]) -> tuple[PackedFile, ...]:
     return tuple(sorted(found, key=lambda file: file.name))
 
 
-def _walk(root: Path) -> Iterator[tuple[str, Path]]:
+def _walk(root: Path, wanted: Wanted) -> Iterator[tuple[str, Path]]:
     """(relative name, path) of every file; the name of a single file is its own."""
     if _checked(root, ()):
         yield root.name, root
@@ -65,7 +68,7 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
         except OSError as problem:
             raise _unreadable(folder, problem) from None
         for entry in entries:
-            if entry.name == "__pycache__":
+            if entry.name == "__pycache__" or not wanted(entry):
                 continue
             if _checked(entry, above):
                 yield entry.relative_to(root).as_posix(), entry

@@ -19,7 +19,7 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,7 @@ from cluster.contracts.errors import Retryable, UserError
 from cluster.machine.parcel_files import (
     Block,
     PackedFile,
+    Wanted,
     digest_of,
     listed,
     read_blocks,
@@ -64,8 +65,8 @@ _held: dict[str, tuple[int, Path]] = {}  # digest -> (descriptor of its lock, pa
 _one_at_a_time = threading.Lock()
 
 
-def pack(path: Path, wanted: Callable[[str], bool] = lambda name: True) -> Parcel:
-    """Put a file, or the files of a directory whose relative names are `wanted`, into Ray's store.
+def pack(path: Path, wanted: Wanted = lambda path: True) -> Parcel:
+    """Put a file, or what is `wanted` of a directory, into Ray's object store.
 
     Links to files and directories are followed. Raises UserError for a path that is missing,
     unreadable or empty, that holds anything but files, or that Ray's store cannot take.

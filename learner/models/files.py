@@ -135,7 +135,8 @@ def require_directory(path: str, *markers: str) -> None:
         raise UserError("no such model directory", where=path, fix="check the path (model.path)")
     if not _is_cached(path) and not hub_has_an_address():
         raise UserError(
-            "cannot load the model: there is no such directory, and the hub cannot be reached",
+            "cannot load the model: there is no such directory, and the hub cannot be reached from "
+            f"{socket.gethostname()}",
             where=path,
             fix="give an existing model directory, or a hub id reachable from here",
         )
@@ -167,8 +168,9 @@ def explained(load: Callable[[], Any], path: str, what: str, *, missing: Any = N
         if missing is not None:
             return missing
         local = Path(path).exists()
+        host = "" if local else f" on {socket.gethostname()}"
         raise UserError(
-            f"cannot load the {what}: {_first_line(problem)}",
+            f"cannot load the {what}{host}: {_first_line(problem)}",
             where=path,
             fix="complete the model directory"
             if local

@@ -107,13 +107,15 @@ def load_tokenizer(source: ModelConfig | str | Path) -> Any:
     return tokenizer
 
 
-def stop_token_ids(path: str | Path, tokenizer: Any) -> tuple[int, ...]:
+def stop_token_ids(
+    path: str | Path, tokenizer: Any, revision: str | None = None
+) -> tuple[int, ...]:
     """Ids that end an answer: the tokenizer's end token first, then those of generation_config.json
     (Llama 3, for one, ends turns with a second token)."""
     found = [int(tokenizer.eos_token_id)]
     if (Path(path) / "generation_config.json").exists() or not Path(path).exists():
         config = explained(
-            lambda: transformers.GenerationConfig.from_pretrained(str(path)),
+            lambda: transformers.GenerationConfig.from_pretrained(str(path), revision=revision),
             str(path),
             "generation config",
             missing=transformers.GenerationConfig(),

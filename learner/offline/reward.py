@@ -223,7 +223,7 @@ def reward_padding_id(tokenizer: Any, ends: Sequence[int]) -> int:
 
 
 def _fresh_classifier(config: RewardModelConfig, tokenizer: Any) -> Any:
-    ends = stop_token_ids(config.model.path, tokenizer)
+    ends = stop_token_ids(config.model.path, tokenizer, config.model.revision)
     model = load_sequence_classifier(config.model, pad_token_id=reward_padding_id(tokenizer, ends))
     # Small and random: from zeros, the trunk would get no gradient until the head has grown.
     nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)

@@ -75,6 +75,9 @@ class LearnerConfig(Section):
     reference_path: str | None = Field(
         None, description="Reference model. none: the policy that the run starts from."
     )
+    reference_revision: str | None = Field(
+        None, description="Revision of the reference model, if that is a hub id. none: the newest."
+    )
     gradient_checkpointing: bool = Field(
         False,
         description="Compute activations twice instead of keeping them. Slower, with less memory.",

@@ -100,6 +100,26 @@ def test_sampled_log_probabilities_are_exact(model: Any, tmp_path: Path) -> None
         assert completion.versions[0].version == -1
 
 
+def test_without_weights_on_disk_it_computes_with_the_published_ones(
+    model: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "model" / "model.safetensors").unlink()
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        engine(tmp_path)
+    made = engine(tmp_path, weights="published")
+    made.stage(arrays(model), 0)
+    made.swap(0)
+    made.prove()
+    for name, ids in PROMPTS.items():
+        made.submit(name, ids, None)
+    done: dict[str, Completion] = {}
+    while made.unfinished:
+        done.update(made.step())
+    for name, completion in done.items():
+        assert float(off(model, PROMPTS[name], completion).max()) < EXACT
+        assert [span.version for span in completion.versions] == [0]
+
+
 def test_no_answer_ends_before_the_shortest_length(model: Any, tmp_path: Path) -> None:
     stops = tuple(range(0, 60, 2))  # half the vocabulary: without the limit all would end at once
     made = engine(tmp_path, min_tokens=5, stop_token_ids=stops)

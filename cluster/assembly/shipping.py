@@ -1,0 +1,136 @@
+"""What the command was given, on its way to roles on hosts that have none of it.
+
+On a cluster that was joined, the driver packs the files once (`cluster.machine.parcels`). Workers
+are sent a model without its weights, which they take from the learner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.config.reward import FunctionSource, RewardConfig
+from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.errors import UserError
+from cluster.machine.nodes import on_every_node
+from cluster.machine.parcels import Parcel, pack, sweep
+from cluster.machine.shipment import Shipment, known_as
+
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+SWEEP_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RoleFiles:
+    """What each role of a run is sent. software: what its host must run, None on one host."""
+
+    worker: Shipment = field(default_factory=Shipment)
+    learner: Shipment = field(default_factory=Shipment)
+    reward: Shipment = field(default_factory=Shipment)
+    software: Mapping[str, Any] | None = None
+
+    def parcels(self) -> dict[str, Parcel]:
+        """All of them, by role and path."""
+        roles = {"worker": self.worker, "learner": self.learner, "reward": self.reward}
+        return {
+            f"{role}: {path}": parcel
+            for role, shipment in roles.items()
+            for path, parcel in shipment.parcels.items()
+        }
+
+
+@contextmanager
+def role_files(config: TrainConfig, ray_info: Mapping[str, Any]) -> Iterator[RoleFiles]:
+    """Packed for the length of a run; then every host is rid of them. ``ray_info``: what
+    ``ray_cluster`` yields. Raises UserError for a file that cannot be sent."""
+    if ray_info["started"]:
+        yield RoleFiles()
+        return
+    packed = RoleFiles(
+        worker=Shipment(worker_parcels(config.model)),
+        learner=Shipment(_learner_parcels(config)),
+        reward=Shipment({} if config.reward.address else _reward_parcels(config.reward)),
+        software=ray_info["software"],
+    )
+    try:
+        yield packed
+    finally:
+        clear_hosts()
+
+
+def clear_hosts() -> None:
+    """Removes what was unpacked on the hosts and no process uses; what is left, the next run
+    removes."""
+    with suppress(Exception):  # a cluster that is gone: nothing more can be done, or needs to be
+        on_every_node(sweep, timeout_s=SWEEP_S)
+
+
+def worker_parcels(model: ModelConfig) -> dict[str, Parcel]:
+    """All of a model but its weights."""
+    return {known_as(model.path): pack(_folder(model.path, model.revision), _without_weights)}
+
+
+def model_parcels(path: str, revision: str | None) -> dict[str, Parcel]:
+    """A whole model. Of a hub model whose weights are not on this host there is none: its role
+    loads the commit from the hub."""
+    from learner.models.files import check_causal_model
+
+    folder = _folder(path, revision)
+    if folder != Path(path):
+        try:
+            check_causal_model(str(folder), None, False)
+        except UserError:
+            return {}
+    return {known_as(path): pack(folder, _not_hidden)}
+
+
+def _learner_parcels(config: TrainConfig) -> dict[str, Parcel]:
+    learner = config.learner
+    found = model_parcels(config.model.path, config.model.revision)
+    if learner.reference_path is not None:
+        found |= model_parcels(learner.reference_path, learner.reference_revision)
+    others = (learner.value_path, config.model.chat_template)
+    return found | {known_as(path): pack(Path(path), _not_hidden) for path in others if path}
+
+
+def _reward_parcels(config: RewardConfig) -> dict[str, Parcel]:
+    """Directories of reward models; Python files with the modules beside them."""
+    found: dict[str, Parcel] = {}
+    for source in config.sources:
+        path = getattr(source, "path", None)  # a plugin's source may have one, too
+        if not isinstance(path, str):
+            continue
+        file = Path(path.rpartition(":")[0]).expanduser()
+        if isinstance(source, FunctionSource) and file.suffix == ".py":
+            found[known_as(str(file.parent))] = pack(file.parent, _python)
+        elif Path(path).expanduser().exists():
+            found[known_as(path)] = pack(Path(path), _not_hidden)
+    return found
+
+
+def _folder(path: str, revision: str | None) -> Path:
+    from learner.models.hub import hub_snapshot
+
+    return hub_snapshot(path, revision) or Path(path)
+
+
+def _not_hidden(path: Path) -> bool:
+    """A model's directory may be a clone of its repository, with all of its history."""
+    return not path.name.startswith(".")
+
+
+def _without_weights(path: Path) -> bool:
+    return _not_hidden(path) and path.suffix not in WEIGHTS
+
+
+def _python(path: Path) -> bool:
+    """Modules and packages that an import beside the file may find; not what else lies there."""
+    if not path.is_dir():
+        return path.suffix == ".py"
+    with suppress(OSError):
+        return path.name.isidentifier() and any(path.glob("*.py"))
+    return False
