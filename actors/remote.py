@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ray
@@ -35,7 +35,9 @@ from cluster.contracts.records import (
     SwapReport,
     WeightManifest,
 )
+from cluster.machine.handshake import require_this_host_is_like
 from cluster.machine.imports import quick_imports
+from cluster.machine.shipment import Shipment
 
 LOST = (
     RayActorError,
@@ -52,6 +54,7 @@ class WorkerSpec:
     """Everything a worker is made from, picklable. ``transport`` None: never given weights.
 
     ``make_scorer`` runs in the worker; None for evaluation, where answers are scored elsewhere.
+    ``files``: what it is sent; ``software``: what its host must run, None for the driver's host.
     """
 
     engine: EngineSettings
@@ -67,6 +70,8 @@ class WorkerSpec:
     score_batch: int = 64
     reward_outage_s: float = 300.0
     plugins: tuple[PluginFile, ...] = ()
+    files: Shipment = field(default_factory=Shipment)
+    software: Mapping[str, Any] | None = None
 
 
 def worker_spec(
@@ -78,6 +83,8 @@ def worker_spec(
     threads: int,
     first_step: int = 0,
     plugins: tuple[PluginFile, ...] = (),
+    files: Shipment | None = None,
+    software: Mapping[str, Any] | None = None,
 ) -> WorkerSpec:
     """The workers' part of a training config. ``context``: tokens the model can attend to, None
     unknown; ``first_step``: at which the run is resumed."""
@@ -101,6 +108,8 @@ def worker_spec(
         reward_outage_s=config.reward.outage_s,
         threads=threads,
         plugins=plugins,
+        files=files or Shipment(),
+        software=software,
     )
 
 
@@ -121,6 +130,7 @@ class RolloutActor:
         """Build the engine from the model on disk; weights of a version come by `load_weights`.
         Seconds of it are in the answer."""
         spec, began = self._spec, time.perf_counter()
+        require_this_host_is_like(spec.software)
         install(spec.plugins)
         prepare_environment(spec.cores, bool(ray.get_gpu_ids()), spec.threads)
         kind, note = choose_engine(spec.kind)
@@ -129,7 +139,8 @@ class RolloutActor:
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         seed = derive_seed(spec.seed, "worker", self._index, self._incarnation)
-        settings = replace(spec.engine, seed=seed)
+        path = spec.files.here(spec.engine.model_path)
+        settings = replace(spec.engine, seed=seed, model_path=path)
         with quick_imports():
             decoder = make_decoder(settings)
         self._worker = RolloutWorker(

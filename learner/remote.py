@@ -27,7 +27,7 @@ from cluster.contracts.records import StepInput, StepResult, WeightManifest
 from cluster.machine.imports import quick_imports
 from cluster.machine.parcels import Parcel, pack, unpack
 from learner.outbox import Outbox, copy_files
-from learner.settings import NODE_HOST, LearnerSettings
+from learner.settings import NODE_HOST, LearnerSettings, with_files_here
 
 T = TypeVar("T")
 
@@ -102,7 +102,7 @@ class LearnerActor:
             from learner.compute.ranks import SINGLE, join
             from learner.rl.learner import PPOLearner
 
-        settings, self._ranks = self._settings, SINGLE
+        settings, self._ranks = with_files_here(self._settings), SINGLE
         install(settings.plugins)
         if place is not None:
             self._ranks = join(

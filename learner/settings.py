@@ -5,13 +5,18 @@ No torch here: the shell that sets a process's environment reads this before tor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
-from cluster.contracts.config.base import DType, ModelConfig
+from cluster.contracts.config.base import DType, ModelConfig, Section
 from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.plugins import PluginFile, loaded
+from cluster.machine.shipment import Shipment, known_as
+
+S = TypeVar("S", bound=Section)
 
 CANARY_PROMPT_TOKENS = 16
 CANARY_TOKENS = 32
@@ -29,6 +34,7 @@ class LearnerSettings:
     resume_from: directory of a checkpoint written by `save`, or None.
     plugins: to be installed in the learner's process before anything else.
     host: address at which workers reach this process; NODE_HOST: that of its Ray node.
+    files: what the learner is sent of the models and files that the paths name.
     """
 
     model: ModelConfig
@@ -47,6 +53,7 @@ class LearnerSettings:
     resume_from: str | None = None
     host: str = "127.0.0.1"
     plugins: tuple[PluginFile, ...] = ()
+    files: Shipment = field(default_factory=Shipment)
 
 
 def learner_settings(
@@ -54,11 +61,12 @@ def learner_settings(
     canary_prompt: tuple[int, ...],
     run_dir: str | None,
     resume_from: str | None = None,
+    files: Shipment | None = None,
 ) -> LearnerSettings:
     """The learner's part of a `TrainConfig`."""
     return LearnerSettings(
-        model=config.model,
-        learner=config.learner,
+        model=_with_paths(config.model, known_as, "path", "chat_template"),
+        learner=_with_paths(config.learner, known_as, "value_path", "reference_path"),
         algorithm=config.algorithm,
         staleness=config.staleness,
         batch=config.batch,
@@ -72,6 +80,22 @@ def learner_settings(
         save_rollouts=config.logging.save_rollouts and run_dir is not None,
         resume_from=resume_from,
         plugins=loaded(),
+        files=files or Shipment(),
         # A cluster that was joined may have its workers on other machines.
         host=NODE_HOST if config.cluster.to_join is not None else "127.0.0.1",
     )
+
+
+def with_files_here(settings: LearnerSettings) -> LearnerSettings:
+    """For the learner's process: with the paths at which its host has what it was sent."""
+    here = settings.files.here
+    return replace(
+        settings,
+        model=_with_paths(settings.model, here, "path", "chat_template"),
+        learner=_with_paths(settings.learner, here, "value_path", "reference_path"),
+    )
+
+
+def _with_paths(section: S, change: Callable[[str], str], *keys: str) -> S:
+    paths = {key: change(path) for key in keys if (path := getattr(section, key)) is not None}
+    return section.model_copy(update=paths)

@@ -19,10 +19,11 @@ from typing import Any, Literal
 import ray
 from ray.experimental import internal_kv
 
-from cluster.contracts.config.reward import RewardConfig, RewardModelSource
+from cluster.contracts.config.reward import FunctionSource, RewardConfig, RewardModelSource
 from cluster.contracts.errors import AccordError, Fatal, UserError
 from cluster.contracts.plugins import PluginFile, install, loaded
 from cluster.machine.imports import quick_imports
+from cluster.machine.shipment import Shipment, known_as
 from reward_service.access import OPEN, Access
 from reward_service.client import RewardClient, Unreached
 from reward_service.source import ServiceInfo
@@ -182,13 +183,14 @@ def begin_reward_service(
     threads: int = 1,
     timeout_s: float = 120.0,
     log_file: Path | None = None,
+    files: Shipment | None = None,
 ) -> RewardServiceHandle:
     """Begin to start the service in a Ray actor, which dies with the driver that started it.
 
     ``cores``: keep the process to them (Linux). ``reach``: listen on loopback, or on the node's
     address for workers on other machines (needs a token or client certificates). ``log_file``:
     takes what the process prints, such as a reward function's own output, and the traceback of one
-    that fails.
+    that fails. ``files``: what it is sent of the files that the sources name.
     """
     kind: Any = ray.remote(_RewardActor)
     options = {"num_cpus": num_cpus, "resources": dict(cfg.resources), "max_concurrency": 3}
@@ -199,7 +201,9 @@ def begin_reward_service(
         actor = kind.options(**options).remote(
             tuple(cores), threads, str(log_file.absolute()) if log_file else None
         )
-        outcome = actor.start.remote(_absolute(cfg), reach, access, remote, loaded())
+        outcome = actor.start.remote(
+            _with_paths(cfg, known_as), reach, access, remote, loaded(), files or Shipment()
+        )
         return actor, ServicePlace([outcome], num_cpus, timeout_s)
 
     return RewardServiceHandle(begin, AddressBook(secrets.token_hex(8)))
@@ -260,6 +264,7 @@ class _RewardActor:
         access: Access,
         remote: Mapping[str, Access] | None,
         plugins: tuple[PluginFile, ...],
+        files: Shipment,
     ) -> tuple[str, ServiceInfo] | UserError:
         """Errors of the user are returned, not raised: Ray would wrap and retype them."""
         from reward_service.server import serve
@@ -271,6 +276,7 @@ class _RewardActor:
         host = "127.0.0.1" if reach == "machine" else str(ray.util.get_node_ip_address())
         try:
             install(plugins)
+            cfg = _with_paths(cfg, files.here)
             self._server = serve(cfg, host, 0, access, threads=self._threads, remote=remote)
         except UserError as error:
             return error
@@ -300,11 +306,17 @@ def _write_to(log_file: str) -> None:
     logging.getLogger("accord.reward").setLevel(logging.DEBUG)
 
 
-def _absolute(cfg: RewardConfig) -> RewardConfig:
-    """Paths as seen from here: the actor may have another working directory."""
+def _with_paths(cfg: RewardConfig, change: Callable[[str], str]) -> RewardConfig:
+    """Every path, of the folder for ``file.py:function``, as ``change`` gives it."""
     sources = []
     for source in cfg.sources:
         path = getattr(source, "path", None)
-        absolute = str(Path(path).expanduser().absolute()) if path else None
-        sources.append(source.model_copy(update={"path": absolute}) if absolute else source)
+        if isinstance(path, str):
+            place = Path(path).expanduser()
+            if isinstance(source, FunctionSource) and ".py:" in place.name:
+                path = str(Path(change(str(place.parent)), place.name))
+            else:
+                path = change(path)
+            source = source.model_copy(update={"path": path})
+        sources.append(source)
     return cfg.model_copy(update={"sources": sources})

@@ -104,11 +104,11 @@ def _reward_parcels(config: RewardConfig) -> dict[str, Parcel]:
         path = getattr(source, "path", None)  # a plugin's source may have one, too
         if not isinstance(path, str):
             continue
-        file = Path(path.rpartition(":")[0]).expanduser()
-        if isinstance(source, FunctionSource) and file.suffix == ".py":
-            found[known_as(str(file.parent))] = pack(file.parent, _python)
-        elif Path(path).expanduser().exists():
-            found[known_as(path)] = pack(Path(path), _not_hidden)
+        place = Path(path).expanduser()
+        if isinstance(source, FunctionSource) and ".py:" in place.name:
+            found[known_as(str(place.parent))] = pack(place.parent, _python)
+        elif place.exists():
+            found[known_as(path)] = pack(place, _not_hidden)
     return found
 
 

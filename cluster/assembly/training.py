@@ -15,7 +15,7 @@ from typing import Any
 from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.leaving import LeavingWatch
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
-from cluster.assembly.prepare import Prepared, prepare
+from cluster.assembly.prepare import Prepared, prepare, with_pinned_models
 from cluster.assembly.ray_dashboard import RayTab, ray_tab_of
 from cluster.assembly.room import tell_what_is_missing
 from cluster.assembly.run_session import (
@@ -25,6 +25,7 @@ from cluster.assembly.run_session import (
     refuse_changes,
     run_session,
 )
+from cluster.assembly.shipping import RoleFiles, role_files
 from cluster.assembly.training_roles import (
     RewardRole,
     parents,
@@ -106,7 +107,7 @@ def train_policy(
     start = start or StartLog(reporter)
     # Before Ray: a mistake in what is read then leaves nothing behind, and is said sooner.
     with start.part(READING):
-        resolved = resolve_here(config)
+        resolved = resolve_here(with_pinned_models(config))
         config = resolved.config
         prepared = prepare(config)
     run = new_run(config)
@@ -256,8 +257,13 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
     _add_sinks(training)
     try:
         log_file = session.path / "logs" / "reward.log"
-        with reward_role(config, training.cores, log_file) as rewards:
-            run_coroutine(_drive(training, rewards, listeners, stop), stop)
+        with (
+            role_files(config, ray_info) as files,
+            reward_role(config, training.cores, log_file, files) as rewards,
+        ):
+            for place, parcel in files.parcels().items():
+                session.event("sent", to=place, bytes=parcel.size, digest=parcel.digest)
+            run_coroutine(_drive(training, rewards, files, listeners, stop), stop)
     finally:
         listeners.close()
     if listeners.problem is not None:
@@ -287,15 +293,20 @@ def _add_sinks(training: Training) -> None:
 
 
 async def _drive(
-    training: Training, rewards: RewardRole, listeners: Listeners, stop: StopSwitch
+    training: Training,
+    rewards: RewardRole,
+    files: RoleFiles,
+    listeners: Listeners,
+    stop: StopSwitch,
 ) -> None:
     """Start all roles side by side, train, and end them, whatever happens."""
     config, session = training.config, training.session
     forget_pause_and_stop(session.path)
     clock = MonotonicClock()
-    learner = _learner(training)
+    learner = _learner(training, files)
+    first, clients = training.first_step, rewards.clients
     pool = WorkerPool(
-        worker_factory(training.prepared, training.cores, rewards.clients, training.first_step),
+        worker_factory(training.prepared, training.cores, clients, first, files),
         pool_settings(config),
         clock,
         session.event,
@@ -387,7 +398,7 @@ def _live_feed(
     )
 
 
-def _learner(training: Training) -> Any:
+def _learner(training: Training, files: RoleFiles) -> Any:
     from learner.remote import RayLearner
     from learner.settings import learner_settings
 
@@ -397,6 +408,7 @@ def _learner(training: Training) -> Any:
         canary_prompt=training.prepared.prompts.prompt(0).token_ids,
         run_dir=str(training.session.path.absolute()),
         resume_from=str(resumed.path.absolute()) if resumed else None,
+        files=files.learner,
     )
     cores = training.cores
     return RayLearner(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.prepare import Prepared, context_length
+from cluster.assembly.shipping import RoleFiles
 from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import BadReward, Fatal
@@ -26,7 +27,11 @@ STOP_S = 3.0  # for the reward service to answer what it is scoring
 
 
 def worker_factory(
-    prepared: Prepared, cores: CorePlan, make_scorer: Callable[..., Scorer], first_step: int
+    prepared: Prepared,
+    cores: CorePlan,
+    make_scorer: Callable[..., Scorer],
+    first_step: int,
+    files: RoleFiles,
 ) -> Any:
     """(index, incarnation) -> worker, for the pool. ``first_step``: at which the run is resumed."""
     from actors.remote import make_worker_factory, worker_spec
@@ -40,6 +45,8 @@ def worker_factory(
         threads=cores.worker_threads,
         make_scorer=partial(make_scorer, prepared.tokenizer_fingerprint),
         plugins=loaded(),
+        files=files.worker,
+        software=files.software,
     )
     rollout = config.rollout
     return make_worker_factory(
@@ -89,7 +96,9 @@ class RewardRole:
 
 
 @contextmanager
-def reward_role(config: TrainConfig, cores: CorePlan, log_file: Path) -> Iterator[RewardRole]:
+def reward_role(
+    config: TrainConfig, cores: CorePlan, log_file: Path, files: RoleFiles
+) -> Iterator[RewardRole]:
     """The reward service that was given, or one that begins to start here for the run.
 
     What one started here prints goes to ``log_file``, on this machine; a BadReward raised within
@@ -119,6 +128,7 @@ def reward_role(config: TrainConfig, cores: CorePlan, log_file: Path) -> Iterato
         access=own,
         remote=sources_access(config.reward),
         log_file=None if joined else log_file,
+        files=files.reward,
     )
     try:
         yield RewardRole(RewardClients(service.place, deadline_s, theirs, service.book), service)

@@ -1,4 +1,4 @@
-"""What one role is sent of the files that the command was given, by the path it knows them under."""
+"""What a role is sent of the files that the command was given, by the path it knows them under."""
 
 from __future__ import annotations
 

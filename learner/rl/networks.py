@@ -125,9 +125,7 @@ def _reference(settings: LearnerSettings, policy: Any) -> Any:
         return copy.deepcopy(policy)
     trusted = settings.model.trust_remote_code
     revision = settings.learner.reference_revision
-    reference = load_policy(
-        ModelConfig(path=path, revision=revision, trust_remote_code=trusted)
-    )
+    reference = load_policy(ModelConfig(path=path, revision=revision, trust_remote_code=trusted))
     # Log-probabilities of two vocabularies cannot be subtracted, whatever their tokens are.
     ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, reference))
     if ours != theirs:
