@@ -262,7 +262,9 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
             reward_role(config, training.cores, log_file, files) as rewards,
         ):
             for place, parcel in files.parcels().items():
-                session.event("sent", to=place, bytes=parcel.size, digest=parcel.digest)
+                session.event(
+                    "input_packed", role_and_path=place, bytes=parcel.size, sha256=parcel.digest
+                )
             run_coroutine(_drive(training, rewards, files, listeners, stop), stop)
     finally:
         listeners.close()
