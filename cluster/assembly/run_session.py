@@ -146,7 +146,7 @@ def _status_kept(session: RunSession, *, fresh: bool) -> Iterator[None]:
 
 def how_to_continue(run: Run) -> str:
     """For who has interrupted a run: what is kept, and the command that goes on from there."""
-    command = str(_manifest(run)["command"])
+    command = str(manifest_of(run)["command"])
     if command not in RESUMABLE:
         return f"what was finished is kept in {run.path}"
     step = run.newest_checkpoint()
@@ -162,7 +162,7 @@ def how_to_continue(run: Run) -> str:
 def open_run(path: str, command: str) -> Run:
     """The run to be continued. Raises UserError when another command made it."""
     run = Run.open(path)
-    made_by = _manifest(run)["command"]
+    made_by = manifest_of(run)["command"]
     if made_by != command:
         raise UserError(
             f"is a run of `accord {made_by}`, not of `accord {command}`",
@@ -173,7 +173,7 @@ def open_run(path: str, command: str) -> Run:
 
 
 def run_status(run: Run) -> str:
-    return str(_manifest(run)["status"])
+    return str(manifest_of(run)["status"])
 
 
 def refuse_changes(before: Section, after: Section, path: str, free: Collection[str]) -> None:
@@ -196,7 +196,8 @@ def refuse_changes(before: Section, after: Section, path: str, free: Collection[
         )
 
 
-def _manifest(run: Run) -> dict[str, Any]:
+def manifest_of(run: Run) -> dict[str, Any]:
+    """Raises UserError for one that is damaged."""
     path = run.path / "manifest.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.auto.resolve import resolve_here
+from cluster.assembly.learnt_from import KEY, learnt_from, refuse_other_origins
 from cluster.assembly.leaving import LeavingWatch
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.prepare import Prepared, prepare, with_pinned_models
 from cluster.assembly.ray_dashboard import RayTab, ray_tab_of
+from cluster.assembly.resume_rules import FREE_ON_RESUME, refuse_other_horizon
 from cluster.assembly.room import tell_what_is_missing
 from cluster.assembly.run_session import (
     RunSession,
     how_to_continue,
+    manifest_of,
     open_run,
     refuse_changes,
     run_session,
@@ -63,11 +66,6 @@ from cluster.runs.sample_sink import SampleSink
 from cluster.runs.sinks import RayLiveGauges, make_sinks
 from cluster.runs.start_log import StartLog
 
-# What may differ on resume, as it does not change what is learnt.
-FREE_ON_RESUME = (
-    *("logging", "alarms", "cluster", "checkpoint", "batch.steps", "rollout.workers"),
-    *("rollout.cpus", "learner.cpus", "rollout.kv_cache_mb", "rollout.max_running"),
-)
 READING = "model, prompts and rewards"
 
 
@@ -144,9 +142,11 @@ def resume_training(
         before = load_config(TrainConfig, str(run.path / "config.toml"))
         config = load_config(TrainConfig, str(run.path / "config.toml"), overrides)
         refuse_changes(before, config, path, FREE_ON_RESUME)
+        refuse_other_horizon(before, config, path)
         config = resolve_here(config).config  # a run of an older release lacks newer keys
         resumed = _place_to_resume(run, config)
         prepared = prepare(config)
+        refuse_other_origins(manifest_of(run).get(KEY), learnt_from(prepared), config, run.path)
         _refuse_other_prompts(config, resumed.state, len(prepared.prompts))
     step = resumed.state.step
     detail = {"step": step, "checkpoint": resumed.path.name}
@@ -245,6 +245,7 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
             "the config's reward.sources"
         )
     if not training.resumed:
+        session.run.update_manifest(**{KEY: learnt_from(training.prepared)})
         tell_prompts(training.prepared.prompts, session)
     stop = StopSwitch()
     listeners = Listeners(

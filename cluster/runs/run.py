@@ -14,7 +14,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cluster.contracts.durable import FileDigest, write_json, write_text
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
 from cluster.runs.checkpoints import Checkpoints
-from cluster.runs.driver import LOCK, Driver, driver_of
+from cluster.runs.driver import Driver, driver_lock
 from cluster.runs.provenance import git_commit, versions
 
 RESUMABLE = ("train", "sft", "reward-model", "dpo")  # commands with --resume
@@ -129,21 +129,11 @@ class Run:
     # -- one driver at a time ---------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def lock(self) -> Any:
-        """One process drives a run. The lock names its holder; a dead holder's is taken over."""
-        path = self.path / LOCK
-        holder = driver_of(self.path) if path.exists() else None
-        if holder is not None and holder.alive() and not holder.is_this_process():
-            raise UserError(
-                f"process {holder.pid} is driving this run",
-                where=str(self.path),
-                fix="wait for it or stop it first",
-            )
-        write_json(path, Driver.of_this_process().record())
-        try:
+    def lock(self) -> Iterator[None]:
+        """One process drives a run. Raises UserError that names the one that does; the lock of a
+        dead process is taken over."""
+        with driver_lock(self.path):
             yield
-        finally:
-            path.unlink(missing_ok=True)
 
 
 def name_by_time(command: str) -> str:

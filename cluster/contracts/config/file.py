@@ -75,6 +75,15 @@ def put(tree: dict[str, Any], key: str, value: Any) -> None:
 
 def check_config(model: type[C], tree: Mapping[str, Any], *, where: str) -> C:
     try:
+        json.dumps(tree, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as problem:
+        raise UserError(
+            f"{problem.object[max(0, problem.start - 20) : problem.end]!r} holds a byte that is "
+            "not UTF-8, so the run could not keep it",
+            where=where,
+            fix="write it in UTF-8",
+        ) from None
+    try:
         return model.model_validate(tree)
     except ValidationError as problem:
         lines = [_explain(model, error) for error in problem.errors()]

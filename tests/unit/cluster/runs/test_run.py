@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -24,19 +23,6 @@ def test_a_run_directory_is_never_shared(tmp_path: Path) -> None:
     make(tmp_path)
     with pytest.raises(UserError, match="the run directory exists"):
         make(tmp_path)
-
-
-def test_a_second_driver_is_refused_and_a_dead_one_replaced(tmp_path: Path) -> None:
-    run = make(tmp_path)
-    with run.lock():
-        lock = run.path / "driver.lock"
-        held = json.loads(lock.read_text())
-        lock.write_text(json.dumps({**held, "pid": os.getppid(), "started": None}))
-        with pytest.raises(UserError, match="is driving this run"), run.lock():
-            pass
-        lock.write_text(json.dumps({**held, "pid": 2**22 + 1}))
-        with run.lock():
-            pass
 
 
 def test_what_was_asked_for_on_a_resume_holds_for_the_next(tmp_path: Path) -> None:
