@@ -10,10 +10,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import Retryable
 from cluster.contracts.records import (
     Assignment,
-    FileDigest,
     GroupMeta,
     Harvest,
     Prompt,
