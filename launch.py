@@ -27,7 +27,7 @@ from cluster.machine.environment import prepare_environment
 from cluster.machine.signals import WORDS, CommandSignals, command_signals, exit_code
 
 COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
-    "Start": ("quickstart", "init"),
+    "Start": ("quickstart", "init", "doctor"),
     "Train": ("sft", "reward_model", "dpo", "train"),
     "Sample and judge": ("generate", "evaluate", "chat", "preferences", "serve_reward"),
     "Look at a run": ("runs", "status", "ui", "samples", "compare", "report", "replay", "audit"),

@@ -1,0 +1,32 @@
+"""`accord doctor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cluster.commands.options import Json
+
+
+def doctor(
+    given: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A run directory or a config, for its disk, its cluster and its reward service.",
+            metavar="RUN_OR_CONFIG",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check this machine, and every host of the cluster that a config joins.
+
+    One line each: ok, warn or fail, and what to do. A failure ends with exit code 1.
+
+    Example: `accord doctor examples/ppo.toml`
+    """
+    from cluster.assembly.doctor import examine, tell
+
+    if not tell(examine(given), as_json):
+        raise typer.Exit(1)
