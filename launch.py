@@ -130,7 +130,7 @@ def _run(signals: CommandSignals) -> int:
         return int(done.exit_code)
     except (Exception, SystemExit) as problem:
         # Libraries take other ways out when they meet a signal or what it did to their processes.
-        if signals.first is not None:
+        if signals.heard() is not None:
             return _interrupted(signals, f" ({type(problem).__name__}: {problem})")
         if isinstance(problem, SystemExit):
             raise
@@ -139,7 +139,7 @@ def _run(signals: CommandSignals) -> int:
 
 
 def _interrupted(signals: CommandSignals, detail: str = "") -> int:
-    number = signals.first or signal.SIGINT
+    number = signals.heard() or signal.SIGINT
     print(f"accord: {WORDS[number]}{detail}", file=sys.stderr)
     return exit_code(number)
 

@@ -25,6 +25,8 @@ NUDGE = signal.SIGURG  # nothing else uses it, and a process without a handler i
 AGAIN_S = 2.0  # until an interrupt that did not arrive is raised again
 FORCE_S = 9.0  # until a command that does not end is ended by force
 LOOK_S = 0.1
+END, CATCH_UP = 0, 255  # bytes for the watching thread that are no signal's number
+CATCH_UP_S = 5.0
 
 
 def exit_code(number: int) -> int:
@@ -45,6 +47,7 @@ class CommandSignals:
         self._nudged = 0.0
         self._told_lost = sys.unraisablehook
         self._gate = threading.RLock()
+        self._caught_up = threading.Event()
         # Python writes each signal's number into it at once, also while the main thread is
         # somewhere in a library and runs no handler.
         self._inbox, self._outbox = os.pipe()
@@ -65,10 +68,19 @@ class CommandSignals:
     def close(self) -> None:
         sys.unraisablehook = self._told_lost
         signal.set_wakeup_fd(-1)
-        os.write(self._outbox, b"\0")
+        os.write(self._outbox, bytes([END]))
         self._watcher.join()
         os.close(self._inbox)
         os.close(self._outbox)
+
+    def heard(self) -> signal.Signals | None:
+        """The signal that came first, None before, also where the watching thread, on a busy
+        machine, has not read it yet."""
+        if self._watcher.is_alive():
+            self._caught_up.clear()
+            os.write(self._outbox, bytes([CATCH_UP]))
+            self._caught_up.wait(CATCH_UP_S)
+        return self.first
 
     def check(self) -> None:
         """Raise KeyboardInterrupt if a signal has come and the interrupt is not under way."""
@@ -122,8 +134,10 @@ class CommandSignals:
             wait_s = None if self.first is None else LOOK_S
             if select.select([self._inbox], [], [], wait_s)[0]:
                 for number in os.read(self._inbox, 64):
-                    if number == 0:
+                    if number == END:
                         return
+                    if number == CATCH_UP:
+                        self._caught_up.set()
                     if number in WORDS:
                         self._heard(signal.Signals(number))
             if self.first is not None:

@@ -66,6 +66,10 @@ def _section(
             for entry in given:
                 yield f"\n[[{prefix}{name}]]"
                 yield from _section(_kind_of(entry, kinds), entry, f"{prefix}{name}.", every_key)
+        elif kinds and not given and every_key and _is_left_out(model.model_fields[name]):
+            yield ""
+            yield from _comment(model.model_fields[name].description or "")
+            yield f"# [{prefix}{name}]"
         elif kinds and (given or every_key):
             body = list(_section(kinds[0], given, f"{prefix}{name}.", every_key))
             yield from ([f"\n[{prefix}{name}]"] if _has_keys(body) else [])
@@ -90,12 +94,21 @@ def _key(name: str, field: FieldInfo, values: Mapping[str, Any]) -> Iterator[str
     meaning = field.description or ""
     if rule and values.get(name, AUTO) == AUTO:
         meaning += f" auto: {rule}."
-    yield from textwrap.wrap(meaning, WIDTH, initial_indent="# ", subsequent_indent="# ")
+    yield from _comment(meaning)
     value = values[name] if name in values else _default(field)
     if value is None:  # no value, or one that the user has to give
         yield f"# {name} ="
     else:
         yield f"{name} = {toml_value(value)}"
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent="# ", subsequent_indent="# ")
+
+
+def _is_left_out(field: FieldInfo) -> bool:
+    """Whether a section that is not given is none at all: one with defaults would turn it on."""
+    return not field.is_required() and field.get_default(call_default_factory=True) is None
 
 
 def _default(field: FieldInfo) -> Any:

@@ -13,7 +13,7 @@ import transformers
 from actors.engines import transformers_engine as engine_transformers
 from actors.engines.transformers_engine import TransformersEngine
 from actors.settings import EngineSettings
-from cluster.contracts.errors import Fatal, Retryable, UserError, WeightMismatch
+from cluster.contracts.errors import EngineFailure, Retryable, UserError, WeightMismatch
 from cluster.contracts.records import Completion, VersionSpan
 
 EXACT = 1e-4
@@ -217,7 +217,7 @@ def test_a_failure_half_way_in_staging_leaves_the_old_weights(
         patch.setattr(engine_transformers, "to_tensor", fails)
         with pytest.raises(Retryable, match="version 0, version -1 stays in force: no room"):
             made.stage(update, 0)
-    with pytest.raises(Fatal, match="staged is None"):
+    with pytest.raises(EngineFailure, match="staged is None"):
         made.swap(0)
     assert made.sequence_logprobs(PROMPTS["r2"]) == before
     load(made, update, 0)
