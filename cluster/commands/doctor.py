@@ -20,9 +20,10 @@ def doctor(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Check this machine, and every host of the cluster that a config joins.
+    """Check this machine and the cluster.
 
-    One line each: ok, warn or fail, and what to do. A failure ends with exit code 1.
+    The cluster is the one that the config joins, host by host. One line for each check: ok, warn or
+    fail, and what to do. A failure ends with exit code 1.
 
     Example: `accord doctor examples/ppo.toml`
     """
