@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 import uuid
@@ -29,6 +30,7 @@ AGAIN = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED)
 USERS = (Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED)
 ATTEMPT_SHARE = 1 / 3  # of the deadline, for one attempt: a hung service leaves time to ask another
 SHORTEST_ATTEMPT_S = 1.0
+LOOK_UP_S = 5.0  # how often it is looked up where the replicas are, by who knows where to look
 MAX_CAUSES = 3
 LAST_WORDS_S = 2.0
 OPTIONS = (
@@ -105,6 +107,7 @@ class RewardClient:
         self._tls = access.tls
         self._follow = follow
         self._targets = [_Target(address, access.tls) for address in dict.fromkeys(addresses)]
+        self._looked_up = time.monotonic()
         self._left: list[_Target] = []  # of addresses that are no longer in use
 
     def connect(self, timeout_s: float = 10.0) -> ServiceInfo:
@@ -117,12 +120,12 @@ class RewardClient:
                 return self._info
             self._look_up()
             end = time.monotonic() + timeout_s
-            infos = [self._reach(target, end, timeout_s) for target in self._targets]
-            for target, info in zip(self._targets, infos, strict=True):
+            targets, infos = self._reach_all(end, timeout_s)
+            for target, info in zip(targets, infos, strict=True):
                 if info.scorer_version != infos[0].scorer_version:
                     raise UserError(
                         f"it scores with {info.scorer_version[:12]}, but "
-                        f"{self._targets[0].address} with {infos[0].scorer_version[:12]}: "
+                        f"{targets[0].address} with {infos[0].scorer_version[:12]}: "
                         "replicas must be the same",
                         where=f"reward service {target.address}",
                         fix="start all replicas with the same reward section",
@@ -130,6 +133,26 @@ class RewardClient:
             self._info = infos[0]
             self.version = infos[0].scorer_version
             return infos[0]
+
+    def _reach_all(self, end: float, timeout_s: float) -> tuple[list[_Target], list[ServiceInfo]]:
+        """Those that answer. Where replicas come and go, one that is away is passed over as long as
+        another answers; given by the user, all have to be there."""
+        reached: list[tuple[_Target, ServiceInfo]] = []
+        away: Unreached | None = None
+        for target in self._targets:
+            try:
+                # So that time is left for the next one.
+                share = (end - time.monotonic()) / 2 if self._follow is not None else math.inf
+                until = min(end, time.monotonic() + max(share, SHORTEST_ATTEMPT_S))
+                reached.append((target, self._reach(target, until, timeout_s)))
+            except Unreached as problem:
+                if self._follow is None:
+                    raise
+                away = problem
+        if not reached:
+            assert away is not None
+            raise away
+        return [target for target, _ in reached], [info for _, info in reached]
 
     def _reach(self, target: _Target, end: float, timeout_s: float) -> ServiceInfo:
         try:
@@ -175,6 +198,8 @@ class RewardClient:
     def _score_chunk(self, items: Sequence[pb.Item]) -> list[Score]:
         request = pb.ScoreRequest(request_id=uuid.uuid4().hex, items=items)
         call = _Call(time.monotonic() + self._deadline_s)
+        if time.monotonic() - self._looked_up > LOOK_UP_S:
+            self._look_up()  # replicas come and go
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(self._again),
             stop=tenacity.stop_before_delay(self._deadline_s),
@@ -226,7 +251,8 @@ class RewardClient:
             return target
 
     def _look_up(self) -> None:
-        """A service that was started again may listen elsewhere."""
+        """A service that was started again may listen elsewhere, and there may be more now."""
+        self._looked_up = time.monotonic()
         addresses = tuple(dict.fromkeys(self._follow())) if self._follow is not None else ()
         with self._lock:
             known = {target.address: target for target in self._targets}

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import secrets
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -74,8 +73,8 @@ class ServicePlace:
 
 @dataclass(frozen=True, slots=True)
 class AddressBook:
-    """Where a run's reward services listen now. Ray's head keeps it, so that any process of the
-    cluster can look it up and none has to be asked."""
+    """Where a run's reward services listen now, under a ``name`` of the run's own. Ray's head keeps
+    it, so that any process of the cluster can look it up and none has to be asked."""
 
     name: str
 
@@ -102,12 +101,11 @@ Begun = tuple[Any, ServicePlace]
 class RewardServiceHandle:
     """A service that starts or runs: its ``place`` to give to clients, ``address``, ``stop``."""
 
-    def __init__(self, begin: Callable[[], Begun], book: AddressBook) -> None:
+    def __init__(self, begin: Callable[[], Begun]) -> None:
         """``begin``: begins to start the service in a new process."""
         self._begin = begin
         self._actor, self.place = begin()
         self._answer: tuple[str, ServiceInfo] | None = None
-        self.book = book
 
     def wait(self) -> None:
         """Until it serves. On failure its process is ended; raises as ``ServicePlace.wait``."""
@@ -131,15 +129,11 @@ class RewardServiceHandle:
         ray.kill(self._actor)
         self._actor, self.place = self._begin()
         await self.started()
-        self.book.put([self.address])
 
     @property
     def address(self) -> str:
         """Known once it has started."""
         return self._known()[0]
-
-    def runs_at(self, host: str) -> bool:
-        return self._answer is not None and self.address.rpartition(":")[0] == host
 
     @property
     def info(self) -> ServiceInfo:
@@ -206,7 +200,7 @@ def begin_reward_service(
         )
         return actor, ServicePlace([outcome], num_cpus, timeout_s)
 
-    return RewardServiceHandle(begin, AddressBook(secrets.token_hex(8)))
+    return RewardServiceHandle(begin)
 
 
 def start_reward_service(cfg: RewardConfig, *args: Any, **keys: Any) -> RewardServiceHandle:

@@ -333,7 +333,7 @@ async def _drive(
     sinks.append(feed)
     session.reporter.say(f"  {training.cores.describe()}")
     workers = [f"worker-{index}" for index in range(config.rollout.workers)]
-    service = ["reward service"] if rewards.service is not None else []
+    service = ["reward service"] if rewards.replicas is not None else []
     session.start.begins("learner", *service, *workers)
     watch = asyncio.ensure_future(_watch_reward_service(rewards, session, controller))
     room = asyncio.ensure_future(tell_what_is_missing(config, session))
@@ -369,7 +369,7 @@ async def _watch_leaving_nodes(
         return  # the only node is this machine
 
     def home(node: LeavingNode) -> list[str]:
-        scores = rewards.service is not None and rewards.service.runs_at(node.address)
+        scores = rewards.replicas is not None and rewards.replicas.runs_at(node.address)
         roles = ["learner"] * (node.id in learner.nodes) + ["reward service"] * scores
         if roles:
             session.reporter.say(
@@ -425,15 +425,19 @@ def _learner(training: Training, files: RoleFiles) -> Any:
 async def _watch_reward_service(
     rewards: RewardRole, session: RunSession, controller: Controller
 ) -> None:
-    """Notes when the service has started, and starts it again when it dies. Where it cannot work
-    any more, ends the run, with a checkpoint, and raises why."""
+    """Notes when the services have started, and starts one again when it dies. Where one cannot
+    work any more, ends the run, with a checkpoint, and raises why."""
+    replicas = rewards.replicas
+    if replicas is None:
+        return  # elsewhere: they are not seen from here
     try:
-        await rewards.ready()
+        await replicas.ready()
     except AccordError:
         return  # raised by the workers, which need the service to start
     session.start.ends("reward service")
+    controller.on_reward_replicas(replicas.scale)
     try:
-        await rewards.keep_up(session.event)
+        await replicas.keep_up(session.event)
     except AccordError:
         controller.request_stop()
         raise

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import sys
-import time
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.prepare import Prepared, context_length
+from cluster.assembly.reward_replicas import RewardReplicas
 from cluster.assembly.shipping import RoleFiles
 from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.errors import BadReward, Fatal
+from cluster.contracts.errors import BadReward
 from cluster.contracts.plugins import loaded
 from cluster.contracts.protocols import Scorer
-from cluster.loop.supervision import Loss, Restart, decide
 from cluster.machine.cores import CorePlan
 from cluster.machine.resources import Need
 
@@ -61,38 +59,11 @@ def worker_factory(
 
 @dataclass(frozen=True, slots=True)
 class RewardRole:
-    """The run's reward service. ``clients(tokenizer)``: a worker's connection to it, made in the
-    worker's process; ``service``: the one started here, None where one was given."""
+    """The run's reward services. ``clients(tokenizer)``: a worker's connection to them, made in the
+    worker's process; ``replicas``: those started here, None where one was given."""
 
     clients: Callable[..., Scorer]
-    service: Any = None
-
-    async def ready(self) -> None:
-        """Wait until it serves. Raises what kept it from starting."""
-        if self.service is not None:
-            await self.service.started()
-
-    async def keep_up(self, event: Callable[..., None]) -> None:
-        """Start the service again whenever its process dies, with growing pauses. Workers keep
-        what is to be scored meanwhile, and end the run when that takes too long; so this gives up
-        only where the service says that it cannot work (UserError)."""
-        if self.service is None:
-            return  # elsewhere: it is not seen from here
-        losses: list[Loss] = []
-        while True:
-            cause = await self.service.death()
-            while cause:
-                losses.append(Loss(time.monotonic()))
-                event("reward_service_lost", cause=cause)
-                pause = decide(losses, losses[-1].at, max_restarts=sys.maxsize)
-                await asyncio.sleep(pause.after_s if isinstance(pause, Restart) else 0.0)
-                try:
-                    await self.service.restart()
-                    cause = ""
-                except Fatal as problem:  # it died once more
-                    cause = str(problem)
-            seconds = round(time.monotonic() - losses[-1].at, 3)
-            event("reward_service_restarted", address=self.service.address, seconds=seconds)
+    replicas: RewardReplicas | None = None
 
 
 @contextmanager
@@ -111,7 +82,7 @@ def reward_role(
     """
     from reward_service.access import service_access, sources_access
     from reward_service.certificate import run_access
-    from reward_service.remote import RewardClients, begin_reward_service
+    from reward_service.remote import AddressBook, RewardClients, begin_reward_service
 
     deadline_s = config.reward.deadline_s
     if config.reward.address:  # it was reached before Ray was started
@@ -120,24 +91,30 @@ def reward_role(
         return
     joined = config.cluster.to_join is not None
     own, theirs = run_access(encrypted=joined)
-    service = begin_reward_service(
-        config.reward,
-        num_cpus=config.reward.cpus,
-        cores=cores.reward,
-        reach="cluster" if joined else "machine",
-        access=own,
-        remote=sources_access(config.reward),
-        log_file=None if joined else log_file,
-        files=files.reward,
-    )
+    book = AddressBook(secrets.token_hex(8))
+
+    def begin() -> Any:
+        return begin_reward_service(
+            config.reward,
+            num_cpus=config.reward.cpus,
+            cores=cores.reward,
+            reach="cluster" if joined else "machine",
+            access=own,
+            remote=sources_access(config.reward),
+            log_file=None if joined else log_file,
+            files=files.reward,
+        )
+
+    replicas = RewardReplicas(begin, config.reward.replicas, book.put)
+    clients = RewardClients(replicas.first.place, deadline_s, theirs, book)
     try:
-        yield RewardRole(RewardClients(service.place, deadline_s, theirs, service.book), service)
+        yield RewardRole(clients, replicas)
     except BadReward as problem:
         if log_file.is_file() and log_file.stat().st_size:
             raise BadReward(f"{problem}\n  log: {log_file}") from problem
         raise
     finally:
-        service.stop(STOP_S)
+        replicas.stop(STOP_S)
 
 
 def resource_needs(config: TrainConfig) -> list[Need]:

@@ -140,6 +140,10 @@ class Controller:
         self._stop.set()
         self._wake.set()
 
+    def on_reward_replicas(self, call: Callable[[int], None]) -> None:
+        """``call`` with the number of reward services whenever another one is asked for."""
+        self._steering.on_reward_replicas(call)
+
     def request_checkpoint(self) -> None:
         """Write one after the step under way, or at once where none is."""
         self._save_due = self._step > 0

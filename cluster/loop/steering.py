@@ -27,7 +27,8 @@ class Steering:
         self._chosen: int | None = None  # by the policy
         self._wishes = Wishes()
         self._told_idle = False
-        self._reward_replicas: Callable[[int], None] = lambda count: None
+        self._reward_replicas: Callable[[int], None] | None = None
+        self._replicas_told: int | None = None
 
     def on_reward_replicas(self, call: Callable[[int], None]) -> None:
         """``call`` with the number of reward services whenever another one is asked for."""
@@ -48,9 +49,11 @@ class Steering:
                 paused=now.paused,
                 stop=now.stop,
             )
-        if now.reward_replicas not in (None, before.reward_replicas):
-            assert now.reward_replicas is not None
-            self._reward_replicas(now.reward_replicas)
+        replicas = now.reward_replicas
+        if self._reward_replicas is not None and replicas not in (None, self._replicas_told):
+            self._replicas_told = replicas
+            assert replicas is not None
+            self._reward_replicas(replicas)
         if before.paused and not now.paused:
             self._told_idle = False
             self._event("unpaused", step=step)

@@ -1,0 +1,202 @@
+"""A run on three hosts whose workers come, go, are drained and are lost; and a run as a Ray job."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hosts import ROOT, Lab, hosts, wait_until
+
+pytestmark = pytest.mark.lab
+
+RAY = Path(sys.executable).with_name("ray")
+PROMPTS = "".join(f'{{"prompt": "how long does it last {i}"}}\n' for i in range(64))
+CONFIG = """
+[model]
+path = "{inputs}/model"
+[data]
+prompts = "{inputs}/prompts.jsonl"
+[[reward.sources]]
+type = "rules"
+max_words = 3
+[reward]
+resources = {{learner = 1}}
+[batch]
+prompts_per_step = 4
+samples_per_prompt = 2
+steps = 100000
+[rollout]
+engine = "transformers"
+max_tokens = 4
+resources = {{rollout = 1}}
+[learner]
+resources = {{learner = 1}}
+[checkpoint]
+every = 20
+[logging]
+tensorboard = false
+samples_every = 0
+"""
+
+
+@dataclass(frozen=True)
+class World:
+    lab: Lab
+    folder: Path  # for outputs, outside of all hosts
+
+    def accord(self, *words: object, code: int = 0, **env: str) -> str:
+        """A command of ours on host 1, to its end."""
+        done = self.lab.run(
+            1, sys.executable, ROOT / "launch.py", *words, ACCORD_NO_BOOTSTRAP="1", **env
+        )
+        assert done.returncode == code, f"{done.stdout}\n{done.stderr}"
+        return done.stdout + done.stderr
+
+    def run(self, name: str) -> Path:
+        return self.lab.disk(1) / "runs" / name
+
+    def rows(self, name: str, file: str) -> list[dict[str, Any]]:
+        path = self.run(name) / file
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def events(self, name: str, kind: str) -> list[dict[str, Any]]:
+        return [row for row in self.rows(name, "events.jsonl") if row["kind"] == kind]
+
+    def step(self, name: str) -> int:
+        return max((row["step"] for row in self.rows(name, "metrics.jsonl")), default=0)
+
+    def wait_for_steps(self, name: str, more: int, what: str) -> None:
+        goal = self.step(name) + more
+        wait_until(lambda: self.step(name) >= goal, 90, f"{more} steps {what}")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """The learner's resources are on host 1, room for workers on all three."""
+    from learner.models.tiny import fresh_model, train_tokenizer
+
+    with hosts(3) as lab:
+        inputs = lab.disk(1) / "inputs"
+        inputs.mkdir()
+        tokenizer = train_tokenizer(["how long does it last"] * 3, 320, inputs / "model")
+        fresh_model(tokenizer, inputs / "model", hidden=32, layers=1, heads=1, intermediate=32)
+        (inputs / "prompts.jsonl").write_text(PROMPTS)
+        (lab.disk(1) / "train.toml").write_text(CONFIG.format(inputs="/host/inputs"))
+        head = '--resources={"learner": 2, "rollout": 1}'
+        lab.ray_head(cpus=4, words=(head, "--dashboard-host=127.0.0.1"))
+        for host in (2, 3):
+            lab.ray_join(host, cpus=3, words=('--resources={"rollout": 2}',))
+        yield World(lab, tmp_path_factory.mktemp("out"))
+
+
+def test_a_missing_token_is_told_at_once(world: World) -> None:
+    words = ("train", "train.toml", "cluster.address=auto", "run.name=t")
+    said = world.accord(*words, code=2, RAY_AUTH_TOKEN_PATH="/host/nothing", RAY_AUTH_MODE="token")
+    assert "asks for Ray's token, and there is none in /host/nothing" in said
+
+
+def test_a_job_leaves_a_checkpoint_when_it_is_stopped_and_goes_on(world: World) -> None:
+    """The job's driver finds its cluster by itself, and writes where it is told to."""
+    command = f"{sys.executable} {ROOT}/launch.py"
+    job = ("job", "submit", "--address=http://127.0.0.1:8265", "--no-wait", "--submission-id=j")
+    train = f"{command} train /host/train.toml run.dir=/host/runs run.name=j"
+    done = world.lab.run(1, RAY, *job, "--", *train.split(), ACCORD_NO_BOOTSTRAP="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    try:
+        world.wait_for_steps("j", 2, "of the job")
+        said = world.accord("scale", "runs/j", 2)
+        assert "1 → 2 workers: worker-1 serves after" in said
+    finally:
+        stopped = world.lab.run(1, RAY, "job", "stop", "--address=http://127.0.0.1:8265", "j")
+    assert stopped.returncode == 0, stopped.stdout + stopped.stderr
+    status = world.accord("status", "runs/j", "--json")
+    saved = json.loads(status)["checkpoint"]["step"]
+    assert saved >= 1
+    said = world.accord(
+        "train", "--resume", "runs/j", f"batch.steps={saved + 2}", RAY_ADDRESS="auto"
+    )
+    assert f"resuming at step {saved} of" in said
+
+
+def test_a_run_is_scaled_drained_and_loses_a_host(world: World) -> None:
+    lab = world.lab
+    words = (sys.executable, ROOT / "launch.py", "train", "train.toml", "run.name=r")
+    out = world.folder / "train.log"
+    command = lab.start(1, *words, out=out, ACCORD_NO_BOOTSTRAP="1", RAY_ADDRESS="auto")
+    try:
+        wait_until(lambda: world.step("r") or command.poll() is not None, 120, "the first step")
+        assert command.poll() is None, out.read_text()
+
+        assert re.search(r"1 → 3 workers: .*serves after", world.accord("scale", "runs/r", 3))
+        assert len({row["node"] for row in world.events("r", "worker_serving")}) >= 2
+        assert re.search(r"3 → 0 workers: .*left after", world.accord("scale", "runs/r", 0))
+        assert "paused after step" in world.accord("pause", "runs/r")
+        assert "goes on after step" in world.accord("resume", "runs/r")
+        assert "0 → 2 workers: " in world.accord("scale", "runs/r", 2)
+        world.wait_for_steps("r", 2, "after there was no worker")
+
+        drained = drain(world)
+        wait_until(
+            lambda: any(e["worker"] == drained for e in world.events("r", "worker_left")),
+            60,
+            f"{drained} to leave the drained node",
+        )
+        wait_until(lambda: serving(world) >= 2, 90, "a worker in its place")
+        world.wait_for_steps("r", 2, "after a node was drained")
+
+        lost = world.events("r", "worker_lost")
+        assert lost == [], "nothing was lost while workers came and went"
+        lab.kill(3)
+        wait_until(lambda: world.events("r", "worker_lost") or serving(world) < 2, 90, "the loss")
+        world.wait_for_steps("r", 2, "after a host was lost")
+
+        assert "stopped after step" in world.accord("stop", "runs/r")
+        assert command.wait(60) == 0, out.read_text()
+    finally:
+        command.terminate()
+    assert json.loads(world.accord("status", "runs/r", "--json"))["status"] == "stopped"
+    if (ROOT / "cluster" / "commands" / "audit.py").exists():
+        world.accord("audit", "runs/r")
+
+
+def serving(world: World) -> int:
+    return len(json.loads(world.accord("status", "runs/r", "--json"))["workers"])
+
+
+def drain(world: World) -> str:
+    """Announce that host 2 will go, as an autoscaler does; the name of a worker on it."""
+    nodes = json.loads(
+        world.lab.run(
+            1,
+            sys.executable,
+            "-c",
+            "import json, logging, ray; ray.init('auto', logging_level=logging.ERROR); "
+            "print(json.dumps({n['NodeManagerHostname']: n['NodeID'] for n in ray.nodes()}))",
+        ).stdout.splitlines()[-1]
+    )
+    left = {row["worker"] for row in world.events("r", "worker_left")}
+    there = [
+        row["worker"]
+        for row in world.events("r", "worker_serving")
+        if row["node"] == nodes["host2"] and row["worker"] not in left
+    ]
+    assert there, "a worker on host 2"
+    words = ("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test")
+    done = world.lab.run(
+        1,
+        RAY,
+        "drain-node",
+        f"--address={world.lab.ray_address}",
+        f"--node-id={nodes['host2']}",
+        *words,
+        "--deadline-remaining-seconds=60",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return str(there[0])
