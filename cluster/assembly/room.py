@@ -1,29 +1,45 @@
-"""What a run lacks on a cluster that may still grow, said while it waits."""
+"""Room for a run on a cluster that may still grow: asked for, and said where it is missing."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from cluster.assembly.run_session import RunSession
 from cluster.assembly.training_roles import resource_needs
 from cluster.contracts.config.train import TrainConfig
+from cluster.machine.autoscaler import ask_for_machines
 from cluster.machine.resources import cluster_nodes, shortage
 
 LOOK_S = 10.0
+WITHDRAW_S = 5.0
 
 
-async def tell_what_is_missing(config: TrainConfig, session: RunSession) -> None:
-    """On a cluster that was joined, until cancelled: each time something else is missing, which
-    resource, how much of it there is, and on which nodes. Nodes may come and go."""
+async def keep_room(config: TrainConfig, session: RunSession, workers: Callable[[], int]) -> None:
+    """On a cluster that was joined, until cancelled. ``workers``: how many the run wants.
+
+    Each time something else is missing, says which resource, how much of it there is, and on which
+    nodes. With `rollout.autoscale`, tells Ray's autoscaler how many workers are wanted, and at the
+    end that none are.
+    """
     if config.cluster.to_join is None:
         return  # it cannot grow, and was looked at before the start
-    needs, told = resource_needs(config), ""
-    while True:
-        await asyncio.sleep(LOOK_S)
-        # Asks Ray's head, which may be slow or gone.
-        problem = shortage(needs, await asyncio.to_thread(cluster_nodes))
-        missing = "" if problem is None else problem.what
-        if missing and missing != told:
-            session.event("resources_missing", cause=missing)
-            session.reporter.say(f"{missing}; waiting for the cluster to grow")
-        told = missing
+    told, asked = "", -1
+    try:
+        while True:
+            await asyncio.sleep(LOOK_S)
+            needs = resource_needs(config, workers())
+            if config.rollout.autoscale and asked != workers():
+                asked = workers()
+                await asyncio.to_thread(ask_for_machines, needs)
+            # Asks Ray's head, which may be slow or gone.
+            problem = shortage(needs, await asyncio.to_thread(cluster_nodes))
+            missing = "" if problem is None else problem.what
+            if missing and missing != told:
+                session.event("resources_missing", cause=missing)
+                session.reporter.say(f"{missing}; waiting for the cluster to grow")
+            told = missing
+    finally:
+        if asked >= 0:
+            async with asyncio.timeout(WITHDRAW_S):
+                await asyncio.to_thread(ask_for_machines, [])

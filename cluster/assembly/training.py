@@ -19,7 +19,7 @@ from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.prepare import Prepared, prepare, with_pinned_models
 from cluster.assembly.ray_dashboard import RayTab, ray_tab_of
 from cluster.assembly.resume_rules import FREE_ON_RESUME, refuse_other_horizon
-from cluster.assembly.room import tell_what_is_missing
+from cluster.assembly.room import keep_room
 from cluster.assembly.run_session import (
     RunSession,
     how_to_continue,
@@ -336,7 +336,7 @@ async def _drive(
     service = ["reward service"] if rewards.replicas is not None else []
     session.start.begins("learner", *service, *workers)
     watch = asyncio.ensure_future(_watch_reward_service(rewards, session, controller))
-    room = asyncio.ensure_future(tell_what_is_missing(config, session))
+    room = asyncio.ensure_future(keep_room(config, session, lambda: pool.wanted))
     leaving = asyncio.ensure_future(
         _watch_leaving_nodes(training, controller, pool, learner, rewards)
     )
@@ -354,6 +354,7 @@ async def _drive(
         finally:
             watch.cancel()
             room.cancel()
+            await asyncio.gather(room, return_exceptions=True)
             leaving.cancel()
             live.cancel()
             await asyncio.gather(live, return_exceptions=True)

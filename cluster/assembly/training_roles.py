@@ -117,14 +117,15 @@ def reward_role(
         replicas.stop(STOP_S)
 
 
-def resource_needs(config: TrainConfig) -> list[Need]:
-    """What Ray must have for the run, by role."""
+def resource_needs(config: TrainConfig, workers: int | None = None) -> list[Need]:
+    """What Ray must have for the run, by role. ``workers``: wanted now; None: at the start."""
     rollout, learner, reward = config.rollout, config.learner, config.reward
+    count = rollout.workers if workers is None else workers
     services = 0 if reward.address else reward.replicas
     return [
         _need("a learner process", "learner", learner, learner.processes, learner.gpus),
         *([_need("a reward service", "reward", reward, services, 0.0)] if services else []),
-        _need("a rollout worker", "rollout", rollout, rollout.workers, rollout.gpus),
+        _need("a rollout worker", "rollout", rollout, count, rollout.gpus),
     ]
 
 

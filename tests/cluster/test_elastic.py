@@ -110,7 +110,11 @@ def test_a_job_leaves_a_checkpoint_when_it_is_stopped_and_goes_on(world: World) 
     done = world.lab.run(1, RAY, *job, "--", *train.split(), ACCORD_NO_BOOTSTRAP="1")
     assert done.returncode == 0, done.stdout + done.stderr
     try:
-        world.wait_for_steps("j", 2, "of the job")
+        try:
+            world.wait_for_steps("j", 2, "of the job")
+        except AssertionError as problem:
+            logs = world.lab.run(1, RAY, "job", "logs", "--address=http://127.0.0.1:8265", "j")
+            raise AssertionError(f"{problem}\n{logs.stdout}\n{logs.stderr}") from None
         said = world.accord("scale", "runs/j", 2)
         assert "1 → 2 workers: worker-1 serves after" in said
     finally:
