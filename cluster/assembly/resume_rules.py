@@ -14,6 +14,7 @@ FREE_ON_RESUME = (
     # How many workers, where, how fast; each samples from the same distribution.
     *("rollout.workers", "rollout.cpus", "rollout.gpus", "rollout.resources", "rollout.labels"),
     *("rollout.min_workers", "rollout.workers_timeout_s", "rollout.autoscale"),
+    "rollout.max_workers",
     *("rollout.max_restarts", "rollout.start_timeout_s", "rollout.stall_timeout_s"),
     *("rollout.max_running", "rollout.kv_cache_mb", "rollout.gpu_memory_fraction"),
     *("rollout.block_size", "rollout.tensor_parallel"),

@@ -159,6 +159,44 @@ def test_retries_outlive_a_restart_of_the_server(words: Words) -> None:
                 assert values(scores.result(10)) == [2]
 
 
+def test_replicas_come_and_go_and_no_call_is_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("reward_service.client.LOOK_UP_S", 0.0)
+    scored = [Words(), Words()]
+    with start(scored[0]) as first, start(scored[1]) as second:
+        places = [first.address]
+        with RewardClient(places, deadline_s=15, follow=lambda: list(places)) as client:
+            assert values(client.score([rollout("a")])) == [1]
+            places.append(second.address)
+            with ThreadPoolExecutor(8) as pool:
+                asked = [pool.submit(client.score, [rollout("x " * n)]) for n in range(40)]
+                assert [values(call.result(20)) for call in asked] == [
+                    [float(n)] for n in range(40)
+                ]
+            assert scored[0].calls > 1
+            assert scored[1].calls > 1
+            places.remove(first.address)
+            assert values(client.score([rollout("a b")])) == [2]
+            before = scored[0].calls
+            first.stop(0)
+            for n in range(10):
+                assert values(client.score([rollout("x " * n)])) == [n]
+            assert scored[0].calls == before
+
+
+def test_a_worker_that_joins_while_a_replica_is_away_asks_the_others(words: Words) -> None:
+    with start(words) as there:
+        gone = start(Words())
+        places = [gone.address, there.address]
+        gone.stop(0)
+        with RewardClient(places, deadline_s=15, follow=lambda: places) as client:
+            client.connect(timeout_s=4.0)
+            assert values(client.score([rollout("a b")])) == [2]
+        with RewardClient(places, deadline_s=15) as named, pytest.raises(UserError):
+            named.connect(timeout_s=2.0)
+
+
 def test_another_scorer_after_a_restart_is_refused(words: Words) -> None:
     first = start(words)
     with RewardClient([first.address], deadline_s=15) as client:
