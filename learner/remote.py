@@ -241,8 +241,8 @@ class RayLearner:
             await self._call("hold", limit, f"to fetch step {batch.step}", batch, together=False)
             wanted = None
         result: StepResult = await self._call("step", limit, purpose, wanted)
-        self._carry_rollouts()
-        return result
+        not_carried = self._carry_rollouts()
+        return dataclasses.replace(result, not_written=(*result.not_written, *not_carried))
 
     async def pulse(self) -> None:
         """Returns when every process has answered. Raises Retryable when one is gone."""
@@ -289,7 +289,10 @@ class RayLearner:
         try:
             if self._actors and self._started:
                 await self._call("close", _STOP_TIMEOUT_S, "to finish writing")
-                await self._bring_rollouts()
+                try:
+                    await self._bring_rollouts()
+                except OSError as problem:
+                    raise Fatal(f"the last rollouts could not be written: {problem}") from problem
                 await self._first("outbox", _STOP_TIMEOUT_S, "to tidy up", "close")
         finally:
             if self._carrying is not None:
@@ -355,10 +358,14 @@ class RayLearner:
             probe.unlink(missing_ok=True)
             seen.unlink(missing_ok=True)
 
-    def _carry_rollouts(self) -> None:
-        """Begin to copy what the learner has finished to write; the next step need not wait."""
-        if self._has_outbox and (self._carrying is None or self._carrying.done()):
-            self._carrying = asyncio.ensure_future(self._bring_rollouts())
+    def _carry_rollouts(self) -> tuple[str, ...]:
+        """Begin to copy what the learner has finished to write; the next step need not wait.
+        Returns what kept the last such copying from its end. What is left is tried again now."""
+        if not self._has_outbox or (self._carrying is not None and not self._carrying.done()):
+            return ()
+        before, self._carrying = self._carrying, asyncio.ensure_future(self._bring_rollouts())
+        problem = before.exception() if before is not None and not before.cancelled() else None
+        return () if problem is None else (f"{self._settings.run_dir}: {problem}",)
 
     async def _bring_rollouts(self) -> None:
         if not self._has_outbox:

@@ -67,6 +67,8 @@ class RunSession:
             self.reporter.say(
                 f"{detail['where'] or detail['prompt']}: set aside, {detail['cause']}"
             )
+        elif kind == "rollouts_not_written":
+            self.reporter.say(f"training goes on without rollouts on disk: {detail['cause']}")
         elif kind == "checkpoint_failed":
             self.reporter.say(
                 f"no checkpoint was written at step {detail['step']}; training goes on, and the "

@@ -61,6 +61,7 @@ from cluster.runs.console import Reporter
 from cluster.runs.control import ControlFile, forget_pause_and_stop
 from cluster.runs.live_file import LiveFile
 from cluster.runs.quarantine import quarantined
+from cluster.runs.rollout_parts import check_parts
 from cluster.runs.run import Run
 from cluster.runs.sample_sink import SampleSink
 from cluster.runs.sinks import RayLiveGauges, make_sinks
@@ -151,9 +152,7 @@ def resume_training(
     step = resumed.state.step
     detail = {"step": step, "checkpoint": resumed.path.name}
     with run_session(run, reporter, start=start, resumed=config, **detail) as session:
-        session.run.checkpoints.set_aside(resumed.passed_over)
-        for damaged, problem in resumed.passed_over.items():
-            reporter.say(f"passed over {damaged.name}, which is damaged: {problem}")
+        _set_aside_damaged(session, resumed, config)
         reporter.say(
             f"resuming at step {step} of {config.batch.steps}, prompt {resumed.state.next_group}, "
             f"version {resumed.state.version}, from {resumed.path.name}"
@@ -165,6 +164,18 @@ def resume_training(
         _train_on_ray(training)
     _report(session)
     return run.path
+
+
+def _set_aside_damaged(session: RunSession, resumed: Found, config: TrainConfig) -> None:
+    """Of the checkpoints and rollouts, with a word on each; only now, as the run is locked."""
+    session.run.checkpoints.set_aside(resumed.passed_over)
+    for damaged, problem in resumed.passed_over.items():
+        session.reporter.say(f"passed over {damaged.name}, which is damaged: {problem}")
+    if config.logging.save_rollouts:
+        parts = check_parts(session.path, resumed.state.step)
+        if line := parts.line():
+            session.event("rollouts_absent", steps=parts.absent, torn=parts.torn)
+            session.reporter.say(line)
 
 
 def _place_to_resume(run: Run, config: TrainConfig) -> Found:

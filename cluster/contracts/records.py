@@ -287,13 +287,17 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """Outcome of one learner step: the new policy version and its published weights."""
+    """Outcome of one learner step: the new policy version and its published weights.
+
+    ``not_written``: why rollouts of steps before, which were to be saved, are not on disk.
+    """
 
     step: int
     version: int
     metrics: tuple[Metric, ...]
     manifest: WeightManifest
     trained_tokens: int
+    not_written: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -123,6 +123,7 @@ class Controller:
         self._saved = first  # step of the newest checkpoint
         self._save_due = False
         self._save_began = 0.0
+        self._step_abandoned = False
         self._began = 0.0
         self._published = -1  # newest version of the learner
         self._waits: Waits | None = None  # while the loop runs
@@ -424,7 +425,7 @@ class Controller:
             if (task := self._tasks.pop("save", None)) is not None:
                 await asyncio.wait([task])
                 self._after_save(task)
-            if self._step > 0 and self._step != self._saved:
+            if self._step > 0 and self._step != self._saved and not self._step_abandoned:
                 await self._save(await self._snapshot())
         except NotSaved as problem:
             raise Resumable(
@@ -454,7 +455,7 @@ class Controller:
             self._write_metrics(result, now)
         else:
             self._run.event("step_abandoned", step=self._step)
-            self._saved = self._step  # the learner is busy: saving now would wait for it
+            self._step_abandoned = True  # the learner is busy: saving now would wait for it
 
     # -- accounts ---------------------------------------------------------------------------------
 
@@ -531,6 +532,8 @@ class Controller:
         )
 
     def _write_metrics(self, result: StepResult, now: float) -> None:
+        for cause in result.not_written:
+            self._run.event("rollouts_not_written", step=self._step, cause=cause)
         standing = Standing(
             queued=len(self._buffer),
             refused=self._buffer.refused,

@@ -140,6 +140,7 @@ class PPOLearner:
             metrics=tuple(metrics),
             manifest=manifest,
             trained_tokens=int(experience.loss_mask.sum()),
+            not_written=() if self._writer is None else self._writer.take_not_written(),
         )
 
     def snapshot(self) -> Snapshot | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -13,13 +14,15 @@ from cluster.contracts.durable import sync
 from cluster.contracts.errors import Fatal
 
 _DEADLINE_S = 120.0
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RolloutWriter:
     """Writes DIRECTORY/step-000123.parquet in one thread, one file at a time.
 
-    An error of a write (disk full) is raised by the next call, as Fatal: rollouts a user asked for
-    must not go missing quietly.
+    An error of a write is raised by the next call, as Fatal: rollouts a user asked for must not go
+    missing quietly. A full disk is none: it may have room again, and what was not written until
+    then is told (`take_not_written`).
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -28,6 +31,12 @@ class RolloutWriter:
         # One thread: files come to be in the order of steps, so that a gap is a fault, not a delay.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout-writer")
         self._pending: Future[None] | None = None
+        self._not_written: list[str] = []
+
+    def take_not_written(self) -> tuple[str, ...]:
+        """What did not fit on the disk since this was last asked, one line per file."""
+        taken, self._not_written = tuple(self._not_written), []
+        return taken
 
     def write(self, step: int, table: pa.Table) -> None:
         """Begin to write; waits for the file before, at most two minutes."""
@@ -48,6 +57,9 @@ class RolloutWriter:
                 f"rollouts were not written to {self._directory} within {_DEADLINE_S:.0f} s"
             ) from None
         except (OSError, pa.ArrowException) as problem:
+            if isinstance(problem, OSError) and problem.errno in _FULL:
+                self._not_written.append(f"{problem.filename or self._directory}: {problem}")
+                return
             raise Fatal(f"cannot write rollouts to {self._directory}: {problem}") from problem
 
     def close(self) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -286,6 +288,31 @@ def test_trained_groups_are_written_and_a_failed_write_surfaces(
     with pytest.raises(Fatal, match="cannot write rollouts"):
         learner.step(_step(2, tables[2]))
     learner.close()
+
+
+def test_a_full_disk_costs_rollouts_and_no_training(
+    world: ModuleType,
+    tiny: Path,
+    tables: list[pa.Table],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    learner, _ = _started(world, tiny, run_dir=str(tmp_path), save_rollouts=True)
+    replace_file = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target.name == "step-000000.parquet":
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace_file(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert learner.step(_step(0, tables[0])).not_written == ()
+    told = learner.step(_step(1, tables[1])).not_written  # of the step before, written beside
+    assert len(told) == 1
+    assert "step-000000.parquet" in told[0]
+    assert "No space left" in told[0]
+    learner.close()
+    assert [path.name for path in (tmp_path / "rollouts").iterdir()] == ["step-000001.parquet"]
 
 
 def test_adaptive_kl_is_fed_the_trained_batch(
