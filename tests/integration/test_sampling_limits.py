@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM has no build for this machine")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.parallel]
 
 EXACT = 2e-5  # nats, over tiny models in float32
 VARYING, FIXED = ("top_k", "top_p", "min_p", "all"), ("banned_tokens", "allowed_tokens")

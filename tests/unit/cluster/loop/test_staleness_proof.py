@@ -232,10 +232,16 @@ def prove(events: int, seed: int) -> Proof:
     return proof
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_ten_million_events() -> None:
     """About half a minute of CPU time."""
     assert prove(10_000_000, 1).trained > 1_000_000
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+def test_a_million_events() -> None:
+    assert prove(1_000_000, 2).trained > 100_000
 
 
 def test_a_hundred_thousand_events() -> None:

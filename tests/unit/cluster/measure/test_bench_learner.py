@@ -12,6 +12,7 @@ from cluster.measure.bench.learner_child import measured
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 def test_a_row_for_each_way_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = []
 

@@ -144,6 +144,7 @@ def test_scaling_keeps_the_step_time() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 def test_five_hundred_workers_scale_within_the_budget_of_cpu() -> None:
     base = Scenario().with_workers(64).with_learner_share(0.9)
     small, large = simulate(base), simulate(base.with_workers(512))

@@ -161,6 +161,7 @@ def world(request: pytest.FixtureRequest) -> Iterator[tuple[Any, Process, Proces
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 def test_two_processes_get_every_version_bit_for_bit(world: tuple[Any, Process, Process]) -> None:
     publisher, first, second = world
     for version in range(4):
@@ -176,6 +177,7 @@ def test_two_processes_get_every_version_bit_for_bit(world: tuple[Any, Process, 
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 def test_a_dead_worker_holds_up_nobody_and_an_old_version_is_refused() -> None:
     publisher = CollectivePublisher("127.0.0.1", 10.0)
     doomed, other = Process("collective"), Process("collective")
@@ -197,6 +199,7 @@ def test_a_dead_worker_holds_up_nobody_and_an_old_version_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 def test_strangers_get_nothing_and_end_nothing() -> None:
     """Without the run's secret nobody gets past the gate; who is on the learner's machine and
     writes nonsense into its store is not answered; the weights go on."""
@@ -228,6 +231,7 @@ def test_strangers_get_nothing_and_end_nothing() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 def test_a_publisher_that_is_gone_is_retryable() -> None:
     publisher = CollectivePublisher("127.0.0.1", 2.0)
     made = publisher.publish(tensors(0), DTYPES, 0, CANARY)

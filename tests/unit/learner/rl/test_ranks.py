@@ -201,6 +201,7 @@ def assert_same(got: dict[str, Any], wanted: dict[str, Any], steps: slice = slic
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_two_processes_train_what_one_trains(
@@ -228,6 +229,7 @@ def test_two_processes_train_what_one_trains(
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 @pytest.mark.parametrize(("sharding", "variant"), [("none", "shared"), ("fsdp2", "own")])
 def test_a_checkpoint_goes_on_with_another_number_of_processes(
     folder: tuple[Path, Any],
@@ -252,6 +254,7 @@ def test_a_checkpoint_goes_on_with_another_number_of_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 def test_the_one_that_is_left_does_not_wait_for_ever(folder: tuple[Path, Any]) -> None:
     took, ending = ForkingPickler.loads((folder[0] / "ending.pkl").read_bytes())
     assert "Error" in ending or "PeerLost" in ending, ending
@@ -259,6 +262,7 @@ def test_the_one_that_is_left_does_not_wait_for_ever(folder: tuple[Path, Any]) -
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 def test_a_process_that_comes_alone_says_so() -> None:
     store = meeting_place("127.0.0.1", 1.0)
     with pytest.raises(PeerLost, match="the learner's 2 processes did not find each other"):
