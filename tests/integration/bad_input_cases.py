@@ -680,7 +680,11 @@ OTHERS = {
     "report of no run": Case(lambda w, d: ["report", d], ("is not a run directory",)),
     "replay of no run": Case(lambda w, d: ["replay", d], ("is not a run directory",)),
     "scale of no run": Case(lambda w, d: ["scale", d, "2"], ("is not a run directory",)),
-    "scale to nothing": usage(lambda w, d: ["scale", d, "0"], "workers", "equal to 1"),
+    "scale to no number": usage(lambda w, d: ["scale", d, "few"], "is no number of workers"),
+    "pages of no folder": Case(lambda w, d: ["ui", d / "gone"], ("gone", "no such folder")),
+    "pages at a port in use": Case(
+        lambda w, d: ["ui", d, "--port", taken_port()], ("cannot listen", "choose another port")
+    ),
     "unknown benchmark": Case(lambda w, d: ["bench", "speed"], ("speed",)),
     "unknown key of a simulation": Case(lambda w, d: ["simulate", "wrkers=3"], ("wrkers",)),
     "plan without prompts": Case(
