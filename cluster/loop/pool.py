@@ -36,6 +36,7 @@ from cluster.loop.members import Member, Members, Status
 from cluster.loop.recruiting import EventLog, Recruiter
 from cluster.loop.settings import PoolSettings
 from cluster.loop.shortage import Shortage
+from cluster.loop.supervision import WINDOW_S
 from cluster.loop.suspects import Suspects
 
 Finished = tuple[Harvest, list[GroupMeta]]
@@ -44,6 +45,7 @@ Finished = tuple[Harvest, list[GroupMeta]]
 # this often a second, however many they are.
 IDLE_ANSWERS_PER_S = 25
 LONGEST_HARVEST_S = 60.0
+MOST_SET_ASIDE = 3  # prompts within ``WINDOW_S``
 KILLS = (EngineFailure, WorkerDied, Unexpected)  # losses that a prompt may have caused
 
 
@@ -79,6 +81,7 @@ class WorkerPool:
         )
         self._suspects = Suspects()
         self._set_aside = dict(set_aside or {})  # prompts, with the cause
+        self._convicted: list[float] = []  # when
         self._counters = CounterSums()
         self._waiting: list[Assignment] = []  # no serving worker to take them yet
         self._news: list[Finished] = []
@@ -430,8 +433,13 @@ class WorkerPool:
 
     def _blame(self, held: list[Assignment], problem: BaseException) -> None:
         """Set aside the prompt that has killed the worker, once it is known which it was."""
+        now = self._clock.now()
+        self._convicted = [at for at in self._convicted if now - at <= WINDOW_S]
+        if len(self._convicted) >= MOST_SET_ASIDE:  # then it is something else that kills workers
+            return
         guilty = self._suspects.blame(held)
         if guilty is not None:
+            self._convicted.append(now)
             prompt = guilty.prompt
             cause = f"it killed two workers that had it in hand; the last one: {problem}"
             self._set_aside[prompt.id] = cause
