@@ -1,0 +1,79 @@
+"""Only the host of the command has the files: learner, workers and reward service are on others.
+
+All paths in the config are relative to the folder of the command, which no other host has.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from given import CONFIG, write_inputs
+from hosts import ROOT, Lab
+
+pytestmark = pytest.mark.lab
+
+
+def accord(lab: Lab, *words: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, ROOT / "launch.py", *words)
+    return lab.run(1, *command, timeout_s=280, ACCORD_NO_BOOTSTRAP="1")
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+
+
+def sent(disk: Path) -> list[str]:
+    """What lies in the cache of a host."""
+    return sorted(path.name for path in disk.parent.glob("tmp/accord-*/parcels/*"))
+
+
+def test_a_run_whose_files_are_on_one_host_and_a_host_that_is_refused(make_lab: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from cluster.runs.run import Run
+
+    with make_lab(4) as lab:
+        write_inputs(lab.disk(1))
+        config = CONFIG.format(engine="transformers", steps=2, name="r")
+        (lab.disk(1) / "train.toml").write_text(config)
+        lab.ray_head(cpus=0)
+        lab.ray_join(2, words=('--resources={"learner": 1}',))
+        lab.ray_join(3, words=('--resources={"rollout": 2, "reward": 1}',))
+
+        done = accord(lab, "train", "train.toml")
+        assert done.returncode == 0, done.stdout + done.stderr
+        run = Run(lab.disk(1) / "runs" / "r")
+        assert run.checkpoints.newest_good().state.step == 2
+        AutoModelForCausalLM.from_pretrained(run.path / "policy")
+
+        packed = {e["role_and_path"]: e["bytes"] for e in events(run.path, "input_packed")}
+        names = {place.replace(str(Path("/host")), "").replace("/", "") for place in packed}
+        assert names == {
+            *("worker: model", "learner: model", "learner: reference"),
+            *("learner: reward_model", "learner: chat.jinja"),
+            *("reward: rewards", "reward: reward_model"),
+        }
+        assert packed["reward: /host/rewards"] < 1 << 10, "only Python files"
+        weights = (lab.disk(1) / "model" / "model.safetensors").stat().st_size
+        assert packed["learner: /host/model"] - packed["worker: /host/model"] == weights
+        for host in (2, 3):
+            assert [path.name for path in lab.disk(host).iterdir()] == ["home"]
+            assert sent(lab.disk(host)) == [], "the files of the run are gone with it"
+
+        # A host with another torch is named before anything starts.
+        other = lab.disk(4) / "other" / "torch-1.0.0.dist-info"
+        other.mkdir(parents=True)
+        (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0.0\n")
+        lab.ray_join(4, PYTHONPATH="/host/other")
+        done = accord(lab, "train", "train.toml", "run.name=other")
+        assert done.returncode == 2, done.stdout + done.stderr
+        said = done.stdout + done.stderr
+        assert f"host4 ({lab.address(4)}): torch 1.0.0 instead of " in said
+        assert "host2" not in said
+        assert "Traceback" not in said
