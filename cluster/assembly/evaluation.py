@@ -13,6 +13,7 @@ from cluster.assembly.model_facts import read_model_facts
 from cluster.assembly.rewards import check_rewards
 from cluster.assembly.run_session import run_session
 from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
+from cluster.assembly.shipping import sampled_models
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import read_toml
 from cluster.contracts.durable import write_json
@@ -22,6 +23,7 @@ from cluster.contracts.samples import prompt_text
 from cluster.machine.hardware import this_machine
 from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import Need, require_resources
+from cluster.machine.shipment import Shipment
 from cluster.runs.console import Reporter
 from cluster.runs.run import Run
 
@@ -29,7 +31,10 @@ from cluster.runs.run import Run
 def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
     """Returns the run directory: evaluation.json, samples.jsonl, report.html."""
     from learner.evaluation.report import write_report
+    from learner.models.hub import pinned
 
+    models = {"policy": pinned(config.policy), "baseline": pinned(config.baseline)}
+    config = config.model_copy(update=models)
     config = resolve_evaluation(config, this_machine(), read_model_facts(config.policy)).config
     prompts = _prompts(config, reporter.say)
     check_rewards(config.judge, prompts[0])
@@ -49,7 +54,9 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
         # One worker or more per policy.
         gpus = Need("a worker", {"GPU": config.rollout.gpus}, 2, keys={"GPU": "rollout.gpus"})
         require_resources([gpus], ray_info, reporter.say)
-        record = evaluate_in_cluster(config, prompts, run.path)
+        with sampled_models([config.policy, config.baseline], ray_info) as files:
+            software = ray_info["software"]
+            record = evaluate_in_cluster(config, prompts, run.path, files, software)
     write_report(run.path)
     reporter.say(headline(record))
     if record["judge_was_reward"]:
@@ -89,7 +96,11 @@ def _prompts(
 
 
 def evaluate_in_cluster(
-    config: EvaluateConfig, prompts: tuple[list[Prompt], list[Prompt]] | None, directory: Path
+    config: EvaluateConfig,
+    prompts: tuple[list[Prompt], list[Prompt]] | None,
+    directory: Path,
+    files: Sequence[Shipment] = (Shipment(), Shipment()),
+    software: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Sample both policies side by side, judge, write evaluation.json and samples.jsonl."""
     policy_prompts, baseline_prompts = prompts or _prompts(config)
@@ -103,8 +114,13 @@ def evaluate_in_cluster(
             max_prompt_tokens=longest,
             # The same seed for both: a policy compared with itself then ties everywhere.
             seed=config.run.seed,
+            files=sent,
+            software=software,
         )
-        for model, own in ((config.policy, policy_prompts), (config.baseline, baseline_prompts))
+        for model, own, sent in (
+            (config.policy, policy_prompts, files[0]),
+            (config.baseline, baseline_prompts, files[1]),
+        )
     ]
     after, before = sample_in_cluster(jobs)
     return judge_and_write(config, after, before, directory)

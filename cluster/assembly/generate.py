@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_in_cluster
+from cluster.assembly.shipping import sampled_models
 from cluster.contracts.config.base import ClusterConfig, ModelConfig
 from cluster.contracts.config.file import check_config
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
@@ -59,7 +61,9 @@ def generate_completions(
     limits: further keys of [rollout] that say what may be sampled: top_k, top_p, min_p, min_tokens,
     allowed_tokens, banned_tokens, stop. Raises UserError for a value that cannot be.
     """
-    config = ModelConfig(path=model)
+    from learner.models.hub import pinned
+
+    config = pinned(ModelConfig(path=model))
     data = DataConfig(prompts=prompts, shuffle=False)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, **(limits or {})}
     rollout = check_config(
@@ -74,5 +78,10 @@ def generate_completions(
         max_prompt_tokens=max(len(p.token_ids) for p in ready),
         seed=seed,
     )
-    with ray_cluster(ClusterConfig()), reporter.stage(f"{len(ready)} prompts"):
-        return sample_in_cluster([job])[0]
+    with (
+        ray_cluster(ClusterConfig()) as ray_info,
+        sampled_models([config], ray_info) as files,
+        reporter.stage(f"{len(ready)} prompts"),
+    ):
+        sent = replace(job, files=files[0], software=ray_info["software"])
+        return sample_in_cluster([sent])[0]

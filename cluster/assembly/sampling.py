@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from actors.settings import engine_settings
@@ -20,11 +20,12 @@ from cluster.contracts.records import Prompt, Rollout
 from cluster.machine.cores import own_cores
 from cluster.machine.event_loop import run_coroutine
 from cluster.machine.hardware import Machine, this_machine
+from cluster.machine.shipment import Shipment
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """One policy, and the prompts it answers."""
+    """One policy, and the prompts it answers. files, software: as in ``WorkerSpec``."""
 
     model: ModelConfig
     prompts: Sequence[Prompt]
@@ -33,6 +34,8 @@ class Sampling:
     max_prompt_tokens: int
     seed: int = 0
     timeout_s: float = 3600.0
+    files: Shipment = field(default_factory=Shipment)
+    software: Mapping[str, Any] | None = None
 
 
 def prompts_for(
@@ -118,6 +121,8 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
         seed=job.seed,
         transport=None,
         start_timeout_s=job.rollout.start_timeout_s,
+        files=job.files,
+        software=job.software,
     )
     count = min(job.rollout.workers, len(cores))
     make = make_worker_factory(

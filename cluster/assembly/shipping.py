@@ -6,7 +6,7 @@ are sent a model without its weights, which they take from the learner.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,6 +41,21 @@ class RoleFiles:
             for role, shipment in roles.items()
             for path, parcel in shipment.parcels.items()
         }
+
+
+@contextmanager
+def sampled_models(
+    models: Sequence[ModelConfig], ray_info: Mapping[str, Any]
+) -> Iterator[list[Shipment]]:
+    """What workers are sent that sample from each of these models and get no weights from a
+    learner. As `role_files`."""
+    if ray_info["started"]:
+        yield [Shipment() for _ in models]
+        return
+    try:
+        yield [Shipment(model_parcels(model.path, model.revision)) for model in models]
+    finally:
+        clear_hosts()
 
 
 @contextmanager

@@ -146,7 +146,7 @@ def quickstart(
     with run_session(run, reporter):
         _make_data(job)
         _fine_tune(job)
-        with ray_cluster(ClusterConfig()) as ray_info:
+        with ray_cluster(ClusterConfig(address="local")) as ray_info:
             _collect_preferences(job)
             _learn_reward(job)
             _reinforce(job, ray_info)

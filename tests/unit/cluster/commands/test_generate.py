@@ -26,7 +26,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Sampling]:
 
     prompt = Prompt(id="p", messages=(), token_ids=(1, 2))
     monkeypatch.setattr(assembly, "prompts_for", lambda *args, **keys: [prompt])
-    monkeypatch.setattr(assembly, "ray_cluster", lambda config: contextlib.nullcontext())
+    here = contextlib.nullcontext({"started": True, "software": None})
+    monkeypatch.setattr(assembly, "ray_cluster", lambda config: here)
+    monkeypatch.setattr("learner.models.hub.pinned", lambda model: model)
     monkeypatch.setattr(assembly, "sample_in_cluster", sample)
     return asked
 
