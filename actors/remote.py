@@ -22,6 +22,7 @@ from ray.exceptions import (
 from actors.decoding import make_decoder
 from actors.environment import EngineKind, choose_engine, make_engine, prepare_environment
 from actors.settings import EngineSettings, derive_seed, engine_settings
+from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.deadlines import within
 from cluster.contracts.errors import AccordError, MachineLost, Retryable, Unexpected, WorkerDied
@@ -302,6 +303,7 @@ def make_worker_factory(
     cores: Callable[[int], tuple[int, ...]] = lambda index: (),
     resources: Mapping[str, float] | None = None,
     labels: Mapping[str, str] | None = None,
+    names: Names = unnamed,
 ) -> Callable[[int, int], RayRolloutWorker]:
     """(index, incarnation) -> worker, for the pool. ``cores(index)``: the cores it keeps to."""
     options: dict[str, Any] = {"num_cpus": num_cpus, "num_gpus": num_gpus}
@@ -311,7 +313,8 @@ def make_worker_factory(
         options["label_selector"] = dict(labels)
 
     def make(index: int, incarnation: int) -> RayRolloutWorker:
-        return RayRolloutWorker(replace(spec, cores=cores(index)), index, incarnation, options)
+        named = options | names(worker_name(index))
+        return RayRolloutWorker(replace(spec, cores=cores(index)), index, incarnation, named)
 
     return make
 

@@ -20,6 +20,7 @@ from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskErro
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.durable import FileDigest, write_text
 from cluster.contracts.errors import AccordError, Fatal, NotSaved, PeerLost, Retryable, UserError
 from cluster.contracts.plugins import install
@@ -28,6 +29,7 @@ from cluster.machine.imports import quick_imports
 from cluster.machine.parcels import Parcel, pack, unpack
 from learner.outbox import Outbox, copy_files
 from learner.settings import NODE_HOST, LearnerSettings, with_files_here
+from learner.step_names import StepNames
 
 T = TypeVar("T")
 
@@ -198,6 +200,7 @@ class RayLearner:
         cores: Sequence[int] = (),
         threads: int = 1,
         options: dict[str, Any] | None = None,
+        names: Names = unnamed,
         room_timeout_s: float = math.inf,
     ) -> None:
         self._room_timeout_s = room_timeout_s
@@ -206,6 +209,8 @@ class RayLearner:
         self._settings = settings
         self._cores, self._threads = tuple(cores), threads
         self._options = dict(options or {})
+        self._names = names
+        self._steps = StepNames()
         self._actors: list[Any] = []
         self._started = False
         self._has_outbox = False
@@ -217,7 +222,7 @@ class RayLearner:
         the moment at which all processes have their places."""
         learner = self._settings.learner
         self._actors = [
-            _LearnerActors.options(**options).remote(
+            _LearnerActors.options(**options, **self._named(rank)).remote(
                 self._settings, self._cores_of(rank), self._threads, rank
             )
             for rank, options in enumerate(self._places())
@@ -240,7 +245,9 @@ class RayLearner:
         if len(self._actors) > 1:
             await self._call("hold", limit, f"to fetch step {batch.step}", batch, together=False)
             wanted = None
-        result: StepResult = await self._call("step", limit, purpose, wanted)
+        name = self._steps.of(batch.step)
+        result: StepResult = await self._call("step", limit, purpose, wanted, task=name)
+        self._steps.done(result)
         not_carried = self._carry_rollouts()
         return dataclasses.replace(result, not_written=(*result.not_written, *not_carried))
 
@@ -390,6 +397,9 @@ class RayLearner:
         except RayError as problem:
             raise _named(problem, "send its files") from None
 
+    def _named(self, rank: int) -> dict[str, str]:
+        return self._names(f"learner-{rank}" if rank else "learner")
+
     def _cores_of(self, rank: int) -> tuple[int, ...]:
         own = self._cores[rank * self._threads : (rank + 1) * self._threads]
         return own or self._cores  # fewer cores than processes: they share them all
@@ -401,15 +411,24 @@ class RayLearner:
         return (await self._ask(self._actors[:1], method, limit_s, purpose, *args))[0]
 
     async def _call(
-        self, method: str, limit_s: float, purpose: str, *args: Any, together: bool = True
+        self,
+        method: str,
+        limit_s: float,
+        purpose: str,
+        *args: Any,
+        together: bool = True,
+        task: str = "",
     ) -> Any:
         """What the first process answers, once all have.
 
-        together: they work on it together, so that one that fails leaves the others waiting.
+        together: they work on it together, so that one that fails leaves the others waiting. task:
+        its name in Ray's dashboard.
         """
         if not self._actors:
             raise Fatal(f"the learner was asked to {method} but is not running")
-        answers = await self._ask(self._actors, method, limit_s, purpose, *args, together=together)
+        answers = await self._ask(
+            self._actors, method, limit_s, purpose, *args, together=together, task=task
+        )
         return answers[0]
 
     async def _ask(
@@ -420,9 +439,12 @@ class RayLearner:
         purpose: str,
         *args: Any,
         together: bool = True,
+        task: str = "",
     ) -> list[Any]:
+        named = {"name": task} if task else {}
         answers = [
-            asyncio.wrap_future(getattr(actor, method).remote(*args).future()) for actor in actors
+            asyncio.wrap_future(getattr(actor, method).options(**named).remote(*args).future())
+            for actor in actors
         ]
         try:
             until = asyncio.FIRST_EXCEPTION if together else asyncio.ALL_COMPLETED

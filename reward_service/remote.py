@@ -18,6 +18,7 @@ from typing import Any, Literal
 import ray
 from ray.experimental import internal_kv
 
+from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.config.reward import FunctionSource, RewardConfig, RewardModelSource
 from cluster.contracts.errors import AccordError, Fatal, UserError
 from cluster.contracts.plugins import PluginFile, install, loaded
@@ -178,6 +179,7 @@ def begin_reward_service(
     timeout_s: float = 120.0,
     log_file: Path | None = None,
     files: Shipment | None = None,
+    names: Names = unnamed,
 ) -> RewardServiceHandle:
     """Begin to start the service in a Ray actor, which dies with the driver that started it.
 
@@ -192,7 +194,7 @@ def begin_reward_service(
         options["label_selector"] = dict(cfg.labels)
 
     def begin() -> Begun:
-        actor = kind.options(**options).remote(
+        actor = kind.options(**options, **names("reward")).remote(
             tuple(cores), threads, str(log_file.absolute()) if log_file else None
         )
         outcome = actor.start.remote(

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.config.base import Section
 from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import UserError
@@ -39,6 +40,7 @@ class RunSession:
     timeline: Timeline = field(default_factory=Timeline)
     outcome: Literal["finished", "stopped"] = "finished"  # of a run that ends without an error
     shows: list[Callable[[LiveView], None]] = field(default_factory=list)  # where it is watched
+    names: Names = unnamed  # of its processes, in Ray's dashboard
     addresses: dict[str, str] = field(default_factory=dict)  # where the run can be watched
 
     @property

@@ -36,6 +36,7 @@ from cluster.assembly.training_roles import (
     reward_role,
     worker_factory,
 )
+from cluster.contracts.actor_names import ActorNames
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
@@ -243,6 +244,7 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
     """Everything between a running Ray cluster and a finished ``policy/`` in the run directory."""
     config, session = training.config, training.session
     session.event("cluster", **dict(ray_info))
+    session.names = ActorNames(session.path.name, f"accord-{ray_info['job']}")
     if ray_info["dashboard"]:
         session.addresses["dashboard"] = f"http://{ray_info['dashboard']}"
         session.reporter.say(
@@ -271,7 +273,7 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
         log_file = session.path / "logs" / "reward.log"
         with (
             role_files(config, ray_info) as files,
-            reward_role(config, training.cores, log_file, files) as rewards,
+            reward_role(config, training.cores, log_file, files, session.names) as rewards,
         ):
             for place, parcel in files.parcels().items():
                 session.event(
@@ -320,7 +322,7 @@ async def _drive(
     learner = _learner(training, files)
     first, clients = training.first_step, rewards.clients
     pool = WorkerPool(
-        worker_factory(training.prepared, training.cores, clients, first, files),
+        worker_factory(training.prepared, training.cores, clients, first, files, session.names),
         pool_settings(config),
         clock,
         session.event,
@@ -430,6 +432,7 @@ def _learner(training: Training, files: RoleFiles) -> Any:
         settings,
         cores=cores.learner,
         threads=cores.learner_threads,
+        names=training.session.names,
         room_timeout_s=training.config.cluster.room_timeout_s or math.inf,
     )
 

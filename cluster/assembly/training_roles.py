@@ -13,6 +13,7 @@ from typing import Any
 from cluster.assembly.prepare import Prepared, context_length
 from cluster.assembly.reward_replicas import RewardReplicas
 from cluster.assembly.shipping import RoleFiles
+from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import BadReward
@@ -30,6 +31,7 @@ def worker_factory(
     make_scorer: Callable[..., Scorer],
     first_step: int,
     files: RoleFiles,
+    names: Names = unnamed,
 ) -> Any:
     """(index, incarnation) -> worker, for the pool. ``first_step``: at which the run is resumed."""
     from actors.remote import make_worker_factory, worker_spec
@@ -54,6 +56,7 @@ def worker_factory(
         cores=cores.worker,
         resources=rollout.resources,
         labels=rollout.labels,
+        names=names,
     )
 
 
@@ -68,7 +71,7 @@ class RewardRole:
 
 @contextmanager
 def reward_role(
-    config: TrainConfig, cores: CorePlan, log_file: Path, files: RoleFiles
+    config: TrainConfig, cores: CorePlan, log_file: Path, files: RoleFiles, names: Names = unnamed
 ) -> Iterator[RewardRole]:
     """The reward service that was given, or one that begins to start here for the run.
 
@@ -103,6 +106,7 @@ def reward_role(
             remote=sources_access(config.reward),
             log_file=None if joined else log_file,
             files=files.reward,
+            names=names,
         )
 
     replicas = RewardReplicas(begin, config.reward.replicas, book.put)

@@ -28,9 +28,9 @@ LOOPBACK = "127.0.0.1"
 
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
-    """Ray for the length of a command. Yields {"address", "metrics_port", "dashboard", "session",
-    "resources", "started", "software"}; resources: "CPU" and "GPU" of the whole cluster; software:
-    what every host has to run, None where there is only this one.
+    """Ray for the length of a command. Yields {"address", "metrics_port", "dashboard", "job",
+    "session", "resources", "started", "software"}; resources: "CPU" and "GPU" of the whole cluster;
+    software: what every host has to run, None where there is only this one.
 
     A cluster started here listens on loopback only, asks for Ray's token, and is shut down at the
     end; one that was joined is left running. Raises UserError for one whose hosts run other
@@ -65,6 +65,7 @@ def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
             "address": context.address_info.get("gcs_address", ""),
             "metrics_port": node.get("MetricsExportPort"),
             "dashboard": context.dashboard_url or None,
+            "job": ray.get_runtime_context().get_job_id(),
             "session": PurePath(str(context.address_info.get("session_dir", ""))).name,
             "resources": {
                 kind: amount
