@@ -30,7 +30,10 @@ COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Start": ("quickstart", "init", "doctor"),
     "Train": ("sft", "reward_model", "dpo", "train"),
     "Sample and judge": ("generate", "evaluate", "chat", "preferences", "serve_reward"),
-    "Look at a run": ("runs", "status", "ui", "samples", "compare", "report", "replay", "audit"),
+    "Look at a run": (
+        *("runs", "status", "ui", "samples", "compare"),
+        *("report", "replay", "audit", "dashboard"),
+    ),
     "Steer a run": ("scale", "pause", "resume", "stop"),
     "Plan and measure": ("plan", "bench", "simulate"),
 }

@@ -1,38 +1,90 @@
 """A Grafana dashboard for the gauges that ``RayMetricsSink`` sends through Ray to Prometheus.
 
 Pure: the dashboard is a dict made from the table below. It is imported by hand, or put where Ray
-keeps its own dashboards (``write_dashboard``), where Grafana's file provisioning picks it up.
+keeps its own dashboards (``install``), where Grafana's file provisioning picks it up. ``install``
+also appends its rows to Ray's default dashboard, which the Metrics tab of Ray's dashboard shows.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.contracts.durable import write_text
+from cluster.contracts.errors import UserError
 
 FILE_NAME = "accord_grafana_dashboard.json"
 UID = "accordRlhf"
 FIRST_ID = 2001  # over those of Ray's own panels, so that both can stand in one dashboard
+MOST_IDS = 10_000
+RAYS_FILE = "default_grafana_dashboard.json"
+OURS = "of Accord"  # marks a variable that we added to Ray's dashboard
 WIDTH, HEIGHT, COLUMNS = 8, 8, 3
 _METRIC = re.compile(r"ray_accord_\w+")
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """``metrics`` as in ``metrics.jsonl``; ``unit`` is Grafana's; ``help`` says how to read it."""
+    """``metrics`` as in ``metrics.jsonl``, or ``live/NAME`` for a gauge of the live view; ``unit``
+    is Grafana's; ``help`` says how to read it; ``by``: a line for each value of this label, too."""
 
     title: str
     metrics: tuple[str, ...]
     unit: str
     help: str
+    by: str = ""
 
 
 ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
+    (
+        "Accord now",
+        (
+            Panel(
+                "Throughput by worker",
+                ("live/worker_tokens_per_s",),
+                "none",
+                "Generated tokens per second in the last ten seconds.",
+                by="worker",
+            ),
+            Panel(
+                "What the run waits for",
+                ("live/wait_share",),
+                "percentunit",
+                "Shares of the last minute. The largest one is the bottleneck.",
+                by="stage",
+            ),
+            Panel(
+                "Workers by status",
+                ("live/workers",),
+                "none",
+                "Starting, serving, draining; restarted and left since the start.",
+                by="status",
+            ),
+            Panel(
+                "Last sign of life of a worker",
+                ("live/worker_heartbeat_age_s",),
+                "s",
+                "A worker that should have answered ten seconds ago is stopped or cut off.",
+                by="worker",
+            ),
+            Panel(
+                "Last sign of life of the learner",
+                ("live/learner_heartbeat_age_s", "live/learner_state_s"),
+                "s",
+                "Since its process last answered; since it began to train, wait or save.",
+            ),
+            Panel(
+                "Groups waiting for the learner",
+                ("live/queue_ready", "live/queue_in_flight", "live/reward_waiting"),
+                "none",
+                "Finished groups, groups at the workers, and those of them that wait for scores.",
+            ),
+        ),
+    ),
     (
         "Learning",
         (
@@ -149,7 +201,7 @@ def exported_name(metric: str) -> str:
 def build_dashboard() -> dict[str, Any]:
     """The dashboard as Grafana's JSON model; a new dict each time."""
     panels: list[dict[str, Any]] = []
-    ids = iter(range(FIRST_ID, FIRST_ID + 10_000))
+    ids = iter(range(FIRST_ID, FIRST_ID + MOST_IDS))
     y = 0
     for title, row in ROWS:
         place = {"x": 0, "y": y, "w": WIDTH * COLUMNS, "h": 1}
@@ -176,13 +228,15 @@ def build_dashboard() -> dict[str, Any]:
 
 def _panel(number: int, panel: Panel, where: dict[str, int]) -> dict[str, Any]:
     source = {"type": "prometheus", "uid": "${datasource}"}
+    labels = f"run, {panel.by}" if panel.by else "run"
+    shown = f"{{{{{panel.by}}}}}" if panel.by else ""
     targets = [
         {
             "refId": chr(ord("A") + at),
             "datasource": source,
             # A restarted driver is a new series for a while; a run has one value at a time.
-            "expr": f'max by (run) ({exported_name(metric)}{{run=~"$run"}})',
-            "legendFormat": f"{{{{run}}}} {metric}",
+            "expr": f'max by ({labels}) ({exported_name(metric)}{{run=~"$run"}})',
+            "legendFormat": f"{{{{run}}}} {shown or metric}",
         }
         for at, metric in enumerate(panel.metrics)
     ]
@@ -225,6 +279,85 @@ def unknown_metrics(dashboard: dict[str, Any], known: Collection[str]) -> list[s
     queries += [str(entry["query"]) for entry in dashboard["templating"]["list"]]
     asked = {name for query in queries for name in _METRIC.findall(query)}
     return sorted(asked - exported)
+
+
+def with_our_rows(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Ray's default dashboard with our rows below its own; ours of before are replaced."""
+    merged = without_our_rows(theirs)
+    ours = build_dashboard()
+    bottom = max((_bottom(panel) for panel in merged["panels"]), default=0)
+    for panel in ours["panels"]:
+        panel["gridPos"]["y"] += bottom
+    merged["panels"] = [*merged["panels"], *ours["panels"]]
+    variables = merged.setdefault("templating", {}).setdefault("list", [])
+    known = {entry.get("name") for entry in variables}
+    added = [entry for entry in ours["templating"]["list"] if entry["name"] not in known]
+    variables += [entry | {"description": OURS} for entry in added]
+    return merged
+
+
+def without_our_rows(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Ray's default dashboard as Ray wrote it. A new dict."""
+    rest = json.loads(json.dumps(theirs))
+    rest["panels"] = [p for p in rest.get("panels", []) if not _is_ours(p)]
+    templating = rest.get("templating", {})
+    if "list" in templating:
+        templating["list"] = [e for e in templating["list"] if e.get("description") != OURS]
+    return dict(rest)
+
+
+def _is_ours(panel: Mapping[str, Any]) -> bool:
+    return FIRST_ID <= int(panel.get("id", 0)) < FIRST_ID + MOST_IDS
+
+
+def _bottom(panel: Mapping[str, Any]) -> int:
+    place = panel.get("gridPos", {})
+    return int(place.get("y", 0)) + int(place.get("h", 0))
+
+
+def install(directory: Path) -> list[Path]:
+    """Add our rows to Ray's default dashboard in ``directory`` and our own dashboard beside it.
+    Repeatable. Returns the files written. Raises UserError where Ray's file is not there."""
+    path = _rays_file(directory)
+    write_text(path, json.dumps(with_our_rows(_read(path)), indent=2) + "\n")
+    return [path, write_dashboard(directory)]
+
+
+def uninstall(directory: Path) -> list[Path]:
+    """Undo ``install``. Returns the files changed."""
+    path = _rays_file(directory)
+    write_text(path, json.dumps(without_our_rows(_read(path)), indent=2) + "\n")
+    own = directory / FILE_NAME
+    if not own.is_file():
+        return [path]
+    own.unlink()
+    return [path, own]
+
+
+def _rays_file(directory: Path) -> Path:
+    path = directory / RAYS_FILE
+    if not path.is_file():
+        raise UserError(
+            f"there is no {RAYS_FILE}, which Ray's head writes when it starts",
+            where=str(directory),
+            fix="give the folder that RAY_METRICS_GRAFANA_DASHBOARD_OUTPUT_DIR named for the head, "
+            "or SESSION/metrics/grafana/dashboards in Ray's folder for temporary files",
+        )
+    return path
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(found, dict) or not isinstance(found.get("panels"), list):
+            raise ValueError("it has no list of panels")
+    except ValueError as problem:
+        raise UserError(
+            f"is not a dashboard of Grafana: {problem}",
+            where=str(path),
+            fix="restart Ray's head, which writes it anew",
+        ) from None
+    return found
 
 
 def write_dashboard(directory: Path) -> Path:
