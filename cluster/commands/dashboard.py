@@ -10,7 +10,7 @@ import typer
 dashboard = typer.Typer(
     name="dashboard",
     no_args_is_help=True,
-    help="Show runs in the dashboard of a Ray cluster that you start yourself, or in Grafana.",
+    help="Show runs in the dashboard of a cluster you start, or in Grafana.",
 )
 Folder = Annotated[
     Path | None,
@@ -34,7 +34,7 @@ def env(
     then serve their page at the printed address. The token in it is kept in
     `~/.accord/dashboard_token`.
 
-    Example: `eval "$(accord dashboard env)" && ray start --head`
+    Example: `accord dashboard env`, as in `eval "$(accord dashboard env)" && ray start --head`
     """
     import shlex
 
