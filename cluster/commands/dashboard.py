@@ -10,7 +10,7 @@ import typer
 dashboard = typer.Typer(
     name="dashboard",
     no_args_is_help=True,
-    help="Show runs in the dashboard of a cluster you start, or in Grafana.",
+    help="Show runs in Ray's dashboard or in Grafana.",
 )
 Folder = Annotated[
     Path | None,
@@ -28,7 +28,9 @@ def env(
         int, typer.Option(min=1, max=65535, help="Port of the page: `cluster.page_port` of runs.")
     ] = 8266,
 ) -> None:
-    """Print what Ray's head needs in its environment to show the runs that join it.
+    """Print what Ray's head needs to show runs that join it.
+
+    The command prints lines for the environment of the head.
 
     Run it on the head's machine before `ray start`. Runs that this user starts on that machine
     then serve their page at the printed address. The token in it is kept in
@@ -47,7 +49,7 @@ def env(
 
 @dashboard.command("install")
 def install(folder: Folder = None) -> None:
-    """Add Accord's panels to the Grafana dashboard of a running Ray cluster.
+    """Add Accord's panels to Ray's Grafana dashboard.
 
     The command appends rows to Ray's default dashboard, which Ray's Metrics tab shows, and writes
     a dashboard of Accord's own beside it. A Grafana that reads the folder shows both within
@@ -65,7 +67,7 @@ def install(folder: Folder = None) -> None:
 
 @dashboard.command("remove")
 def remove(folder: Folder = None) -> None:
-    """Take Accord's panels out of the Grafana dashboard again.
+    """Take Accord's panels out of it again.
 
     Example: `accord dashboard remove`
     """
