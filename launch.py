@@ -122,10 +122,10 @@ def _run(signals: CommandSignals) -> int:
         # typer hands an Exit back as a number, and an interrupt as 130, instead of raising.
         code = int(app(prog_name="accord", standalone_mode=False) or 0)
     except (UserError, BadReward) as problem:  # an unusable reward is the reward's author's to mend
-        print(f"accord: error: {problem}", file=sys.stderr)
+        _tell(f"error: {problem}")
         return 2
     except AccordError as problem:
-        print(f"accord: stopped: {problem}", file=sys.stderr)
+        _tell(f"stopped: {problem}")
         return TRY_AGAIN if isinstance(problem, Resumable) else 1
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted(signals)
@@ -143,8 +143,15 @@ def _run(signals: CommandSignals) -> int:
 
 def _interrupted(signals: CommandSignals, detail: str = "") -> int:
     number = signals.heard() or signal.SIGINT
-    print(f"accord: {WORDS[number]}{detail}", file=sys.stderr)
+    _tell(f"{WORDS[number]}{detail}")
     return exit_code(number)
+
+
+def _tell(text: str) -> None:
+    """One message on stderr. It may quote a prompt, a row or a file's name."""
+    from cluster.runs.console import plain_text
+
+    print(f"accord: {plain_text(text)}", file=sys.stderr)
 
 
 def _usage_code(problem: Exception) -> int:

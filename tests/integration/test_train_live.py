@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow.parquet as pq
 import pytest
 
+from cluster.contracts.config.reward import RewardConfig, RulesSource
 from cluster.contracts.rollout_table import from_table
+from reward_service.access import Access
+from reward_service.server import RunningServer, serve
 from tests.integration.listening import listeners_of, rows_for_a_started_cluster
 
 pytestmark = pytest.mark.slow
 
+SECRET = "never-to-be-seen"
 MODEL_REWARD = 'type = "model"\npath = "{}"'
 
 
@@ -91,10 +98,36 @@ def test_engine_and_learner_agree_after_every_update(world: Any, accord: Any) ->
     assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
 
 
-def test_asynchronous_run_is_scaled_and_seen_while_it_goes_on(world: Any, accord: Any) -> None:
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningServer]:
+    """Another service that scores for the run and asks for a token; secrets wherever they may be
+    given."""
+    for name in ("HF_TOKEN", "WANDB_API_KEY", "ACCORD_REWARD_TOKEN", "ACCORD_TEST_TOKEN"):
+        monkeypatch.setenv(name, f"{SECRET}-{name}")
+    access = Access(token=f"{SECRET}-ACCORD_TEST_TOKEN")
+    with serve(RewardConfig(sources=[RulesSource()]), access=access) as running:
+        yield running
+
+
+def no_secret_is_told(run: Path, pid: int) -> None:
+    """Not in the run directory, on a command line, or in what Ray keeps and shows of a run."""
+    process = psutil.Process(pid)
+    lines = [" ".join(p.cmdline()) for p in (process, *process.children(recursive=True))]
+    session = next(e["session"] for e in rows(run / "events.jsonl") if e["kind"] == "cluster")
+    files = [*run.rglob("*"), *(Path(tempfile.gettempdir()) / "ray" / session).rglob("*")]
+    read = [path for path in files if path.is_file() and not path.is_symlink()]
+    assert len(read) > 20
+    told = [str(path) for path in read if SECRET.encode() in path.read_bytes()]
+    assert (told, [line for line in lines if SECRET in line]) == ([], [])
+
+
+def test_asynchronous_run_is_scaled_and_seen_while_it_goes_on(
+    world: Any, accord: Any, service: RunningServer
+) -> None:
     config = world.train_toml(
         accord.folder / "c.toml",
-        'type = "rules"\nmax_words = 5',
+        'type = "rules"\nmax_words = 5\n[[reward.sources]]\ntype = "grpc"\n'
+        f'address = "{service.address}"\ntoken_env = "ACCORD_TEST_TOKEN"',
         batch="prompts_per_step = 4\nsamples_per_prompt = 4\nsteps = 100000",
         rollout='engine = "vllm"\nmax_tokens = 16\nkv_on_swap = "keep"',
         staleness='bound = 2\ncorrection = "token-tis"',
@@ -122,6 +155,7 @@ def test_asynchronous_run_is_scaled_and_seen_while_it_goes_on(world: Any, accord
         lambda: "ray_accord_perf_throughput" in metrics_page(run), 60, "Ray's metrics"
     )
     every_socket_is_listed(command.process.pid)
+    no_secret_is_told(run, command.process.pid)
     told = accord.run("status", run, "--json")
     assert json.loads(told.stdout)["status"] == "running"
     code, seconds = command.interrupt()
