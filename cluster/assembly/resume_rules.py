@@ -28,6 +28,9 @@ FREE_ON_RESUME = (
 )
 """Sections, and ``section.key``, that do not change what is learnt."""
 
+MOVABLE = ("data.prompts", "model.path", "learner.reference_path")
+"""Free where the run has noted what was there: `learnt_from` compares the content."""
+
 
 def refuse_other_horizon(before: TrainConfig, after: TrainConfig, path: str) -> None:
     """Raise UserError where another number of steps would change the learning rate of all steps."""

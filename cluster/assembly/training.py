@@ -18,7 +18,7 @@ from cluster.assembly.leaving import LeavingWatch
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.prepare import Prepared, prepare, with_pinned_models
 from cluster.assembly.ray_dashboard import RayTab, ray_tab_of
-from cluster.assembly.resume_rules import FREE_ON_RESUME, refuse_other_horizon
+from cluster.assembly.resume_rules import FREE_ON_RESUME, MOVABLE, refuse_other_horizon
 from cluster.assembly.room import keep_room
 from cluster.assembly.run_session import (
     RunSession,
@@ -143,12 +143,14 @@ def resume_training(
         run = open_run(path, "train")
         before = load_config(TrainConfig, str(run.path / "config.toml"))
         config = load_config(TrainConfig, str(run.path / "config.toml"), overrides)
-        refuse_changes(before, config, path, FREE_ON_RESUME)
+        origins = manifest_of(run).get(KEY)
+        free = FREE_ON_RESUME + (MOVABLE if origins else ())
+        refuse_changes(before, config, path, free)
         refuse_other_horizon(before, config, path)
         config = resolve_here(config).config  # a run of an older release lacks newer keys
         resumed = _place_to_resume(run, config)
         prepared = prepare(config)
-        refuse_other_origins(manifest_of(run).get(KEY), learnt_from(prepared), config, run.path)
+        refuse_other_origins(origins, learnt_from(prepared), config, run.path)
         _refuse_other_prompts(config, resumed.state, len(prepared.prompts))
     step = resumed.state.step
     detail = {"step": step, "checkpoint": resumed.path.name}

@@ -28,6 +28,7 @@ from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
 from cluster.runs.checkpoints import Checkpoints
 from cluster.runs.driver import Driver, driver_lock
+from cluster.runs.lines import Lines
 from cluster.runs.provenance import git_commit, versions
 
 RESUMABLE = ("train", "sft", "reward-model", "dpo")  # commands with --resume
@@ -42,9 +43,14 @@ class Run:
     path: Path
     checkpoints: Checkpoints = field(init=False, repr=False, compare=False)
 
+    _events: Lines = field(init=False, repr=False, compare=False)
+    _accounts: Lines = field(init=False, repr=False, compare=False)
+
     def __post_init__(self) -> None:
         checkpoints = Checkpoints(self.path / "checkpoints", self.event)
         object.__setattr__(self, "checkpoints", checkpoints)
+        object.__setattr__(self, "_events", Lines(self.path / "events.jsonl"))
+        object.__setattr__(self, "_accounts", Lines(self.path / LEDGER))
 
     @staticmethod
     def create(directory: str, name: str, command: str, config: BaseModel, **manifest: Any) -> Run:
@@ -88,16 +94,12 @@ class Run:
     def event(self, kind: str, **detail: Any) -> None:
         """Append one line to events.jsonl: what happened, when, and its cause."""
         row = {"time": time.time(), "kind": kind, **detail}
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, default=str, ensure_ascii=False) + "\n")
+        self._events.add(json.dumps(row, default=str, ensure_ascii=False))
 
     def account(self, **row: Any) -> None:
         """Append one line to ledger.jsonl: what a step trained on, and where all other groups were
         at that moment."""
-        with (self.path / LEDGER).open("ab+") as file:
-            torn = file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read() != b"\n"
-            # A killed process can leave half a line; the next one must not become part of it.
-            file.write((b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+        self._accounts.add(json.dumps(row))
 
     def update_manifest(self, **entries: Any) -> None:
         path = self.path / "manifest.json"
