@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,6 +21,7 @@ from cluster.contracts.records import RunState
 from cluster.loop.timeline import Timeline
 from cluster.machine.signals import last_words, signal_handlers_kept
 from cluster.runs.console import Reporter
+from cluster.runs.mirror import Mirror
 from cluster.runs.quarantine import put_in_quarantine
 from cluster.runs.run import RESUMABLE, Run
 from cluster.runs.start_log import FIRST_BATCH, StartLog
@@ -42,6 +44,12 @@ class RunSession:
     shows: list[Callable[[LiveView], None]] = field(default_factory=list)  # where it is watched
     names: Names = unnamed  # of its processes, in Ray's dashboard
     addresses: dict[str, str] = field(default_factory=dict)  # where the run can be watched
+    mirror: Mirror | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.mirror = self.run.mirror
+        if self.mirror is not None:
+            self.reporter.say(f"{self.mirror.url} is a copy of {self.path}, where the run works")
 
     @property
     def path(self) -> Path:
@@ -86,7 +94,21 @@ class RunSession:
     async def commit_checkpoint(
         self, staging: Path, files: Sequence[FileDigest], state: RunState, keep: int
     ) -> Path:
-        return await self.run.commit_checkpoint(staging, files, state, keep)
+        path = await self.run.commit_checkpoint(staging, files, state, keep)
+        await asyncio.to_thread(self.copy_to_mirror)
+        return path
+
+    def copy_to_mirror(self) -> None:
+        """Of a run whose directory is a URL. What cannot be copied now is tried again with the next
+        checkpoint and at the end."""
+        if self.mirror is None or not self.path.is_dir():
+            return
+        try:
+            self.mirror.push()
+        except Exception as problem:  # every kind of store has errors of its own
+            cause = f"{type(problem).__name__}: {problem}"
+            self.run.event("mirror_failed", url=self.mirror.url, cause=cause)
+            self.reporter.say(f"{self.mirror.url} is not up to date: {cause}")
 
     async def abandon_checkpoint(self, staging: Path) -> None:
         await self.run.abandon_checkpoint(staging)
@@ -119,11 +141,14 @@ def run_session(
             run.resume(resumed, **detail)
         session = RunSession(run, reporter, start or StartLog(reporter))
         session.start.write_to(run.event)
-        with _status_kept(session, fresh=resumed is None):
-            try:
-                yield session
-            finally:
-                session.close()
+        try:
+            with _status_kept(session, fresh=resumed is None):
+                try:
+                    yield session
+                finally:
+                    session.close()
+        finally:
+            session.copy_to_mirror()
 
 
 @contextmanager

@@ -217,6 +217,7 @@ def _report(session: RunSession) -> None:
     from learner.evaluation.report import write_report
 
     session.reporter.say(f"report: {write_report(session.path)}")
+    session.copy_to_mirror()
 
 
 def _train_on_ray(training: Training) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from cluster.contracts.config.base import Section
 from cluster.contracts.config.reward import FunctionSource, RewardModelSource
 from cluster.contracts.errors import UserError
+from cluster.runs.mirror import folder_of
 from cluster.runs.run import INPUTS, name_by_time
 
 Rows = Iterable[Any]
@@ -84,7 +85,7 @@ class Inputs:
 def inputs_of_run(directory: str, name: str, command: str) -> Iterator[tuple[str, Inputs]]:
     """(name of the run, where its inputs go). They are removed when no run came of it."""
     label = name or name_by_time(command)
-    path = Path(directory) / label
+    path = folder_of(f"{directory}/{label}")
     if path.exists():  # said again, and better, by Run.create; nothing of another run is touched
         raise UserError(
             "the run directory exists",

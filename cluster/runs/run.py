@@ -29,6 +29,7 @@ from cluster.contracts.records import RunState
 from cluster.runs.checkpoints import Checkpoints
 from cluster.runs.driver import Driver, driver_lock
 from cluster.runs.lines import Lines
+from cluster.runs.mirror import Mirror, folder_of, url_of
 from cluster.runs.provenance import git_commit, versions
 
 RESUMABLE = ("train", "sft", "reward-model", "dpo")  # commands with --resume
@@ -61,28 +62,38 @@ class Run:
             folder_name(label)
         except ValueError as problem:
             raise UserError(f"{label!r} {problem}", where="run.name", fix="choose a name") from None
-        path = Path(directory) / label
+        path, url = folder_of(f"{directory}/{label}"), url_of(f"{directory}/{label}")
+        taken = UserError(
+            "the run directory exists",
+            where=url or str(path),
+            fix="choose another run.name or remove it" + _how_to_continue(command, url or path),
+        )
+        if url is not None:
+            mirror = Mirror(url, path)
+            mirror.probe()
+            if mirror.exists():
+                raise taken
         try:
             path.mkdir(parents=True)
         except FileExistsError:
-            if path.is_file() or [entry.name for entry in path.iterdir()] != [INPUTS]:
-                raise UserError(
-                    "the run directory exists",
-                    where=str(path),
-                    fix="choose another run.name or remove it" + _how_to_continue(command, path),
-                ) from None
+            if not _has_inputs_only(path):
+                raise taken from None
         except OSError as problem:
             raise UserError(
                 f"cannot make the run directory: {problem.strerror}", where=str(path)
             ) from None
         run = Run(path)
+        manifest = manifest if url is None else {**manifest, "mirror": url}
         write_text(path / "config.toml", dump_toml(config))
         write_json(path / "manifest.json", _manifest(command, label, manifest))
         return run
 
     @staticmethod
     def open(path: str) -> Run:
-        run = Run(Path(path))
+        """The run in a directory, or of a URL: a copy of it on this host."""
+        run, url = Run(folder_of(path)), url_of(path)
+        if url is not None and (mirror := Mirror(url, run.path)).exists():
+            mirror.pull()
         if not (run.path / "manifest.json").is_file():
             raise UserError(
                 "is not a run directory (it has no manifest.json)",
@@ -90,6 +101,15 @@ class Run:
                 fix="give a directory under runs/ made by an accord command",
             )
         return run
+
+    @property
+    def mirror(self) -> Mirror | None:
+        """Where the run is copied to; None where its directory is all there is."""
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+            if url := manifest.get("mirror"):
+                return Mirror(str(url), self.path)
+        return None
 
     def event(self, kind: str, **detail: Any) -> None:
         """Append one line to events.jsonl: what happened, when, and its cause."""
@@ -138,6 +158,10 @@ class Run:
             yield
 
 
+def _has_inputs_only(path: Path) -> bool:
+    return path.is_dir() and [entry.name for entry in path.iterdir()] == [INPUTS]
+
+
 def name_by_time(command: str) -> str:
     return f"{command}-{time.strftime('%Y%m%d-%H%M%S')}"
 
@@ -156,7 +180,7 @@ def require_writable(path: Path) -> None:
         raise UserError("cannot be written", where=str(path), fix="give another place")
 
 
-def _how_to_continue(command: str, path: Path) -> str:
+def _how_to_continue(command: str, path: Path | str) -> str:
     if command not in RESUMABLE:
         return ""
     return f", or continue it: accord {command} --resume {path}"

@@ -99,7 +99,11 @@ class RunConfig(Section):
         description="Name of the run's folder in `run.dir`. Empty: made from the command and "
         "the time.",
     )
-    dir: str = Field("runs", description="Folder that holds the run directories.")
+    dir: str = Field(
+        "runs",
+        description="Folder that holds the run directories, or a URL that fsspec knows, such as "
+        "`s3://bucket/runs` (docs/fault-model.md).",
+    )
     seed: int = Field(0, ge=0, description="Seed of data order, initialisation and sampling.")
     parents: dict[str, str] = Field(
         default_factory=dict,
