@@ -375,6 +375,8 @@ async def _drive(
             live.cancel()
             await asyncio.gather(live, return_exceptions=True)
             await asyncio.gather(pool.stop(), _stop_learner(learner))
+            if faults := ", ".join(f"{n} {fault}" for fault, n in pool.faults.items() if n):
+                session.reporter.say(f"faults: {faults} (events.jsonl says which)")
 
 
 async def _watch_leaving_nodes(

@@ -24,6 +24,7 @@ class Holder:
     open: bool = False
     samples: int = 0
     leases: dict[int, Assignment] = field(default_factory=dict)
+    since: dict[int, float] = field(default_factory=dict)  # when each lease began
 
 
 class LeaseBook:
@@ -41,6 +42,7 @@ class LeaseBook:
         self._holding_s = 0.0
         self._since = 0.0
         self.leased = 0
+        self.took_s: list[float] = []  # how long each lease lasted that has ended with an answer
 
     def holder(self, index: int) -> Holder:
         return self._holders.setdefault(index, Holder())
@@ -74,6 +76,7 @@ class LeaseBook:
         if not holder.leases:
             self._count_holding(1)
         holder.leases[assignment.group_id] = assignment
+        holder.since[assignment.group_id] = self._now()
         holder.samples += assignment.samples
         self.leased += 1
         return holder
@@ -85,6 +88,7 @@ class LeaseBook:
         if assignment is None or assignment.attempt != attempt:
             return None
         del holder.leases[group_id]
+        self.took_s.append(self._now() - holder.since.pop(group_id))
         holder.samples -= assignment.samples
         self.leased -= 1
         if not holder.leases:

@@ -124,6 +124,7 @@ class Accounts:
             "run/sink_errors": standing.sink_errors,
         }
         numbers |= {f"faults/{fault}": pool.faults[fault] for fault in FAULTS}
+        numbers |= _group_seconds(pool.take_durations())
         return numbers | self._swap_numbers() | self._worker_numbers(wall, max(1, serving))
 
     def _swap_numbers(self) -> dict[str, float]:
@@ -164,3 +165,16 @@ class Accounts:
         return _Window(
             started=now, cpu_s=self._cpu_s(), stats=pool.stats(), failed_swaps=pool.failed_swaps
         )
+
+
+def _group_seconds(took_s: list[float]) -> dict[str, float]:
+    """How long groups took; a straggler shows as a maximum far above the median."""
+    if not took_s:
+        return {}
+    took_s.sort()
+    last = len(took_s) - 1
+    return {
+        "rollout/group_p50_s": took_s[round(0.5 * last)],
+        "rollout/group_p95_s": took_s[round(0.95 * last)],
+        "rollout/group_max_s": took_s[last],
+    }

@@ -238,6 +238,11 @@ class WorkerPool:
         """Finished groups that ``take_finished`` has not given out yet."""
         return sum(len(groups) for _, groups in self._news)
 
+    def take_durations(self) -> list[float]:
+        """Seconds from lease to result of each group that has come since the last call."""
+        took_s, self._book.took_s = self._book.took_s, []
+        return took_s
+
     def stats(self) -> dict[str, float]:
         """Workers' counters summed since the start (tokens, busy seconds, ...), the lost ones'
         included."""

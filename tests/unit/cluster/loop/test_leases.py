@@ -82,3 +82,16 @@ def test_counters_go_on_over_a_restart_and_gauges_are_left_out() -> None:
     sums.report(0, 1, {"generated_tokens": 5.0})
     sums.report(0, 1, {"generated_tokens": 25.0})
     assert sums.totals == {"generated_tokens": 130.0 + 50.0 + 25.0}
+
+
+def test_it_knows_how_long_each_lease_lasted() -> None:
+    now = [0.0]
+    book = LeaseBook(lambda: now[0])
+    book.open(0)
+    book.give(assignment(0, 1))
+    now[0] = 2.0
+    book.give(assignment(1, 1))
+    now[0] = 7.0
+    book.take(0, 1)
+    book.take(0, 0)
+    assert book.took_s == [5.0, 7.0]

@@ -1,0 +1,68 @@
+"""What Ray says of a lost worker, as one of our classes of errors. No Ray is started."""
+
+from __future__ import annotations
+
+import pytest
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    RayActorError,
+    RayTaskError,
+)
+
+from actors.remote import lost, original
+from cluster.contracts.errors import (
+    EngineFailure,
+    MachineLost,
+    Retryable,
+    Unexpected,
+    WorkerDied,
+)
+
+NODE_DIED = """The actor died unexpectedly before finishing this task.
+\tclass_name: RolloutActor
+\tactor_id: 1234
+\tpid: 77
+The actor died because its node has died. Node Id: abc
+"""
+
+
+def died(text: str, *, preempted: bool = False) -> RayActorError:
+    return RayActorError("1234", text, preempted=preempted)
+
+
+@pytest.mark.parametrize(
+    ("problem", "kind", "words"),
+    [
+        (ActorDiedError(), WorkerDied, "died unexpectedly"),
+        (ActorUnavailableError("gone for now", None), WorkerDied, "gone for now"),
+        (died(NODE_DIED), MachineLost, "its node has died"),
+        (died("taken back", preempted=True), MachineLost, "taken back"),
+    ],
+)
+def test_a_lost_worker_is_told_from_a_lost_machine(
+    problem: Exception, kind: type[Retryable], words: str
+) -> None:
+    found = lost(problem, "worker-3")
+    assert type(found) is kind
+    assert str(found).startswith("worker-3 is lost: ")
+    assert words in str(found)
+    assert "class_name" not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("cause", "kind", "words"),
+    [
+        (EngineFailure("out of memory"), EngineFailure, "out of memory"),
+        (KeyError("surprise"), Unexpected, "worker-3 failed: KeyError: 'surprise'"),
+        (ObjectLostError("ab", None, ""), Retryable, "worker-3 lost what it needed"),
+    ],
+)
+def test_what_a_worker_raised_keeps_its_class_or_gets_one(
+    cause: Exception, kind: type[Exception], words: str
+) -> None:
+    problem = RayTaskError("harvest", "a trace", cause)
+    found = original(problem, "worker-3")
+    assert type(found) is kind
+    assert words in str(found)
