@@ -12,6 +12,7 @@ from typing import Any
 from cluster.contracts.samples import sampled_steps
 from cluster.pages.chart import line_chart
 from cluster.pages.library import Library, Shelf
+from cluster.runs.control import read_wishes
 from cluster.runs.history import History, WorkerSpan
 from cluster.runs.overview import RunOverview, ago, fresh_live, span
 from cluster.runs.rows import Row
@@ -24,6 +25,7 @@ MOST_EVENTS = 30
 MEANINGS = {
     "running": "Its process is alive.",
     "finished": "It has done all its steps.",
+    "stopped": "`accord stop` ended it after a step.",
     "interrupted": "Ctrl-C or SIGTERM stopped it.",
     "failed": "An error stopped it.",
     "dead": "Its process ended without recording why.",
@@ -46,6 +48,7 @@ def facts(library: Library, shelf: Shelf) -> dict[str, Any]:
         "sign": ago(run.updated),
         "share": _share(run),
         "live": live,
+        "paused": run.status == "running" and _paused(shelf.path),
         "alarms": history.alarms,
         "cause": _cause(run, history),
         "evaluation": _evaluation(shelf.path),
@@ -53,6 +56,13 @@ def facts(library: Library, shelf: Shelf) -> dict[str, Any]:
         if run.status == "running"
         else None,
     }
+
+
+def _paused(path: Path) -> bool:
+    try:
+        return read_wishes(path).paused
+    except ValueError:  # the run itself ignores the file, and says so in its events
+        return False
 
 
 def _share(run: RunOverview) -> float | None:

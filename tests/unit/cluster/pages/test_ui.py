@@ -16,6 +16,7 @@ from fastapi.testclient import TestClient
 from cluster.contracts.errors import UserError
 from cluster.pages.library import library_of
 from cluster.pages.ui import ui_app
+from cluster.runs.control import ask
 
 PARTS = ("facts", "curves", "workers", "events")
 PLACES = ("run", "events", "samples", "files", *(f"part/{name}" for name in PARTS))
@@ -118,8 +119,13 @@ def test_a_page_follows_a_run(client: TestClient, folder: Path, run_dirs: Module
     assert "step 6 of 60" in text_of(client.get("/part/facts/going").text)
     assert "over 6 steps" in client.get("/part/curves/going").text
     assert "the network" in client.get("/part/events/going").text
-    run_dirs.end(run, "interrupted")
-    assert "interrupted" in client.get("/part/facts/going").text
+    assert "paused" not in client.get("/part/facts/going").text
+    ask(run.path, paused=True)
+    assert "paused" in client.get("/part/facts/going").text
+    run_dirs.end(run, "stopped")
+    told = client.get("/part/facts/going").text
+    assert "stopped" in told
+    assert "paused" not in told
 
 
 def test_a_run_that_went_away_is_a_page_that_says_so(
