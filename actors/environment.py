@@ -12,6 +12,7 @@ from typing import Literal
 from actors.settings import EngineSettings
 from cluster.contracts.errors import UserError
 from cluster.contracts.protocols import Engine
+from cluster.contracts.telemetry import telemetry_off
 from cluster.machine.imports import quick_imports
 
 EngineKind = Literal["auto", "vllm", "transformers"]
@@ -45,9 +46,9 @@ def prepare_environment(
     """
     if "torch" in sys.modules and os.environ.get("OMP_NUM_THREADS") is None:
         raise RuntimeError("torch was imported before prepare_environment()")
+    telemetry_off()
     fixed = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
-        "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
     if not gpu:

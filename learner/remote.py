@@ -25,6 +25,7 @@ from cluster.contracts.durable import FileDigest, write_text
 from cluster.contracts.errors import AccordError, Fatal, NotSaved, PeerLost, Retryable, UserError
 from cluster.contracts.plugins import install
 from cluster.contracts.records import StepInput, StepResult, WeightManifest
+from cluster.contracts.telemetry import telemetry_off
 from cluster.machine.imports import quick_imports
 from cluster.machine.parcels import Parcel, pack, unpack
 from learner.outbox import Outbox, copy_files
@@ -54,6 +55,7 @@ class LearnerActor:
             for thread in os.listdir("/proc/self/task"):  # Ray's threads run the other methods
                 with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
                     os.sched_setaffinity(int(thread), set(cores))
+        telemetry_off()
         # More threads than cores make small products many times slower, and torch reads this once.
         os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
         if settings.host == NODE_HOST:

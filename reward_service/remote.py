@@ -22,6 +22,7 @@ from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.config.reward import FunctionSource, RewardConfig, RewardModelSource
 from cluster.contracts.errors import AccordError, Fatal, UserError
 from cluster.contracts.plugins import PluginFile, install, loaded
+from cluster.contracts.telemetry import telemetry_off
 from cluster.machine.imports import quick_imports
 from cluster.machine.shipment import Shipment, known_as
 from reward_service.access import OPEN, Access
@@ -242,6 +243,7 @@ class _RewardActor:
     def __init__(self, cores: Sequence[int], threads: int, log_file: str | None) -> None:
         if log_file is not None:
             _write_to(log_file)
+        telemetry_off()
         # Before torch or grpc start their threads, which inherit both.
         for variable in THREAD_VARIABLES:
             os.environ[variable] = str(threads)

@@ -16,6 +16,7 @@ import psutil
 
 from cluster.contracts.config.base import ClusterConfig
 from cluster.contracts.errors import UserError
+from cluster.contracts.telemetry import telemetry_off
 from cluster.machine.handshake import PACKAGES, ROOT, require_same_everywhere
 from cluster.machine.joining import cluster_to_join
 from cluster.machine.ray_token import prepare_token
@@ -171,10 +172,8 @@ def _options(config: ClusterConfig, place: str | None) -> dict[str, Any]:
 
 def _environment() -> None:
     """For this process and, inherited, for every worker Ray starts."""
+    telemetry_off()
     defaults = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
         "RAY_metrics_report_interval_ms": "2000",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false",
