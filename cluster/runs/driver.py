@@ -152,7 +152,7 @@ def _held(directory: Path, holder: Driver | None) -> UserError:
     return UserError(
         f"process {holder.pid} is driving this run",
         where=str(directory),
-        fix="wait for it or stop it first",
+        fix="wait for it, or end it with `accord stop`; a paused run goes on with `accord resume`",
     )
 
 

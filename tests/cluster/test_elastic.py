@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,23 +79,27 @@ class World:
         wait_until(lambda: self.step(name) >= goal, 90, f"{more} steps {what}")
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def prepared(lab: Lab, folder: Path) -> World:
     """The learner's resources are on host 1, room for workers on all three."""
     from learner.models.tiny import fresh_model, train_tokenizer
 
+    inputs = lab.disk(1) / "inputs"
+    inputs.mkdir()
+    tokenizer = train_tokenizer(["how long does it last"] * 3, 320, inputs / "model")
+    fresh_model(tokenizer, inputs / "model", hidden=64, layers=2, heads=2, intermediate=64)
+    (inputs / "prompts.jsonl").write_text(PROMPTS)
+    (lab.disk(1) / "train.toml").write_text(CONFIG.format(inputs="/host/inputs"))
+    head = '--resources={"learner": 4, "rollout": 1}'
+    lab.ray_head(cpus=4, words=(head, "--dashboard-host=127.0.0.1"))
+    for host in (2, 3):
+        lab.ray_join(host, cpus=3, words=('--resources={"rollout": 2}',))
+    return World(lab, folder)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with hosts(3) as lab:
-        inputs = lab.disk(1) / "inputs"
-        inputs.mkdir()
-        tokenizer = train_tokenizer(["how long does it last"] * 3, 320, inputs / "model")
-        fresh_model(tokenizer, inputs / "model", hidden=32, layers=1, heads=1, intermediate=32)
-        (inputs / "prompts.jsonl").write_text(PROMPTS)
-        (lab.disk(1) / "train.toml").write_text(CONFIG.format(inputs="/host/inputs"))
-        head = '--resources={"learner": 2, "rollout": 1}'
-        lab.ray_head(cpus=4, words=(head, "--dashboard-host=127.0.0.1"))
-        for host in (2, 3):
-            lab.ray_join(host, cpus=3, words=('--resources={"rollout": 2}',))
-        yield World(lab, tmp_path_factory.mktemp("out"))
+        yield prepared(lab, tmp_path_factory.mktemp("out"))
 
 
 def test_a_missing_token_is_told_at_once(world: World) -> None:
@@ -166,12 +172,11 @@ def test_a_run_is_scaled_drained_and_loses_a_host(world: World) -> None:
     finally:
         command.terminate()
     assert json.loads(world.accord("status", "runs/r", "--json"))["status"] == "stopped"
-    if (ROOT / "cluster" / "commands" / "audit.py").exists():
-        world.accord("audit", "runs/r")
+    world.accord("audit", "runs/r")
 
 
-def serving(world: World) -> int:
-    return len(json.loads(world.accord("status", "runs/r", "--json"))["workers"])
+def serving(world: World, name: str = "r") -> int:
+    return len(json.loads(world.accord("status", f"runs/{name}", "--json"))["workers"])
 
 
 def drain(world: World) -> str:
@@ -204,3 +209,66 @@ def drain(world: World) -> str:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return str(there[0])
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1500)
+def test_real_engines_on_hosts_that_are_killed_and_cut(make_lab: Any, tmp_path: Path) -> None:
+    """vLLM on three hosts. The run goes on by itself, and every prompt is accounted for. Prints
+    tokens per second before, during and after. By hand:
+    `pytest -s -m "lab and long" tests/cluster/test_elastic.py`."""
+    said: list[str] = []
+    with make_lab(3) as lab:
+        world = prepared(lab, tmp_path)
+        words = (
+            "train",
+            "train.toml",
+            "run.name=v",
+            "rollout.engine=vllm",
+            "rollout.max_tokens=32",
+        )
+        out = tmp_path / "train.log"
+        command = lab.start(
+            1,
+            *(sys.executable, ROOT / "launch.py", *words),
+            out=out,
+            ACCORD_NO_BOOTSTRAP="1",
+            RAY_ADDRESS="auto",
+        )
+        marks: list[tuple[str, float]] = []
+
+        def during(what: str, steps: int = 4) -> None:
+            marks.append((what, time.time()))
+            goal = world.step("v") + steps
+            wait_until(lambda: world.step("v") >= goal or command.poll() is not None, 300, what)
+            assert command.poll() is None, out.read_text()
+
+        during("the first steps")
+        for wanted in (3, 0, 2):
+            said.append(world.accord("scale", "runs/v", wanted, "--wait=240"))
+            if wanted:
+                during(f"{wanted} workers")
+        lab.kill(2)
+        during("host 2 killed")
+        lab.cut(3)
+        during("host 3 cut", 2)
+        wait_until(lambda: time.time() > marks[-1][1] + 60, 90, "the cut to last 60 s")
+        lab.heal(3)
+        during("host 3 healed", 2)
+        lab.lab("kill", 3)  # its raylet was given up, and a host that comes back starts Ray anew
+        lab.ray_join(3, cpus=3, words=('--resources={"rollout": 2}',))
+        wait_until(lambda: serving(world, "v") >= 2, 300, "two workers again")
+        during("host 3 is back")
+        marks.append(("end", time.time()))
+        said.append(world.accord("stop", "runs/v"))
+        assert command.wait(120) == 0, out.read_text()
+        said.append(world.accord("audit", "runs/v"))
+        rows = world.rows("v", "metrics.jsonl")
+        for (what, since), (_, until) in itertools.pairwise(marks):
+            inside = [row for row in rows if since <= row["time"] <= until]
+            if len(inside) > 1:
+                first, last = inside[0], inside[-1]
+                tokens = last["rollout/generated_tokens"] - first["rollout/generated_tokens"]
+                rate = tokens / (last["time"] - first["time"])
+                said.append(f"{what}: {rate:.0f} tokens per second in {len(inside)} steps")
+        sys.stdout.write("\n".join(said) + "\n")
