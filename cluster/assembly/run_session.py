@@ -21,6 +21,7 @@ from cluster.contracts.records import RunState
 from cluster.loop.timeline import Timeline
 from cluster.machine.signals import last_words, signal_handlers_kept
 from cluster.runs.console import Reporter
+from cluster.runs.control import forget_pause_and_stop
 from cluster.runs.mirror import Mirror
 from cluster.runs.quarantine import put_in_quarantine
 from cluster.runs.run import RESUMABLE, Run
@@ -138,6 +139,8 @@ def run_session(
     """
     with run.lock(), signal_handlers_kept():  # asyncio leaves the default handlers behind
         if resumed is not None:
+            # Before it counts as running: from then on, who asks means this part of the run.
+            forget_pause_and_stop(run.path)
             run.resume(resumed, **detail)
         session = RunSession(run, reporter, start or StartLog(reporter))
         session.start.write_to(run.event)

@@ -59,7 +59,7 @@ from cluster.pages.ray_tab import LiveBoard
 from cluster.runs.alarm_sink import AlarmSink
 from cluster.runs.checkpoints import Found
 from cluster.runs.console import Reporter
-from cluster.runs.control import ControlFile, forget_pause_and_stop
+from cluster.runs.control import ControlFile
 from cluster.runs.live_file import LiveFile
 from cluster.runs.quarantine import quarantined
 from cluster.runs.rollout_parts import check_parts
@@ -320,7 +320,6 @@ async def _drive(
 ) -> None:
     """Start all roles side by side, train, and end them, whatever happens."""
     config, session = training.config, training.session
-    forget_pause_and_stop(session.path)
     clock = MonotonicClock()
     learner = _learner(training, files)
     first, clients = training.first_step, rewards.clients

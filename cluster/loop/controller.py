@@ -570,7 +570,7 @@ class Controller:
             self._stop.set()
         if not self._started:
             return
-        if steering.paused and not pool.in_flight and not self._tasks.keys() - BACKGROUND:
+        if steering.paused and not pool.leased and not self._tasks.keys() - BACKGROUND:
             steering.rests(step=self._step, finished=len(self._buffer))
         if (paused and not steering.paused) or steering.stop:
             self._wake.set()

@@ -229,6 +229,11 @@ class WorkerPool:
         return None if manifest is None else manifest.version
 
     @property
+    def leased(self) -> int:
+        """Groups that workers hold."""
+        return self._book.leased
+
+    @property
     def in_flight(self) -> int:
         """Groups leased or waiting for a worker."""
         return len(self._waiting) + len(self._suspects.waiting) + self._book.leased

@@ -13,6 +13,7 @@ from cluster.assembly.run_session import RunSession, how_to_continue, run_sessio
 from cluster.contracts.config.offline import SftConfig
 from cluster.contracts.errors import Fatal, UserError
 from cluster.runs.console import Reporter
+from cluster.runs.control import ask, read_wishes
 from cluster.runs.driver import LOCK
 from cluster.runs.run import Run
 
@@ -135,3 +136,13 @@ def test_what_a_person_should_know_is_said(run: Run, capsys: pytest.CaptureFixtu
         *("learner_ready", "started", "worker_serving", "started"),
         *("worker_lost", "checkpoint"),
     ]
+
+
+def test_a_resume_forgets_the_stop_that_ended_the_run_and_a_start_keeps_one(run: Run) -> None:
+    """Asked for while models load, a stop must not be lost."""
+    ask(run.path, stop=True, workers=3)
+    held(run)
+    assert read_wishes(run.path).stop
+    held(run, resumed=config())
+    after = read_wishes(run.path)
+    assert (after.stop, after.workers) == (False, 3)

@@ -506,6 +506,25 @@ def test_a_paused_run_finishes_what_is_under_way_and_goes_on_later(tmp_path: Pat
     assert kinds == ["paused", "unpaused"]
 
 
+def test_a_run_without_workers_rests_though_groups_wait_for_one(tmp_path: Path) -> None:
+    learner = FakeLearner(seconds=0.002)
+    controller, pool, run, _ = build(tmp_path, World(), learner, steps=30)
+    rested: list[int] = []
+
+    def wishes() -> Wishes:
+        if controller.step < 10:
+            return Wishes(workers=2)
+        if any(e["kind"] == "paused" for e in events(run)):
+            rested.append(pool.in_flight)
+        return Wishes(workers=2) if rested else Wishes(workers=0, paused=controller.step >= 10)
+
+    wish(controller, wishes)
+    looks_often(controller)
+    asyncio.run(drive(controller, pool))
+    assert [g for b in learner.batches for g in b.group_ids] == list(range(90))
+    assert rested
+
+
 def test_a_stop_that_was_asked_for_waits_for_the_step_and_leaves_a_checkpoint(
     tmp_path: Path,
 ) -> None:
