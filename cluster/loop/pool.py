@@ -13,31 +13,26 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 from cluster.contracts.deadlines import LATE_S, within
 from cluster.contracts.errors import (
     EngineFailure,
-    Fatal,
     Fault,
     MachineLost,
     Retryable,
-    Unexpected,
     WeightMismatch,
-    WorkerDied,
 )
 from cluster.contracts.live import WorkerStatus
 from cluster.contracts.protocols import Clock, WorkerHandle
 from cluster.contracts.records import Assignment, GroupMeta, Harvest, SwapReport, WeightManifest
+from cluster.loop.dispatch import Dispatch
 from cluster.loop.leases import CounterSums, LeaseBook
 from cluster.loop.live import PoolFacts, WorkerFacts
 from cluster.loop.members import Member, Members, Status
 from cluster.loop.recruiting import EventLog, Recruiter
 from cluster.loop.settings import PoolSettings
 from cluster.loop.shortage import Shortage
-from cluster.loop.supervision import WINDOW_S
-from cluster.loop.suspects import Suspects
 
 Finished = tuple[Harvest, list[GroupMeta]]
 
@@ -45,8 +40,6 @@ Finished = tuple[Harvest, list[GroupMeta]]
 # this often a second, however many they are.
 IDLE_ANSWERS_PER_S = 25
 LONGEST_HARVEST_S = 60.0
-MOST_SET_ASIDE = 3  # prompts within ``WINDOW_S``
-KILLS = (EngineFailure, WorkerDied, Unexpected)  # losses that a prompt may have caused
 
 
 class WorkerPool:
@@ -79,16 +72,19 @@ class WorkerPool:
             event,
             self._end,
         )
-        self._suspects = Suspects()
-        self._set_aside = dict(set_aside or {})  # prompts, with the cause
-        self._convicted: list[float] = []  # when
+        self._dispatch = Dispatch(
+            self._book,
+            clock.now,
+            event,
+            self._left_out,
+            set_aside or {},
+            settings.max_attempts,
+        )
         self._counters = CounterSums()
-        self._waiting: list[Assignment] = []  # no serving worker to take them yet
         self._news: list[Finished] = []
         self._on_news: Callable[[], None] = lambda: None
         self._problem: BaseException | None = None  # what ended the pool
         self._changed = asyncio.Event()
-        self._failed_scorings: Counter[int] = Counter()  # by group, until it is finished
         self._tasks: set[asyncio.Task[Any]] = set()
         self.left = 0
         self.failed_swaps = 0
@@ -145,12 +141,13 @@ class WorkerPool:
             else:
                 self._not_wanted(member)
         await self.resize(self._recruiter.wanted)
+        gone = self._until(lambda: all(m.status == "gone" for m in leaving))
         try:
-            await within(deadline_s, self._until(lambda: all(m.status == "gone" for m in leaving)))
+            await asyncio.wait_for(gone, deadline_s)
         except TimeoutError:
             for member in leaving:
-                gone = MachineLost(f"not drained within {deadline_s:.0f} s")
-                await self._lost(member, gone, member.handle)
+                late = MachineLost(f"not drained within {deadline_s:.0f} s")
+                await self._lost(member, late, member.handle)
         return len(leaving)
 
     def submit(self, assignments: Sequence[Assignment]) -> None:
@@ -158,13 +155,7 @@ class WorkerPool:
 
         Returns at once: a worker that is slow to take its share holds up nobody else.
         """
-        for assignment in assignments:
-            if (cause := self._set_aside.get(assignment.prompt.id)) is not None:
-                self._leave_out(assignment, cause)
-            elif assignment.group_id in self._suspects:
-                self._suspects.waiting.append(assignment)
-            else:
-                self._waiting.append(assignment)
+        self._dispatch.add(assignments)
         self._place()
 
     def on_news(self, call: Callable[[], None]) -> None:
@@ -236,7 +227,7 @@ class WorkerPool:
     @property
     def in_flight(self) -> int:
         """Groups leased or waiting for a worker."""
-        return len(self._waiting) + len(self._suspects.waiting) + self._book.leased
+        return self._dispatch.waiting + self._book.leased
 
     @property
     def unread(self) -> int:
@@ -257,7 +248,7 @@ class WorkerPool:
         """For a look at the run: what is known already, asked of nobody; O(workers)."""
         return PoolFacts(
             workers=[self._facts(m) for m in self._members if m.status != "gone"],
-            unplaced=len(self._waiting) + len(self._suspects.waiting),
+            unplaced=self._dispatch.waiting,
             restarts=self.restarts,
             left=self.left,
             score_failures=self.faults["reward"],
@@ -360,16 +351,14 @@ class WorkerPool:
         done: list[GroupMeta] = []
         again: list[Assignment] = []
         for meta in harvest.groups:
-            lease = self._book.take(member.index, meta.group_id, meta.attempt)
+            lease = self._dispatch.take(member.index, meta)
             # Taken for lost and leased again meanwhile: training on both would count it twice.
             if lease is None:
                 self._event("stale_result_refused", group=meta.group_id, worker=member.name)
-                continue
-            self._suspects.clear(meta.group_id)
-            if meta.failure is not None and meta.retryable:
-                again.append(self._score_again(lease, meta.failure))
+            elif meta.failure is not None and meta.retryable:
+                self.faults["reward"] += 1
+                again.append(self._dispatch.score_again(lease, meta.failure))
             else:
-                self._failed_scorings.pop(meta.group_id, None)
                 self.faults["prompt"] += meta.failure is not None
                 done.append(meta)
         if done:
@@ -377,16 +366,6 @@ class WorkerPool:
             self._news.append((harvest, done))
             self._on_news()
         self.submit(again)  # also for suspects whose turn it is now
-
-    def _score_again(self, lease: Assignment, cause: str) -> Assignment:
-        """Worker losses have a count of their own: they say nothing of the reward service."""
-        group = lease.group_id
-        self.faults["reward"] += 1
-        self._failed_scorings[group] += 1
-        self._event("group_retried", group=group, cause=cause)
-        if (times := self._failed_scorings[group]) >= self._settings.max_attempts:
-            raise Fatal(f"group {group} failed {times} times: {cause}")
-        return replace(lease, attempt=lease.attempt + 1)
 
     def _begin_drain(self, member: Member) -> None:
         self._members.become(member, "draining")
@@ -427,47 +406,18 @@ class WorkerPool:
         if member.runner and member.runner is not asyncio.current_task():
             member.runner.cancel()
         # Before the restart, so that the other workers have them while this one starts again.
-        orphans = [replace(a, attempt=a.attempt + 1) for a in self._book.take_all(member.index)]
-        if generating and isinstance(problem, KILLS):
-            self._blame(orphans, problem)
-        for orphan in orphans:
-            self._suspects.given_back(orphan.group_id)
-        self.submit(orphans)
+        requeued, killed = self._dispatch.release(member.index, problem if generating else None)
+        self._place()
         if leaving:
             self.left += 1
             self._event("worker_left", worker=member.name, cause=str(problem))
             await self._recruiter.stop_quietly(member.handle)
             return
-        self._recruiter.note_loss(member, problem, len(orphans))
-        self._recruiter.replace(member, problem)
+        self._recruiter.note_loss(member, problem, requeued)
+        self._recruiter.replace(member, problem, blameless=killed)
 
-    def _blame(self, held: list[Assignment], problem: BaseException) -> None:
-        """Set aside the prompt that has killed the worker, once it is known which it was."""
-        now = self._clock.now()
-        self._convicted = [at for at in self._convicted if now - at <= WINDOW_S]
-        if len(self._convicted) >= MOST_SET_ASIDE:  # then it is something else that kills workers
-            return
-        guilty = self._suspects.blame(held)
-        if guilty is not None:
-            self._convicted.append(now)
-            prompt = guilty.prompt
-            cause = f"it killed two workers that had it in hand; the last one: {problem}"
-            self._set_aside[prompt.id] = cause
-            detail = {"prompt": prompt.id, "where": prompt.where, "group": guilty.group_id}
-            self._event("prompt_set_aside", **detail, cause=cause)
-
-    def _leave_out(self, assignment: Assignment, cause: str) -> None:
+    def _left_out(self, meta: GroupMeta) -> None:
         self.faults["prompt"] += 1
-        meta = GroupMeta(
-            group_id=assignment.group_id,
-            attempt=assignment.attempt,
-            samples=0,
-            prompt_tokens=len(assignment.prompt.token_ids),
-            response_tokens=0,
-            version_min=-1,
-            version_max=-1,
-            failure=cause,
-        )
         nobody = Harvest(worker="", incarnation=0, groups=(meta,), payload=None)
         self._news.append((nobody, [meta]))
         self._on_news()
@@ -476,21 +426,7 @@ class WorkerPool:
         """Give waiting groups to serving workers, fewest samples in hand first."""
         if self.count("serving") < self._recruiter.least:
             return
-        shares: dict[int, list[Assignment]] = {}
-        given = 0
-        if self._suspects.waiting:
-            serving = [member.index for member in self._members.those("serving")]
-            while (turn := self._suspects.next_for(serving)) is not None:
-                index, assignment = turn
-                self._book.give_to(index, assignment)
-                shares.setdefault(index, []).append(assignment)
-        for assignment in self._waiting:
-            taker = self._book.give(assignment)
-            if taker is None:  # nobody serves; who joins next calls this again
-                break
-            shares.setdefault(taker, []).append(assignment)
-            given += 1
-        del self._waiting[:given]
+        shares = self._dispatch.shares(lambda: [m.index for m in self._members.those("serving")])
         for index, share in shares.items():
             member = self._members[index]
             self._background(self._send(member, member.handle, share))

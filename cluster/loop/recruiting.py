@@ -93,13 +93,16 @@ class Recruiter:
         stopping = asyncio.ensure_future(self.stop_quietly(member.handle))
         member.bringing = stopping  # kept, so that it is not collected before its end
 
-    def replace(self, member: Member, problem: BaseException) -> None:
+    def replace(self, member: Member, problem: BaseException, *, blameless: bool = False) -> None:
         """Start a lost member (status "starting") again, in the background: nobody (a broadcast,
-        say) waits for it."""
-        self._bring(member, problem)
+        say) waits for it. ``blameless``: a prompt has killed it, so the loss is not charged."""
+        self._bring(member, problem, blameless)
 
-    def _bring(self, member: Member, lost: BaseException | None = None) -> None:
-        member.bringing = asyncio.create_task(self._guarded(self._bring_up(member, lost)))
+    def _bring(
+        self, member: Member, lost: BaseException | None = None, blameless: bool = False
+    ) -> None:
+        work = self._bring_up(member, lost, blameless)
+        member.bringing = asyncio.create_task(self._guarded(work))
 
     async def _guarded(self, work: Awaitable[None]) -> None:
         try:
@@ -109,12 +112,14 @@ class Recruiter:
 
     # -- one member until it serves ---------------------------------------------------------------
 
-    async def _bring_up(self, member: Member, problem: BaseException | None) -> None:
+    async def _bring_up(
+        self, member: Member, problem: BaseException | None, blameless: bool
+    ) -> None:
         """``problem``: how it was lost, None for a new one."""
         starting = False
         while True:
             if problem is not None:
-                await self._pause(member, problem, starting=starting)
+                await self._pause(member, problem, starting=starting, blameless=blameless)
                 # Another incarnation is another seed: the same completions are of no use again.
                 member.handle = self._factory(member.index, member.handle.incarnation + 1)
                 self.restarts += 1
@@ -122,7 +127,7 @@ class Recruiter:
                 await self._begin(member)
                 break
             except (AccordError, TimeoutError) as again:
-                problem, starting = again, True
+                problem, starting, blameless = again, True, False
         self.joined += not member.served
         member.served, member.waits_for, member.refused = True, "", None
         self._serve(member)
@@ -172,7 +177,9 @@ class Recruiter:
 
     # -- after a failure --------------------------------------------------------------------------
 
-    async def _pause(self, member: Member, problem: BaseException, *, starting: bool) -> None:
+    async def _pause(
+        self, member: Member, problem: BaseException, *, starting: bool, blameless: bool
+    ) -> None:
         """Count the failure, and wait until the member is to be tried again. Raises what ends the
         run."""
         cause = str(problem) or "no answer in time"
@@ -180,7 +187,8 @@ class Recruiter:
         await self.stop_quietly(member.handle)
         self._require_hope(member, problem, starting=starting)
         now, served = self._clock.now(), any(m.served for m in self._members)
-        charged = is_charged(problem, starting=starting, served_before=served)
+        own = is_charged(problem, starting=starting, served_before=served)
+        charged = own and not blameless
         member.losses.append(Loss(now, charged))
         decision = decide(
             member.losses,

@@ -511,6 +511,20 @@ def test_a_prompt_that_killed_two_workers_is_set_aside_and_no_other(
     play(scene, poisoned("p0"), max_restarts=3)
 
 
+def test_a_worker_that_a_prompt_has_killed_is_not_given_up_for_it() -> None:
+    async def scene(world: World) -> None:
+        await world.start(1)
+        done: list[int] = []
+        for group in range(3):  # each kills it twice
+            world.submit(group)
+            await asyncio.sleep(60)
+            done += world.finished()
+        assert done == [0, 1, 2]
+        assert world.pool.restarts == 6
+
+    play(scene, poisoned("p0", "p1", "p2"), max_restarts=3)
+
+
 def test_the_worker_losses_of_a_group_do_not_use_up_its_scoring() -> None:
     async def scene(world: World) -> None:
         await world.start(1)
