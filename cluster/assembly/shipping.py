@@ -21,7 +21,8 @@ from cluster.machine.parcels import Parcel, pack, sweep
 from cluster.machine.shipment import Shipment, known_as
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
-SWEEP_S = 10.0
+SWEEP_S = 20.0
+PATIENCE_S = 5.0  # for the processes of the roles, which have been told to end
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,11 @@ def sampled_models(
     if ray_info["started"]:
         yield [Shipment() for _ in models]
         return
+    files = [Shipment(model_parcels(model.path, model.revision)) for model in models]
     try:
-        yield [Shipment(model_parcels(model.path, model.revision)) for model in models]
+        yield files
     finally:
-        clear_hosts()
+        clear_hosts(files)
 
 
 @contextmanager
@@ -74,14 +76,15 @@ def role_files(config: TrainConfig, ray_info: Mapping[str, Any]) -> Iterator[Rol
     try:
         yield packed
     finally:
-        clear_hosts()
+        clear_hosts([packed.worker, packed.learner, packed.reward])
 
 
-def clear_hosts() -> None:
+def clear_hosts(shipments: Sequence[Shipment]) -> None:
     """Removes what was unpacked on the hosts and no process uses; what is left, the next run
     removes."""
+    digests = [parcel.digest for sent in shipments for parcel in sent.parcels.values()]
     with suppress(Exception):  # a cluster that is gone: nothing more can be done, or needs to be
-        on_every_node(sweep, timeout_s=SWEEP_S)
+        on_every_node(sweep, digests, PATIENCE_S, timeout_s=SWEEP_S)
 
 
 def worker_parcels(model: ModelConfig) -> dict[str, Parcel]:

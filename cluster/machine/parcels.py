@@ -19,7 +19,8 @@ import socket
 import stat
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,8 +100,21 @@ def unpack(parcel: Parcel) -> Path:
         return _held[parcel.digest][1]
 
 
-def sweep() -> None:
-    """Remove what was unpacked on this host and is used by no process any more."""
+def sweep(digests: Sequence[str] = (), patience_s: float = 0.0) -> None:
+    """Remove what was unpacked on this host and is used by no process any more.
+
+    digests: what is expected to go, as its processes are about to end; waited for a little.
+    """
+    deadline = time.monotonic() + patience_s
+    _sweep_once()
+    while any((cache_folder() / digest).exists() for digest in digests):
+        if time.monotonic() > deadline:
+            return
+        time.sleep(0.1)
+        _sweep_once()
+
+
+def _sweep_once() -> None:
     for entry in sorted(cache_folder().glob("*.use")):
         with suppress(FileNotFoundError, BlockingIOError), ExitStack() as locks:
             # Both at once: nobody is about to use it, and nobody does.

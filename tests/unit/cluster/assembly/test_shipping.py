@@ -80,7 +80,7 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parcels, "_put", put)
     monkeypatch.setattr(parcels, "_get_all", get_all)
     monkeypatch.setattr(parcels, "is_here", lambda parcel: False)
-    monkeypatch.setattr(shipping, "clear_hosts", lambda: None)
+    monkeypatch.setattr(shipping, "clear_hosts", lambda shipments: None)
 
 
 def content(folder: str | Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ import dataclasses
 import multiprocessing
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,17 @@ def test_what_is_in_use_stays_and_what_is_not_goes(folder: Path, store: list[Blo
     other = unpack(elsewhere(pack(folder / "a.bin")))
     assert not there.exists()
     assert other.exists()
+
+
+def test_what_is_about_to_be_free_is_waited_for(folder: Path, store: list[Block]) -> None:
+    parcel = elsewhere(pack(folder))
+    there = unpack(parcel)
+    sweep([parcel.digest], patience_s=0.2)
+    assert there.is_dir()
+    use = parcels._held.pop(parcel.digest)[0]
+    threading.Timer(0.2, os.close, (use,)).start()
+    sweep([parcel.digest], patience_s=30)
+    assert not there.exists()
 
 
 def _fetch_in_a_process(parcel: Parcel, cache: Path, block: Block, counts: Any, met: Any) -> None:
