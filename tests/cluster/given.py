@@ -1,9 +1,15 @@
 """What a user gives a run, written into one host's folder: models, prompts, Python rewards with the
-modules beside them, a learnt reward model, a chat template."""
+modules beside them, a learnt reward model, a chat template. And `accord` on host 1."""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+from hosts import ROOT, Lab
 
 PROMPTS = "".join(f'{{"prompt": "how long does the battery last {i}"}}\n' for i in range(32))
 
@@ -16,6 +22,16 @@ def score(completions, **columns):
 """
 LENGTHS = "def words(text):\n    return len(str(text).split())\n"
 WORDING = "POLITE = ('please', 'thanks')\n"
+
+
+def accord(lab: Lab, *words: str) -> subprocess.CompletedProcess[str]:
+    command = (sys.executable, ROOT / "launch.py", *words)
+    return lab.run(1, *command, timeout_s=280, ACCORD_NO_BOOTSTRAP="1")
+
+
+def events(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
+    return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
 
 def write_inputs(folder: Path, **shape: int) -> None:

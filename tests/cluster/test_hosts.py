@@ -5,27 +5,13 @@ All paths in the config are relative to the folder of the command, which no othe
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from given import CONFIG, write_inputs
-from hosts import ROOT, Lab
+from given import CONFIG, accord, events, write_inputs
 
 pytestmark = pytest.mark.lab
-
-
-def accord(lab: Lab, *words: str) -> subprocess.CompletedProcess[str]:
-    command = (sys.executable, ROOT / "launch.py", *words)
-    return lab.run(1, *command, timeout_s=280, ACCORD_NO_BOOTSTRAP="1")
-
-
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
-    lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["kind"] == kind]
 
 
 def sent(disk: Path) -> list[str]:
