@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Awaitable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -225,3 +226,16 @@ def test_offline_samples_in_order_and_new_incarnations_differ(cluster: None, mod
         (p.id, sample) for p in prompts for sample in range(2)
     ]
     assert [r.completion.token_ids for r in first] != [r.completion.token_ids for r in second]
+
+
+def test_a_worker_on_a_host_with_other_software_does_not_start(cluster: None, model: Path) -> None:
+    from cluster.machine.handshake import software
+
+    driver = asdict(software())
+    driver["versions"] = {**driver["versions"], "torch": "1.0.0"}
+    worker = make(model, software=driver)(0, 0)
+    try:
+        with pytest.raises(UserError, match=r"torch \S+ instead of 1\.0\.0"):
+            wait(worker.start())
+    finally:
+        wait(worker.stop())
