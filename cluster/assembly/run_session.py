@@ -115,10 +115,13 @@ class RunSession:
         await self.run.abandon_checkpoint(staging)
 
     def close(self) -> None:
-        for sink in self.sinks:
-            sink.close()
-        if len(self.timeline):
-            self.timeline.write(self.path / "timeline.json")
+        try:
+            for sink in self.sinks:
+                sink.close()
+            if len(self.timeline):
+                self.timeline.write(self.path / "timeline.json")
+        except OSError as problem:  # a full disk: what ended the run is told, not this
+            self.reporter.say(f"the last numbers and timeline.json are not on disk: {problem}")
 
 
 @contextmanager
@@ -171,7 +174,8 @@ def _status_kept(session: RunSession, *, fresh: bool) -> Iterator[None]:
                 run.path.parent.rmdir()
         else:
             run.event("run_failed", cause=str(problem))
-            run.update_manifest(status="failed")
+            with suppress(OSError):  # on a full disk; without it, the run is shown as dead
+                run.update_manifest(status="failed")
         raise
     run.update_manifest(status=session.outcome)
 
