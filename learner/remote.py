@@ -21,6 +21,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.contracts.actor_names import Names, unnamed
+from cluster.contracts.deadlines import within
 from cluster.contracts.durable import FileDigest, write_text
 from cluster.contracts.errors import AccordError, Fatal, NotSaved, PeerLost, Retryable, UserError
 from cluster.contracts.plugins import install
@@ -166,7 +167,7 @@ class LearnerActor:
 
 # Ray's types do not know the option.
 _with_groups: Any = ray.remote
-_LearnerActors = _with_groups(concurrency_groups={ASIDE: 1, "files": 1})(LearnerActor)
+_LearnerActors = _with_groups(concurrency_groups={ASIDE: 1, "files": 2})(LearnerActor)
 
 
 def _fetched(batch: StepInput) -> StepInput:
@@ -275,10 +276,10 @@ class RayLearner:
 
         Raises NotSaved where a disk does not take it.
         """
-        limit, purpose = self._settings.learner.step_timeout_s, f"to write {directory}"
+        limit = self._settings.learner.step_timeout_s
         place = _CHECKPOINT if self._has_outbox else directory
         try:
-            files = await self._first("write_snapshot", limit, purpose, place)
+            files = await self._ask_for_files("write_snapshot", limit, place)
             if self._has_outbox:
                 await self._copy(files, Path(directory), _CHECKPOINT)
                 await self._bring_rollouts()
@@ -302,7 +303,7 @@ class RayLearner:
                     await self._bring_rollouts()
                 except OSError as problem:
                     raise Fatal(f"the last rollouts could not be written: {problem}") from problem
-                await self._first("outbox", _STOP_TIMEOUT_S, "to tidy up", "close")
+                await self._ask_for_files("outbox", _STOP_TIMEOUT_S, "close")
         finally:
             if self._carrying is not None:
                 self._carrying.cancel()
@@ -373,6 +374,8 @@ class RayLearner:
         if not self._has_outbox or (self._carrying is not None and not self._carrying.done()):
             return ()
         before, self._carrying = self._carrying, asyncio.ensure_future(self._bring_rollouts())
+        # Looked at by the next call, or, of the last one, never.
+        self._carrying.add_done_callback(lambda task: task.cancelled() or task.exception())
         problem = before.exception() if before is not None and not before.cancelled() else None
         return () if problem is None else (f"{self._settings.run_dir}: {problem}",)
 
@@ -380,11 +383,24 @@ class RayLearner:
         if not self._has_outbox:
             return
         async with self._copying:
-            files = await self._first("outbox", _PAYLOAD_TIMEOUT_S, "for its rollouts", "rollouts")
+            files = await self._ask_for_files("outbox", _PAYLOAD_TIMEOUT_S, "rollouts")
             for file in files:
                 await self._copy([file], Path(str(self._settings.run_dir)))
                 # Only now: what could not be written here is tried again after the next step.
-                await self._first("outbox", _PAYLOAD_TIMEOUT_S, "to tidy up", "remove", file.name)
+                await self._ask_for_files("outbox", _PAYLOAD_TIMEOUT_S, "remove", file.name)
+
+    async def _ask_for_files(self, method: str, limit_s: float, *args: Any) -> Any:
+        """As `_first`, of what goes on beside the steps: one that takes too long is no reason to
+        end the learner. Raises TimeoutError."""
+        if not self._actors:
+            raise Fatal(f"the learner was asked to {method} but is not running")
+        answer = getattr(self._actors[0], method).remote(*args)
+        try:
+            return await within(limit_s, asyncio.wrap_future(answer.future()))
+        except TimeoutError:
+            raise TimeoutError(f"the learner did not {method} within {limit_s:.0f} s") from None
+        except RayError as problem:
+            raise _named(problem, method) from None
 
     async def _copy(self, files: Sequence[FileDigest], target: Path, below: str = "") -> None:
         actor = self._actors[0]

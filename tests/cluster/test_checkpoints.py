@@ -76,7 +76,6 @@ def test_checkpoints_and_rollouts_of_a_learner_elsewhere(make_lab: Any) -> None:
         run = Run(lab.disk(1) / "runs" / "r")
         found = run.checkpoints.newest_good()
         assert (found.state.step, found.passed_over) == (2, {})
-        AutoModelForCausalLM.from_pretrained(found.path / "policy")
         AutoModelForCausalLM.from_pretrained(run.path / "policy")
         rollouts = sorted(path.name for path in (run.path / "rollouts").iterdir())
         assert rollouts == ["step-000000.parquet", "step-000001.parquet"]
