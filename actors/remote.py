@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import (
+    ActorDiedError,
     ActorUnavailableError,
     GetTimeoutError,
     ObjectLostError,
@@ -289,7 +290,11 @@ def _said_by_ray(problem: BaseException) -> str:
     """One line. Of a dead actor the first says nothing; the last ones say how it ended."""
     lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
     told = [line for line in lines if not line.startswith(_FIELDS_OF_AN_ACTOR)]
-    return " ".join(told[:2])[:300] if told else type(problem).__name__
+    if len(told) > 1 and told[0] == ActorDiedError.BASE_ERROR_MSG:
+        told = told[1:]
+    if not told:
+        return type(problem).__name__
+    return told[0].partition(" Some common causes include")[0][:300]
 
 
 _FIELDS_OF_AN_ACTOR = ("class_name:", "actor_id:", "pid:", "name:", "namespace:", "ip:")

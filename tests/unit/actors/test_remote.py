@@ -28,6 +28,12 @@ The actor died because its node has died. Node Id: abc
 """
 
 
+PROCESS_DIED = NODE_DIED.replace(
+    "its node has died. Node Id: abc",
+    "its worker process has died. End of file. Some common causes include: (1) a (2) b",
+)
+
+
 def died(text: str, *, preempted: bool = False) -> RayActorError:
     return RayActorError("1234", text, preempted=preempted)
 
@@ -38,6 +44,7 @@ def died(text: str, *, preempted: bool = False) -> RayActorError:
         (ActorDiedError(), WorkerDied, "died unexpectedly"),
         (ActorUnavailableError("gone for now", None), WorkerDied, "gone for now"),
         (died(NODE_DIED), MachineLost, "its node has died"),
+        (died(PROCESS_DIED), WorkerDied, "its worker process has died. End of file."),
         (died("taken back", preempted=True), MachineLost, "taken back"),
     ],
 )
@@ -49,6 +56,7 @@ def test_a_lost_worker_is_told_from_a_lost_machine(
     assert str(found).startswith("worker-3 is lost: ")
     assert words in str(found)
     assert "class_name" not in str(found)
+    assert "common causes" not in str(found)
 
 
 @pytest.mark.parametrize(
