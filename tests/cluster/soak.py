@@ -139,7 +139,7 @@ class Soak:
                 os.kill(pid, signal.SIGCONT)
 
     def _signal(self, rng: random.Random, number: int) -> int | None:
-        workers = self.processes(WORKER_HOSTS, b"worker-")
+        workers = self.processes(WORKER_HOSTS, b"ray::RolloutActor")
         if not workers:
             return None
         pid = rng.choice(workers)
@@ -181,11 +181,12 @@ class Soak:
             (self.scale, 3),
         ]
         ends = time.monotonic() + seconds
+        fault = self.kill_worker  # whatever the seed, once at least
         while (left_s := ends - time.monotonic()) > 0:
-            fault = rng.choices(*zip(*faults, strict=True))[0]  # type: ignore[arg-type]
             self.done[fault.__name__] += 1
             fault(rng, left_s)
             time.sleep(max(0.0, min(ends - time.monotonic(), rng.uniform(3, 12))))
+            fault = rng.choices(*zip(*faults, strict=True))[0]  # type: ignore[arg-type]
 
 
 def soak(seconds: float, seed: int, engine: str = "transformers") -> dict[str, Any]:
