@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from soak import soak
 
-pytestmark = pytest.mark.lab
+pytestmark = [pytest.mark.lab, pytest.mark.long]
 
 
 def test_a_run_survives_random_faults_and_every_prompt_is_accounted_for() -> None:
