@@ -144,27 +144,29 @@ def test_a_run_is_scaled_drained_and_loses_a_host(world: World) -> None:
         wait_until(lambda: world.step("r") or command.poll() is not None, 120, "the first step")
         assert command.poll() is None, out.read_text()
 
-        assert re.search(r"1 → 3 workers: .*serves after", world.accord("scale", "runs/r", 3))
+        assert re.search(r"1 → 3 workers: .*serves after", scaled(world, 3))
         assert len({row["node"] for row in world.events("r", "worker_serving")}) >= 2
-        assert re.search(r"3 → 0 workers: .*left after", world.accord("scale", "runs/r", 0))
+        assert re.search(r"3 → 0 workers: .*left after", scaled(world, 0))
         assert "paused after step" in world.accord("pause", "runs/r")
         assert "goes on after step" in world.accord("resume", "runs/r")
-        assert "0 → 2 workers: " in world.accord("scale", "runs/r", 2)
+        assert re.search(r"0 → 2 workers: .*serves after", scaled(world, 2))
         world.wait_for_steps("r", 2, "after there was no worker")
 
-        drained = drain(world)
+        homes = workers_by_host(world, "r")
+        first = next(host for host in (2, 3) if host in homes)
+        drain(world, first)
         wait_until(
-            lambda: any(e["worker"] == drained for e in world.events("r", "worker_left")),
+            lambda: {event["worker"] for event in world.events("r", "worker_left")} >= homes[first],
             60,
-            f"{drained} to leave the drained node",
+            f"{homes[first]} to leave host {first}",
         )
-        wait_until(lambda: serving(world) >= 2, 90, "a worker in its place")
+        wait_until(lambda: serving(world) >= 2, 90, "workers in their place")
+        assert first not in workers_by_host(world, "r")
         world.wait_for_steps("r", 2, "after a node was drained")
+        assert world.events("r", "worker_lost") == [], "nothing is lost while workers come and go"
 
-        lost = world.events("r", "worker_lost")
-        assert lost == [], "nothing was lost while workers came and went"
-        lab.kill(3)
-        wait_until(lambda: world.events("r", "worker_lost") or serving(world) < 2, 90, "the loss")
+        lab.kill(5 - first)
+        wait_until(lambda: world.events("r", "worker_lost"), 90, "the loss to be noticed")
         world.wait_for_steps("r", 2, "after a host was lost")
 
         assert "stopped after step" in world.accord("stop", "runs/r")
@@ -175,40 +177,45 @@ def test_a_run_is_scaled_drained_and_loses_a_host(world: World) -> None:
     world.accord("audit", "runs/r")
 
 
+def scaled(world: World, workers: int) -> str:
+    return world.accord("scale", "runs/r", workers, "--wait=100")
+
+
 def serving(world: World, name: str = "r") -> int:
     return len(json.loads(world.accord("status", f"runs/{name}", "--json"))["workers"])
 
 
-def drain(world: World) -> str:
-    """Announce that host 2 will go, as an autoscaler does; the name of a worker on it."""
-    nodes = json.loads(
-        world.lab.run(
-            1,
-            sys.executable,
-            "-c",
-            "import json, logging, ray; ray.init('auto', logging_level=logging.ERROR); "
-            "print(json.dumps({n['NodeManagerHostname']: n['NodeID'] for n in ray.nodes()}))",
-        ).stdout.splitlines()[-1]
+def node_ids(world: World) -> dict[str, int]:
+    """Ray's node id -> number of the host."""
+    code = (
+        "import json, logging, ray; ray.init('auto', logging_level=logging.ERROR); "
+        "print(json.dumps({n['NodeID']: n['NodeManagerHostname'] for n in ray.nodes()}))"
     )
-    left = {row["worker"] for row in world.events("r", "worker_left")}
-    there = [
-        row["worker"]
-        for row in world.events("r", "worker_serving")
-        if row["node"] == nodes["host2"] and row["worker"] not in left
-    ]
-    assert there, "a worker on host 2"
-    words = ("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test")
+    said = world.lab.run(1, sys.executable, "-c", code).stdout.splitlines()[-1]
+    return {node: int(name.removeprefix("host")) for node, name in json.loads(said).items()}
+
+
+def workers_by_host(world: World, name: str) -> dict[int, set[str]]:
+    """Host -> the workers that serve there now."""
+    nodes, homes = node_ids(world), dict[str, int]()
+    for event in world.rows(name, "events.jsonl"):
+        if event["kind"] == "worker_serving":
+            homes[event["worker"]] = nodes[event["node"]]
+        elif event["kind"] in ("worker_left", "worker_lost"):
+            homes.pop(event["worker"], None)
+    return {host: {w for w, home in homes.items() if home == host} for host in homes.values()}
+
+
+def drain(world: World, host: int) -> None:
+    """Announce that a host will go, as an autoscaler does."""
+    node = next(node for node, number in node_ids(world).items() if number == host)
     done = world.lab.run(
         1,
-        RAY,
-        "drain-node",
-        f"--address={world.lab.ray_address}",
-        f"--node-id={nodes['host2']}",
-        *words,
+        *(RAY, "drain-node", f"--address={world.lab.ray_address}", f"--node-id={node}"),
+        *("--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=test"),
         "--deadline-remaining-seconds=60",
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return str(there[0])
 
 
 @pytest.mark.long
@@ -248,17 +255,20 @@ def test_real_engines_on_hosts_that_are_killed_and_cut(make_lab: Any, tmp_path: 
             said.append(world.accord("scale", "runs/v", wanted, "--wait=240"))
             if wanted:
                 during(f"{wanted} workers")
-        lab.kill(2)
-        during("host 2 killed")
-        lab.cut(3)
-        during("host 3 cut", 2)
+        killed = next(host for host in (2, 3) if host in workers_by_host(world, "v"))
+        cut = 5 - killed
+        lab.kill(killed)
+        wait_until(lambda: serving(world, "v") >= 2, 300, "a worker in the place of the lost")
+        during(f"host {killed} killed")
+        lab.cut(cut)
+        during(f"host {cut} cut", 2)
         wait_until(lambda: time.time() > marks[-1][1] + 60, 90, "the cut to last 60 s")
-        lab.heal(3)
-        during("host 3 healed", 2)
-        lab.lab("kill", 3)  # its raylet was given up, and a host that comes back starts Ray anew
-        lab.ray_join(3, cpus=3, words=('--resources={"rollout": 2}',))
+        lab.heal(cut)
+        during(f"host {cut} healed", 2)
+        lab.kill(cut)  # Ray had given it up; a host that comes back starts Ray anew
+        lab.ray_join(cut, cpus=3, words=('--resources={"rollout": 2}',))
         wait_until(lambda: serving(world, "v") >= 2, 300, "two workers again")
-        during("host 3 is back")
+        during(f"host {cut} is back")
         marks.append(("end", time.time()))
         said.append(world.accord("stop", "runs/v"))
         assert command.wait(120) == 0, out.read_text()
