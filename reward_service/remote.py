@@ -7,6 +7,7 @@ import contextlib
 import io
 import json
 import logging
+import math
 import os
 import sys
 import threading
@@ -20,7 +21,7 @@ from ray.experimental import internal_kv
 
 from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.config.reward import FunctionSource, RewardConfig, RewardModelSource
-from cluster.contracts.errors import AccordError, Fatal, UserError
+from cluster.contracts.errors import AccordError, Fatal, RewardFailure, UserError
 from cluster.contracts.plugins import PluginFile, install, loaded
 from cluster.contracts.telemetry import telemetry_off
 from cluster.machine.imports import quick_imports
@@ -44,12 +45,16 @@ class ServicePlace:
     num_cpus: float
     timeout_s: float
 
-    def wait(self) -> tuple[str, ServiceInfo]:
+    def wait(self, limit_s: float = math.inf) -> tuple[str, ServiceInfo]:
         """(address, info) once it serves. Raises UserError as raised while loading, or when it
-        did not start in time, and Fatal when its process died."""
+        did not start in time, Fatal when its process died, and RewardFailure after ``limit_s``
+        seconds in which it may still have waited for room on the cluster."""
         try:
-            return self.settled(ray.get(self.outcome[0], timeout=self.timeout_s))
+            outcome = ray.get(self.outcome[0], timeout=min(limit_s, self.timeout_s))
+            return self.settled(outcome)
         except (ray.exceptions.RayError, TimeoutError) as problem:
+            if isinstance(problem, TimeoutError) and limit_s < self.timeout_s:
+                raise RewardFailure(f"no reward service has started within {limit_s:g} s") from None
             raise self.explained(problem) from None
 
     @staticmethod
@@ -221,11 +226,12 @@ class RewardClients:
     deadline_s: float
     access: Access = OPEN
     book: AddressBook | None = None  # of a service that may be started again
+    patience_s: float = math.inf  # for a service that has not started yet
 
     def __call__(self, tokenizer: str) -> RewardClient:
         """``tokenizer``: fingerprint of the one that made the rollouts' token ids."""
         place = self.service
-        address = place if isinstance(place, str) else place.wait()[0]
+        address = place if isinstance(place, str) else place.wait(self.patience_s)[0]
         client = RewardClient(
             [address],
             deadline_s=self.deadline_s,

@@ -350,7 +350,7 @@ async def _drive(
     workers = [f"worker-{index}" for index in range(config.rollout.workers)]
     service = ["reward service"] if rewards.replicas is not None else []
     session.start.begins("learner", *service, *workers)
-    watch = asyncio.ensure_future(_watch_reward_service(rewards, session, controller))
+    watch = asyncio.ensure_future(_watch_reward_service(config, rewards, session, controller))
     room = asyncio.ensure_future(keep_room(config, session, lambda: pool.wanted))
     leaving = asyncio.ensure_future(
         _watch_leaving_nodes(training, controller, pool, learner, rewards)
@@ -442,7 +442,7 @@ def _learner(training: Training, files: RoleFiles) -> Any:
 
 
 async def _watch_reward_service(
-    rewards: RewardRole, session: RunSession, controller: Controller
+    config: TrainConfig, rewards: RewardRole, session: RunSession, controller: Controller
 ) -> None:
     """Notes when the services have started, and starts one again when it dies. Where one cannot
     work any more, ends the run, with a checkpoint, and raises why."""
@@ -452,7 +452,10 @@ async def _watch_reward_service(
     try:
         await replicas.ready()
     except AccordError:
-        return  # raised by the workers, which need the service to start
+        if config.cluster.to_join is None:
+            return  # raised by the workers, which need the service to start
+        controller.request_stop()  # they would wait for as long as there may be room some day
+        raise
     session.start.ends("reward service")
     controller.on_reward_replicas(replicas.scale)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,9 @@ from cluster.contracts.protocols import Scorer
 from cluster.machine.cores import CorePlan
 from cluster.machine.resources import Need
 
+START_S = 120.0  # for the reward service to load, once it has a place
+WORKER_WAITS_S = 60.0
+FOR_EVER_S = 1e9
 STOP_S = 3.0  # for the reward service to answer what it is scoring
 
 
@@ -95,6 +99,9 @@ def reward_role(
     joined = config.cluster.to_join is not None
     own, theirs = run_access(encrypted=joined)
     book = AddressBook(secrets.token_hex(8))
+    # On a cluster that may grow, a worker does not hold its place for as long as that may take.
+    room_s = (config.cluster.room_timeout_s or FOR_EVER_S) if joined else 0.0
+    patience_s = WORKER_WAITS_S if joined else math.inf
 
     def begin() -> Any:
         return begin_reward_service(
@@ -106,11 +113,12 @@ def reward_role(
             remote=sources_access(config.reward),
             log_file=None if joined else log_file,
             files=files.reward,
+            timeout_s=START_S + room_s,
             names=names,
         )
 
     replicas = RewardReplicas(begin, config.reward.replicas, book.put)
-    clients = RewardClients(replicas.first.place, deadline_s, theirs, book)
+    clients = RewardClients(replicas.first.place, deadline_s, theirs, book, patience_s)
     try:
         yield RewardRole(clients, replicas)
     except BadReward as problem:
