@@ -37,7 +37,6 @@ from cluster.contracts.records import (
     SwapReport,
     WeightManifest,
 )
-from cluster.machine.handshake import require_this_host_is_like
 from cluster.machine.imports import quick_imports
 from cluster.machine.shipment import Shipment
 
@@ -56,7 +55,7 @@ class WorkerSpec:
     """Everything a worker is made from, picklable. ``transport`` None: never given weights.
 
     ``make_scorer`` runs in the worker; None for evaluation, where answers are scored elsewhere.
-    ``files``: what it is sent; ``software``: what its host must run, None for the driver's host.
+    ``files``: what it is sent.
     """
 
     engine: EngineSettings
@@ -73,7 +72,6 @@ class WorkerSpec:
     reward_outage_s: float = 300.0
     plugins: tuple[PluginFile, ...] = ()
     files: Shipment = field(default_factory=Shipment)
-    software: Mapping[str, Any] | None = None
 
 
 def worker_spec(
@@ -86,7 +84,6 @@ def worker_spec(
     first_step: int = 0,
     plugins: tuple[PluginFile, ...] = (),
     files: Shipment | None = None,
-    software: Mapping[str, Any] | None = None,
 ) -> WorkerSpec:
     """The workers' part of a training config. ``context``: tokens the model can attend to, None
     unknown; ``first_step``: at which the run is resumed."""
@@ -111,7 +108,6 @@ def worker_spec(
         threads=threads,
         plugins=plugins,
         files=files or Shipment(),
-        software=software,
     )
 
 
@@ -132,7 +128,7 @@ class RolloutActor:
         """Build the engine from the model on disk; weights of a version come by `load_weights`.
         Seconds of it are in the answer."""
         spec, began = self._spec, time.perf_counter()
-        require_this_host_is_like(spec.software)
+        spec.files.check_host()
         install(spec.plugins)
         prepare_environment(spec.cores, bool(ray.get_gpu_ids()), spec.threads)
         kind, note = choose_engine(spec.kind)

@@ -107,6 +107,7 @@ class LearnerActor:
             from learner.compute.ranks import SINGLE, join
             from learner.rl.learner import PPOLearner
 
+        self._settings.files.check_host()
         settings, self._ranks = with_files_here(self._settings), SINGLE
         install(settings.plugins)
         if place is not None:

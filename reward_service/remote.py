@@ -279,6 +279,7 @@ class _RewardActor:
 
         host = "127.0.0.1" if reach == "machine" else str(ray.util.get_node_ip_address())
         try:
+            files.check_host()
             install(plugins)
             cfg = _with_paths(cfg, files.here)
             self._server = serve(cfg, host, 0, access, threads=self._threads, remote=remote)

@@ -55,8 +55,7 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
         gpus = Need("a worker", {"GPU": config.rollout.gpus}, 2, keys={"GPU": "rollout.gpus"})
         require_resources([gpus], ray_info, reporter.say)
         with sampled_models([config.policy, config.baseline], ray_info) as files:
-            software = ray_info["software"]
-            record = evaluate_in_cluster(config, prompts, run.path, files, software)
+            record = evaluate_in_cluster(config, prompts, run.path, files)
     write_report(run.path)
     reporter.say(headline(record))
     if record["judge_was_reward"]:
@@ -100,7 +99,6 @@ def evaluate_in_cluster(
     prompts: tuple[list[Prompt], list[Prompt]] | None,
     directory: Path,
     files: Sequence[Shipment] = (Shipment(), Shipment()),
-    software: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Sample both policies side by side, judge, write evaluation.json and samples.jsonl."""
     policy_prompts, baseline_prompts = prompts or _prompts(config)
@@ -115,7 +113,6 @@ def evaluate_in_cluster(
             # The same seed for both: a policy compared with itself then ties everywhere.
             seed=config.run.seed,
             files=sent,
-            software=software,
         )
         for model, own, sent in (
             (config.policy, policy_prompts, files[0]),

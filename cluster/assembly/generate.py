@@ -83,5 +83,4 @@ def generate_completions(
         sampled_models([config], ray_info) as files,
         reporter.stage(f"{len(ready)} prompts"),
     ):
-        sent = replace(job, files=files[0], software=ray_info["software"])
-        return sample_in_cluster([sent])[0]
+        return sample_in_cluster([replace(job, files=files[0])])[0]

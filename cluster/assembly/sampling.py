@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from cluster.machine.shipment import Shipment
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """One policy, and the prompts it answers. files, software: as in ``WorkerSpec``."""
+    """One policy, and the prompts it answers. files: what its workers are sent."""
 
     model: ModelConfig
     prompts: Sequence[Prompt]
@@ -35,7 +35,6 @@ class Sampling:
     seed: int = 0
     timeout_s: float = 3600.0
     files: Shipment = field(default_factory=Shipment)
-    software: Mapping[str, Any] | None = None
 
 
 def prompts_for(
@@ -122,7 +121,6 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
         transport=None,
         start_timeout_s=job.rollout.start_timeout_s,
         files=job.files,
-        software=job.software,
     )
     count = min(job.rollout.workers, len(cores))
     make = make_worker_factory(

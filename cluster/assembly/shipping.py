@@ -27,12 +27,11 @@ PATIENCE_S = 5.0  # for the processes of the roles, which have been told to end
 
 @dataclass(frozen=True, slots=True)
 class RoleFiles:
-    """What each role of a run is sent. software: what its host must run, None on one host."""
+    """What each role of a run is sent."""
 
     worker: Shipment = field(default_factory=Shipment)
     learner: Shipment = field(default_factory=Shipment)
     reward: Shipment = field(default_factory=Shipment)
-    software: Mapping[str, Any] | None = None
 
     def parcels(self) -> dict[str, Parcel]:
         """All of them, by role and path."""
@@ -53,7 +52,8 @@ def sampled_models(
     if ray_info["started"]:
         yield [Shipment() for _ in models]
         return
-    files = [Shipment(model_parcels(model.path, model.revision)) for model in models]
+    software = ray_info["software"]
+    files = [Shipment(model_parcels(model.path, model.revision), software) for model in models]
     try:
         yield files
     finally:
@@ -67,11 +67,12 @@ def role_files(config: TrainConfig, ray_info: Mapping[str, Any]) -> Iterator[Rol
     if ray_info["started"]:
         yield RoleFiles()
         return
+    software = ray_info["software"]
+    rewards = {} if config.reward.address else _reward_parcels(config.reward)
     packed = RoleFiles(
-        worker=Shipment(worker_parcels(config.model)),
-        learner=Shipment(_learner_parcels(config)),
-        reward=Shipment({} if config.reward.address else _reward_parcels(config.reward)),
-        software=ray_info["software"],
+        worker=Shipment(worker_parcels(config.model), software),
+        learner=Shipment(_learner_parcels(config), software),
+        reward=Shipment(rewards, software),
     )
     try:
         yield packed

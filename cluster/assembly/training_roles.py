@@ -50,7 +50,6 @@ def worker_factory(
         make_scorer=partial(make_scorer, prepared.tokenizer_fingerprint),
         plugins=loaded(),
         files=files.worker,
-        software=files.software,
     )
     rollout = config.rollout
     return make_worker_factory(

@@ -230,10 +230,11 @@ def test_offline_samples_in_order_and_new_incarnations_differ(cluster: None, mod
 
 def test_a_worker_on_a_host_with_other_software_does_not_start(cluster: None, model: Path) -> None:
     from cluster.machine.handshake import software
+    from cluster.machine.shipment import Shipment
 
     driver = asdict(software())
     driver["versions"] = {**driver["versions"], "torch": "1.0.0"}
-    worker = make(model, software=driver)(0, 0)
+    worker = make(model, files=Shipment(software=driver))(0, 0)
     try:
         with pytest.raises(UserError, match=r"torch \S+ instead of 1\.0\.0"):
             wait(worker.start())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from cluster.contracts.config.train import TrainConfig
 from cluster.machine import parcels
 from cluster.machine.parcel_files import Block
 from cluster.machine.parcels import Parcel
-from cluster.machine.shipment import Shipment
 from learner.settings import learner_settings, with_files_here
 from reward_service.remote import _with_paths
 
@@ -102,14 +100,13 @@ def spec(config: TrainConfig, files: RoleFiles) -> Any:
         make_scorer=lambda: None,  # type: ignore[arg-type, return-value]
         threads=1,
         files=files.worker,
-        software=files.software,
     )
 
 
 @pytest.mark.usefixtures("elsewhere")
 def test_a_worker_is_sent_the_model_without_weights(config: TrainConfig) -> None:
     made = spec(config, packed(config))
-    assert made.software == {"host": "host1"}
+    assert made.files.software == {"host": "host1"}
     assert made.engine.weights == "published"
     here = made.files.here(made.engine.model_path)
     assert content(here) == {"config.json": "model", "tokenizer.json": "words"}
@@ -154,7 +151,7 @@ def test_on_a_cluster_of_its_own_nothing_is_sent_and_paths_are_absolute(
 
 def test_a_service_that_was_given_is_sent_nothing(config: TrainConfig, elsewhere: None) -> None:
     reward = config.reward.model_copy(update={"address": "10.0.0.9:7070"})
-    assert packed(config.model_copy(update={"reward": reward})).reward == Shipment()
+    assert packed(config.model_copy(update={"reward": reward})).reward.parcels == {}
 
 
 # -- models of the hub ----------------------------------------------------------------------------
@@ -205,4 +202,3 @@ def test_workers_need_no_hub_and_the_learner_loads_what_is_not_here(hub: TrainCo
 
 def test_directories_have_no_commit(config: TrainConfig) -> None:
     assert with_pinned_models(config) == config
-    assert dataclasses.asdict(RoleFiles())["software"] is None
