@@ -117,6 +117,7 @@ class LearnerActor:
                 self._place or place,
                 gpu=settings.learner.gpus > 0,
                 timeout_s=settings.learner.step_timeout_s,
+                host=settings.host,
             )
         self._learner = PPOLearner(settings, threads=self._threads, ranks=self._ranks)
         return self._learner.start()

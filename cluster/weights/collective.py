@@ -16,7 +16,6 @@ sends them, without encryption: the two ends learn each other's ports from the s
 from __future__ import annotations
 
 import hmac
-import socket
 import threading
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +31,7 @@ from cluster.contracts.records import Canary, WeightManifest
 from cluster.weights.device_buffer import layout, pack, unpack
 from cluster.weights.gate import LOOPBACK, Gate, new_secret, pass_gate, proof
 from cluster.weights.manifest import build_manifest
+from cluster.weights.stores import gloo_on, store_on
 from cluster.weights.transports import PublisherOptions
 
 NAME = "collective"
@@ -52,7 +52,7 @@ class CollectivePublisher:
         self._timeout = timedelta(seconds=timeout_s)
         self._host = host
         self._secret = new_secret()
-        self._store: Any = _store_on_loopback(self._timeout)
+        self._store: Any = store_on(LOOPBACK, self._timeout)
         self._gate = Gate(host, self._secret, self._store.port)
         self._asked: dict[int, int] = {}
         self._snapshots: dict[int, Tensor] = {}
@@ -208,25 +208,7 @@ def _communicator(
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timeout
         return dist.ProcessGroupNCCL(own, rank, 2, options)
-    kind: Any = dist.ProcessGroupGloo
-    gloo = kind._Options()
-    gloo._timeout = timeout
-    gloo._devices = [kind.create_device(hostname=host)]
-    return kind(own, rank, 2, gloo)
-
-
-def _store_on_loopback(timeout: timedelta) -> Any:
-    """A store listens on every address unless it is given a socket that listens already."""
-    listening = socket.create_server((LOOPBACK, 0))
-    port = listening.getsockname()[1]
-    return dist.TCPStore(
-        LOOPBACK,
-        port,
-        is_master=True,
-        wait_for_workers=False,
-        timeout=timeout,
-        master_listen_fd=listening.detach(),
-    )
+    return dist.ProcessGroupGloo(own, rank, 2, gloo_on(host, timeout))
 
 
 def _signed(secret: bytes, ask: str) -> bytes:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cluster.contracts.errors import PeerLost
 from cluster.contracts.metrics import Metric, merge
+from cluster.weights.stores import gloo_listens_on, store_on
 
 T = TypeVar("T")
 
@@ -113,21 +114,28 @@ SINGLE = Ranks()
 
 
 def meeting_place(host: str, timeout_s: float) -> Any:
-    """The store (`port` is its free port) at which ranks find each other; rank 0 keeps it."""
-    return dist.TCPStore(
-        host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=timeout_s)
-    )
+    """The store (`port` is its free port) at which ranks find each other; rank 0 keeps it. It
+    listens on ``host`` only."""
+    return store_on(host, timedelta(seconds=timeout_s))
 
 
 def join(
-    rank: int, size: int, place: tuple[str, int] | Any, *, gpu: bool, timeout_s: float
+    rank: int,
+    size: int,
+    place: tuple[str, int] | Any,
+    *,
+    gpu: bool,
+    timeout_s: float,
+    host: str = "127.0.0.1",
 ) -> Ranks:
-    """Meet the other ranks: over NCCL with a GPU each, over gloo without.
+    """Meet the other ranks: over NCCL with a GPU each, over gloo without. ``host``: the address of
+    this process's node, the only one that gloo listens on.
 
     place: the store of `meeting_place` on rank 0, its (host, port) elsewhere. timeout_s: how long
     any later collective may wait. Raises PeerLost when the others do not.
     """
     wait = timedelta(seconds=timeout_s)
+    gloo_listens_on(host)
     try:
         store: Any = place
         if isinstance(place, tuple):
