@@ -61,6 +61,7 @@ class _Open:
     assignment: Assignment
     deliver: Callable[[FinishedGroup], None]
     completions: dict[int, Completion] = field(default_factory=dict)
+    began: float = field(default_factory=time.perf_counter)
 
 
 class RolloutWorker:
@@ -259,7 +260,10 @@ class RolloutWorker:
         group = self._open.pop(request_id)
         group.completions[int(request_id.rpartition("/")[2])] = completion
         if len(group.completions) == group.assignment.samples:
-            group.deliver(FinishedGroup(group.assignment, group.completions, None))
+            generated = time.perf_counter()
+            group.deliver(
+                FinishedGroup(group.assignment, group.completions, None, group.began, generated)
+            )
 
     def _scored(self, meta: GroupMeta, group: RolloutGroup | None) -> None:
         with self._news:

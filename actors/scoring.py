@@ -40,6 +40,8 @@ class FinishedGroup:
     assignment: Assignment
     completions: Mapping[int, Completion]
     problem: UserError | None
+    began: float = 0.0  # seconds of time.perf_counter; when the engine was given the group
+    generated: float = 0.0  # when the last of its samples was finished
 
     def failed(self, cause: str, retryable: bool) -> GroupMeta:
         return GroupMeta(
@@ -66,6 +68,8 @@ class FinishedGroup:
             response_tokens=sum(len(completion.token_ids) for completion in done),
             version_min=min(versions),
             version_max=max(versions),
+            generate_s=self.generated - self.began,
+            score_s=time.perf_counter() - self.generated if self.generated else 0.0,
         )
 
 

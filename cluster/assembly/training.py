@@ -16,6 +16,7 @@ from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.learnt_from import KEY, learnt_from, refuse_other_origins
 from cluster.assembly.leaving import LeavingWatch
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
+from cluster.assembly.otel import traces_of
 from cluster.assembly.prepare import Prepared, prepare, with_pinned_models
 from cluster.assembly.ray_dashboard import RayTab, ray_tab_of
 from cluster.assembly.resume_rules import FREE_ON_RESUME, MOVABLE, refuse_other_horizon
@@ -48,6 +49,7 @@ from cluster.loop.live import LiveMeter
 from cluster.loop.live_feed import LiveFeed, Show
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import loop_settings, pool_settings
+from cluster.loop.traces import Traces
 from cluster.machine.clock import MonotonicClock
 from cluster.machine.core_sharing import SideBalance
 from cluster.machine.cores import CorePlan, core_plan, own_cores
@@ -277,12 +279,13 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
         with (
             role_files(config, ray_info) as files,
             reward_role(config, training.cores, log_file, files, session.names) as rewards,
+            traces_of(config.logging, session.path.name) as traces,
         ):
             for place, parcel in files.parcels().items():
                 session.event(
                     "input_packed", role_and_path=place, bytes=parcel.size, sha256=parcel.digest
                 )
-            run_coroutine(_drive(training, rewards, files, listeners, stop), stop)
+            run_coroutine(_drive(training, rewards, files, listeners, stop, traces), stop)
     finally:
         listeners.close()
     if listeners.problem is not None:
@@ -317,14 +320,19 @@ async def _drive(
     files: RoleFiles,
     listeners: Listeners,
     stop: StopSwitch,
+    traces: Traces | None,
 ) -> None:
     """Start all roles side by side, train, and end them, whatever happens."""
     config, session = training.config, training.session
     clock = MonotonicClock()
-    learner = _learner(training, files)
+    prompts, learner = training.prepared.prompts, _learner(training, files)
     first, clients = training.first_step, rewards.clients
+    make = worker_factory(training.prepared, training.cores, clients, first, files, session.names)
+    if traces is not None:
+        prompts, learner = traces.of_prompts(prompts), traces.of_learner(learner)
+        make = traces.of_workers(make)
     pool = WorkerPool(
-        worker_factory(training.prepared, training.cores, clients, first, files, session.names),
+        make,
         pool_settings(config),
         clock,
         session.event,
@@ -334,7 +342,7 @@ async def _drive(
     sinks = [*session.sinks, session.start, listeners]
     controller = Controller(
         loop_settings(config),
-        training.prepared.prompts,
+        prompts,
         learner,
         pool,
         ListenedRun(session, listeners),

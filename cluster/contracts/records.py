@@ -185,6 +185,10 @@ class GroupMeta:
     version_max: int
     failure: str | None = None
     retryable: bool = False
+    # By the worker's clock: until the last sample was there, the engine's queue included; from then
+    # on, until the scores were there.
+    generate_s: float = field(default=0.0, compare=False)
+    score_s: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -163,6 +163,15 @@ class LoggingConfig(Section):
     save_rollouts: bool = Field(
         True, description="Write every trained group to `rollouts/*.parquet` in the run directory."
     )
+    otel: str | None = Field(
+        None,
+        description="Send traces of completions to this OpenTelemetry collector (OTLP over HTTP), "
+        "such as `http://127.0.0.1:4318`. env: the one that the standard variables "
+        "`OTEL_EXPORTER_OTLP_...` name. none: no traces.",
+    )
+    otel_share: float = Field(
+        0.01, gt=0, le=1, description="Share of the prompts whose completions are traced."
+    )
     samples_every: int = Field(
         25,
         ge=0,
