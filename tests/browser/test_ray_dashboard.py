@@ -46,7 +46,7 @@ samples_per_prompt = 2
 steps = 100000
 [rollout]
 engine = "transformers"
-max_tokens = 12
+max_tokens = 16
 workers = 2
 [staleness]
 bound = 1
@@ -58,7 +58,7 @@ object_store_mb = 80
 dashboard = true
 [[reward.sources]]
 type = "rules"
-max_words = 5
+max_words = 1
 """
 
 
