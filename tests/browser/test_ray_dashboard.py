@@ -29,7 +29,7 @@ from cluster.runs.grafana import build_dashboard, exported_name
 
 pytestmark = pytest.mark.browser
 
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 RUN = "seen"
 WORDS = ("battery", "screen", "hours", "broken", "great", "how", "long", "does", "it", "last")
 CONFIG = """
