@@ -264,6 +264,8 @@ class RayRolloutWorker:
 
 def lost(problem: BaseException, name: str) -> Retryable:
     """What Ray says of an actor that does not answer any more, as one of our classes."""
+    if getattr(problem, "actor_init_failed", False):  # the last line of the trace is the cause
+        return Unexpected(f"{name} could not be made: {str(problem).strip().splitlines()[-1]}")
     text = f"{name} is lost: {_said_by_ray(problem)}"
     if getattr(problem, "preempted", False) or "node has died" in str(problem):
         return MachineLost(text)

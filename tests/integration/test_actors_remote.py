@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from cluster.contracts.errors import Retryable, RewardFailure, UserError, WeightMismatch
+from cluster.contracts.errors import Retryable, RewardFailure, UserError, WeightMismatch, WorkerDied
 from cluster.contracts.records import Assignment, Canary, Harvest, Prompt, Rollout, Score
 from cluster.contracts.rollout_table import from_table
 
@@ -161,7 +161,7 @@ def test_a_worker_from_start_to_loss(cluster: None, model: Path) -> None:
         await worker.submit([*work, Assignment(group_id=9, prompt=prompt(40), samples=2)])
         harvests = await collect(worker, 5)
         os.kill(info["pid"], signal.SIGKILL)
-        with pytest.raises(Retryable, match="worker-0"):
+        with pytest.raises(WorkerDied, match="worker-0"):
             await keep_harvesting(worker)
         with pytest.raises(Retryable):
             await worker.stop()

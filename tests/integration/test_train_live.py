@@ -15,6 +15,7 @@ import pytest
 
 from cluster.contracts.config.reward import RewardConfig, RulesSource
 from cluster.contracts.rollout_table import from_table
+from cluster.runs.audit import audit_run
 from reward_service.access import Access
 from reward_service.server import RunningServer, serve
 from tests.integration.listening import listeners_of, rows_for_a_started_cluster
@@ -172,3 +173,6 @@ def test_asynchronous_run_is_scaled_and_seen_while_it_goes_on(
         for group in from_table(pq.read_table(file))
     ]
     assert trained == list(range(len(trained)))  # nothing lost, nothing twice, in order
+    audit = audit_run(str(run))
+    assert audit.violations == []
+    assert audit.trained == len(trained) == audit.steps * 4

@@ -59,6 +59,13 @@ def test_a_lost_worker_is_told_from_a_lost_machine(
     assert "common causes" not in str(found)
 
 
+def test_an_actor_that_could_not_be_made_says_why() -> None:
+    text = "The actor died because of an error raised in its creation\nTraceback\nKeyError: 'x'"
+    found = lost(RayActorError("1234", text, actor_init_failed=True), "worker-3")
+    assert type(found) is Unexpected
+    assert str(found) == "worker-3 could not be made: KeyError: 'x'"
+
+
 @pytest.mark.parametrize(
     ("cause", "kind", "words"),
     [
