@@ -26,6 +26,7 @@ from typing import Any
 from hosts import ROOT, Lab, hosts, missing, wait_until
 
 WORKER_HOSTS = (2, 3)
+WORKER = b"ray::RolloutActor"  # in the title of a worker's process
 PROMPTS = "".join(f'{{"prompt": "how long does it last {i}"}}\n' for i in range(64))
 REWARD = (
     "def score(completions, **columns):\n    return [float(len(str(c))) for c in completions]\n"
@@ -127,6 +128,11 @@ class Soak:
                         found.append(pid)
         return sorted(found)
 
+    def some_host(self, rng: random.Random) -> int:
+        """One that has workers, where there is one."""
+        found = [host for host in WORKER_HOSTS if self.processes((host,), WORKER)]
+        return rng.choice(found or WORKER_HOSTS)
+
     def kill_worker(self, rng: random.Random, left_s: float) -> None:
         self._signal(rng, signal.SIGKILL)
 
@@ -139,7 +145,7 @@ class Soak:
                 os.kill(pid, signal.SIGCONT)
 
     def _signal(self, rng: random.Random, number: int) -> int | None:
-        workers = self.processes(WORKER_HOSTS, b"ray::RolloutActor")
+        workers = self.processes(WORKER_HOSTS, WORKER)
         if not workers:
             return None
         pid = rng.choice(workers)
@@ -148,14 +154,14 @@ class Soak:
         return pid
 
     def cut_host(self, rng: random.Random, left_s: float) -> None:
-        host = rng.choice(WORKER_HOSTS)
+        host = self.some_host(rng)
         self.lab.cut(host)
         time.sleep(min(left_s, rng.uniform(2, 15)))
         self.lab.heal(host)
         self.rejoin(host)
 
     def kill_host(self, rng: random.Random, left_s: float) -> None:
-        host = rng.choice(WORKER_HOSTS)
+        host = self.some_host(rng)
         self.lab.kill(host)
         time.sleep(min(left_s, rng.uniform(1, 10)))
         self.join(host)
@@ -168,17 +174,17 @@ class Soak:
             self.join(host)
 
     def scale(self, rng: random.Random, left_s: float) -> None:
-        self.accord("scale", "runs/soak", str(rng.choice((0, 1, 2, 3, 4))))
+        self.accord("scale", "runs/soak", str(rng.choice((0, 2, 3, 4))))
 
     def schedule(self, seconds: float) -> None:
         """One fault after the other, with pauses."""
         rng = random.Random(self.seed)
         faults: list[tuple[Callable[[random.Random, float], None], int]] = [
-            (self.kill_worker, 4),
+            (self.kill_worker, 5),
             (self.stop_worker, 2),
             (self.cut_host, 2),
-            (self.kill_host, 1),
-            (self.scale, 3),
+            (self.kill_host, 2),
+            (self.scale, 2),
         ]
         ends = time.monotonic() + seconds
         fault = self.kill_worker  # whatever the seed, once at least
