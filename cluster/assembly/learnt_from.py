@@ -28,7 +28,8 @@ def learnt_from(prepared: Prepared) -> dict[str, str]:
     found = {"prompts": prompts_digest(prepared.prompts.all())}
     found |= {"model": _model_digest(config.model.path, config.model.revision)}
     if config.learner.reference_path is not None:
-        found["reference model"] = _model_digest(config.learner.reference_path, None)
+        revision = config.learner.reference_revision
+        found["reference model"] = _model_digest(config.learner.reference_path, revision)
     found |= rewards_digests(config.reward)
     for plugin in loaded():
         found[f"plugin {Path(plugin.path).name}"] = _text_digest(plugin.text)
