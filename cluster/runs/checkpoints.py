@@ -153,7 +153,8 @@ class Checkpoints:
     def newest_good(self) -> Found:
         """The newest one whose every file is as it was written. Raises UserError when none is."""
         passed_over: dict[Path, str] = {}
-        for path in reversed(self.complete()):
+        # Also one without a manifest, which can only have lost it: that is told, too.
+        for path in sorted(self.folder.glob("step-*"), reverse=True):
             problem = verify_checkpoint(path)
             if problem is None:
                 self._verified.add(path)
