@@ -455,8 +455,12 @@ async def _watch_reward_service(
     """Notes when the services have started, and starts one again when it dies. Where one cannot
     work any more, ends the run, with a checkpoint, and raises why."""
     replicas = rewards.replicas
-    if replicas is None:
-        return  # elsewhere: they are not seen from here
+    if replicas is None:  # elsewhere: they are not seen from here
+        why = "rewards come from the service at reward.address, which the run did not start"
+        controller.on_reward_replicas(
+            lambda wanted: session.event("reward_replicas", wanted=wanted, serving=1, cause=why)
+        )
+        return
     try:
         await replicas.ready()
     except AccordError:
