@@ -11,7 +11,8 @@ import dataclasses
 import math
 import os
 import secrets
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +24,15 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.deadlines import within
 from cluster.contracts.durable import FileDigest, write_text
-from cluster.contracts.errors import AccordError, Fatal, NotSaved, PeerLost, Retryable, UserError
+from cluster.contracts.errors import (
+    AccordError,
+    Fatal,
+    LearnerLost,
+    NotSaved,
+    PeerLost,
+    Retryable,
+    UserError,
+)
 from cluster.contracts.plugins import install
 from cluster.contracts.records import StepInput, StepResult, WeightManifest
 from cluster.contracts.telemetry import telemetry_off
@@ -42,6 +51,8 @@ _GRACE_S = 5.0
 """After one process has failed: for the others to meet the same fault by themselves."""
 ASIDE = "aside"
 """Ray's concurrency group of what is answered while a step goes on."""
+WATCH = "watch"
+"""Of the one call that is answered by the process's end."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -68,6 +79,11 @@ class LearnerActor:
         self._held: StepInput | None = None
         self._outbox: Outbox | None = None
         self._snapshot: Any = None
+
+    @ray.method(concurrency_group=WATCH)
+    def wait(self) -> None:
+        """Returns never: whoever waits learns from Ray when the process dies."""
+        threading.Event().wait()
 
     @ray.method(concurrency_group=ASIDE)
     def pulse(self) -> None:
@@ -134,9 +150,11 @@ class LearnerActor:
             raise Fatal("the learner was asked for a step that it does not hold")
         return self._learner.step(wanted)
 
-    def use_checkpoint(self, parcel: Parcel) -> None:
-        """Start from the packed checkpoint, which the driver's disk holds."""
-        self._settings = dataclasses.replace(self._settings, resume_from=str(unpack(parcel)))
+    def use_checkpoint(self, parcel: Parcel | None, replay: Sequence[Parcel]) -> None:
+        """Start from the packed checkpoint and rollouts, which the driver's disk holds."""
+        checkpoint = None if parcel is None else str(unpack(parcel))
+        files = tuple(str(unpack(file)) for file in replay)
+        self._settings = dataclasses.replace(self._settings, resume_from=checkpoint, replay=files)
 
     def snapshot(self) -> int:
         """Copy the state in memory; how many bytes it takes (on the first rank)."""
@@ -169,7 +187,7 @@ class LearnerActor:
 
 # Ray's types do not know the option.
 _with_groups: Any = ray.remote
-_LearnerActors = _with_groups(concurrency_groups={ASIDE: 1, "files": 2})(LearnerActor)
+_LearnerActors = _with_groups(concurrency_groups={ASIDE: 1, WATCH: 1, "files": 2})(LearnerActor)
 
 
 def _fetched(batch: StepInput) -> StepInput:
@@ -195,7 +213,8 @@ class RayLearner:
 
     cores: dealt out to its processes, `threads` to each; empty: they are not pinned. threads: of
     torch, in each process. options: more options of the actors, such as a scheduling strategy.
-    room_timeout_s: how long to wait for a place on the cluster, which may still grow.
+    room_timeout_s: how long to wait for a place on the cluster, which may still grow. successor:
+    the settings of a learner that takes over from a lost one, asked when it is started.
     """
 
     def __init__(
@@ -207,7 +226,9 @@ class RayLearner:
         options: dict[str, Any] | None = None,
         names: Names = unnamed,
         room_timeout_s: float = math.inf,
+        successor: Callable[[LearnerSettings], LearnerSettings] = lambda same: same,
     ) -> None:
+        self._successor = successor
         self._room_timeout_s = room_timeout_s
         self.nodes: frozenset[str] = frozenset()  # ids of those that its processes run on
         self._group: Any = None  # reserves places near each other for several processes
@@ -224,7 +245,11 @@ class RayLearner:
 
     async def start(self) -> WeightManifest:
         """Start the processes, load the models, publish. Deadline: `learner.start_timeout_s` from
-        the moment at which all processes have their places."""
+        the moment at which all processes have their places. The second time, the processes of
+        before are ended, and others take over."""
+        if self._started:
+            self._end()
+            self._settings = await asyncio.to_thread(self._successor, self._settings)
         learner = self._settings.learner
         self._actors = [
             _LearnerActors.options(**options, **self._named(rank)).remote(
@@ -241,6 +266,17 @@ class RayLearner:
         manifest: WeightManifest = await self._call("start", limit, purpose, *place)
         self._started = True
         return manifest
+
+    async def lost(self) -> None:
+        """Waits until one of its processes has ended without being asked to; raises LearnerLost."""
+        ends = [asyncio.wrap_future(actor.wait.remote().future()) for actor in self._actors]
+        try:
+            done, _ = await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            problem = done.pop().exception()
+            raise LearnerLost(f"the learner's process died: {problem}")
+        finally:
+            for end in ends:
+                end.cancel()
 
     async def step(self, batch: StepInput) -> StepResult:
         """One learner step. Deadline: `learner.step_timeout_s`. Raises Retryable when a payload is
@@ -348,10 +384,13 @@ class RayLearner:
                     fix="set weights.transport = 'object_store', or run.dir to a shared directory",
                 )
             await self._first("use_outbox", limit, "to make its outbox")
-        checkpoint = self._settings.resume_from
-        if checkpoint is not None and not all(sees):
-            parcel = await asyncio.to_thread(pack, Path(checkpoint))
-            await self._call("use_checkpoint", limit, "to fetch its checkpoint", parcel)
+        checkpoint, replay = self._settings.resume_from, self._settings.replay
+        if (checkpoint is not None or replay) and not all(sees):
+            parcel = None
+            if checkpoint is not None:
+                parcel = await asyncio.to_thread(pack, Path(checkpoint))
+            files = [await asyncio.to_thread(pack, Path(file)) for file in replay]
+            await self._call("use_checkpoint", limit, "to fetch its checkpoint", parcel, files)
 
     async def _see_run_directory(self, limit: float) -> list[bool]:
         """Of each process, whether it and this one see the same run directory."""
@@ -427,7 +466,7 @@ class RayLearner:
     async def _first(self, method: str, limit_s: float, purpose: str, *args: Any) -> Any:
         """As `_call`, of the first process alone."""
         if not self._actors:
-            raise Fatal(f"the learner was asked to {method} but is not running")
+            raise LearnerLost(f"the learner was asked to {method} but is not running")
         return (await self._ask(self._actors[:1], method, limit_s, purpose, *args))[0]
 
     async def _call(
@@ -445,7 +484,7 @@ class RayLearner:
         its name in Ray's dashboard.
         """
         if not self._actors:
-            raise Fatal(f"the learner was asked to {method} but is not running")
+            raise LearnerLost(f"the learner was asked to {method} but is not running")
         answers = await self._ask(
             self._actors, method, limit_s, purpose, *args, together=together, task=task
         )
@@ -472,13 +511,14 @@ class RayLearner:
             if waiting and together and any(answer.exception() for answer in done):
                 done, waiting = await asyncio.wait(answers, timeout=_GRACE_S)
             problems = [p for answer in done if (p := answer.exception()) is not None]
-            died = any(isinstance(problem, RayActorError) for problem in problems)
-            if waiting or died or (together and 0 < len(problems) < len(answers)):
+            # What nobody raised on purpose may have left the weights half changed.
+            unfit = any(isinstance(_named(problem, method), LearnerLost) for problem in problems)
+            if waiting or unfit or (together and 0 < len(problems) < len(answers)):
                 self._end()
             if problems:
                 raise _named(_worst(problems), method) from None
             if waiting:
-                raise Fatal(f"waited {limit_s:.0f} s for the learner {purpose}; it was ended")
+                raise LearnerLost(f"waited {limit_s:.0f} s for the learner {purpose}; it was ended")
             return [answer.result() for answer in answers]
         finally:
             for answer in answers:
@@ -510,9 +550,9 @@ def _named(problem: BaseException, method: str) -> BaseException:
     if isinstance(problem, RayTaskError):
         return _original(problem, method)
     if isinstance(problem, RayActorError):
-        return Fatal(f"the learner's process died while asked to {method}: {problem}")
+        return LearnerLost(f"the learner's process died while asked to {method}: {problem}")
     if isinstance(problem, RayError):
-        return Fatal(f"Ray lost the learner's answer to {method}: {problem}")
+        return LearnerLost(f"Ray lost the learner's answer to {method}: {problem}")
     return problem
 
 
@@ -521,4 +561,4 @@ def _original(problem: RayTaskError, method: str) -> AccordError:
     if isinstance(problem.cause, AccordError):
         return problem.cause
     # Its text is the traceback; its other attributes are those of the cause.
-    return Fatal(f"the learner failed in {method}:\n{problem}")
+    return LearnerLost(f"the learner failed in {method}:\n{problem}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
 from cluster.contracts.config.base import DType, ModelConfig, Section
@@ -32,6 +32,7 @@ class LearnerSettings:
     canary_prompt: token ids of the run's first prompt; the learner continues it greedily.
     run_dir: where `rollouts/` is written; None with `save_rollouts` off.
     resume_from: directory of a checkpoint written by `save`, or None.
+    replay: rollouts files of the steps since, or parcels of them, to be trained again.
     plugins: to be installed in the learner's process before anything else.
     host: address at which workers reach this process; NODE_HOST: that of its Ray node.
     files: what the learner is sent of the models and files that the paths name.
@@ -51,6 +52,7 @@ class LearnerSettings:
     run_dir: str | None = None
     save_rollouts: bool = False
     resume_from: str | None = None
+    replay: tuple[Any, ...] = ()
     host: str = "127.0.0.1"
     plugins: tuple[PluginFile, ...] = ()
     files: Shipment = field(default_factory=Shipment)
@@ -62,6 +64,7 @@ def learner_settings(
     run_dir: str | None,
     resume_from: str | None = None,
     files: Shipment | None = None,
+    replay: tuple[Any, ...] = (),
 ) -> LearnerSettings:
     """The learner's part of a `TrainConfig`."""
     return LearnerSettings(
@@ -79,6 +82,7 @@ def learner_settings(
         run_dir=run_dir,
         save_rollouts=config.logging.save_rollouts and run_dir is not None,
         resume_from=resume_from,
+        replay=replay,
         plugins=loaded(),
         files=files or Shipment(),
         # A cluster that was joined may have its workers on other machines.

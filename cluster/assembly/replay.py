@@ -111,7 +111,7 @@ def _recorded_steps(
     per_step = config.batch.prompts_per_step
     steps = []
     for step in range(wanted):
-        found = _recorded(folder / f"step-{step:06d}.parquet", step)
+        found = recorded(folder / f"step-{step:06d}.parquet", step)
         if found.record.settings != expected:
             raise UserError(
                 f"its settings are not those step {step} was trained with",
@@ -129,7 +129,7 @@ def _recorded_steps(
     return steps
 
 
-def _recorded(path: Path, step: int) -> RecordedStep:
+def recorded(path: Path, step: int) -> RecordedStep:
     import pyarrow as pa
     import pyarrow.parquet as pq
 

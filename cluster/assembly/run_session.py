@@ -66,6 +66,20 @@ class RunSession:
                 self.reporter.say(str(detail["note"]))
         elif kind == "loop_started":
             self.start.begins(FIRST_BATCH)
+        elif kind in ("learner_lost", "reward_service_lost"):
+            role = "learner" if kind == "learner_lost" else "reward service"
+            cause = str(detail["cause"]).splitlines()[0]
+            self.reporter.say(f"the {role} is lost and started again: {cause}")
+        elif kind == "learner_replaced":
+            self.reporter.say(
+                f"another learner goes on at version {detail['version']}, after "
+                f"{detail['seconds']:.1f} s"
+            )
+        elif kind == "rolled_back":
+            self.reporter.say(
+                f"the run goes back to step {detail['step']}, its newest checkpoint: "
+                f"{detail['cause']}"
+            )
         elif kind in ("worker_lost", "worker_not_joined", "worker_broken"):
             self.reporter.say(f"{detail['worker']}: {detail['cause']}")
         elif kind == "workers_missing":

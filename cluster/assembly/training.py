@@ -8,13 +8,14 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.learnt_from import KEY, learnt_from, refuse_other_origins
 from cluster.assembly.leaving import LeavingWatch
+from cluster.assembly.catch_up import NOTHING_SINCE, Since, forget_since, steps_since
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.otel import traces_of
 from cluster.assembly.prepare import Prepared, prepare, with_pinned_models
@@ -41,7 +42,7 @@ from cluster.contracts.actor_names import ActorNames
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.errors import AccordError, UserError
+from cluster.contracts.errors import AccordError, RolledBack, UserError
 from cluster.contracts.protocols import Clock
 from cluster.contracts.records import RunState
 from cluster.loop.controller import Controller
@@ -81,6 +82,7 @@ class Training:
     session: RunSession
     cores: CorePlan
     resumed: Found | None = None
+    since: Since = NOTHING_SINCE  # steps after the checkpoint, to be trained again from disk
     callbacks: Sequence[AnyCallback] = ()
 
     @property
@@ -89,7 +91,14 @@ class Training:
 
     @property
     def first_step(self) -> int:
-        return self.resumed.state.step if self.resumed else 0
+        return self.state.step if self.state else 0
+
+    @property
+    def state(self) -> RunState | None:
+        """Where the run goes on."""
+        if self.resumed is None:
+            return None
+        return self.since.advance(self.resumed.state, self.config.batch.prompts_per_step)
 
 
 def train_policy(
@@ -154,17 +163,25 @@ def resume_training(
         prepared = prepare(config)
         refuse_other_origins(origins, learnt_from(prepared), config, run.path)
         _refuse_other_prompts(config, resumed.state, len(prepared.prompts))
-    step = resumed.state.step
-    detail = {"step": step, "checkpoint": resumed.path.name}
+        since = steps_since(run, config, resumed.state.step)
+    state = since.advance(resumed.state, config.batch.prompts_per_step)
+    step, again = state.step, len(since.steps)
+    detail = {"step": step, "checkpoint": resumed.path.name, "trained_again": again}
     with run_session(run, reporter, start=start, resumed=config, **detail) as session:
         _set_aside_damaged(session, resumed, config)
         reporter.say(
-            f"resuming at step {step} of {config.batch.steps}, prompt {resumed.state.next_group}, "
-            f"version {resumed.state.version}, from {resumed.path.name}"
+            f"resuming at step {step} of {config.batch.steps}, prompt {state.next_group}, "
+            f"version {state.version}, from {resumed.path.name}"
+            + (f" and the rollouts of the {again} steps since" if again else "")
         )
         cores = core_plan(config, own_cores())
         training = Training(
-            prepared=prepared, session=session, cores=cores, resumed=resumed, callbacks=callbacks
+            prepared=prepared,
+            session=session,
+            cores=cores,
+            resumed=resumed,
+            since=since,
+            callbacks=callbacks,
         )
         _train_on_ray(training)
     _report(session)
@@ -285,7 +302,7 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
                 session.event(
                     "input_packed", role_and_path=place, bytes=parcel.size, sha256=parcel.digest
                 )
-            run_coroutine(_drive(training, rewards, files, listeners, stop, traces), stop)
+            _drive_through_rollbacks(training, rewards, files, listeners, stop, traces)
     finally:
         listeners.close()
     if listeners.problem is not None:
@@ -294,6 +311,29 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
         return  # stopped before its first step: there is nothing to publish
     final = session.run.checkpoints.newest_good()
     publish_policy(final.path / "policy", session.path / "policy")
+
+
+def _drive_through_rollbacks(
+    training: Training,
+    rewards: RewardRole,
+    files: RoleFiles,
+    listeners: Listeners,
+    stop: StopSwitch,
+    traces: Any,
+) -> None:
+    limit, session = training.config.learner.max_restarts, training.session
+    for _ in range(limit):
+        try:
+            return run_coroutine(_drive(training, rewards, files, listeners, stop, traces), stop)
+        except RolledBack as problem:
+            resumed = None
+            with contextlib.suppress(UserError):  # no checkpoint yet: from the start
+                resumed = session.run.checkpoints.newest_good()
+            step = resumed.state.step if resumed else 0
+            lost = forget_since(session.run, step)
+            session.event("rolled_back", step=step, steps_lost=lost, cause=str(problem))
+            training = replace(training, resumed=resumed, since=NOTHING_SINCE)
+    run_coroutine(_drive(training, rewards, files, listeners, stop, traces), stop)
 
 
 def _add_sinks(training: Training) -> None:
@@ -339,6 +379,7 @@ async def _drive(
         session.timeline.swap,
         quarantined(session.path),
     )
+    pool.weights_come_from(learner.pulse)
     sinks = [*session.sinks, session.start, listeners]
     controller = Controller(
         loop_settings(config),
@@ -349,7 +390,7 @@ async def _drive(
         sinks,
         clock,
         session.timeline,
-        state=training.resumed.state if training.resumed else None,
+        state=training.state,
         wishes=ControlFile(session.path, session.event),
     )
     feed = _live_feed(training, controller, pool, learner, clock)
@@ -429,23 +470,37 @@ def _live_feed(
 
 def _learner(training: Training, files: RoleFiles) -> Any:
     from learner.remote import RayLearner
-    from learner.settings import learner_settings
+    from learner.settings import LearnerSettings, learner_settings
 
-    resumed = training.resumed
+    resumed, run = training.resumed, training.session.run
     settings = learner_settings(
         training.config,
         canary_prompt=training.prepared.prompts.prompt(0).token_ids,
         run_dir=str(training.session.path.absolute()),
         resume_from=str(resumed.path.absolute()) if resumed else None,
         files=files.learner,
+        replay=training.since.files,
     )
     cores = training.cores
+
+    def successor(before: LearnerSettings) -> LearnerSettings:
+        found = None
+        with contextlib.suppress(UserError):  # no checkpoint yet: from the start
+            found = run.checkpoints.newest_good()
+        since = steps_since(run, training.config, found.state.step if found else 0)
+        return replace(
+            before,
+            resume_from=str(found.path.absolute()) if found else None,
+            replay=since.files,
+        )
+
     return RayLearner(
         settings,
         cores=cores.learner,
         threads=cores.learner_threads,
         names=training.session.names,
         room_timeout_s=training.config.cluster.room_timeout_s or math.inf,
+        successor=successor,
     )
 
 

@@ -82,10 +82,6 @@ class Fatal(AccordError):
     """The run must stop now; continuing would train on something wrong."""
 
 
-class PeerLost(Fatal):
-    """Another process of the learner has ended or did not come in time; what happened, it knows."""
-
-
 class WeightMismatch(Fatal):
     """An engine does not compute with the weights the learner published."""
 
@@ -93,7 +89,23 @@ class WeightMismatch(Fatal):
 
 
 class LearnerLost(Fatal):
-    """The learner's process died or did not answer in time; what it learnt is in checkpoints."""
+    """The learner's process died or did not answer in time, or its weights may be half changed.
+    Another one can take over from what is on disk."""
+
+    fault = "learner"
+
+
+class PeerLost(LearnerLost):
+    """Another process of the learner has ended or did not come in time; what happened, it knows."""
+
+
+class RolledBack(AccordError):
+    """What was learnt since the newest checkpoint cannot be had again; the run goes on from there.
+    Nothing that was sampled since may be trained on: its versions are given to other weights."""
+
+
+class WeightsAway(Retryable):
+    """The learner that published the weights is gone; another one publishes them anew."""
 
     fault = "learner"
 

@@ -102,7 +102,13 @@ class LearnerHandle(Protocol):
     """The learner as the controller sees it."""
 
     async def start(self) -> WeightManifest:
-        """Load models (or the checkpoint); the manifest publishes the weights it starts from."""
+        """Load models (or the checkpoint); the manifest publishes the weights it starts from.
+        Asked again after LearnerLost, it starts another learner, from the newest checkpoint and
+        the rollouts saved since."""
+        ...
+
+    async def lost(self) -> None:
+        """Waits until its process has ended without being asked to, and raises LearnerLost."""
         ...
 
     async def step(self, batch: StepInput) -> StepResult: ...

@@ -23,6 +23,7 @@
     a swap in a worker   the token under way                   the engine, some milliseconds later
     a stop               the step under way, a little          the learner, or ``stop_grace_s``
     a pause's end        a person (`accord resume`)            the wish, read each second
+    a lost learner       another one, from what is on disk     its start, or ``max_restarts``
 
 Nobody waits in a circle: a learner step needs only groups that are admitted already, a broadcast
 only workers that answer or are given up, and admission only a broadcast. With ``bound = 0`` the
@@ -44,7 +45,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.contracts.errors import Fatal, NotSaved, Resumable, Retryable
+from cluster.contracts.errors import (
+    Fatal,
+    LearnerLost,
+    NotSaved,
+    Resumable,
+    Retryable,
+    RolledBack,
+    WeightsAway,
+)
 from cluster.contracts.live import LearnerState
 from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
@@ -52,6 +61,7 @@ from cluster.contracts.records import (
     Assignment,
     GroupMeta,
     RunState,
+    StepInput,
     StepResult,
     WeightManifest,
 )
@@ -62,11 +72,12 @@ from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import LoopSettings
 from cluster.loop.staleness import AdmissionLedger, GroupBuffer
 from cluster.loop.steering import Steering
+from cluster.loop.succession import Succession
 from cluster.loop.timeline import Timeline
 from cluster.runs.control import Wishes
 
 LOOK_AROUND_S = 1.0  # how often it is looked what people want of the run
-BACKGROUND = {"look around"}  # of a run that rests, nothing else is under way
+BACKGROUND = {"look around", "watch"}  # of a run that rests, nothing else is under way
 
 
 class Controller:
@@ -126,6 +137,7 @@ class Controller:
         self._step_abandoned = False
         self._began = 0.0
         self._published = -1  # newest version of the learner
+        self._succession = Succession(settings.max_learner_restarts)
         self._waits: Waits | None = None  # while the loop runs
         self._learner_state: LearnerState = "starting"
         self._learner_since = 0.0
@@ -176,6 +188,7 @@ class Controller:
         self._learner_is("waiting")
         self._waits = Waits(self._clock.now())
         self._pool.on_news(self._wake.set)
+        self._watch_learner()
         try:
             while self._step < self._settings.steps and not self._stop.is_set():
                 # Each of these does nothing when it cannot start; none of them waits.
@@ -230,9 +243,10 @@ class Controller:
         self._learner_is("starting")
         manifest = await self._learner.start()
         if manifest.version != self._step:
-            raise Fatal(
+            raise RolledBack(
                 f"the learner starts at version {manifest.version}, the run at {self._step}"
             )
+        self._succession.published(manifest)
         seconds = round(self._clock.now() - began, 3)
         self._run.event("learner_ready", version=manifest.version, seconds=seconds)
         self._published = manifest.version
@@ -257,6 +271,9 @@ class Controller:
             return  # one learner, one step: steps change the same weights
         if self._steering.paused:
             return
+        if self._succession.redo:
+            self._ask_step(self._succession.redo[0])
+            return
         taken = self._buffer.take()
         if taken is None:
             return
@@ -270,6 +287,10 @@ class Controller:
         self._check_lag(batch.step, metas)  # the ledger's promise, checked on what really came
         self._taken = metas
         self._accounts.step_begins(now)
+        self._ask_step(batch)
+
+    def _ask_step(self, batch: StepInput) -> None:
+        self._succession.asked(batch)
         self._learner_is("training")
         sending = self._pool.sent_version
         self._spawn("step", self._learner.step(replace(batch, sending=sending)))
@@ -295,22 +316,31 @@ class Controller:
         for harvest, groups in self._pool.take_finished():
             self._buffer.add(harvest, groups)
         for name in [n for n, task in self._tasks.items() if task.done()]:
-            task = self._tasks.pop(name)
-            if name == "step":
-                # Only what was lost on the way is tried again: any other problem is the learner's
-                # own, and its weights may be half changed.
-                if isinstance(problem := task.exception(), Retryable):
-                    self._step_again(problem)
-                else:
-                    self._after_step(task.result())
-            elif name == "broadcast":
-                self._ledger.weights_held(task.result())
-            elif name == "snapshot":
-                self._spawn("save", self._save(task.result()))
-            elif name == "save":
-                self._after_save(task)
+            if (task := self._tasks.pop(name, None)) is not None:
+                self._after(name, task)
+
+    def _after(self, name: str, task: asyncio.Task[Any]) -> None:
+        problem = task.exception()
+        if isinstance(problem, LearnerLost):
+            self._learner_lost(problem)
+        elif name == "step":
+            # Only what was lost on the way is tried again: any other problem is the learner's
+            # own, and its weights may be half changed.
+            if isinstance(problem, Retryable):
+                self._step_again(problem)
             else:
-                task.result()  # raises what went wrong: nothing that fails here may go unnoticed
+                self._after_step(task.result())
+        elif name == "broadcast":
+            if not isinstance(problem, WeightsAway):  # they are sent again by the next learner
+                self._ledger.weights_held(task.result())
+        elif name == "snapshot":
+            self._spawn("save", self._save(task.result()))
+        elif name == "save":
+            self._after_save(task)
+        elif name == "successor":
+            self._learner_succeeded(task.result())
+        else:
+            task.result()  # raises what went wrong: nothing that fails here may go unnoticed
 
     async def _one_event_or_the_end(self) -> None:
         try:
@@ -322,6 +352,12 @@ class Controller:
 
     def _after_step(self, result: StepResult) -> None:
         now = self._clock.now()
+        self._succession.published(result.manifest)
+        self._succession.redo = self._succession.redo[1:]
+        if result.step < self._step:  # done once more by a new learner
+            self._learner_is("waiting")
+            self._to_broadcast = result.manifest
+            return
         began = self._accounts.step_ended(now, result.trained_tokens)
         self._learner_is("waiting")
         self._timeline.span("learner", f"step {result.step}", began, now)
@@ -340,6 +376,10 @@ class Controller:
     def _step_again(self, problem: Retryable) -> None:
         """The step's rollouts were lost on their way; nothing was learnt. Generate them again."""
         self._step_attempts += 1
+        redone = self._succession.redo[:1]
+        if redone and redone[0].step < self._step:
+            raise RolledBack(f"rollouts of step {redone[0].step} are lost: {problem}")
+        self._succession.given_back(self._step)
         if self._step_attempts >= self._settings.max_step_attempts:
             raise Fatal(f"step {self._step} was tried {self._step_attempts} times: {problem}")
         # The same ids under a higher attempt, so that a late answer to the first one is refused.
@@ -358,6 +398,39 @@ class Controller:
                 for meta in lost
             ]
         )
+
+    # -- another learner --------------------------------------------------------------------------
+
+    def _watch_learner(self) -> None:
+        self._spawn("watch", self._learner.lost())
+
+    def _learner_lost(self, problem: LearnerLost) -> None:
+        """Start another one, from what is on disk. Workers go on meanwhile, as far as the bound
+        allows; finished groups wait for it."""
+        # All of them end with it, each in its own way; the first has told.
+        for name in ("step", "watch", "snapshot", "save", "successor"):
+            if (task := self._tasks.pop(name, None)) is not None:
+                task.cancel()
+                self._save_due |= name in ("snapshot", "save")
+        self._to_broadcast = None
+        self._learner_is("starting")
+        self._run.event("learner_lost", step=self._step, cause=str(problem))
+        pause_s = self._succession.lost(problem, self._clock.now())
+        self._spawn("successor", self._successor(pause_s))
+
+    async def _successor(self, pause_s: float) -> WeightManifest:
+        await self._clock.sleep(pause_s)
+        return await self._learner.start()
+
+    def _learner_succeeded(self, manifest: WeightManifest) -> None:
+        self._succession.succeeded(manifest, self._step)
+        seconds = round(self._clock.now() - self._succession.losses[-1].at, 3)
+        again = [batch.step for batch in self._succession.redo]
+        self._run.event("learner_replaced", version=manifest.version, seconds=seconds, again=again)
+        self._learner_is("waiting")
+        self._watch_learner()
+        if manifest.version == self._step:
+            self._to_broadcast = manifest  # the same weights, at another place
 
     # -- checkpoints ------------------------------------------------------------------------------
 
@@ -437,6 +510,9 @@ class Controller:
         """On a stop: wait for the step under way. When somebody is in a hurry, only a little; the
         step is lost if it takes longer."""
         task = self._tasks.get("step")
+        if "successor" in self._tasks:
+            self._run.event("step_abandoned", step=self._step)
+            self._saved = self._step  # by nobody, but a resume trains it again from the rollouts
         if task is None:
             return
         hurry = asyncio.ensure_future(self._hurry.wait())

@@ -22,6 +22,7 @@ from cluster.contracts.errors import (
     MachineLost,
     Retryable,
     WeightMismatch,
+    WeightsAway,
 )
 from cluster.contracts.live import WorkerStatus
 from cluster.contracts.protocols import Clock, WorkerHandle
@@ -90,6 +91,10 @@ class WorkerPool:
         self.failed_swaps = 0
 
     # -- what the controller uses -----------------------------------------------------------------
+
+    def weights_come_from(self, source: Callable[[], Awaitable[None]]) -> None:
+        """``source`` answers while the learner is there; asked when a worker cannot get weights."""
+        self._recruiter.source = source
 
     async def start(self, count: int, first: Awaitable[WeightManifest]) -> None:
         """Start ``count`` workers. Returns when all serve, or when ``min_workers`` do and the
@@ -174,11 +179,16 @@ class WorkerPool:
         return finished
 
     async def broadcast(self, manifest: WeightManifest) -> list[SwapReport]:
-        """Bring every serving worker to ``manifest``; returns once all of them hold it."""
+        """Bring every serving worker to ``manifest``; returns once all of them hold it. Raises
+        WeightsAway when the learner is gone before some of them have it."""
         self._recruiter.manifest = manifest
-        members = self._members.those("serving", "draining")
-        reports = await asyncio.gather(*(self._swap(m, manifest) for m in members))
-        return [report for report in reports if report is not None]
+        members = [
+            m for m in self._members.those("serving", "draining") if m.version < manifest.version
+        ]
+        answers = await asyncio.gather(*(self._swap(m, manifest) for m in members))
+        if away := next((a for a in answers if isinstance(a, WeightsAway)), None):
+            raise away
+        return [report for report in answers if isinstance(report, SwapReport)]
 
     async def stop(self) -> None:
         self._shortage.stop()
@@ -301,10 +311,14 @@ class WorkerPool:
 
     # -- life of a member -------------------------------------------------------------------------
 
-    async def _swap(self, member: Member, manifest: WeightManifest) -> SwapReport | None:
+    async def _swap(
+        self, member: Member, manifest: WeightManifest
+    ) -> SwapReport | WeightsAway | None:
         handle, began = member.handle, self._clock.now()
         try:
             report = await self._recruiter.load(member, manifest)
+        except WeightsAway as problem:
+            return problem
         except (Retryable, WeightMismatch) as problem:
             self.failed_swaps += 1
             await self._lost(member, problem, handle)

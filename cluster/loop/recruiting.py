@@ -26,6 +26,7 @@ from cluster.contracts.errors import (
     Unexpected,
     UserError,
     WeightMismatch,
+    WeightsAway,
     WorkersGone,
 )
 from cluster.contracts.protocols import Clock, WorkerHandle
@@ -43,6 +44,12 @@ from cluster.loop.supervision import (
 
 EventLog = Callable[..., None]
 STOP_S = 5.0
+SOURCE_S = 5.0  # for the learner to say that it is there
+LOOK_S = 0.5
+
+
+async def _answers() -> None:
+    """A source of weights that is always there."""
 
 
 class Recruiter:
@@ -71,6 +78,7 @@ class Recruiter:
         self._random = random.Random(0)
         self.manifest: WeightManifest | None = None
         self.first: asyncio.Future[WeightManifest] | None = None  # from the learner's start
+        self.source: Callable[[], Awaitable[None]] = _answers  # whether the learner is there
         self.faults: Counter[Fault] = Counter()
         self.wanted = 0
         self.restarts = 0
@@ -151,6 +159,11 @@ class Recruiter:
             manifest = self.manifest
             try:
                 await self.load(member, manifest)
+            except WeightsAway:
+                member.waits_for = "the learner"
+                while self.manifest is manifest and member.status == "starting":
+                    await self._clock.sleep(LOOK_S)
+                continue
             except Retryable:
                 # The learner may have let go of a version that everybody else is past.
                 if manifest is self.manifest:
@@ -168,12 +181,23 @@ class Recruiter:
                 report = await within(limit, member.handle.load_weights(manifest))
             except TimeoutError:
                 raise Retryable(f"not on version {manifest.version} within {limit:.0f} s") from None
+            except Retryable as problem:
+                await self._require_source(problem)
+                raise
             except WeightMismatch:
                 # Here, where it is known which version it was: a newer one may be on its way.
                 member.mismatches[manifest.version] += 1
                 raise
             member.version = report.version
             return report
+
+    async def _require_source(self, problem: Retryable) -> None:
+        """Raises WeightsAway where it is the learner that is gone: the worker is not to blame, and
+        goes on with the weights it has."""
+        try:
+            await within(SOURCE_S, self.source())
+        except (AccordError, TimeoutError) as gone:
+            raise WeightsAway(f"{problem}; {gone}") from problem
 
     # -- after a failure --------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from cluster.machine.torch_state import prepare_torch
 from cluster.weights.transports import Publisher, PublisherOptions, make_publisher
 from learner.compute.optimizer import lr_factor, set_lr
 from learner.compute.ranks import SINGLE, Ranks
+from learner.rl.catch_up import catch_up
 from learner.rl.checkpoint import Snapshot, TrainerState, restore_state, snapshot
 from learner.rl.experience import Experience, StepPlan, build_experience
 from learner.rl.flops import matrix_peak, step_flops
@@ -84,6 +85,11 @@ class PPOLearner:
         # After the canary's tokens: a checkpoint brings those of its run's start.
         if settings.resume_from is not None:
             self.restore(settings.resume_from)
+        publisher = self._publisher
+        if settings.replay:
+            catch_up(self, settings.replay)
+            prepare_torch(self._threads, deterministic=settings.learner.deterministic)
+        self._publisher = publisher
         if self._publisher is None and self._ranks.first:
             self._publisher = _publisher(settings)
         if self._ranks.first and settings.save_rollouts and settings.run_dir is not None:
@@ -174,6 +180,21 @@ class PPOLearner:
         if self._state is None:
             raise Fatal("the learner was used before it was started")
         return self._state
+
+    @property
+    def publishes(self) -> bool:
+        """Whether this is the rank that knows what was published."""
+        return self._ranks.first
+
+    @property
+    def digest(self) -> str:
+        """Of the weights published last."""
+        return self._digest
+
+    def publish_to(self, publisher: Publisher) -> None:
+        """Publish the weights of now to another publisher, and those of each step from now on."""
+        self._publisher = publisher
+        self._publish()
 
     def _value_only(self, step: int) -> bool:
         return self.state.networks.has_values and step < self.settings.learner.value_warmup_steps

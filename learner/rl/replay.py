@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 from safetensors import safe_open
 
 from cluster.contracts.errors import Fatal, UserError
-from cluster.contracts.records import Canary, StepInput, WeightManifest
+from cluster.contracts.records import StepInput
 from cluster.machine.torch_state import prepare_torch
-from cluster.weights.manifest import build_manifest
+from learner.rl.catch_up import Digests
 from learner.rl.learner import PPOLearner
 from learner.rl.step_record import Differs, RecordedStep, weights_digest
 from learner.settings import LearnerSettings
@@ -36,24 +36,6 @@ class Replayed:
     tokens: int = 0
     seconds: float = 0.0
     policy: Any = None
-
-
-class _Digests:
-    """A publisher that sends nothing: it makes the manifest a transport would have made."""
-
-    def __init__(self, on_device: bool) -> None:
-        self.on_device = on_device
-
-    def publish(
-        self, arrays: Mapping[str, Any], dtypes: Mapping[str, str], version: int, canary: Canary
-    ) -> WeightManifest:
-        return build_manifest(arrays, dtypes, version, canary, "none", None)
-
-    def retain(self, versions: Collection[int]) -> None:
-        """Nothing is held."""
-
-    def close(self) -> None:
-        """Nothing is held."""
 
 
 def replay_steps(
@@ -72,7 +54,7 @@ def replay_steps(
     first = steps[0].record
     learner = PPOLearner(
         dataclasses.replace(settings, run_dir=None, save_rollouts=False, resume_from=None),
-        publisher=_Digests(first.device_sums),
+        publisher=Digests(first.device_sums),
         threads=first.threads,
     )
     threads = first.threads

@@ -115,6 +115,12 @@ class LearnerConfig(Section):
     start_timeout_s: float = Field(
         180, gt=0, description="A learner that is not ready after this many seconds is an error."
     )
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        description="Most restarts of the learner within ten minutes. It goes on from the newest "
+        "checkpoint and the rollouts saved since. One more loss ends the run.",
+    )
     step_timeout_s: float = Field(
         1800,
         gt=0,

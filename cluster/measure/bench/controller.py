@@ -131,6 +131,9 @@ class _Learner:
     async def snapshot(self) -> int:
         return 0
 
+    async def lost(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
     async def store(self, directory: str) -> tuple[FileDigest, ...]:
         return ()
 

@@ -310,6 +310,9 @@ class SimulatedLearner:
     async def snapshot(self) -> int:
         return 0
 
+    async def lost(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
     async def store(self, directory: str) -> tuple[FileDigest, ...]:
         return ()
 

@@ -97,6 +97,9 @@ class FakeLearner:
         self.copied = self.version
         return 10
 
+    async def lost(self) -> None:
+        await asyncio.get_running_loop().create_future()
+
     async def store(self, directory: str) -> tuple[FileDigest, ...]:
         self.saved.append(directory)
         await asyncio.sleep(self.store_s)
