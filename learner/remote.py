@@ -214,7 +214,7 @@ class RayLearner:
     cores: dealt out to its processes, `threads` to each; empty: they are not pinned. threads: of
     torch, in each process. options: more options of the actors, such as a scheduling strategy.
     room_timeout_s: how long to wait for a place on the cluster, which may still grow. successor:
-    the settings of a learner that takes over from a lost one, asked when it is started.
+    (settings of a lost learner, step to go on at) -> those of the one that takes over.
     """
 
     def __init__(
@@ -226,7 +226,7 @@ class RayLearner:
         options: dict[str, Any] | None = None,
         names: Names = unnamed,
         room_timeout_s: float = math.inf,
-        successor: Callable[[LearnerSettings], LearnerSettings] = lambda same: same,
+        successor: Callable[[LearnerSettings, int], LearnerSettings] = lambda same, step: same,
     ) -> None:
         self._successor = successor
         self._room_timeout_s = room_timeout_s
@@ -243,13 +243,13 @@ class RayLearner:
         self._copying = asyncio.Lock()  # one file after the other
         self._carrying: asyncio.Task[None] | None = None
 
-    async def start(self) -> WeightManifest:
+    async def start(self, step: int | None = None) -> WeightManifest:
         """Start the processes, load the models, publish. Deadline: `learner.start_timeout_s` from
         the moment at which all processes have their places. The second time, the processes of
         before are ended, and others take over."""
         if self._started:
             self._end()
-            self._settings = await asyncio.to_thread(self._successor, self._settings)
+            self._settings = await asyncio.to_thread(self._successor, self._settings, step or 0)
         learner = self._settings.learner
         self._actors = [
             _LearnerActors.options(**options, **self._named(rank)).remote(

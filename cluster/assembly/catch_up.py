@@ -51,15 +51,15 @@ class Since:
 NOTHING_SINCE = Since(())
 
 
-def steps_since(run: Run, config: TrainConfig, step: int) -> Since:
-    """The steps from ``step`` on, up to the first whose file is missing, damaged, made with other
+def steps_since(run: Run, config: TrainConfig, step: int, until: int | None = None) -> Since:
+    """The steps from ``step`` on, before ``until``, up to the first whose file is missing, damaged, made with other
     settings, or not a continuation of the one before."""
     from learner.rl.step_record import settings_digest
     from learner.settings import learner_settings
 
     expected = settings_digest(learner_settings(config, canary_prompt=(0,), run_dir=None))
     found: list[RecordedStep] = []
-    for number in range(step, config.batch.steps):
+    for number in range(step, config.batch.steps if until is None else until):
         path = rollouts_file(run, number)
         try:
             next_step = recorded(path, number) if path.is_file() else None

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.auto.resolve import resolve_here
+from cluster.assembly.catch_up import NOTHING_SINCE, Since, forget_since, steps_since
 from cluster.assembly.learnt_from import KEY, learnt_from, refuse_other_origins
 from cluster.assembly.leaving import LeavingWatch
-from cluster.assembly.catch_up import NOTHING_SINCE, Since, forget_since, steps_since
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
 from cluster.assembly.otel import traces_of
 from cluster.assembly.prepare import Prepared, prepare, with_pinned_models
@@ -483,11 +483,12 @@ def _learner(training: Training, files: RoleFiles) -> Any:
     )
     cores = training.cores
 
-    def successor(before: LearnerSettings) -> LearnerSettings:
+    def successor(before: LearnerSettings, step: int) -> LearnerSettings:
         found = None
         with contextlib.suppress(UserError):  # no checkpoint yet: from the start
             found = run.checkpoints.newest_good()
-        since = steps_since(run, training.config, found.state.step if found else 0)
+        # What the lost one did beyond, nobody has heard of: it is done again.
+        since = steps_since(run, training.config, found.state.step if found else 0, step)
         return replace(
             before,
             resume_from=str(found.path.absolute()) if found else None,

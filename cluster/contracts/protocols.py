@@ -101,10 +101,10 @@ class WorkerHandle(Protocol):
 class LearnerHandle(Protocol):
     """The learner as the controller sees it."""
 
-    async def start(self) -> WeightManifest:
+    async def start(self, step: int | None = None) -> WeightManifest:
         """Load models (or the checkpoint); the manifest publishes the weights it starts from.
         Asked again after LearnerLost, it starts another learner, from the newest checkpoint and
-        the rollouts saved since."""
+        the rollouts saved since, to go on at ``step``."""
         ...
 
     async def lost(self) -> None:

@@ -267,7 +267,7 @@ class Controller:
             )
 
     def _start_step(self) -> None:
-        if "step" in self._tasks or "snapshot" in self._tasks:
+        if {"step", "snapshot", "successor"} & self._tasks.keys():
             return  # one learner, one step: steps change the same weights
         if self._steering.paused:
             return
@@ -356,7 +356,8 @@ class Controller:
         self._succession.redo = self._succession.redo[1:]
         if result.step < self._step:  # done once more by a new learner
             self._learner_is("waiting")
-            self._to_broadcast = result.manifest
+            if result.version == self._step:  # older ones were held by all before
+                self._to_broadcast = result.manifest
             return
         began = self._accounts.step_ended(now, result.trained_tokens)
         self._learner_is("waiting")
@@ -407,6 +408,8 @@ class Controller:
     def _learner_lost(self, problem: LearnerLost) -> None:
         """Start another one, from what is on disk. Workers go on meanwhile, as far as the bound
         allows; finished groups wait for it."""
+        if (step := self._tasks.get("step")) is not None and step.done() and not step.exception():
+            self._after_step(self._tasks.pop("step").result())  # the last that it did
         # All of them end with it, each in its own way; the first has told.
         for name in ("step", "watch", "snapshot", "save", "successor"):
             if (task := self._tasks.pop(name, None)) is not None:
@@ -420,7 +423,13 @@ class Controller:
 
     async def _successor(self, pause_s: float) -> WeightManifest:
         await self._clock.sleep(pause_s)
-        return await self._learner.start()
+        return await self._learner.start(self._step)
+
+    @property
+    def _behind(self) -> bool:
+        """Whether the learner has still to do again what its predecessor had done."""
+        redo = self._succession.redo
+        return bool(redo) and redo[0].step < self._step
 
     def _learner_succeeded(self, manifest: WeightManifest) -> None:
         self._succession.succeeded(manifest, self._step)
@@ -443,7 +452,8 @@ class Controller:
         )
 
     def _start_save(self) -> None:
-        if self._save_due and not {"step", "snapshot", "save"} & self._tasks.keys():
+        busy = {"step", "snapshot", "save", "successor"} & self._tasks.keys()
+        if self._save_due and not busy and not self._behind:
             self._save_due = False
             self._spawn("snapshot", self._snapshot())
 
@@ -510,9 +520,10 @@ class Controller:
         """On a stop: wait for the step under way. When somebody is in a hurry, only a little; the
         step is lost if it takes longer."""
         task = self._tasks.get("step")
-        if "successor" in self._tasks:
+        if "successor" in self._tasks or self._behind:
             self._run.event("step_abandoned", step=self._step)
             self._saved = self._step  # by nobody, but a resume trains it again from the rollouts
+            return
         if task is None:
             return
         hurry = asyncio.ensure_future(self._hurry.wait())
