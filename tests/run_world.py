@@ -88,8 +88,11 @@ class Learner:
         self.lose: set[int] = set()
         self.trained: list[int] = []
 
-    async def start(self) -> WeightManifest:
+    async def start(self, step: int | None = None) -> WeightManifest:
         return manifest(self.version)
+
+    async def lost(self) -> None:
+        await asyncio.get_running_loop().create_future()
 
     async def step(self, batch: StepInput) -> StepResult:
         await asyncio.sleep(self.step_s)

@@ -52,8 +52,8 @@ NOTHING_SINCE = Since(())
 
 
 def steps_since(run: Run, config: TrainConfig, step: int, until: int | None = None) -> Since:
-    """The steps from ``step`` on, before ``until``, up to the first whose file is missing, damaged, made with other
-    settings, or not a continuation of the one before."""
+    """The steps from ``step`` on, before ``until``, up to the first whose file is missing, damaged,
+    made with other settings, or not a continuation of the one before."""
     from learner.rl.step_record import settings_digest
     from learner.settings import learner_settings
 

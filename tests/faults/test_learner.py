@@ -1,5 +1,5 @@
-"""Fault 6 on the real controller and pool, with a fake learner: its process dies while it trains, or
-while it waits; another one takes over from what is on disk. No Ray."""
+"""Fault 6 on the real controller and pool, with a fake learner: its process dies while it trains or
+while it waits, and another one takes over from what is on disk. No Ray."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ class _Worker:
 
 
 class _Learner:
-    async def start(self) -> WeightManifest:
+    async def start(self, step: int | None = None) -> WeightManifest:
         return manifest(0)
 
     async def step(self, batch: StepInput) -> StepResult:

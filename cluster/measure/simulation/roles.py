@@ -265,7 +265,7 @@ class SimulatedLearner:
         self._scenario, self._record = scenario, record
         self.groups: list[int] = []  # every group trained on, in order
 
-    async def start(self) -> WeightManifest:
+    async def start(self, step: int | None = None) -> WeightManifest:
         return manifest(0)
 
     async def step(self, batch: StepInput) -> StepResult:

@@ -72,7 +72,7 @@ class FakeLearner:
         self.start_s = 0.0
         self.start_problem: Exception | None = None
 
-    async def start(self) -> WeightManifest:
+    async def start(self, step: int | None = None) -> WeightManifest:
         await asyncio.sleep(self.start_s)
         if self.start_problem is not None:
             raise self.start_problem
