@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +15,24 @@ from cluster.machine.clock import MonotonicClock
 
 FROM_ENVIRONMENT = "env"
 PATH = "/v1/traces"
+SEND_S = 5.0  # of one batch, with what is tried again
+CLOSE_S = 2.0
 
 
 @contextmanager
-def traces_of(config: LoggingConfig, run: str) -> Iterator[Traces | None]:
-    """None when they are off. What is not sent yet is sent at the end."""
+def traces_of(
+    config: LoggingConfig, run: str, say: Callable[[str], None]
+) -> Iterator[Traces | None]:
+    """None when they are off. What is not sent yet is sent at the end, if that is quick. ``say``:
+    told once when the collector does not take them."""
     if config.otel is None:
         yield None
         return
-    exporter = TraceExporter(run, _collector(config.otel))
+
+    def failed() -> None:
+        say(f"traces cannot be sent to {config.otel}: see logging.otel; the run goes on")
+
+    exporter = TraceExporter(run, _collector(config.otel), failed)
     try:
         yield Traces(config.otel_share, MonotonicClock(), exporter)
     finally:
@@ -29,19 +40,32 @@ def traces_of(config: LoggingConfig, run: str) -> Iterator[Traces | None]:
 
 
 class TraceExporter:
-    """``collector``: a span exporter of the OpenTelemetry SDK."""
+    """``collector``: a span exporter of the OpenTelemetry SDK; ``failed`` is called the first time
+    that it cannot send."""
 
-    def __init__(self, run: str, collector: Any) -> None:
+    def __init__(self, run: str, collector: Any, failed: Callable[[], None]) -> None:
         from opentelemetry import trace
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExportResult
 
+        send, told = collector.export, threading.Event()
+
+        def export(spans: Any) -> Any:
+            result = send(spans)
+            if result is not SpanExportResult.SUCCESS and not told.is_set():
+                told.set()
+                failed()
+            return result
+
+        collector.export = export
+        # It would print a line at each attempt; `failed` says it once.
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
         self._context_of = trace.set_span_in_context
         resource = Resource.create({"service.name": "accord", "accord.run": run})
         # Not the process's own: Ray's use of OpenTelemetry stays as it is.
-        self._provider = TracerProvider(resource=resource)
-        self._provider.add_span_processor(BatchSpanProcessor(collector))
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+        self._provider.add_span_processor(BatchSpanProcessor(collector, schedule_delay_millis=1000))
         self._tracer = self._provider.get_tracer("accord")
 
     def __call__(self, trace: Trace) -> None:
@@ -57,7 +81,10 @@ class TraceExporter:
         return self._tracer.start_span(span.name, context, attributes=facts, start_time=start)
 
     def close(self) -> None:
-        self._provider.shutdown()
+        """A collector that does not answer must not hold up the end of a run."""
+        ending = threading.Thread(target=self._provider.shutdown, daemon=True)
+        ending.start()
+        ending.join(CLOSE_S)
 
 
 def _collector(address: str) -> Any:
@@ -70,9 +97,9 @@ def _collector(address: str) -> Any:
             fix="install opentelemetry-exporter-otlp-proto-http, or leave logging.otel out",
         ) from None
     if address == FROM_ENVIRONMENT:
-        return OTLPSpanExporter()
+        return OTLPSpanExporter(timeout=SEND_S)
     base = address.rstrip("/")
-    return OTLPSpanExporter(endpoint=base if base.endswith(PATH) else base + PATH)
+    return OTLPSpanExporter(base if base.endswith(PATH) else base + PATH, timeout=SEND_S)
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -296,7 +296,7 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
         with (
             role_files(config, ray_info) as files,
             reward_role(config, training.cores, log_file, files, session.names) as rewards,
-            traces_of(config.logging, session.path.name) as traces,
+            traces_of(config.logging, session.path.name, session.reporter.say) as traces,
         ):
             for place, parcel in files.parcels().items():
                 session.event(

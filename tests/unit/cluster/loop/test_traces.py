@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cluster.assembly.otel import TraceExporter
+from cluster.assembly.otel import TraceExporter, traces_of
+from cluster.contracts.config.base import LoggingConfig
 from cluster.contracts.records import (
     Assignment,
     Canary,
@@ -171,7 +173,7 @@ def test_spans_are_exported_as_one_trace() -> None:
     from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
     memory = InMemorySpanExporter()
-    exporter = TraceExporter("mine", memory)
+    exporter = TraceExporter("mine", memory, lambda: None)
     clock = Clock()
     asyncio.run(one_step(Traces(1.0, clock, exporter), clock, [0, 1, 2, 3]))
     exporter._provider.force_flush()
@@ -192,3 +194,24 @@ def test_spans_are_exported_as_one_trace() -> None:
     assert root.end_time is not None
     assert round((root.end_time - root.start_time) / 1e9, 3) == 24.0
     exporter.close()
+
+
+def test_a_collector_that_is_away_is_told_once_and_holds_up_nothing() -> None:
+    told: list[str] = []
+    config = LoggingConfig(otel="http://127.0.0.1:9", otel_share=1.0)  # nobody listens there
+    clock = Clock()
+    with traces_of(config, "mine", told.append) as traces:
+        assert traces is not None
+        asyncio.run(one_step(traces, clock, [0, 1, 2, 3]))
+        deadline = time.monotonic() + 60
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.05)
+        ending = time.monotonic()
+    assert time.monotonic() - ending < 10
+    assert len(told) == 1
+    assert "http://127.0.0.1:9" in told[0]
+
+
+def test_without_a_collector_there_are_no_traces() -> None:
+    with traces_of(LoggingConfig(), "mine", print) as traces:
+        assert traces is None
