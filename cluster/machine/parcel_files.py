@@ -110,9 +110,10 @@ def _unreadable(path: Path, problem: OSError) -> UserError:
     )
 
 
-def digest_of(files: Sequence[PackedFile]) -> Digest:
-    """A digest that has taken the names and sizes; the bytes of the files follow, in order."""
-    digest = hashlib.sha256()
+def digest_of(name: str, files: Sequence[PackedFile]) -> Digest:
+    """A digest that has taken the names, of the packed path too, and the sizes; the bytes of the
+    files follow, in order."""
+    digest = hashlib.sha256(f"{name}\0".encode())
     for file in files:
         digest.update(f"{file.size} {file.name}\0".encode())
     return digest

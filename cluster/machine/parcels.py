@@ -74,7 +74,7 @@ def pack(path: Path, wanted: Wanted = lambda path: True) -> Parcel:
     """
     root = Path(path).expanduser().absolute()
     files = listed(root, wanted)
-    digest = digest_of(files)
+    digest = digest_of(root.name, files)
     chunks = [_put(block, root) for block in read_blocks(root, files, digest, CHUNK_BYTES)]
     return Parcel(
         path=str(root),
@@ -198,7 +198,7 @@ def _write(parcel: Parcel, place: Path, blocks: Iterable[Block]) -> None:
         _check_room(parcel, place.parent)
         fresh.mkdir(mode=0o700)
         base = fresh if parcel.is_file else fresh / Path(parcel.path).name
-        digest = digest_of(parcel.files)
+        digest = digest_of(Path(parcel.path).name, parcel.files)
         write_files(parcel.files, base, blocks, digest)
         if digest.hexdigest() != parcel.digest:
             raise Retryable(f"{_named(parcel)} arrived damaged")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -103,6 +104,17 @@ def test_a_single_file_keeps_its_name(folder: Path, store: list[Block]) -> None:
     assert there.read_bytes() == (folder / "a.bin").read_bytes()
 
 
+def test_a_copy_under_another_name_is_a_parcel_of_its_own(
+    folder: Path, store: list[Block], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(folder, folder.with_name("copy"))
+    first = unpack(elsewhere(pack(folder)))
+    monkeypatch.setattr(parcels, "_held", {})  # another process of that host
+    second = unpack(elsewhere(pack(copy)))
+    assert (first.name, second.name) == ("model", "copy")
+    assert content(second) == content(first)
+
+
 def test_only_wanted_files_are_sent(folder: Path, store: list[Block]) -> None:
     (folder / "broken").symlink_to("/no/such/thing")  # nobody asked for it
     there = unpack(elsewhere(pack(folder, lambda path: path.is_dir() or path.suffix == ".txt")))
@@ -157,7 +169,7 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
     files = listed(folder, lambda path: True)
     (folder / "a.bin").write_bytes(b"short")
     with pytest.raises(UserError, match="became shorter"):
-        list(read_blocks(folder, files, digest_of(files), 1000))
+        list(read_blocks(folder, files, digest_of("model", files), 1000))
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
