@@ -319,7 +319,7 @@ def _drive_through_rollbacks(
     files: RoleFiles,
     listeners: Listeners,
     stop: StopSwitch,
-    traces: Any,
+    traces: Traces | None,
 ) -> None:
     limit, session = training.config.learner.max_restarts, training.session
     for _ in range(limit):
