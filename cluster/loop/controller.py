@@ -417,6 +417,7 @@ class Controller:
                 self._save_due |= name in ("snapshot", "save")
         self._to_broadcast = None
         self._learner_is("starting")
+        self._pool.faults["learner"] += 1
         self._run.event("learner_lost", step=self._step, cause=str(problem))
         pause_s = self._succession.lost(problem, self._clock.now())
         self._spawn("successor", self._successor(pause_s))

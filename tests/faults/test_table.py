@@ -26,6 +26,8 @@ FAULTS: dict[int, tuple[str, ...]] = {
     ),
     5: ("tests/unit/reward_service/test_wire.py::test_malformed_replies_are_refused_by_name",),
     6: (
+        "tests/faults/test_learner.py"
+        "::test_06_a_killed_learner_is_replaced_and_each_prompt_is_trained_once",
         "tests/unit/learner/rl/test_learner.py"
         "::test_save_restore_and_one_more_step_equals_no_interruption",
     ),
