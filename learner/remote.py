@@ -22,6 +22,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.contracts.actor_names import Names, unnamed
+from cluster.contracts.crash_points import arm, take_learners
 from cluster.contracts.deadlines import within
 from cluster.contracts.durable import FileDigest, write_text
 from cluster.contracts.errors import (
@@ -105,6 +106,9 @@ class LearnerActor:
                 probe.with_name(f"{probe.name}-seen").write_text(word, encoding="utf-8")
                 return True
         return False
+
+    def crash_at(self, point: str) -> None:
+        arm(point)
 
     def use_outbox(self) -> None:
         self._outbox = Outbox()
@@ -262,6 +266,8 @@ class RayLearner:
         self.nodes = frozenset(await asyncio.gather(*homes))
         limit, purpose = learner.start_timeout_s, "to load its models"
         await self._bridge_hosts(limit)
+        if (crash_point := take_learners()) is not None:
+            await self._call("crash_at", limit, "to arm a crash point", crash_point)
         place = () if learner.processes == 1 else (await self._first("open_place", limit, purpose),)
         manifest: WeightManifest = await self._call("start", limit, purpose, *place)
         self._started = True

@@ -42,6 +42,7 @@ from cluster.contracts.actor_names import ActorNames
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.crash_points import arm_from
 from cluster.contracts.errors import AccordError, RolledBack, UserError
 from cluster.contracts.protocols import Clock
 from cluster.contracts.records import RunState
@@ -115,6 +116,7 @@ def train_policy(
     that did something before.
     """
     check_callbacks(callbacks, save_rollouts=config.logging.save_rollouts)
+    arm_from(os.environ)
     start = start or StartLog(reporter)
     # Before Ray: a mistake in what is read then leaves nothing behind, and is said sooner.
     with start.part(READING):
@@ -149,6 +151,7 @@ def resume_training(
 ) -> Path:
     """Continue a run from its newest usable checkpoint. Only ``batch.steps`` and settings that do
     not change what was learnt may be given anew."""
+    arm_from(os.environ)
     start = StartLog(reporter)
     with start.part(READING):
         run = open_run(path, "train")

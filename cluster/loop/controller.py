@@ -45,6 +45,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cluster.contracts.crash_points import passing
 from cluster.contracts.errors import (
     Fatal,
     LearnerLost,
@@ -265,6 +266,7 @@ class Controller:
                     for i in ids
                 ]
             )
+            passing("driver.after_admit")
 
     def _start_step(self) -> None:
         if {"step", "snapshot", "successor"} & self._tasks.keys():
@@ -290,6 +292,7 @@ class Controller:
         self._ask_step(batch)
 
     def _ask_step(self, batch: StepInput) -> None:
+        passing("driver.before_step")
         self._succession.asked(batch)
         self._learner_is("training")
         sending = self._pool.sent_version
@@ -306,6 +309,7 @@ class Controller:
         ended = self._clock.now()
         self._accounts.broadcast_ended(reports, ended - began)
         self._timeline.span("weights", f"version {manifest.version}", began, ended)
+        passing("driver.after_broadcast")
         return manifest.version
 
     async def _one_event(self) -> None:
@@ -359,6 +363,7 @@ class Controller:
             if result.version == self._step:  # older ones were held by all before
                 self._to_broadcast = result.manifest
             return
+        passing("driver.after_step")
         began = self._accounts.step_ended(now, result.trained_tokens)
         self._learner_is("waiting")
         self._timeline.span("learner", f"step {result.step}", began, now)
@@ -370,6 +375,7 @@ class Controller:
         self._to_broadcast = result.manifest
         self._start_broadcast()
         self._write_metrics(result, now)
+        passing("driver.after_metrics")
         self._look()
         self._save_due = self._save_due or self._time_to_save(now)
         self._accounts.next_window(now, waiting_since=self._clock.now())
@@ -478,6 +484,7 @@ class Controller:
         except NotSaved:
             await self._run.abandon_checkpoint(staging)
             raise
+        passing("driver.mid_save")
         keep = self._settings.keep_checkpoints
         path = await self._run.commit_checkpoint(staging, files, state, keep)
         self._saved = state.step

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.contracts.crash_points import passing
 from cluster.contracts.durable import FileDigest, digest_of, json_text, sync, write_json, write_text
 from cluster.contracts.errors import NotSaved, UserError
 from cluster.contracts.records import RunState
@@ -104,13 +105,16 @@ class Checkpoints:
             write_json(staging / RUN_STATE, asdict(state))
             listed = [*files, digest_of(staging / RUN_STATE, RUN_STATE)]
             self._require(staging, listed)
+            passing("driver.before_commit")
             write_text(staging / MANIFEST, manifest_text(state.step, listed))
             for folder in {staging, *(path.parent for path in staging.rglob("*"))}:
                 sync(folder)
+            passing("driver.after_manifest")
             if final.exists():  # damaged, or the run was resumed from an older one
                 shutil.rmtree(final)
             os.replace(staging, final)
             sync(self.folder)
+            passing("driver.after_commit")
         except OSError as problem:
             self.abandon(staging)
             raise NotSaved(f"{final}: {problem}") from problem

@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.crash_points import passing
 from cluster.contracts.durable import FileDigest, digests_below, sync_tree
 from cluster.contracts.errors import NotSaved, UserError
 from learner.algorithms.kl import AdaptiveKL, FixedKL
@@ -80,6 +81,7 @@ class Snapshot:
         try:
             root.mkdir(parents=True, exist_ok=True)
             save_policy(self.model, self.tokenizer, root / "policy", self.policy)
+            passing("learner.mid_save")
             if self.value is not None:
                 save_file(self.value, root / "value.safetensors")
             for name, tensors in self.moments.items():

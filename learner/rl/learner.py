@@ -15,6 +15,7 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from cluster.contracts.crash_points import passing
 from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, last
@@ -120,6 +121,7 @@ class PPOLearner:
         experience = build_experience(rollouts, state.networks, settings, plan)
         metrics = [last("time/experience", time.perf_counter() - began)]
         update = self._update(experience, plan)
+        passing("learner.after_optimizer_step")
         metrics += update.metrics
         in_reward = settings.algorithm.kl.place == "reward"
         metrics += experience_metrics(experience, update.proximal, plan.kl_coef, in_reward)
@@ -128,6 +130,7 @@ class PPOLearner:
         # wrong start from a wrong step.
         before = self._digest
         publish_began = time.perf_counter()
+        passing("learner.before_publish")
         manifest = self._publish(retained={batch.step, batch.sending})
         metrics.append(last("time/publish", time.perf_counter() - publish_began))
         if self._writer is not None:

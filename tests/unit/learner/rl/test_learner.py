@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from cluster.contracts import crash_points
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput
@@ -436,3 +437,27 @@ def test_huge_weights_are_finite_and_a_single_bad_one_is_not() -> None:
             model.bias[1] = bad
         with pytest.raises(Fatal, match="'bias' is not finite"):
             host_arrays(model, "float32")
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in crash_points.POINTS if name.startswith(crash_points.LEARNER)]
+)
+def test_each_crash_point_of_the_learner_is_passed(
+    world: ModuleType,
+    tiny: Path,
+    tables: list[pa.Table],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+) -> None:
+    ends: list[int] = []
+    monkeypatch.setattr(crash_points, "_end", ends.append)
+    crash_points.arm(name)
+    try:
+        learner, _ = _started(world, tiny)
+        assert ends == []  # a successor's start is not a step
+        learner.step(_step(0, tables[0]))
+        learner.save(tmp_path / "checkpoint")
+    finally:
+        crash_points.arm(None)
+    assert ends == [137]
