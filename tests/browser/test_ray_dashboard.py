@@ -27,7 +27,7 @@ from cluster.runs.grafana import build_dashboard, exported_name
 
 pytestmark = pytest.mark.browser
 
-DEADLINE_S = 240.0
+DEADLINE_S = 120.0
 RUN = "seen"
 WORDS = ("battery", "screen", "hours", "broken", "great", "how", "long", "does", "it", "last")
 CONFIG = """
@@ -60,12 +60,18 @@ max_words = 1
 """
 
 
-def until(reached: Callable[[], Any], what: str, seconds: float = DEADLINE_S) -> Any:
+def until(
+    reached: Callable[[], Any], what: str, page: Any = None, seconds: float = DEADLINE_S
+) -> Any:
+    """``page``: what happens in it is only noticed while it is asked to wait."""
     deadline = time.monotonic() + seconds
     while not (found := reached()):
         if time.monotonic() > deadline:
             pytest.fail(f"waited {seconds:.0f} s for {what}")
-        time.sleep(0.3)
+        if page is None:
+            time.sleep(0.3)
+        else:
+            page.wait_for_timeout(300)
     return found
 
 
@@ -132,8 +138,8 @@ def seen(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         process.send_signal(signal.SIGINT)
         try:
             process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        except subprocess.TimeoutExpired:  # with all that it has started
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 # -- Ray's dashboard ------------------------------------------------------------------------------
@@ -168,22 +174,22 @@ def test_the_metrics_tab_shows_the_run_and_its_throughput_moves(
     amiss: list[str] = []
     tab.on("console", lambda m: amiss.append(m.text) if "Content Security" in m.text else None)
     tab.goto(f"{seen.dashboard}/#/metrics")
-    frame = until(lambda: frames(tab, "/d/"), "the frame of the Metrics tab")[0]
+    frame = until(lambda: frames(tab, "/d/"), "the frame of the Metrics tab", tab)[0]
     frame.wait_for_selector("figure.plot polyline")
     assert frame.locator("h1").inner_text() == f"Accord: {RUN}"
     assert {"worker-0", "worker-1"} <= set(frame.locator("th[scope=row]").all_inner_texts())
     assert "The run waits for:" in frame.locator(".bottleneck").inner_text()
     step = frame.locator(".standing").inner_text()
     rate = tokens_per_s(frame)
-    until(lambda: tokens_per_s(frame) != rate, "another throughput")
-    until(lambda: frame.locator(".standing").inner_text() != step, "another step")
+    until(lambda: tokens_per_s(frame) != rate, "another throughput", tab)
+    until(lambda: frame.locator(".standing").inner_text() != step, "another step", tab)
     keep_picture(tab, "ray-metrics", whole=False)
     assert amiss == []
 
 
 def test_the_overview_shows_throughput_and_learner(seen: Seen, tab: Any, keep_picture: Any) -> None:
     tab.goto(f"{seen.dashboard}/#/overview")
-    until(lambda: len(frames(tab, "/d-solo/")) == 2, "the two frames of the Overview")
+    until(lambda: len(frames(tab, "/d-solo/")) == 2, "the two frames of the Overview", tab)
     titles = set()
     for frame in frames(tab, "/d-solo/"):
         frame.wait_for_selector("figure.plot polyline")
@@ -195,7 +201,9 @@ def test_the_overview_shows_throughput_and_learner(seen: Seen, tab: Any, keep_pi
 def test_actors_and_steps_have_names(seen: Seen, tab: Any, keep_picture: Any) -> None:
     named = {f"{RUN}/{role}" for role in ("learner", "reward", "worker-0", "worker-1")}
     tab.goto(f"{seen.dashboard}/#/actors")
-    until(lambda: all(tab.get_by_text(name).count() for name in named), "the names of the actors")
+    until(
+        lambda: all(tab.get_by_text(name).count() for name in named), "the names of the actors", tab
+    )
     keep_picture(tab, "ray-actors", whole=False)
     tab.goto(f"{seen.dashboard}/#/jobs")
     tab.get_by_text("launch.py train").first.wait_for()
