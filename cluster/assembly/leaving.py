@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from cluster.machine.draining import LeavingNode, leaving_nodes
+from cluster.machine.event_loop import in_own_thread
 
 LOOK_S = 3.0
 RESERVE_S = 5.0  # of a node's deadline, so that leases pass on before it goes
@@ -43,7 +44,7 @@ class LeavingWatch:
         """Until cancelled. A head that does not answer is the business of others."""
         while True:
             try:
-                for node in await asyncio.to_thread(self._leaving):
+                for node in await in_own_thread(self._leaving):
                     if node.id not in self._seen:
                         self._seen.add(node.id)
                         self._take_off(node)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 
 from cluster.assembly.run_session import RunSession
 from cluster.assembly.training_roles import resource_needs
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.autoscaler import ask_for_machines
+from cluster.machine.event_loop import in_own_thread
 from cluster.machine.resources import cluster_nodes, shortage
 
 LOOK_S = 10.0
@@ -31,9 +33,9 @@ async def keep_room(config: TrainConfig, session: RunSession, workers: Callable[
             needs = resource_needs(config, workers())
             if config.rollout.autoscale and asked != workers():
                 asked = workers()
-                await asyncio.to_thread(ask_for_machines, needs)
+                await in_own_thread(partial(ask_for_machines, needs))
             # Asks Ray's head, which may be slow or gone.
-            problem = shortage(needs, await asyncio.to_thread(cluster_nodes))
+            problem = shortage(needs, await in_own_thread(cluster_nodes))
             missing = "" if problem is None else problem.what
             if missing and missing != told:
                 session.event("resources_missing", cause=missing)
@@ -42,4 +44,4 @@ async def keep_room(config: TrainConfig, session: RunSession, workers: Callable[
     finally:
         if asked >= 0:
             async with asyncio.timeout(WITHDRAW_S):
-                await asyncio.to_thread(ask_for_machines, [])
+                await in_own_thread(partial(ask_for_machines, []))

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.catch_up import NOTHING_SINCE, Since, forget_since, steps_since
+from cluster.assembly.head_watch import raise_if_head_lost, watch_head
 from cluster.assembly.learnt_from import KEY, learnt_from, refuse_other_origins
 from cluster.assembly.leaving import LeavingWatch
 from cluster.assembly.listeners import ListenedRun, Listeners, check_callbacks
@@ -408,6 +409,8 @@ async def _drive(
         _watch_leaving_nodes(training, controller, pool, learner, rewards)
     )
     live = asyncio.ensure_future(feed.run())
+    head = watch_head(session, controller)
+    head_watch = asyncio.ensure_future(head.run())
     with stop.bound(controller.request_stop):
         try:
             if await controller.start():
@@ -418,7 +421,11 @@ async def _drive(
                     _tell_stop(training, controller, listeners, watch)
             else:
                 _tell_stop(training, controller, listeners, watch)
+        except Exception as problem:
+            await raise_if_head_lost(head, session, problem)
+            raise
         finally:
+            head_watch.cancel()
             watch.cancel()
             room.cancel()
             await asyncio.gather(room, return_exceptions=True)

@@ -47,6 +47,7 @@ from typing import Any
 
 from cluster.contracts.crash_points import passing
 from cluster.contracts.errors import (
+    AccordError,
     Fatal,
     LearnerLost,
     NotSaved,
@@ -125,6 +126,8 @@ class Controller:
         self._buffer = GroupBuffer(self._ledger, next_step=first)
         self._stop = asyncio.Event()
         self._hurry = asyncio.Event()  # the stop must not wait long for the step under way
+        self._ending: Resumable | None = None  # why it is stopped, where nobody asked for it
+        self._keep_s = 0.0  # then the longest wait for the last checkpoint
         self._wake = asyncio.Event()  # something ended, or it is time to look around
         self._tasks: dict[str, asyncio.Task[Any]] = {}
         self._to_broadcast: WeightManifest | None = None  # only the newest is worth sending
@@ -154,6 +157,13 @@ class Controller:
         self._stop.set()
         self._wake.set()
 
+    def end(self, problem: Resumable, keep_s: float) -> None:
+        """Stop because of ``problem``, which ``run`` or ``start`` then raises. The newest state is
+        saved if that takes no longer than ``keep_s`` seconds: who has to save it may hang, too."""
+        if self._ending is None:
+            self._ending, self._keep_s = problem, keep_s
+        self.request_stop()
+
     def on_reward_replicas(self, call: Callable[[int], None]) -> None:
         """``call`` with the number of reward services whenever another one is asked for."""
         self._steering.on_reward_replicas(call)
@@ -174,6 +184,8 @@ class Controller:
         self._spawn("look around", self._look_around())
         manifest = await self._start_unless_stopped()
         if manifest is None:
+            if self._ending is not None:
+                raise self._ending
             return False
         self._started = True
         self._began = self._clock.now()
@@ -199,12 +211,25 @@ class Controller:
                 self._start_broadcast()
                 self._waits.turn(self._clock.now(), self._waits_for())
                 await self._one_event_or_the_end()
+            if self._ending is not None:
+                await self._keep_what_can_be_kept()
+                raise self._ending
             if self._stop.is_set():
                 await self._finish_running_step()
             await self._finish_saving()
             return self._state()
         finally:
             await self._end_tasks()
+
+    async def _keep_what_can_be_kept(self) -> None:
+        try:
+            async with asyncio.timeout(self._keep_s):
+                await self._finish_running_step()
+                await self._finish_saving()
+        # What ends the run may have taken the learner with it. It is raised, whatever this meets.
+        except (AccordError, TimeoutError) as problem:
+            cause = str(problem) or f"not written within {self._keep_s:.0f} s"
+            self._run.event("last_checkpoint_failed", step=self._step, cause=cause)
 
     async def _end_tasks(self) -> None:
         for task in self._tasks.values():

@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from cluster.machine.signals import WORDS, in_command, listening, signal_handlers_kept
 
@@ -62,6 +62,33 @@ def _handlers(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> Itera
         finally:
             for number in WORDS:
                 loop.remove_signal_handler(number)
+
+
+async def in_own_thread(call: Callable[[], T]) -> T:
+    """As `asyncio.to_thread`, for a call that may hang for ever: nobody waits for the thread, also
+    not the end of the loop."""
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def put(result: T | None, problem: BaseException | None) -> None:
+        if answer.done():  # nobody waits any more
+            return
+        if problem is not None:
+            answer.set_exception(problem)
+        else:
+            answer.set_result(cast(T, result))
+
+    def run() -> None:
+        result, problem = None, None
+        try:
+            result = call()
+        except BaseException as raised:
+            problem = raised
+        with suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(put, result, problem)
+
+    threading.Thread(target=run, name="accord-own-thread", daemon=True).start()
+    return await answer
 
 
 def run_coroutine(work: Coroutine[Any, Any, T], stop: StopSwitch | None = None) -> T:

@@ -36,7 +36,11 @@ FAULTS: dict[int, tuple[str, ...]] = {
         "::test_a_step_that_is_not_finite_changes_nothing_and_the_third_is_fatal",
     ),
     8: (f"{BOOKS}.the_command_is_killed_and_the_run_resumed",),
-    9: (),
+    9: (
+        "tests/faults/test_head.py::test_09_the_head_is_lost_and_the_newest_state_is_saved",
+        "tests/faults/test_head.py"
+        "::test_09_the_head_is_lost_with_the_learner_and_the_newest_checkpoint_stays",
+    ),
     10: (
         f"{WORKERS}::test_10_a_node_is_drained_by_its_deadline_and_another_worker_takes_its_place",
         f"{WORKERS}::test_10_a_lost_node_takes_two_workers_at_once_and_is_not_charged",
@@ -77,7 +81,6 @@ FAULTS: dict[int, tuple[str, ...]] = {
         f"{WORKERS}::test_20_a_split_network_is_a_worker_that_does_not_answer",
     ),
 }  # fmt: skip
-WITHOUT_A_FAST_TEST = {9}  # the loss of Ray's head needs a head
 
 
 @cache
@@ -95,7 +98,7 @@ def names(path: str) -> frozenset[str]:
 
 @pytest.mark.parametrize("number", range(1, 21))
 def test_every_fault_has_a_test_that_exists(number: int) -> None:
-    assert bool(FAULTS[number]) != (number in WITHOUT_A_FAST_TEST)
+    assert FAULTS[number]
     for test in FAULTS[number]:
         path, _, name = test.partition("::")
         assert name in names(path), test

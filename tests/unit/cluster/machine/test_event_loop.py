@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from cluster.machine.event_loop import StopSwitch, run_coroutine
+from cluster.machine.event_loop import StopSwitch, in_own_thread, run_coroutine
 
 
 async def answer() -> str:
@@ -99,3 +99,17 @@ def test_a_wish_uttered_before_the_work_begins_is_heard() -> None:
     stop = StopSwitch()
     stop.ask()
     assert run_coroutine(until_stopped(stop, threading.Event()), stop) == "stopped"
+
+
+def test_a_call_that_hangs_in_its_own_thread_does_not_hold_up_the_end_of_the_loop() -> None:
+    hangs = threading.Event()
+
+    async def scenario() -> int:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(in_own_thread(hangs.wait), 0.01)
+        with pytest.raises(ZeroDivisionError):
+            await in_own_thread(lambda: 1 // 0)
+        return await in_own_thread(lambda: 7)
+
+    assert asyncio.run(scenario()) == 7  # with asyncio.to_thread, this would never end
+    hangs.set()
