@@ -40,14 +40,8 @@ from cluster.contracts.records import (
 from cluster.machine.imports import quick_imports
 from cluster.machine.shipment import Shipment
 
-LOST = (
-    RayActorError,
-    ActorUnavailableError,
-    GetTimeoutError,
-    ObjectLostError,
-    OutOfMemoryError,
-    WorkerCrashedError,
-)
+LOST = (RayActorError, GetTimeoutError, ObjectLostError, OutOfMemoryError, WorkerCrashedError)
+CAUSE_S = 5.0  # for Ray to learn whether it is the process or its host that is gone
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,10 +250,23 @@ class RayRolloutWorker:
             return await (answer if timeout_s is None else within(timeout_s, answer))
         except RayTaskError as problem:
             raise original(problem, self.name) from None
+        except ActorUnavailableError as problem:
+            raise lost(await self._cause(problem), self.name) from None
         except LOST as problem:
             raise lost(problem, self.name) from None
         except TimeoutError:
             raise Retryable(f"{self.name} did not {what} within {timeout_s:.0f} s") from None
+
+    async def _cause(self, problem: ActorUnavailableError) -> RayActorError:
+        """Why the actor cannot be reached: Ray answers another call as soon as it knows."""
+        try:
+            again = self._actor.placed.remote()
+            await within(CAUSE_S, asyncio.wrap_future(again.future()))
+        except (ActorUnavailableError, TimeoutError):
+            return problem
+        except RayActorError as known:
+            return known
+        return problem  # it was away for a moment; what it was asked for is lost
 
 
 def lost(problem: BaseException, name: str) -> Retryable:
@@ -267,7 +274,9 @@ def lost(problem: BaseException, name: str) -> Retryable:
     if getattr(problem, "actor_init_failed", False):  # the last line of the trace is the cause
         return Unexpected(f"{name} could not be made: {str(problem).strip().splitlines()[-1]}")
     text = f"{name} is lost: {_said_by_ray(problem)}"
-    if getattr(problem, "preempted", False) or "node has died" in str(problem):
+    # "Unavailable" is an actor that cannot be reached, as on a host that is about to be lost.
+    gone = getattr(problem, "preempted", False) or "node has died" in str(problem)
+    if gone or isinstance(problem, ActorUnavailableError):
         return MachineLost(text)
     return WorkerDied(text) if isinstance(problem, RayActorError) else Retryable(text)
 

@@ -56,7 +56,8 @@ class WorkerDied(Retryable):
 
 
 class MachineLost(Retryable):
-    """A worker's machine was taken back or is gone. The worker is not charged with it."""
+    """A worker's machine was taken back, is gone or cannot be reached. The worker is not charged
+    with it, and no prompt is suspected."""
 
 
 class Unexpected(Retryable):

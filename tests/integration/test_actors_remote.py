@@ -18,7 +18,14 @@ from typing import Any, TypeVar
 import numpy as np
 import pytest
 
-from cluster.contracts.errors import Retryable, RewardFailure, UserError, WeightMismatch, WorkerDied
+from cluster.contracts.errors import (
+    Resumable,
+    Retryable,
+    RewardFailure,
+    UserError,
+    WeightMismatch,
+    WorkerDied,
+)
 from cluster.contracts.records import Assignment, Canary, Harvest, Prompt, Rollout, Score
 from cluster.contracts.rollout_table import from_table
 
@@ -189,14 +196,13 @@ def test_failures_keep_their_kind(cluster: None, model: Path, tmp_path: Path) ->
         with pytest.raises(UserError, match="tokenizer"):
             await lost.start()
         await lost.stop()
-        worker = make(model)(1, 0)
+        worker = make(model, reward_outage_s=0.0)(1, 0)
         await worker.start()
         arrays, dtypes, canary = weights(model)
         await worker.load_weights(ObjectStorePublisher().publish(arrays, dtypes, 0, canary))
         await worker.submit([Assignment(group_id=0, prompt=prompt(1, fail=True), samples=1)])
-        (harvest,) = [h for h in await collect(worker, 1) if h.groups]
-        assert (harvest.groups[0].failure, harvest.groups[0].retryable) == ("asked to fail", True)
-        assert harvest.payload is None
+        with pytest.raises(Resumable, match=r"could not be had for 0 s .*: asked to fail"):
+            await collect(worker, 1)
         await worker.stop()
 
     wait(life())

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from concurrent.futures import Future
+from typing import Any
+
 import pytest
 from ray.exceptions import (
     ActorDiedError,
@@ -11,7 +15,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from actors.remote import lost, original
+from actors.remote import RayRolloutWorker, lost, original
 from cluster.contracts.errors import (
     EngineFailure,
     MachineLost,
@@ -42,7 +46,7 @@ def died(text: str, *, preempted: bool = False) -> RayActorError:
     ("problem", "kind", "words"),
     [
         (ActorDiedError(), WorkerDied, "died unexpectedly"),
-        (ActorUnavailableError("gone for now", None), WorkerDied, "gone for now"),
+        (ActorUnavailableError("gone for now", None), MachineLost, "gone for now"),
         (died(NODE_DIED), MachineLost, "its node has died"),
         (died(PROCESS_DIED), WorkerDied, "its worker process has died. End of file."),
         (died("taken back", preempted=True), MachineLost, "taken back"),
@@ -81,3 +85,48 @@ def test_what_a_worker_raised_keeps_its_class_or_gets_one(
     found = original(problem, "worker-3")
     assert type(found) is kind
     assert words in str(found)
+
+
+class Call:
+    """A method of an actor, and what a call of it returns."""
+
+    def __init__(self, problem: BaseException | None) -> None:
+        self._problem = problem
+
+    def remote(self, *given: Any) -> Call:
+        return self
+
+    def future(self) -> Future[None]:
+        future: Future[None] = Future()
+        if self._problem is None:
+            future.set_result(None)
+        else:
+            future.set_exception(self._problem)
+        return future
+
+
+class Actor:
+    def __init__(self, submit: BaseException, placed: BaseException | None) -> None:
+        self.submit, self.placed = Call(submit), Call(placed)
+
+
+@pytest.mark.parametrize(
+    ("then", "kind", "words"),
+    [
+        (died(PROCESS_DIED), WorkerDied, "its worker process has died"),
+        (died(NODE_DIED), MachineLost, "its node has died"),
+        (ActorUnavailableError("still away", None), MachineLost, "gone for now"),
+        (None, MachineLost, "gone for now"),
+    ],
+)
+def test_an_actor_that_cannot_be_reached_is_asked_once_more_what_became_of_it(
+    then: BaseException | None, kind: type[Retryable], words: str
+) -> None:
+    """A killed process must be told from a host that is about to be lost: only the first may be
+    charged with it, or make suspects of its prompts."""
+    worker = object.__new__(RayRolloutWorker)
+    worker.name, worker._call_s = "worker-3", 30.0
+    worker._actor = Actor(ActorUnavailableError("gone for now", None), then)
+    with pytest.raises(Retryable, match=words) as found:
+        asyncio.run(worker.submit([]))
+    assert type(found.value) is kind

@@ -302,8 +302,9 @@ def test_every_prompt_is_trained_once_in_order(tmp_path: Path, bound: int) -> No
 
 def test_weights_that_a_worker_asks_for_are_retained_and_few_others(tmp_path: Path) -> None:
     """Workers load more slowly than the learner steps. The learner lets go of all versions but
-    those that `StepInput` names: no worker may find the one it was told to load gone."""
-    gone: list[tuple[int, set[int]]] = []
+    those that `StepInput` names. No serving worker may find the one it was told to load gone. One
+    that joins may, once a newer one is being sent, and goes on to that."""
+    gone: list[tuple[str, bool]] = []  # (the worker's status, whether a newer version is sent)
     held: set[int] = {0}
     most = 0
 
@@ -318,14 +319,19 @@ def test_weights_that_a_worker_asks_for_are_retained_and_few_others(tmp_path: Pa
     class Watching(World):
         def mismatch(self, worker: FakeWorker, version: int) -> bool:
             if version not in held:
-                gone.append((version, set(held)))
+                (status,) = [w.status for w in pool.facts().workers if w.name == worker.name]
+                gone.append((status, (pool.sent_version or 0) > version))
+                raise Retryable(f"weights of version {version} are gone")
             return False
 
     world = Watching()
     world.kill = {7, 20, 31}  # their successors join while versions move on
-    controller, pool, _, _ = build(tmp_path, world, Letting(), steps=20, bound=8)
+    controller, pool, run, _ = build(tmp_path, world, Letting(), steps=20, bound=8)
     asyncio.run(drive(controller, pool))
-    assert gone == []
+    assert set(gone) <= {("starting", True)}
+    kinds = [event["kind"] for event in events(run)]
+    assert kinds.count("worker_lost") == 3, "those that were killed, and no other"
+    assert "worker_not_joined" not in kinds
     assert most == 3
 
 
