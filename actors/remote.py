@@ -37,6 +37,7 @@ from cluster.contracts.records import (
     SwapReport,
     WeightManifest,
 )
+from cluster.contracts.stacks import thread_stacks
 from cluster.machine.imports import quick_imports
 from cluster.machine.shipment import Shipment
 
@@ -172,6 +173,9 @@ class RolloutActor:
     def sample(self, prompts: Sequence[Prompt], samples: int, timeout_s: float) -> list[Rollout]:
         return self._worker.sample(prompts, samples, timeout_s)
 
+    def stacks(self) -> str:
+        return thread_stacks()
+
     def stop(self) -> None:
         if self._worker is not None:
             self._worker.stop()
@@ -232,6 +236,10 @@ class RayRolloutWorker:
     ) -> list[Rollout]:
         ref = self._actor.sample.remote(list(prompts), samples, timeout_s)
         return await self._get(ref, timeout_s + self._call_s, f"answer {len(prompts)} prompts")
+
+    async def stacks(self) -> str:
+        """What the threads of its process do."""
+        return str(await self._get(self._actor.stacks.remote(), None, "tell its stacks"))
 
     async def stop(self) -> None:
         """Ask it to end, then end it: an actor that hangs must not keep its core.

@@ -36,6 +36,7 @@ from cluster.contracts.errors import (
 )
 from cluster.contracts.plugins import install
 from cluster.contracts.records import StepInput, StepResult, WeightManifest
+from cluster.contracts.stacks import thread_stacks
 from cluster.contracts.telemetry import telemetry_off
 from cluster.machine.imports import quick_imports
 from cluster.machine.parcels import Parcel, pack, unpack
@@ -54,6 +55,8 @@ ASIDE = "aside"
 """Ray's concurrency group of what is answered while a step goes on."""
 WATCH = "watch"
 """Of the one call that is answered by the process's end."""
+STACKS = "stacks"
+"""Of what is asked when nothing else may be answered."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -89,6 +92,10 @@ class LearnerActor:
     @ray.method(concurrency_group=ASIDE)
     def pulse(self) -> None:
         """Answers while a step goes on: the process lives and is not stopped."""
+
+    @ray.method(concurrency_group=STACKS)
+    def stacks(self) -> str:
+        return thread_stacks()
 
     def pid(self) -> int:
         return os.getpid()
@@ -191,7 +198,8 @@ class LearnerActor:
 
 # Ray's types do not know the option.
 _with_groups: Any = ray.remote
-_LearnerActors = _with_groups(concurrency_groups={ASIDE: 1, WATCH: 1, "files": 2})(LearnerActor)
+_GROUPS = {ASIDE: 1, WATCH: 1, STACKS: 1, "files": 2}
+_LearnerActors = _with_groups(concurrency_groups=_GROUPS)(LearnerActor)
 
 
 def _fetched(batch: StepInput) -> StepInput:
@@ -308,6 +316,11 @@ class RayLearner:
             )
         except RayError as problem:
             raise Retryable(f"the learner does not answer: {problem}") from None
+
+    async def stacks(self) -> str:
+        """What the threads of its processes do."""
+        asked = [asyncio.wrap_future(actor.stacks.remote().future()) for actor in self._actors]
+        return "\n".join(await asyncio.gather(*asked)) or "has no process"
 
     async def snapshot(self) -> int:
         """Copy the state in the learner's memory, after the step before; bytes of the copy."""

@@ -23,6 +23,7 @@ from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.config.reward import FunctionSource, RewardConfig, RewardModelSource
 from cluster.contracts.errors import AccordError, Fatal, RewardFailure, UserError
 from cluster.contracts.plugins import PluginFile, install, loaded
+from cluster.contracts.stacks import thread_stacks
 from cluster.contracts.telemetry import telemetry_off
 from cluster.machine.imports import quick_imports
 from cluster.machine.shipment import Shipment, known_as
@@ -159,6 +160,10 @@ class RewardServiceHandle:
             return (str(problem).strip() or type(problem).__name__).splitlines()[0]
         return await asyncio.get_running_loop().create_future()  # it was asked to: nothing to tell
 
+    async def stacks(self) -> str:
+        """What the threads of its process do."""
+        return str(await asyncio.wrap_future(self._actor.stacks.remote().future()))
+
     def stop(self, timeout_s: float = 10.0) -> None:
         """Ends server, actor and process. Idempotent."""
         if self._actor is None:
@@ -290,6 +295,9 @@ class _RewardActor:
     def wait(self) -> None:
         """Returns when stopped; whoever waits learns from Ray when the process dies before."""
         self._stopped.wait()
+
+    def stacks(self) -> str:
+        return thread_stacks()
 
     def stop(self) -> None:
         if self._server is not None:

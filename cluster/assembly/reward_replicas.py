@@ -53,6 +53,10 @@ class RewardReplicas:
     def first(self) -> Any:
         return self._services[0]
 
+    @property
+    def services(self) -> Sequence[Service]:
+        return tuple(self._services)
+
     async def ready(self) -> None:
         """Until those of the beginning serve. Raises what keeps one of them from it."""
         await asyncio.gather(*(self._serve(service) for service in self._services))

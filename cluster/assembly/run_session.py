@@ -82,6 +82,12 @@ class RunSession:
             )
         elif kind in ("worker_lost", "worker_not_joined", "worker_broken"):
             self.reporter.say(f"{detail['worker']}: {detail['cause']}")
+        elif kind == "stalled":
+            where = detail.get("file") or f"no file could be written ({detail.get('cause')})"
+            self.reporter.say(
+                f"nothing has moved for {detail['idle_s']} s; waiting for {detail['waits_for']}: "
+                f"{where}"
+            )
         elif kind == "workers_missing":
             self.reporter.say(
                 f"{detail['serving']} of at least {detail['min_workers']} workers serve: "

@@ -32,6 +32,7 @@ from cluster.assembly.run_session import (
     run_session,
 )
 from cluster.assembly.shipping import RoleFiles, role_files
+from cluster.assembly.stall_watch import StallWatch, own_deadlines, processes
 from cluster.assembly.training_roles import (
     RewardRole,
     parents,
@@ -411,6 +412,22 @@ async def _drive(
     live = asyncio.ensure_future(feed.run())
     head = watch_head(session, controller)
     head_watch = asyncio.ensure_future(head.run())
+    stall_watch = asyncio.ensure_future(
+        StallWatch(
+            timeout_s=config.cluster.stall_timeout_s,
+            own=own_deadlines(config),
+            folder=session.path,
+            loop=controller.facts,
+            pool=pool.facts,
+            look=feed.look,
+            processes=lambda: processes(
+                learner, pool.handles(), rewards.replicas.services if rewards.replicas else ()
+            ),
+            event=session.event,
+            end=controller.end,
+            clock=clock,
+        ).run()
+    )
     with stop.bound(controller.request_stop):
         try:
             if await controller.start():
@@ -426,6 +443,7 @@ async def _drive(
             raise
         finally:
             head_watch.cancel()
+            stall_watch.cancel()
             watch.cancel()
             room.cancel()
             await asyncio.gather(room, return_exceptions=True)

@@ -596,6 +596,9 @@ class Controller:
             held=self._ledger.held if self._waits else -1,
             sending="broadcast" in self._tasks,
             bound=self._settings.staleness_bound,
+            saved=self._saved,
+            paused=self._steering.paused,
+            under_way=tuple(sorted(self._tasks.keys() - BACKGROUND)),
         )
 
     def _waits_for(self) -> Wait:

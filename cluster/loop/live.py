@@ -77,6 +77,7 @@ class PoolFacts:
     restarts: int
     left: int
     score_failures: int
+    wanted: int = 1  # how many workers there are to be
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +97,9 @@ class LoopFacts:
     held: int
     sending: bool
     bound: int
+    saved: int = 0  # step of the newest checkpoint
+    paused: bool = False  # by a person
+    under_way: tuple[str, ...] = ()  # what the loop has begun and not ended
 
 
 @dataclass(slots=True)
@@ -227,7 +231,7 @@ class LiveMeter:
         if total > 0:
             return max(0.0, spent["score_s"] / total)
         # Nobody has finished anything: a call of the reward service that takes long, or a stop.
-        return 1.0 if _only_scoring(workers) else 0.0
+        return 1.0 if only_scoring(workers) else 0.0
 
     def _before(self, now: float, window_s: float) -> _Look:
         """The newest look that is ``window_s`` old, or the oldest there is."""
@@ -289,7 +293,7 @@ class LiveMeter:
         return History(*zip(*self._history, strict=True))
 
 
-def _only_scoring(workers: Sequence[WorkerFacts]) -> bool:
+def only_scoring(workers: Sequence[WorkerFacts]) -> bool:
     """Whether the groups in hand are all generated, and only their scores are to come."""
     groups = sum(facts.groups for facts in workers)
     return groups > 0 and not any(facts.stats.get("unfinished", 0.0) for facts in workers)

@@ -262,6 +262,7 @@ class WorkerPool:
             restarts=self.restarts,
             left=self.left,
             score_failures=self.faults["reward"],
+            wanted=self.wanted,
         )
 
     def _facts(self, member: Member) -> WorkerFacts:
@@ -277,6 +278,10 @@ class WorkerPool:
             finished=member.finished,
             stats=member.stats,
         )
+
+    def handles(self) -> list[WorkerHandle]:
+        """Of every process that there is."""
+        return [member.handle for member in self._members if member.status != "gone"]
 
     def holding_s(self) -> float:
         """Seconds that workers held at least one group, summed over the workers."""

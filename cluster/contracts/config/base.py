@@ -226,6 +226,15 @@ class ClusterConfig(Section):
         "have found no room for this many seconds. The run says what is missing meanwhile. 0: "
         "it waits for ever.",
     )
+    stall_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="`accord train`: when nothing has moved for this many seconds (no token, "
+        "group, step, weights or checkpoint), the run writes `stall-TIME.txt`, which says who "
+        "waits for what. "
+        "After twice the time, and after every deadline of what it waits for, it ends with exit "
+        "code 75.",
+    )
     pin_cores: bool = auto(
         True,
         rule="on if all roles compute on this machine's CPUs and there are enough cores",
