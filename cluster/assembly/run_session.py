@@ -100,6 +100,12 @@ class RunSession:
             )
         elif kind == "rollouts_not_written":
             self.reporter.say(f"training goes on without rollouts on disk: {detail['cause']}")
+        elif kind == "learner_out_of_memory":
+            self.reporter.say(
+                f"step {detail['step']} did not fit into the learner's memory; it was trained with "
+                f"learner.tokens_per_microbatch = {detail['tokens_per_microbatch']}. Set the key "
+                "to this value to save the attempts that fail"
+            )
         elif kind == "checkpoint_failed":
             self.reporter.say(
                 f"no checkpoint was written at step {detail['step']}; training goes on, and the "

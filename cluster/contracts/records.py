@@ -294,6 +294,8 @@ class StepResult:
     """Outcome of one learner step: the new policy version and its published weights.
 
     ``not_written``: why rollouts of steps before, which were to be saved, are not on disk.
+    ``smaller_microbatches``: the ``learner.tokens_per_microbatch`` with which the step was trained,
+    where memory ran out with the one of the config.
     """
 
     step: int
@@ -302,6 +304,7 @@ class StepResult:
     manifest: WeightManifest
     trained_tokens: int
     not_written: tuple[str, ...] = ()
+    smaller_microbatches: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -657,6 +657,8 @@ class Controller:
     def _write_metrics(self, result: StepResult, now: float) -> None:
         for cause in result.not_written:
             self._run.event("rollouts_not_written", step=self._step, cause=cause)
+        if (tokens := result.smaller_microbatches) is not None:
+            self._run.event("learner_out_of_memory", step=self._step, tokens_per_microbatch=tokens)
         standing = Standing(
             queued=len(self._buffer),
             refused=self._buffer.refused,

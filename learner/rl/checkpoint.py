@@ -138,7 +138,7 @@ def snapshot(state: TrainerState) -> Snapshot | None:
         policy=_tied_again(policy, networks.policy),
         value=value,
         moments=moments,
-        random_states=_random_states(),
+        random_states=random_states(),
         # Plain values of now: the optimisers' own change as training goes on.
         trainer=json.loads(json.dumps(trainer, allow_nan=False)),
     )
@@ -163,7 +163,7 @@ def restore_state(state: TrainerState, directory: str | Path) -> None:
         kl = {key: value for key, value in trainer["kl"].items() if key != "controller"}
         state.kl.load_state_dict(kl)
         # After the networks, whose loading may draw random numbers.
-        _set_random_states(load_file(root / "rng.safetensors"))
+        set_random_states(load_file(root / "rng.safetensors"))
         state.version = int(trainer["version"])
         state.canary_ids = tuple(trainer["canary_ids"])
     except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as problem:
@@ -265,14 +265,14 @@ def _tied_again(copies: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     return copies
 
 
-def _random_states() -> dict[str, Tensor]:
+def random_states() -> dict[str, Tensor]:
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states["cuda"] = torch.cuda.get_rng_state()
     return states
 
 
-def _set_random_states(states: Mapping[str, Tensor]) -> None:
+def set_random_states(states: Mapping[str, Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])

@@ -33,6 +33,7 @@ from learner.rl.networks import build_kl_controller, build_networks, build_optim
 from learner.rl.publish import canary, canary_tokens, device_tensors, host_arrays
 from learner.rl.rollout_files import RolloutWriter
 from learner.rl.rollouts import RolloutBatch, read_batch
+from learner.rl.short_memory import in_smaller_parts
 from learner.rl.step_record import attach, step_record, weights_digest
 from learner.rl.update import PolicyUpdate, UpdateResult
 from learner.settings import LearnerSettings
@@ -118,9 +119,16 @@ class PPOLearner:
         plan = StepPlan(
             step=batch.step, kl_coef=state.kl.coef, value_only=self._value_only(batch.step)
         )
-        experience = build_experience(rollouts, state.networks, settings, plan)
-        metrics = [last("time/experience", time.perf_counter() - began)]
-        update = self._update(experience, plan)
+
+        def train(settings: LearnerSettings) -> tuple[Experience, UpdateResult, float]:
+            experience = build_experience(rollouts, state.networks, settings, plan)
+            built_s = time.perf_counter() - began
+            return experience, self._update(experience, plan), built_s
+
+        (experience, update, built_s), trained_with = in_smaller_parts(
+            train, settings, state, rollouts
+        )
+        metrics = [last("time/experience", built_s)]
         passing("learner.after_optimizer_step")
         metrics += update.metrics
         in_reward = settings.algorithm.kl.place == "reward"
@@ -150,6 +158,9 @@ class PPOLearner:
             manifest=manifest,
             trained_tokens=int(experience.loss_mask.sum()),
             not_written=() if self._writer is None else self._writer.take_not_written(),
+            smaller_microbatches=None
+            if trained_with is settings
+            else trained_with.learner.tokens_per_microbatch,
         )
 
     def snapshot(self) -> Snapshot | None:

@@ -300,6 +300,18 @@ def test_every_prompt_is_trained_once_in_order(tmp_path: Path, bound: int) -> No
     assert (found.path.name, found.state.step) == ("step-000006", 6)
 
 
+def test_a_step_that_did_not_fit_into_memory_is_told(tmp_path: Path) -> None:
+    class Small(FakeLearner):
+        async def step(self, batch: StepInput) -> StepResult:
+            tokens = 512 if batch.step == 2 else None
+            return replace(await super().step(batch), smaller_microbatches=tokens)
+
+    controller, pool, run, _ = build(tmp_path, World(), Small())
+    asyncio.run(drive(controller, pool))
+    told = [event for event in events(run) if event["kind"] == "learner_out_of_memory"]
+    assert [(event["step"], event["tokens_per_microbatch"]) for event in told] == [(3, 512)]
+
+
 def test_weights_that_a_worker_asks_for_are_retained_and_few_others(tmp_path: Path) -> None:
     """Workers load more slowly than the learner steps. The learner lets go of all versions but
     those that `StepInput` names. No serving worker may find the one it was told to load gone. One
