@@ -24,7 +24,7 @@ from cluster.contracts import registry
 from cluster.contracts.errors import AccordError, BadReward, Resumable, UserError
 from cluster.contracts.plugins import plugins_from_environment
 from cluster.machine.environment import prepare_environment
-from cluster.machine.signals import WORDS, CommandSignals, command_signals, exit_code
+from cluster.machine.signals import TRY_AGAIN, WORDS, CommandSignals, command_signals, exit_code
 
 COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Start": ("quickstart", "init", "doctor"),
@@ -38,7 +38,6 @@ COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Plan and measure": ("plan", "bench", "simulate"),
 }
 
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: schedulers know it as "start it again later"
 
 app = typer.Typer(
     name="accord",

@@ -11,10 +11,12 @@ from cluster.contracts.errors import Resumable
 from cluster.loop.controller import Controller
 from cluster.machine.event_loop import in_own_thread
 from cluster.machine.head import head_address, head_answers
+from cluster.machine.signals import TRY_AGAIN, end_command_after
 
 LOOK_S = 5.0
 DEADLINE_S = 5.0  # for one answer
 MISSES = 3  # in a row: one or two are a head that is busy
+LEAVE_S = 35.0  # by then the command has ended, whatever hangs
 KEEP_S = 15.0  # for the learner to save; Ray ends this process a minute after its head is gone
 
 
@@ -67,7 +69,7 @@ def watch_head(session: RunSession, controller: Controller) -> HeadWatch:
     place = head_address()
     return HeadWatch(
         lambda: head_answers(place, DEADLINE_S),
-        lambda: controller.end(head_lost(session), KEEP_S),
+        lambda: controller.end(_head_lost(session), KEEP_S),
         session.event,
     )
 
@@ -76,11 +78,14 @@ async def raise_if_head_lost(head: HeadWatch, session: RunSession, problem: Exce
     """A lost head breaks much else, which may be noticed first. Raises HeadLost if that is why."""
     if not isinstance(problem, Resumable) and await head.is_lost():
         session.event("head_lost", unanswered=MISSES, noticed_as=str(problem))
-        raise head_lost(session) from problem
+        raise _head_lost(session) from problem
 
 
-def head_lost(session: RunSession) -> HeadLost:
-    return HeadLost(
+def _head_lost(session: RunSession) -> HeadLost:
+    problem = HeadLost(
         "the cluster's head is lost: Ray does not answer any more. Once it runs again, resume with "
         f"accord train --resume {session.path}"
     )
+    # Some of what Ray is asked to end waits for the head.
+    end_command_after(LEAVE_S, f"stopped: {problem}", TRY_AGAIN)
+    return problem

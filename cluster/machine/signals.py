@@ -25,6 +25,7 @@ NUDGE = signal.SIGURG  # nothing else uses it, and a process without a handler i
 AGAIN_S = 2.0  # until an interrupt that did not arrive is raised again
 FORCE_S = 9.0  # until a command that does not end is ended by force
 LOOK_S = 0.1
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: schedulers know it as "start it again later"
 END, CATCH_UP = 0, 255  # bytes for the watching thread that are no signal's number
 CATCH_UP_S = 5.0
 
@@ -164,13 +165,16 @@ class CommandSignals:
 
     def _end_by_force(self) -> None:
         assert self.first is not None
+        self.end_now(WORDS[self.first], exit_code(self.first))
+
+    def end_now(self, text: str, code: int) -> None:
         for say in reversed(self._last_words):
             with contextlib.suppress(Exception):  # the end must come, whatever cannot be written
                 say()
         end_children()
         # Not through sys.stderr: the main thread may hold its lock.
-        os.write(2, f"accord: {WORDS[self.first]}\n".encode())
-        os._exit(exit_code(self.first))
+        os.write(2, f"accord: {text}\n".encode())
+        os._exit(code)
 
 
 def end_children() -> None:
@@ -217,6 +221,15 @@ def command_signals() -> Iterator[CommandSignals]:
 def in_command() -> bool:
     """Whether this is the main thread of a command; else signals belong to somebody else."""
     return _command is not None and threading.current_thread() is threading.main_thread()
+
+
+def end_command_after(seconds: float, text: str, code: int) -> None:
+    """Where this is the main thread of a command: end it by force if it has not ended by then. For
+    when something that its end has to call may never return."""
+    if in_command() and _command is not None:
+        timer = threading.Timer(seconds, _command.end_now, (text, code))
+        timer.daemon = True
+        timer.start()
 
 
 @contextmanager

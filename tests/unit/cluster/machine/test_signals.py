@@ -225,3 +225,14 @@ def work():
         "again\ndone\n",
         "",
     )
+
+
+def test_a_command_whose_end_may_hang_is_ended_with_its_code() -> None:
+    work = """
+def work():
+    signals.end_command_after(2.0, "stopped: the head is lost", 75)
+    stuck()
+"""
+    library = Library(work, force=1000.0)
+    assert library.signalled() == (75, "", "accord: stopped: the head is lost\n")
+    assert not library.child_lives
