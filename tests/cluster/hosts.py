@@ -14,7 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +126,17 @@ class Lab:
     ) -> None:
         """`ray start --address` on another host."""
         self._ray(host, f"--address={self.ray_address}", f"--num-cpus={cpus}", *words, **env)
+
+    def ray_join_all(self, words_of: Mapping[int, tuple[str, ...]], **options: Any) -> None:
+        """Several hosts join at once: most of the time each waits for answers. ``words_of``: host
+        -> its words. ``options``: as of ``ray_join``, for all."""
+        with ThreadPoolExecutor(len(words_of)) as threads:
+            joining = [
+                threads.submit(self.ray_join, host, words=words, **options)
+                for host, words in words_of.items()
+            ]
+        for joined in joining:
+            joined.result()
 
     def _ray(self, host: int, *words: str, **env: str) -> None:
         ray = Path(sys.executable).with_name("ray")

@@ -1,10 +1,11 @@
 """A training run on three hosts under random kills, cuts, heals and changes of scale.
 
-    make soak SECONDS=600 SEED=0 [ENGINE=vllm]
+    make soak SECONDS=600 SEED=0 [ENGINE=vllm] [ALSO="learner reward"]
 
 Host 1 has the command, the learner and Ray's head; the workers are on hosts 2 and 3. What happens
-when follows from the seed. At the end everything is healed, the run is stopped with `accord stop`,
-and `accord audit` must find every prompt accounted for.
+when follows from the seed. ALSO names the other roles whose processes are killed, too. At the end
+everything is healed, the run is stopped with `accord stop`, and `accord audit` must find every
+prompt accounted for.
 """
 
 from __future__ import annotations
@@ -25,8 +26,12 @@ from typing import Any
 
 from hosts import ROOT, Lab, hosts, missing, wait_until
 
+Fault = Callable[[random.Random, float], None]
 WORKER_HOSTS = (2, 3)
+ROOM = '--resources={"rollout": 2}'  # of each of them
+HOSTS = (1, *WORKER_HOSTS)
 WORKER = b"ray::RolloutActor"  # in the title of a worker's process
+LEARNER, SERVICE = b"ray::LearnerActor", b"ray::_RewardActor"
 PROMPTS = "".join(f'{{"prompt": "how long does it last {i}"}}\n' for i in range(64))
 REWARD = (
     "def score(completions, **columns):\n    return [float(len(str(c))) for c in completions]\n"
@@ -53,6 +58,7 @@ stall_timeout_s = 20
 max_restarts = 1000
 resources = {{ rollout = 1 }}
 [learner]
+max_restarts = 1000
 resources = {{ learner = 1 }}
 [run]
 name = "soak"
@@ -61,6 +67,11 @@ every = 20
 [cluster]
 address = "{address}"
 """
+COUNTED = (  # events
+    *("worker_lost", "worker_not_joined", "worker_serving", "worker_left", "stale_result_refused"),
+    *("learner_lost", "learner_replaced", "rolled_back"),
+    *("reward_service_lost", "reward_service_restarted"),
+)
 # A lost host is noticed within seconds, not within half a minute.
 HEALTH = {
     "RAY_health_check_initial_delay_ms": "3000",
@@ -75,6 +86,7 @@ class Soak:
     lab: Lab
     seed: int
     engine: str
+    also: tuple[str, ...] = ()  # of "learner" and "reward"
     done: Counter[str] = field(default_factory=Counter)  # what was done to the run
 
     @property
@@ -97,8 +109,7 @@ class Soak:
         text = CONFIG.format(inputs=inputs, engine=self.engine, address=self.lab.ray_address)
         (self.lab.disk(1) / "train.toml").write_text(text)
         self.lab.ray_head(cpus=4, words=('--resources={"learner": 1}',), **HEALTH)
-        for host in WORKER_HOSTS:
-            self.join(host)
+        self.lab.ray_join_all(dict.fromkeys(WORKER_HOSTS, (ROOM,)), cpus=4, **HEALTH)
         return self.lab.start(
             1,
             *(sys.executable, ROOT / "launch.py", "train", "train.toml"),
@@ -107,7 +118,7 @@ class Soak:
         )
 
     def join(self, host: int) -> None:
-        self.lab.ray_join(host, cpus=4, words=('--resources={"rollout": 2}',), **HEALTH)
+        self.lab.ray_join(host, cpus=4, words=(ROOM,), **HEALTH)
 
     def accord(self, *words: str) -> tuple[int, str]:
         done = self.lab.run(1, sys.executable, ROOT / "launch.py", *words, ACCORD_NO_BOOTSTRAP="1")
@@ -136,6 +147,12 @@ class Soak:
     def kill_worker(self, rng: random.Random, left_s: float) -> None:
         self._signal(rng, signal.SIGKILL)
 
+    def kill_learner(self, rng: random.Random, left_s: float) -> None:
+        self._signal(rng, signal.SIGKILL, LEARNER)
+
+    def kill_reward(self, rng: random.Random, left_s: float) -> None:
+        self._signal(rng, signal.SIGKILL, SERVICE)
+
     def stop_worker(self, rng: random.Random, left_s: float) -> None:
         """It hangs for a while and then comes to itself again: a zombie, if it was replaced."""
         pid = self._signal(rng, signal.SIGSTOP)
@@ -144,11 +161,12 @@ class Soak:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGCONT)
 
-    def _signal(self, rng: random.Random, number: int) -> int | None:
-        workers = self.processes(WORKER_HOSTS, WORKER)
-        if not workers:
+    def _signal(self, rng: random.Random, number: int, role: bytes = WORKER) -> int | None:
+        """Which process got it; None where the role has none at the moment."""
+        found = self.processes(HOSTS, role)
+        if not found:
             return None
-        pid = rng.choice(workers)
+        pid = rng.choice(found)
         with suppress(ProcessLookupError):
             os.kill(pid, number)
         return pid
@@ -179,27 +197,33 @@ class Soak:
     def schedule(self, seconds: float) -> None:
         """One fault after the other, with pauses."""
         rng = random.Random(self.seed)
-        faults: list[tuple[Callable[[random.Random, float], None], int]] = [
-            (self.kill_worker, 5),
-            (self.stop_worker, 2),
-            (self.cut_host, 2),
-            (self.kill_host, 2),
-            (self.scale, 2),
-        ]
+        killed: dict[str, Fault] = {"learner": self.kill_learner, "reward": self.kill_reward}
+        others = [killed[role] for role in self.also]
+        faults: dict[Fault, int] = {  # and how often
+            self.kill_worker: 5,
+            self.stop_worker: 2,
+            self.cut_host: 2,
+            self.kill_host: 2,
+            self.scale: 2,
+            **dict.fromkeys(others, 2),
+        }
         ends = time.monotonic() + seconds
-        fault = self.kill_worker  # whatever the seed, once at least
+        first: list[Fault] = [self.kill_worker, *others]  # whatever the seed, once at least
+        fault = first.pop(0)
         while (left_s := ends - time.monotonic()) > 0:
             self.done[fault.__name__] += 1
             fault(rng, left_s)
             time.sleep(max(0.0, min(ends - time.monotonic(), rng.uniform(3, 12))))
-            fault = rng.choices(*zip(*faults, strict=True))[0]  # type: ignore[arg-type]
+            fault = first.pop(0) if first else rng.choices(list(faults), [*faults.values()])[0]
 
 
-def soak(seconds: float, seed: int, engine: str = "transformers") -> dict[str, Any]:
+def soak(
+    seconds: float, seed: int, engine: str = "transformers", also: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Totals of the run and its audit. Raises AssertionError, with the end of the log, when the run
     did not survive or is not exact."""
     with hosts(3) as lab:
-        made = Soak(lab, seed, engine)
+        made = Soak(lab, seed, engine, also)
         log = lab.disk(1) / "log"
         began = time.monotonic()
         process = made.start()
@@ -227,13 +251,12 @@ def soak(seconds: float, seed: int, engine: str = "transformers") -> dict[str, A
         for line in (made.run / "events.jsonl").read_text().splitlines():
             events[json.loads(line)["kind"]] += 1
         found = json.loads(said.strip().splitlines()[-1])
-        names = ("worker_lost", "worker_not_joined", "worker_serving", "worker_left")
         return {
             "seconds": round(time.monotonic() - began),
             "seed": seed,
             "engine": engine,
             "faults": dict(made.done),
-            "events": {name: events[name] for name in (*names, "stale_result_refused")},
+            "events": {name: events[name] for name in COUNTED},
             "steps before": faultless,
             "audit": found,
         }
@@ -244,10 +267,12 @@ def main() -> None:
     words.add_argument("--seconds", type=float, default=600)
     words.add_argument("--seed", type=int, default=0)
     words.add_argument("--engine", default="transformers", choices=("transformers", "vllm"))
+    words.add_argument("--also", default=[], nargs="*", choices=("learner", "reward"))
     given = words.parse_args()
     if (reason := missing()) is not None:
         sys.exit(f"no lab of hosts: {reason}")
-    sys.stdout.write(json.dumps(soak(given.seconds, given.seed, given.engine), indent=2) + "\n")
+    totals = soak(given.seconds, given.seed, given.engine, tuple(given.also))
+    sys.stdout.write(json.dumps(totals, indent=2) + "\n")
 
 
 if __name__ == "__main__":

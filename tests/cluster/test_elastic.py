@@ -91,8 +91,7 @@ def prepared(lab: Lab, folder: Path) -> World:
     (lab.disk(1) / "train.toml").write_text(CONFIG.format(inputs="/host/inputs"))
     head = '--resources={"learner": 4, "rollout": 1}'
     lab.ray_head(cpus=4, words=(head, "--dashboard-host=127.0.0.1"))
-    for host in (2, 3):
-        lab.ray_join(host, cpus=3, words=('--resources={"rollout": 2}',))
+    lab.ray_join_all(dict.fromkeys((2, 3), ('--resources={"rollout": 2}',)), cpus=3)
     return World(lab, folder)
 
 

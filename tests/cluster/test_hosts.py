@@ -24,13 +24,14 @@ def test_a_run_whose_files_are_on_one_host_and_a_host_that_is_refused(make_lab: 
 
     from cluster.runs.run import Run
 
-    with make_lab(4) as lab:
+    with make_lab(3) as lab:
         write_inputs(lab.disk(1))
         config = CONFIG.format(engine="transformers", steps=2, name="r")
         (lab.disk(1) / "train.toml").write_text(config)
         lab.ray_head(cpus=0)
-        lab.ray_join(2, words=('--resources={"learner": 1}',))
-        lab.ray_join(3, words=('--resources={"rollout": 2, "reward": 1}',))
+        learner, others = '--resources={"learner": 1}', '--resources={"rollout": 2, "reward": 1}'
+        # Later another torch is in this folder, which no host has yet.
+        lab.ray_join_all({2: (learner,), 3: (others,)}, PYTHONPATH="/host/other")
 
         done = accord(lab, "train", "train.toml")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -53,13 +54,12 @@ def test_a_run_whose_files_are_on_one_host_and_a_host_that_is_refused(make_lab: 
             assert sent(lab.disk(host)) == [], "the files of the run are gone with it"
 
         # A host with another torch is named before anything starts.
-        other = lab.disk(4) / "other" / "torch-1.0.0.dist-info"
+        other = lab.disk(3) / "other" / "torch-1.0.0.dist-info"
         other.mkdir(parents=True)
         (other / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0.0\n")
-        lab.ray_join(4, PYTHONPATH="/host/other")
         done = accord(lab, "train", "train.toml", "run.name=other")
         assert done.returncode == 2, done.stdout + done.stderr
         said = done.stdout + done.stderr
-        assert f"host4 ({lab.address(4)}): torch 1.0.0 instead of " in said
+        assert f"host3 ({lab.address(3)}): torch 1.0.0 instead of " in said
         assert "host2" not in said
         assert "Traceback" not in said

@@ -31,8 +31,7 @@ def test_a_run_with_vllm_workers_on_two_other_hosts(make_lab: Any) -> None:
         config = CONFIG.format(engine="vllm", steps=STEPS, name="r")
         (lab.disk(1) / "train.toml").write_text(config)
         lab.ray_head(words=('--resources={"learner": 1, "reward": 1}',))
-        for host in (2, 3):
-            lab.ray_join(host, words=('--resources={"rollout": 1}',))
+        lab.ray_join_all(dict.fromkeys((2, 3), ('--resources={"rollout": 1}',)))
         for host in (1, 2, 3):
             lab.rate(host, 100)
 
