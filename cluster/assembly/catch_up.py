@@ -11,7 +11,9 @@ from cluster.assembly.replay import recorded
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import AccordError
 from cluster.contracts.records import RunState
-from cluster.runs.run import Run
+from cluster.runs.audit import WHOLE_LEDGER
+from cluster.runs.rows import Follower
+from cluster.runs.run import LEDGER, Run
 
 if TYPE_CHECKING:
     from learner.rl.step_record import RecordedStep
@@ -72,6 +74,19 @@ def steps_since(run: Run, config: TrainConfig, step: int, until: int | None = No
             break
         found.append(next_step)
     return Since(tuple(found))
+
+
+def steps_entered(run: Run) -> int | None:
+    """One more than the last step in the ledger; None without one.
+
+    What the learner did beyond, the driver had not heard of when it was killed. It is done again,
+    or no line would ever tell of it.
+    """
+    rows = Follower(run.path / LEDGER, WHOLE_LEDGER).new_rows()
+    if not rows:
+        return None
+    last = rows[-1]
+    return int(last["start"] if "start" in last else last["step"] + 1)
 
 
 def rollouts_file(run: Run, step: int) -> Path:

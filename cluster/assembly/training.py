@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.auto.resolve import resolve_here
-from cluster.assembly.catch_up import NOTHING_SINCE, Since, forget_since, steps_since
+from cluster.assembly.catch_up import (
+    NOTHING_SINCE,
+    Since,
+    forget_since,
+    steps_entered,
+    steps_since,
+)
 from cluster.assembly.head_watch import raise_if_head_lost, watch_head
 from cluster.assembly.learnt_from import KEY, learnt_from, refuse_other_origins
 from cluster.assembly.leaving import LeavingWatch
@@ -168,7 +174,7 @@ def resume_training(
         prepared = prepare(config)
         refuse_other_origins(origins, learnt_from(prepared), config, run.path)
         _refuse_other_prompts(config, resumed.state, len(prepared.prompts))
-        since = steps_since(run, config, resumed.state.step)
+        since = steps_since(run, config, resumed.state.step, steps_entered(run))
     state = since.advance(resumed.state, config.batch.prompts_per_step)
     step, again = state.step, len(since.steps)
     detail = {"step": step, "checkpoint": resumed.path.name, "trained_again": again}
