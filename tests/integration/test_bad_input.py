@@ -127,13 +127,13 @@ FUNCTIONS = {
 }
 
 
-def train_with(code: str, world: Any, accord: Any) -> Any:
+def train_with(code: str, world: Any, accord: Any, *overrides: str, within_s: float = 10.0) -> Any:
     (accord.folder / "reward.py").write_text(NOTE + code)
     config = world.train_toml(
         accord.folder / "c.toml", 'type = "function"\npath = "reward.py:broken"'
     )
-    command = accord.run("train", config, "--quiet")
-    assert time.time() - (accord.folder / "called").stat().st_mtime < 10.0
+    command = accord.run("train", config, "--quiet", *overrides)
+    assert time.time() - (accord.folder / "called").stat().st_mtime < within_s
     assert "Traceback" not in command.stderr
     assert "ray::" not in command.stderr
     assert command.used_ray
@@ -160,10 +160,17 @@ def test_a_reward_function_that_fails_later_ends_the_run_and_leaves_its_log(
     assert ("Traceback" in written) is (name == "raises")
 
 
-def test_a_reward_process_that_dies_is_told_as_such(world: Any, accord: Any) -> None:
-    command = train_with("    import os\n    os.kill(os.getpid(), 9)\n", world, accord)
-    assert command.process.returncode == 1
-    assert command.stderr.startswith("accord: stopped: the process of the reward service died: ")
+def test_a_reward_that_kills_its_process_each_time_ends_the_run_as_resumable(
+    world: Any, accord: Any
+) -> None:
+    kills = "    import os\n    os.kill(os.getpid(), 9)\n"
+    command = train_with(
+        kills, world, accord, "reward.outage_s=2", "reward.deadline_s=3", within_s=60.0
+    )
+    assert command.process.returncode == 75
+    assert command.stderr.startswith("accord: stopped: rewards could not be had for 2 s")
+    events = (accord.folder / "runs" / "r" / "events.jsonl").read_text()
+    assert events.count("reward_service_lost") > 1  # it was started again, and died again
 
 
 def test_a_resource_that_ray_does_not_have_is_named(world: Any, accord: Any) -> None:

@@ -142,6 +142,8 @@ class Library:
         return self.process.returncode, out, err
 
     def _child_lives(self) -> bool:
+        with contextlib.suppress(psutil.TimeoutExpired):
+            self.child.wait(5.0)  # one that was killed takes a moment to be gone
         with contextlib.suppress(psutil.NoSuchProcess):
             return self.child.is_running() and self.child.status() != psutil.STATUS_ZOMBIE
         return False
