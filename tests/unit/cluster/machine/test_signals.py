@@ -148,7 +148,7 @@ class Library:
 
     def _child_lives(self) -> bool:
         with contextlib.suppress(psutil.TimeoutExpired):
-            self.child.wait(5.0)  # one that was killed takes a moment to be gone
+            self.child.wait(1.0)  # one that was killed takes a moment to be gone
         with contextlib.suppress(psutil.NoSuchProcess):
             return self.child.is_running() and self.child.status() != psutil.STATUS_ZOMBIE
         return False
