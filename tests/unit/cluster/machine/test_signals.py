@@ -40,9 +40,11 @@ def stuck():
     # Returns only when it is done, and no handler of Python's runs meanwhile. Once more, if the
     # signal came before the call.
     import hashlib
-    print("waits", flush=True)
+    words = ["waits"]
     while True:
         try:
+            print(*words, end="\\n" if words else "", flush=True)
+            words.clear()
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
         except KeyboardInterrupt:
             pass
