@@ -36,7 +36,8 @@ SERVICE = pb.DESCRIPTOR.services_by_name["RewardService"].full_name
 HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 THREADS = 96  # each waits for its batch, so this bounds the requests that can share one
 MAX_CONCURRENT = 512
-MAX_ERROR_CHARS = 1500  # status texts travel in headers, which gRPC limits to 8 KiB
+# A status text travels in the trailers. gRPC refuses some trailers over 8 KiB, all over 16 KiB.
+MAX_STATUS_BYTES = 6000
 OPTIONS = (
     ("grpc.max_receive_message_length", wire.MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", wire.MAX_MESSAGE_BYTES),
@@ -204,7 +205,7 @@ class _Servicer:
             code, text = _status(error)
             if code is Code.INTERNAL:
                 log.exception("scoring failed")
-            context.abort(code, text[:MAX_ERROR_CHARS])
+            context.abort(code, _fitting(text))
             raise  # abort has raised already
 
     def _score(self, messages: Iterator[bytes], context: Any) -> pb.ScoreResponse:
@@ -249,6 +250,20 @@ def _one_message(behaviour: Any) -> grpc.RpcMethodHandler:
     return grpc.stream_unary_rpc_method_handler(
         behaviour, response_serializer=lambda reply: reply.SerializeToString()
     )
+
+
+def _fitting(text: str) -> str:
+    """The longest beginning of ``text`` that fits in a status.
+
+    gRPC writes a byte outside printable ASCII, and "%", as three bytes ("%E2").
+    """
+    left = MAX_STATUS_BYTES
+    for at, char in enumerate(text):
+        plain = " " <= char <= "~" and char != "%"
+        left -= 1 if plain else 3 * len(char.encode(errors="replace"))
+        if left < 0:
+            return text[:at]
+    return text
 
 
 def _status(error: Exception) -> tuple[Any, str]:
