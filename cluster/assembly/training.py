@@ -36,6 +36,7 @@ from cluster.assembly.run_session import (
     open_run,
     refuse_changes,
     run_session,
+    run_status,
 )
 from cluster.assembly.shipping import RoleFiles, role_files
 from cluster.assembly.stall_watch import StallWatch, own_deadlines, processes
@@ -170,7 +171,9 @@ def resume_training(
         refuse_changes(before, config, path, free)
         refuse_other_horizon(before, config, path)
         config = resolve_here(config).config  # a run of an older release lacks newer keys
-        resumed = _place_to_resume(run, config)
+        resumed = run.checkpoints.newest_good()
+        if resumed.state.step >= config.batch.steps:
+            return _publish_only(run, resumed, config, start, reporter)
         prepared = prepare(config)
         refuse_other_origins(origins, learnt_from(prepared), config, run.path)
         _refuse_other_prompts(config, resumed.state, len(prepared.prompts))
@@ -211,16 +214,25 @@ def _set_aside_damaged(session: RunSession, resumed: Found, config: TrainConfig)
             session.reporter.say(line)
 
 
-def _place_to_resume(run: Run, config: TrainConfig) -> Found:
-    found = run.checkpoints.newest_good()
-    if found.state.step >= config.batch.steps:
+def _publish_only(
+    run: Run, found: Found, config: TrainConfig, start: StartLog, reporter: Reporter
+) -> Path:
+    """Of a run whose last checkpoint is there. Raises UserError where its policy is, too."""
+    if run_status(run) == "finished":
         more = config.batch.steps * 2
         raise UserError(
             f"has done its {config.batch.steps} steps",
             where=str(run.path),
             fix=f"ask for more: accord train --resume {run.path} batch.steps={more}",
         )
-    return found
+    step = found.state.step
+    detail = {"step": step, "checkpoint": found.path.name, "trained_again": 0}
+    with run_session(run, reporter, start=start, resumed=config, **detail) as session:
+        _set_aside_damaged(session, found, config)
+        reporter.say(f"all {step} steps are done; policy/ is made from {found.path.name}")
+        publish_policy(found.path / "policy", run.path / "policy")
+    _report(session)
+    return run.path
 
 
 def _refuse_other_prompts(config: TrainConfig, state: RunState, count: int) -> None:
@@ -402,6 +414,7 @@ async def _drive(
         clock,
         session.timeline,
         state=training.state,
+        saved=training.resumed.state.step if training.resumed else None,
         wishes=ControlFile(session.path, session.event),
     )
     feed = _live_feed(training, controller, pool, learner, clock)

@@ -98,7 +98,9 @@ class Controller:
         state: RunState | None = None,
         wishes: Callable[[], Wishes] = Wishes,
         cpu_s: Callable[[], float] = time.thread_time,
+        saved: int | None = None,
     ) -> None:
+        """``saved``: step of the newest checkpoint, where ``state`` is of a later one."""
         self._settings = settings
         self._prompts = prompts
         self._learner = learner
@@ -135,7 +137,7 @@ class Controller:
         self._step_attempts = 0
         self._sink_errors = 0
         self._started = False
-        self._saved = first  # step of the newest checkpoint
+        self._saved = first if saved is None else saved  # step of the newest checkpoint
         self._save_due = False
         self._save_began = 0.0
         self._step_abandoned = False
@@ -203,23 +205,33 @@ class Controller:
         self._pool.on_news(self._wake.set)
         self._watch_learner()
         try:
-            while self._step < self._settings.steps and not self._stop.is_set():
-                # Each of these does nothing when it cannot start; none of them waits.
-                self._admit()
-                self._start_save()
-                self._start_step()
-                self._start_broadcast()
-                self._waits.turn(self._clock.now(), self._waits_for())
-                await self._one_event_or_the_end()
-            if self._ending is not None:
-                await self._keep_what_can_be_kept()
-                raise self._ending
-            if self._stop.is_set():
-                await self._finish_running_step()
-            await self._finish_saving()
-            return self._state()
+            while True:
+                await self._train_to_the_end()
+                if self._ending is not None:
+                    await self._keep_what_can_be_kept()
+                    raise self._ending
+                if self._stop.is_set():
+                    await self._finish_running_step()
+                try:
+                    await self._finish_saving()
+                    return self._state()
+                except LearnerLost as problem:  # another one brings the last state back
+                    self._learner_lost(problem)
         finally:
             await self._end_tasks()
+
+    async def _train_to_the_end(self) -> None:
+        """Until the last step is done, by a learner that still stands there, or a stop."""
+        while not self._stop.is_set():
+            if self._step >= self._settings.steps and not self._learner_is_replaced:
+                return
+            # Each of these does nothing when it cannot start; none of them waits.
+            self._admit()
+            self._start_save()
+            self._start_step()
+            self._start_broadcast()
+            self._waits.turn(self._clock.now(), self._waits_for())
+            await self._one_event_or_the_end()
 
     async def _keep_what_can_be_kept(self) -> None:
         try:
@@ -463,6 +475,11 @@ class Controller:
         redo = self._succession.redo
         return bool(redo) and redo[0].step < self._step
 
+    @property
+    def _learner_is_replaced(self) -> bool:
+        """Whether another learner is on its way to where its predecessor stood."""
+        return "successor" in self._tasks or self._behind
+
     def _learner_succeeded(self, manifest: WeightManifest) -> None:
         self._succession.succeeded(manifest, self._step)
         seconds = round(self._clock.now() - self._succession.losses[-1].at, 3)
@@ -534,7 +551,8 @@ class Controller:
 
     async def _finish_saving(self) -> None:
         """At the end: wait for the checkpoint under way, and write the newest state. Raises
-        Resumable when that cannot be written."""
+        Resumable when that cannot be written; LearnerLost, where a run has come to its end, for
+        another learner to write it."""
         try:
             if (task := self._tasks.pop("snapshot", None)) is not None:
                 self._tasks["save"] = asyncio.ensure_future(self._save(await task))
@@ -543,7 +561,9 @@ class Controller:
                 self._after_save(task)
             if self._step > 0 and self._step != self._saved and not self._step_abandoned:
                 await self._save(await self._snapshot())
-        except NotSaved as problem:
+        except (NotSaved, LearnerLost) as problem:
+            if isinstance(problem, LearnerLost) and not self._stop.is_set():
+                raise
             raise Resumable(
                 f"the run has ended, and its last state, of step {self._step}, could not be saved: "
                 f"{problem}"
@@ -553,7 +573,7 @@ class Controller:
         """On a stop: wait for the step under way. When somebody is in a hurry, only a little; the
         step is lost if it takes longer."""
         task = self._tasks.get("step")
-        if "successor" in self._tasks or self._behind:
+        if self._learner_is_replaced:
             self._run.event("step_abandoned", step=self._step)
             self._saved = self._step  # by nobody, but a resume trains it again from the rollouts
             return
@@ -564,8 +584,8 @@ class Controller:
         hurry.cancel()
         # A person is waiting: better to lose the step than to hold the terminal for a long one.
         done, _ = await asyncio.wait([task], timeout=self._settings.stop_grace_s)
-        if done and isinstance(task.exception(), Retryable):
-            self._tasks.pop("step")  # nothing was learnt by it
+        if done and isinstance(task.exception(), Retryable | LearnerLost):
+            self._tasks.pop("step")  # nothing of it is kept
         elif done:
             self._tasks.pop("step")
             result, now = task.result(), self._clock.now()

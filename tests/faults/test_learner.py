@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from cluster.contracts.errors import LearnerLost, RolledBack
+from cluster.contracts.durable import FileDigest
+from cluster.contracts.errors import LearnerLost, Resumable, RolledBack
 from cluster.contracts.records import StepInput, StepResult, TensorEntry, WeightManifest
 from tests.unit.cluster.loop.test_controller import (
     FakeLearner,
@@ -37,10 +38,12 @@ class MortalLearner(FakeLearner):
         super().__init__(seconds=0.002)
         self.dies_in: dict[int, int] = {}  # step -> how often
         self.dies_after: set[int] = set()
+        self.dies_saving: list[str] = []  # methods, each dies once
         self.not_on_disk, self.forgets = not_on_disk, forgets
         self.history: tuple[int, ...] = ()
         self.trained: dict[int, tuple[int, ...]] = {}
         self.starts = 0
+        self.saves_last = 6
         self.died = asyncio.Event()
 
     async def start(self, step: int | None = None) -> WeightManifest:
@@ -67,6 +70,19 @@ class MortalLearner(FakeLearner):
             self.dies_after.remove(batch.step)
             self.died.set()
         return replace(result, manifest=weights(self.version, self.history))
+
+    async def snapshot(self) -> int:
+        self._die_in("snapshot")
+        return await super().snapshot()
+
+    async def store(self, directory: str) -> tuple[FileDigest, ...]:
+        self._die_in("store")
+        return await super().store(directory)
+
+    def _die_in(self, method: str) -> None:
+        if method in self.dies_saving and self.version == self.saves_last:
+            self.dies_saving.remove(method)
+            raise LearnerLost(f"killed in {method}")
 
     async def lost(self) -> None:
         await self.died.wait()
@@ -95,6 +111,39 @@ def test_06_a_killed_learner_is_replaced_and_each_prompt_is_trained_once(
         assert [step for step, _ in lines.rows] == [1, 2, 3, 4, 5, 6]  # none told twice
         assert len(of("learner_lost", run)) == len(of("learner_replaced", run)) == 1
         assert of("step_retried", run) == of("worker_lost", run) == []  # nothing sampled again
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("method", ["snapshot", "store"])
+@pytest.mark.parametrize("not_on_disk", [0, 2])
+def test_06_a_learner_that_dies_while_the_last_state_is_saved_is_replaced_too(
+    tmp_path: Path, method: str, not_on_disk: int
+) -> None:
+    async def scenario() -> None:
+        learner = MortalLearner(not_on_disk=not_on_disk)
+        learner.dies_saving = [method]
+        controller, pool, run, lines = build(tmp_path, World(), learner)
+        await drive(controller, pool)
+        assert run.checkpoints.newest_good().state.step == 6
+        assert learner.history == tuple(range(18))
+        assert [step for step, _ in lines.rows] == [1, 2, 3, 4, 5, 6]
+        assert len(of("learner_replaced", run)) == 1
+
+    asyncio.run(scenario())
+
+
+def test_06_a_learner_that_dies_while_a_stopped_run_is_saved_leaves_it_resumable(
+    tmp_path: Path,
+) -> None:
+    async def scenario() -> None:
+        learner = MortalLearner()
+        controller, pool, run, lines = build(tmp_path, World(), learner, steps=100_000)
+        learner.dies_saving, learner.saves_last = ["snapshot"], 5  # of the fourth, one is there
+        lines.write = lambda step, numbers: controller.request_stop() if step == 5 else None  # type: ignore[method-assign]
+        with pytest.raises(Resumable, match="state, of step 5, could not be saved: killed in sn"):
+            await drive(controller, pool)
+        assert run.checkpoints.newest_good().state.step == 4
 
     asyncio.run(scenario())
 

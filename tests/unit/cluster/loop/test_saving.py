@@ -13,6 +13,7 @@ import pytest
 
 from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import NotSaved, Resumable
+from cluster.contracts.records import RunState
 from cluster.loop.controller import Controller
 from cluster.runs.checkpoints import Checkpoints, verify_checkpoint
 from cluster.runs.run import Run
@@ -135,3 +136,23 @@ def test_a_run_whose_last_state_cannot_be_written_says_so(tmp_path: Path) -> Non
     with pytest.raises(Resumable, match="step 8, could not be saved: disk full"):
         asyncio.run(drive(controller, pool))
     assert list(run.checkpoints.folder.iterdir()) == []
+
+
+def test_a_run_resumed_at_its_end_saves_what_its_newest_checkpoint_lacks(tmp_path: Path) -> None:
+    """Killed after its last step and before the checkpoint of it: the learner has trained the steps
+    since again, and there is nothing left to do but to save them."""
+    controller, pool, run = made(tmp_path, FakeLearner(version=6), steps=6)
+    controller = Controller(
+        controller._settings,
+        controller._prompts,
+        controller._learner,
+        pool,
+        run,
+        [],
+        controller._clock,
+        controller._timeline,
+        state=RunState(step=6, version=6, next_group=18, prompts_total=1000, dropped=()),
+        saved=4,
+    )
+    asyncio.run(drive(controller, pool))
+    assert run.checkpoints.newest_good().state.step == 6
