@@ -201,12 +201,12 @@ class Controller:
             return self._state()
         self._accounts = Accounts(self._settings, self._pool, self._clock.now, self._cpu_s)
         self._learner_is("waiting")
-        self._waits = Waits(self._clock.now())
+        waits = self._waits = Waits(self._clock.now())
         self._pool.on_news(self._wake.set)
         self._watch_learner()
         try:
             while True:
-                await self._train_to_the_end()
+                await self._train_to_the_end(waits)
                 if self._ending is not None:
                     await self._keep_what_can_be_kept()
                     raise self._ending
@@ -220,7 +220,7 @@ class Controller:
         finally:
             await self._end_tasks()
 
-    async def _train_to_the_end(self) -> None:
+    async def _train_to_the_end(self, waits: Waits) -> None:
         """Until the last step is done, by a learner that still stands there, or a stop."""
         while not self._stop.is_set():
             if self._step >= self._settings.steps and not self._learner_is_replaced:
@@ -230,7 +230,7 @@ class Controller:
             self._start_save()
             self._start_step()
             self._start_broadcast()
-            self._waits.turn(self._clock.now(), self._waits_for())
+            waits.turn(self._clock.now(), self._waits_for())
             await self._one_event_or_the_end()
 
     async def _keep_what_can_be_kept(self) -> None:

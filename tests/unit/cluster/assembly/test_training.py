@@ -1,5 +1,5 @@
-"""What a person reads in front of the progress of a run: the algorithm's own name. And a resume of a
-run with nothing left to train."""
+"""What a person reads in front of the progress of a run: the algorithm's own name. And a resume of
+a run with nothing left to train."""
 
 from __future__ import annotations
 
