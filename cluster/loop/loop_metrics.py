@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from cluster.contracts.errors import FAULTS
+from cluster.contracts.errors import FAULTS, Fault
 from cluster.contracts.records import GroupMeta, StepResult, SwapReport
-from cluster.loop.pool import WorkerPool
+from cluster.loop.members import Status
 
 
 class BatchSize(Protocol):
@@ -17,6 +17,39 @@ class BatchSize(Protocol):
 
     @property
     def samples_per_prompt(self) -> int: ...
+
+
+class PoolNumbers(Protocol):
+    """What the books of a run ask of its worker pool."""
+
+    left: int
+    failed_swaps: int
+
+    @property
+    def wanted(self) -> int: ...
+
+    @property
+    def restarts(self) -> int: ...
+
+    @property
+    def joined(self) -> int: ...
+
+    @property
+    def faults(self) -> Mapping[Fault, int]: ...
+
+    @property
+    def in_flight(self) -> int: ...
+
+    @property
+    def unread(self) -> int: ...
+
+    def count(self, *statuses: Status) -> int: ...
+
+    def take_durations(self) -> list[float]: ...
+
+    def stats(self) -> Mapping[str, float]: ...
+
+    def holding_s(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +86,7 @@ class Accounts:
     def __init__(
         self,
         batch: BatchSize,
-        pool: WorkerPool,
+        pool: PoolNumbers,
         now: Callable[[], float],
         cpu_s: Callable[[], float],
     ) -> None:

@@ -23,7 +23,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.contracts.errors import Fatal
 from cluster.contracts.records import GroupMeta, Harvest, StepInput
+
+
+def require_fresh(step: int, metas: Iterable[GroupMeta], bound: int) -> None:
+    """Raises Fatal where a token that step ``step`` would train on is older than ``bound``."""
+    for meta in metas:
+        if meta.failure is None and step - meta.version_min > bound:
+            raise Fatal(
+                f"group {meta.group_id} has tokens of version {meta.version_min} "
+                f"at step {step}: older than staleness.bound = {bound}"
+            )
 
 
 @dataclass(slots=True)

@@ -281,7 +281,7 @@ def test_metrics_written_by_the_controller_and_the_learner_are_documented() -> N
     text = (ROOT / "docs" / "operate.md").read_text("utf-8")
     files = (
         "cluster/loop/loop_metrics.py",
-        "cluster/loop/controller.py",
+        "cluster/loop/bookkeeping.py",
         "learner/rl/metrics.py",
         "learner/rl/update.py",
         "learner/rl/objective.py",

@@ -22,6 +22,7 @@ from cluster.contracts.records import (
     GroupMeta,
     Harvest,
     Prompt,
+    RunState,
     StepInput,
     StepResult,
     SwapReport,
@@ -30,7 +31,6 @@ from cluster.contracts.records import (
 from cluster.loop.controller import Controller
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import LoopSettings, PoolSettings
-from cluster.loop.steering import Steering
 from cluster.loop.timeline import Timeline
 from cluster.runs.control import Wishes
 from cluster.runs.run import Run
@@ -220,6 +220,9 @@ def build(
     steps: int = 6,
     bound: int = 2,
     workers: int = 2,
+    state: RunState | None = None,
+    saved: int | None = None,
+    **settings: Any,
 ) -> tuple[Controller, WorkerPool, Run, Lines]:
     run = Run.create(str(tmp_path), "run", "train", NoConfig())
     clock, lines = RealClock(), Lines()
@@ -231,18 +234,16 @@ def build(
         clock,
         run.event,
     )
-    settings = LoopSettings(
-        steps=steps,
-        prompts_per_step=3,
-        samples_per_prompt=2,
-        staleness_bound=bound,
-        workers=workers,
-        checkpoint_every=4,
-        keep_checkpoints=2,
-        stop_grace_s=1.0,
-    )
+    usual = {"checkpoint_every": 4, "keep_checkpoints": 2, "stop_grace_s": 1.0}
     controller = Controller(
-        settings,
+        LoopSettings(
+            steps=steps,
+            prompts_per_step=3,
+            samples_per_prompt=2,
+            staleness_bound=bound,
+            workers=workers,
+            **{**usual, **settings},
+        ),
         Prompts(),
         learner,
         pool,
@@ -250,6 +251,8 @@ def build(
         [lines],
         clock,
         Timeline(),
+        state=state,
+        saved=saved,
     )
     return controller, pool, run, lines
 
@@ -259,7 +262,7 @@ def events(run: Run) -> list[dict[str, Any]]:
 
 
 def wish(controller: Controller, wishes: Callable[[], Wishes]) -> None:
-    controller._steering = Steering(wishes, controller._run.event)
+    controller._steering._read = wishes
 
 
 def looks_often(controller: Controller) -> None:
@@ -550,12 +553,11 @@ def test_a_stop_that_was_asked_for_waits_for_the_step_and_leaves_a_checkpoint(
     tmp_path: Path,
 ) -> None:
     learner = FakeLearner(seconds=0.5)
-    controller, pool, run, _ = build(tmp_path, World(), learner, steps=30)
-    controller._settings = replace(controller._settings, stop_grace_s=0.01)
+    controller, pool, run, _ = build(tmp_path, World(), learner, steps=30, stop_grace_s=0.01)
     asked: list[bool] = []
 
     def wishes() -> Wishes:
-        if controller.step == 1 and "step" in controller._tasks:
+        if controller.step == 1 and "step" in controller.facts().under_way:
             asked.append(True)  # in the middle of the second step
         return Wishes(stop=bool(asked))
 
@@ -682,11 +684,8 @@ def test_a_worker_that_cannot_join_leaves_the_run_going(tmp_path: Path) -> None:
             worker.start = start  # type: ignore[method-assign]
         return worker
 
-    pool._factory = make
-    wish(controller, lambda: Wishes(workers=2))
-
     pool._recruiter._factory = make
-    controller._wanted_workers = lambda: 2
+    wish(controller, lambda: Wishes(workers=2))
     asyncio.run(drive(controller, pool))
     assert len(learner.batches) == 40
     failed = [e for e in events(run) if e["kind"] == "worker_not_joined"]

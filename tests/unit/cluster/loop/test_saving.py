@@ -40,8 +40,7 @@ class Learner(FakeLearner):
 
 
 def made(tmp_path: Path, learner: FakeLearner, **settings: Any) -> tuple[Controller, Any, Run]:
-    controller, pool, run, _ = build(tmp_path, World(), learner, steps=settings.pop("steps", 20))
-    controller._settings = replace(controller._settings, **settings)
+    controller, pool, run, _ = build(tmp_path, World(), learner, **{"steps": 20, **settings})
     pool._settings = replace(pool._settings, stall_timeout_s=SLOW_S / 4, harvest_s=0.1)
     return controller, pool, run
 
@@ -141,18 +140,7 @@ def test_a_run_whose_last_state_cannot_be_written_says_so(tmp_path: Path) -> Non
 def test_a_run_resumed_at_its_end_saves_what_its_newest_checkpoint_lacks(tmp_path: Path) -> None:
     """Killed after its last step and before the checkpoint of it: the learner has trained the steps
     since again, and there is nothing left to do but to save them."""
-    controller, pool, run = made(tmp_path, FakeLearner(version=6), steps=6)
-    controller = Controller(
-        controller._settings,
-        controller._prompts,
-        controller._learner,
-        pool,
-        run,
-        [],
-        controller._clock,
-        controller._timeline,
-        state=RunState(step=6, version=6, next_group=18, prompts_total=1000, dropped=()),
-        saved=4,
-    )
+    state = RunState(step=6, version=6, next_group=18, prompts_total=1000, dropped=())
+    controller, pool, run = made(tmp_path, FakeLearner(version=6), steps=6, state=state, saved=4)
     asyncio.run(drive(controller, pool))
     assert run.checkpoints.newest_good().state.step == 6

@@ -1,0 +1,188 @@
+"""The learner's steps, one after the other: what each trains on, what follows when it ends, and
+what becomes of it when its rollouts or the learner are lost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from cluster.contracts.crash_points import passing
+from cluster.contracts.errors import Fatal, LearnerLost, Retryable, RolledBack
+from cluster.contracts.protocols import Clock, Journal, PromptSource
+from cluster.contracts.records import Assignment, GroupMeta, StepResult, WeightManifest
+from cluster.loop.activities import Activities
+from cluster.loop.bookkeeping import Bookkeeping
+from cluster.loop.broadcasts import Broadcasts
+from cluster.loop.learner_supervisor import LearnerSupervisor
+from cluster.loop.pool import WorkerPool
+from cluster.loop.saving import Saving
+from cluster.loop.settings import LoopSettings
+from cluster.loop.staleness import GroupBuffer, require_fresh
+
+
+class LearnerSteps:
+    """``after_each``: called when the books of a step are closed."""
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        prompts: PromptSource,
+        pool: WorkerPool,
+        learner: LearnerSupervisor,
+        buffer: GroupBuffer,
+        books: Bookkeeping,
+        broadcasts: Broadcasts,
+        saving: Saving,
+        run: Journal,
+        activities: Activities,
+        clock: Clock,
+        after_each: Callable[[], None],
+    ) -> None:
+        self._settings = settings
+        self._prompts = prompts
+        self._pool = pool
+        self._learner = learner
+        self._buffer = buffer
+        self._books = books
+        self._broadcasts = broadcasts
+        self._saving = saving
+        self._run = run
+        self._activities = activities
+        self._clock = clock
+        self._after_each = after_each
+        self._taken: list[GroupMeta] = []  # groups of the step under way
+        self._attempts = 0  # of it
+        self.done = buffer.next_step  # steps finished
+
+    def start(self) -> None:
+        """Begin the next step if its groups and the learner are there."""
+        if self._activities.any_of("step", "snapshot", "successor"):
+            return  # one learner, one step: steps change the same weights
+        if self._learner.succession.redo:
+            self._learner.ask(self._learner.succession.redo[0], self._pool.sent_version)
+            return
+        taken = self._buffer.take()
+        if taken is None:
+            return
+        batch, metas = taken
+        self._books.step_taken(metas)
+        if not batch.group_ids:
+            causes = {m.failure for m in metas}
+            raise Fatal(f"every prompt of step {batch.step} failed: {'; '.join(map(str, causes))}")
+        # The ledger's promise, checked on what really came.
+        require_fresh(batch.step, metas, self._settings.staleness_bound)
+        self._taken = metas
+        self._books.accounts.step_begins(self._clock.now())
+        self._learner.ask(batch, self._pool.sent_version)
+
+    def after(self, task: asyncio.Task[Any]) -> None:
+        """The step has ended."""
+        # Only what was lost on the way is tried again: any other problem is the learner's own, and
+        # its weights may be half changed.
+        if isinstance(problem := task.exception(), Retryable):
+            self._again(problem)
+        else:
+            self._trained(task.result())
+
+    def _trained(self, result: StepResult) -> None:
+        now, succession = self._clock.now(), self._learner.succession
+        succession.published(result.manifest)
+        succession.redo = succession.redo[1:]
+        if result.step < self.done:  # done once more by a new learner
+            self._learner.becomes("waiting")
+            if result.version == self.done:  # older ones were held by all before
+                self._broadcasts.queue(result.manifest)
+            return
+        passing("driver.after_step")
+        self._learner.becomes("waiting")
+        self.done = result.step + 1
+        self._attempts = 0
+        self._learner.published = result.version
+        self._books.step_ended(result, self._taken, now)
+        # First of all: workers fetch while the numbers are written.
+        self._broadcasts.queue(result.manifest)
+        self._broadcasts.start()
+        self._books.write_metrics(result, now)
+        passing("driver.after_metrics")
+        self._after_each()
+        self._saving.step_ended(self.done, now)
+        self._books.accounts.next_window(now, waiting_since=self._clock.now())
+
+    def _again(self, problem: Retryable) -> None:
+        """The step's rollouts were lost on their way; nothing was learnt. Generate them again."""
+        self._attempts += 1
+        redone = self._learner.succession.redo[:1]
+        if redone and redone[0].step < self.done:
+            raise RolledBack(f"rollouts of step {redone[0].step} are lost: {problem}")
+        self._learner.succession.given_back(self.done)
+        if self._attempts >= self._settings.max_step_attempts:
+            raise Fatal(f"step {self.done} was tried {self._attempts} times: {problem}")
+        # The same ids under a higher attempt, so that a late answer to the first one is refused.
+        lost = self._buffer.give_back(self.done, self._taken)
+        self._books.accounts.step_lost(self._clock.now(), lost)
+        self._learner.becomes("waiting")
+        self._run.event("step_retried", step=self.done, groups=len(lost), cause=str(problem))
+        self._pool.submit(
+            [
+                Assignment(
+                    group_id=meta.group_id,
+                    prompt=self._prompts.prompt(meta.group_id),
+                    samples=self._settings.samples_per_prompt,
+                    attempt=meta.attempt + 1,
+                )
+                for meta in lost
+            ]
+        )
+
+    # -- another learner --------------------------------------------------------------------------
+
+    def learner_lost(self, problem: LearnerLost) -> None:
+        """Have another one start. Workers go on meanwhile, as far as the bound allows; finished
+        groups wait for it."""
+        step = self._activities.get("step")
+        if step is not None and step.done() and not step.exception():
+            self._activities.take("step")
+            self._trained(step.result())  # the last that it did
+        # All of them end with it, each in its own way; the first has told.
+        for name in ("step", "watch", "snapshot", "save", "successor"):
+            if (task := self._activities.take(name)) is not None:
+                task.cancel()
+                self._saving.due |= name in ("snapshot", "save")
+        self._broadcasts.forget()
+        self._pool.faults["learner"] += 1
+        self._learner.replace(problem, self.done)
+
+    def learner_succeeded(self, manifest: WeightManifest) -> None:
+        self._learner.succeeded(manifest, self.done)
+        if manifest.version == self.done:
+            self._broadcasts.queue(manifest)  # the same weights, at another place
+
+    # -- at the end of the run --------------------------------------------------------------------
+
+    async def finish(self, hurried: asyncio.Event) -> None:
+        """On a stop: wait for the step under way. Once ``hurried``, only ``stop_grace_s``; the step
+        is lost if it takes longer."""
+        if self._learner.being_replaced(self.done):
+            self._run.event("step_abandoned", step=self.done)
+            self._saving.saved = self.done  # by nobody, but a resume trains it again
+            return
+        task = self._activities.get("step")
+        if task is None:
+            return
+        hurry = asyncio.ensure_future(hurried.wait())
+        await asyncio.wait([task, hurry], return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
+        # A person is waiting: better to lose the step than to hold the terminal for a long one.
+        done, _ = await asyncio.wait([task], timeout=self._settings.stop_grace_s)
+        if not done:
+            self._run.event("step_abandoned", step=self.done)
+            self._saving.abandoned = True
+            return
+        self._activities.take("step")
+        if isinstance(task.exception(), Retryable | LearnerLost):
+            return  # nothing of it is kept
+        result, now = task.result(), self._clock.now()
+        self.done = result.step + 1
+        self._books.step_ended(result, self._taken, now)
+        self._books.write_metrics(result, now)

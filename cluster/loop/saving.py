@@ -1,0 +1,140 @@
+"""When a checkpoint is due, and how it is written beside the steps: one at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cluster.contracts.crash_points import passing
+from cluster.contracts.errors import LearnerLost, NotSaved, Resumable
+from cluster.contracts.protocols import Clock, Journal
+from cluster.contracts.records import RunState
+from cluster.loop.activities import Activities
+from cluster.loop.learner_supervisor import LearnerSupervisor
+from cluster.loop.settings import LoopSettings
+from cluster.loop.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """A copy of the state in the learner's memory: of which moment, and how large."""
+
+    state: RunState
+    nbytes: int
+    began: float
+    copied: float
+
+
+class Saving:
+    """``state``: where the run stands now. ``saved``: step of the newest checkpoint."""
+
+    def __init__(
+        self,
+        settings: LoopSettings,
+        learner: LearnerSupervisor,
+        run: Journal,
+        state: Callable[[], RunState],
+        activities: Activities,
+        clock: Clock,
+        timeline: Timeline,
+        saved: int,
+    ) -> None:
+        self._settings = settings
+        self._learner = learner
+        self._run = run
+        self._state = state
+        self._activities = activities
+        self._clock = clock
+        self._timeline = timeline
+        self.saved = saved
+        self.due = False
+        self.abandoned = False  # the learner is busy: the last state cannot be had
+        self._since = 0.0  # when the loop or the newest snapshot began
+
+    def loop_began(self, now: float) -> None:
+        self._since = now
+
+    def step_ended(self, step: int, now: float) -> None:
+        every, every_s = self._settings.checkpoint_every, self._settings.checkpoint_every_s
+        self.due |= (
+            step % every == 0
+            or step == self._settings.steps
+            or (every_s is not None and now - self._since >= every_s)
+        )
+
+    def start(self) -> None:
+        """Begin what is due, once the learner is between two steps and nothing is being saved."""
+        busy = self._activities.any_of("step", "snapshot", "save", "successor")
+        if self.due and not busy and not self._learner.behind(self._state().step):
+            self.due = False
+            self._activities.begin("snapshot", self._snapshot())
+
+    def copied(self, task: asyncio.Task[Any]) -> None:
+        """The copy is there: write it, while the next step goes on."""
+        self._activities.begin("save", self._write(task.result()))
+
+    def written(self, task: asyncio.Task[Any]) -> None:
+        if isinstance(problem := task.exception(), NotSaved):
+            # What was trained is in the learner's memory; it is written at the next interval.
+            self._run.event("checkpoint_failed", step=self._state().step, cause=str(problem))
+        else:
+            task.result()  # raises any other problem
+
+    async def finish(self, *, stopped: bool) -> None:
+        """At the end: wait for the checkpoint under way, and write the newest state. Raises
+        Resumable when that cannot be written; LearnerLost, where a run has come to its end and was
+        not ``stopped``, for another learner to write it."""
+        step = self._state().step
+        try:
+            if (task := self._activities.take("snapshot")) is not None:
+                self._activities.begin("save", self._write(await task))
+            if (task := self._activities.take("save")) is not None:
+                await asyncio.wait([task])
+                self.written(task)
+            if step > 0 and step != self.saved and not self.abandoned:
+                await self._write(await self._snapshot())
+        except (NotSaved, LearnerLost) as problem:
+            if isinstance(problem, LearnerLost) and not stopped:
+                raise
+            raise Resumable(
+                f"the run has ended, and its last state, of step {step}, could not be saved: "
+                f"{problem}"
+            ) from problem
+
+    async def _snapshot(self) -> Snapshot:
+        """The only part of a checkpoint that a step has to wait for."""
+        state, began = self._state(), self._clock.now()
+        self._since = began
+        nbytes = await self._learner.snapshot()
+        copied = self._clock.now()
+        self._timeline.span("learner", "copy state", began, copied)
+        return Snapshot(state=state, nbytes=nbytes, began=began, copied=copied)
+
+    async def _write(self, snapshot: Snapshot) -> Path:
+        """Beside the loop: hashing and copying many gigabytes takes minutes."""
+        state, nbytes = snapshot.state, snapshot.nbytes
+        # Written beside and renamed last: an interrupt leaves the checkpoint before it whole.
+        staging = await self._run.begin_checkpoint(state.step, nbytes)
+        try:
+            files = await self._learner.store(str(staging))
+        except NotSaved:
+            await self._run.abandon_checkpoint(staging)
+            raise
+        passing("driver.mid_save")
+        keep = self._settings.keep_checkpoints
+        path = await self._run.commit_checkpoint(staging, files, state, keep)
+        self.saved = state.step
+        ended = self._clock.now()
+        self._timeline.span("checkpoint", f"step {state.step}", snapshot.copied, ended)
+        self._run.event(
+            "checkpoint",
+            step=state.step,
+            path=str(path),
+            bytes=nbytes,
+            learner_waited_s=round(snapshot.copied - snapshot.began, 3),
+            seconds=round(ended - snapshot.began, 3),
+        )
+        return path
