@@ -183,7 +183,8 @@ def dpo(
     seed: int | None = None,
     quiet: bool = False,
 ) -> Run:
-    """Direct preference optimisation, as `accord dpo` does. ``pairs``: as for ``reward_model``."""
+    """A policy trained directly on preferences, as `accord dpo` does. ``pairs``: as for
+    ``reward_model``; with ``{"loss": "kto"}`` also rows with prompt, completion and label."""
     prepare_environment()
     with draft("dpo", config, name=name, runs_dir=runs_dir, seed=seed) as new:
         new.put_model("model", model, tokenizer)

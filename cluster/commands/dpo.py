@@ -13,11 +13,14 @@ def dpo(
     resume: Resume = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a policy directly on comparisons (DPO).
+    """Train a policy directly on preferences: DPO, IPO, KTO, ORPO, SimPO.
 
-    A row holds a prompt, the chosen and the rejected completion. No reward model is needed.
+    A row holds a prompt, the chosen and the rejected completion. For KTO it may also hold one
+    completion with a label. No reward model is needed.
 
     Example: `accord dpo examples/dpo.toml data.path=pairs.jsonl beta=0.2`
+
+    Example: `accord dpo examples/kto.toml data.path=judged.jsonl`
 
     Example: `accord dpo --resume runs/my-dpo`
     """

@@ -1,106 +1,141 @@
-"""Losses on pairs of a preferred and a rejected response, one loss per pair.
+"""Losses that train a policy directly on preferences, without a reward model: one loss per pair
+(KTO: per completion). `docs/algorithms.md` compares them.
 
-Reduce with `terms.losses.sum() / pairs`, `pairs` being the number of pairs in the global batch.
+`chosen` and `rejected` [N] say how probable the policy makes each completion. What that number is
+differs by loss, and `learner.offline.dpo` makes it:
+
+    log-ratio   log pi(y|x) - log ref(y|x), summed over the completion's tokens   DPO, IPO, KTO
+    mean        log pi(y|x) / |y|                                                 ORPO, SimPO
+
+DPO and IPO take either one divided by |y| or without the reference as well.
 """
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import math
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from learner.algorithms.loss_terms import LossTerms, metric_parts
+from learner.algorithms.loss_terms import MetricParts, metric_parts
 from learner.algorithms.masked import require_same_shape
 
-DpoLoss = Literal["sigmoid", "ipo"]
+
+def dpo(chosen: Tensor, rejected: Tensor, beta: float, label_smoothing: float = 0.0) -> Tensor:
+    """-(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h), with h = chosen - rejected: [N].
+
+    Source: Rafailov et al. 2023, equation 7; with s, the share of pairs that are taken to be
+    labelled the wrong way round: Mitchell 2023, "A note on DPO with noisy preferences", equation 3.
+    Divided by the number of tokens, chosen and rejected give length-normalised DPO (Lambert et al.
+    2024, Tülu 3). Raises ValueError for beta <= 0 or s outside [0, 0.5).
+    """
+    return simpo(chosen, rejected, beta, 0.0, label_smoothing)
 
 
-def bradley_terry(
-    chosen: Tensor, rejected: Tensor, margin: Tensor | None = None, centering: float = 0.0
-) -> LossTerms:
-    """-log sigmoid(chosen - rejected - margin) + centering * (chosen + rejected)^2.
+def ipo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """(h - 1 / (2 beta))^2, with h = chosen - rejected: [N]. Source: Azar et al. 2023, equation 17.
 
-    chosen, rejected: [N] rewards. margin: [N], how much better the chosen one was rated (Llama 2).
-    centering: pulls rewards towards mean 0, which the first term leaves open (Eisenstein et al.
-    2023; .01). Metrics: accuracy (ties count as wrong), margin, reward_chosen, reward_rejected.
-    Source: Bradley & Terry 1952.
+    The paper's log-ratios are sums over tokens. TRL's are means per token: divide by the number of
+    tokens for its loss. Raises ValueError for beta <= 0.
     """
     require_same_shape(chosen, rejected=rejected)
-    gap = chosen - rejected
-    wanted = gap
-    if margin is not None:
-        require_same_shape(chosen, margin=margin)
-        wanted = gap - margin
-    losses = -logsigmoid(wanted)
-    if centering != 0.0:
-        losses = losses + centering * (chosen + rejected).square()
-    every = torch.ones_like(gap, dtype=torch.bool)
-    return LossTerms(
-        losses=losses,
-        metrics={
-            "accuracy": metric_parts(gap > 0, every),
-            "margin": metric_parts(gap, every),
-            "reward_chosen": metric_parts(chosen, every),
-            "reward_rejected": metric_parts(rejected, every),
-        },
-    )
+    _require_positive(beta)
+    return (chosen - rejected - 1.0 / (2.0 * beta)).square()
 
 
-def dpo(
-    policy_chosen: Tensor,
-    policy_rejected: Tensor,
-    ref_chosen: Tensor,
-    ref_rejected: Tensor,
+def simpo(
+    chosen: Tensor,
+    rejected: Tensor,
     beta: float,
+    target_margin: float,
     label_smoothing: float = 0.0,
-    loss_type: DpoLoss = "sigmoid",
-) -> LossTerms:
-    """Direct preference optimisation; with h = log-ratio of chosen minus log-ratio of rejected:
+) -> Tensor:
+    """-(1 - s) log sigmoid(d) - s log sigmoid(-d), d = beta (chosen - rejected) - target_margin.
 
-        sigmoid (Rafailov et al. 2023)   -(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)
-        ipo (Azar et al. 2023)           (h - 1 / (2 beta))^2
-
-    The four log-probabilities are [N], SUMMED over response tokens; the two reference ones are
-    constants. label_smoothing: s, the share of pairs taken to be labelled the wrong way round.
-    Metrics: rewards/{chosen,rejected,accuracies,margins}, with reward = beta * log(pi / ref), and
-    logps/{chosen,rejected}.
-    Raises ValueError for beta <= 0, s outside [0, 0.5), s with "ipo", an unknown loss type.
+    chosen, rejected: mean log-probability per token. Source: Meng et al. 2024, equation 6
+    (target_margin: gamma); s as in `dpo`. Raises ValueError for beta <= 0 or s outside [0, 0.5).
     """
-    if beta <= 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    require_same_shape(chosen, rejected=rejected)
+    _require_positive(beta)
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), got {label_smoothing}")
-    require_same_shape(
-        policy_chosen,
-        policy_rejected=policy_rejected,
-        ref_chosen=ref_chosen,
-        ref_rejected=ref_rejected,
-    )
-    chosen = policy_chosen - ref_chosen.detach()
-    rejected = policy_rejected - ref_rejected.detach()
-    losses = _dpo_losses(chosen - rejected, beta, label_smoothing, loss_type)
-    every = torch.ones_like(chosen, dtype=torch.bool)
-    return LossTerms(
-        losses=losses,
-        metrics={
-            "rewards/chosen": metric_parts(beta * chosen, every),
-            "rewards/rejected": metric_parts(beta * rejected, every),
-            "rewards/accuracies": metric_parts(chosen > rejected, every),
-            "rewards/margins": metric_parts(beta * (chosen - rejected), every),
-            "logps/chosen": metric_parts(policy_chosen, every),
-            "logps/rejected": metric_parts(policy_rejected, every),
-        },
-    )
+    gap = beta * (chosen - rejected) - target_margin
+    return -(1.0 - label_smoothing) * logsigmoid(gap) - label_smoothing * logsigmoid(-gap)
 
 
-def _dpo_losses(gap: Tensor, beta: float, label_smoothing: float, loss_type: DpoLoss) -> Tensor:
-    if loss_type == "sigmoid":
-        kept = (1.0 - label_smoothing) * logsigmoid(beta * gap)
-        return -kept - label_smoothing * logsigmoid(-beta * gap)
-    if loss_type == "ipo":
-        if label_smoothing != 0.0:
-            raise ValueError("label_smoothing has no effect on the loss type 'ipo'; set it to 0")
-        return (gap - 1.0 / (2.0 * beta)).square()
-    raise ValueError(f"unknown DPO loss {loss_type!r}; known: {', '.join(get_args(DpoLoss))}")
+def orpo(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """-chosen - beta log sigmoid(log odds(chosen) - log odds(rejected)), odds = P / (1 - P): [N].
+
+    chosen, rejected: mean log-probability per token, log P. Source: Hong et al. 2024, equations 3,
+    6 and 7 (beta: lambda). The likelihood is that of the completion alone, as in equation 2; TRL's
+    covers the prompt, too. Raises ValueError for beta <= 0.
+    """
+    require_same_shape(chosen, rejected=rejected)
+    _require_positive(beta)
+    return -chosen - beta * logsigmoid(_log_odds(chosen) - _log_odds(rejected))
+
+
+def kto(
+    log_ratios: Tensor,
+    desirable: Tensor,
+    kl: float,
+    beta: float,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+) -> Tensor:
+    """w_d (1 - sigmoid(beta (r - kl))) of a desirable completion, w_u (1 - sigmoid(beta (kl - r)))
+    of an undesirable one, r being its log-ratio: [N].
+
+    log_ratios: [N]. desirable: [N] bool. kl: the reference point, see `kto_reference_point`.
+    Source: Ethayarajh et al. 2024, equations 7 and 8 (w: lambda). Raises ValueError for beta <= 0.
+    """
+    require_same_shape(log_ratios, desirable=desirable)
+    _require_positive(beta)
+    gain = beta * torch.where(desirable, log_ratios - kl, kl - log_ratios)
+    weight = torch.where(desirable, desirable_weight, undesirable_weight).to(gain.dtype)
+    return weight * torch.sigmoid(-gain)
+
+
+def kto_reference_point(mismatched: Tensor) -> float:
+    """KTO's estimate of KL(pi || ref) in nats per completion: max(0, mean of log-ratios).
+
+    mismatched: [M] log-ratios of each prompt with a completion of ANOTHER prompt; they carry no
+    gradient. Source: Ethayarajh et al. 2024, section 4.1. It is biased, but cheap: nothing is
+    sampled. Raises ValueError for no log-ratios.
+    """
+    if mismatched.numel() == 0:
+        raise ValueError("no mismatched completions to estimate the KL from")
+    return max(0.0, float(mismatched.detach().double().mean()))
+
+
+def reward_metrics(
+    chosen: Tensor, rejected: Tensor, has_chosen: Tensor, has_rejected: Tensor
+) -> MetricParts:
+    """rewards/{chosen,rejected,accuracies,margins} of [N] implicit rewards; a tie is wrong.
+
+    has_chosen, has_rejected: [N] bool, which rows hold that side. Accuracy and margin are over the
+    rows that hold both.
+    """
+    both = has_chosen & has_rejected
+    return {
+        "rewards/chosen": metric_parts(chosen, has_chosen),
+        "rewards/rejected": metric_parts(rejected, has_rejected),
+        "rewards/accuracies": metric_parts(chosen > rejected, both),
+        "rewards/margins": metric_parts(chosen - rejected, both),
+    }
+
+
+def _log_odds(logp: Tensor) -> Tensor:
+    """log(P / (1 - P)) of log P, exact for P near 0 and near 1; P = 1 counts as the next number."""
+    logp = logp.clamp(max=-torch.finfo(logp.dtype).eps)
+    # Mächler 2012: each form is exact where the other cancels. Masked, so that no NaN gets back.
+    near_one = logp > -math.log(2.0)
+    one = torch.log(-torch.expm1(logp.where(near_one, -0.5)))
+    zero = torch.log1p(-torch.exp(logp.where(~near_one, -1.0)))
+    return logp - torch.where(near_one, one, zero)
+
+
+def _require_positive(beta: float) -> None:
+    if beta <= 0:
+        raise ValueError(f"beta must be positive, got {beta}")

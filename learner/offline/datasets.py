@@ -1,4 +1,4 @@
-"""Rows of a file -> demonstrations or comparisons, each with its place and a key to hold out by.
+"""Rows of a file -> demonstrations, comparisons or preferences, with their place and hold-out key.
 
 ``cluster.contracts.rows`` reads the files and knows their shapes. Nothing is tokenised here.
 """
@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from cluster.contracts.chat import is_text
-from cluster.contracts.rows.files import Columns, Place
+from cluster.contracts.rows.files import BadRow, Columns, Place
+from cluster.contracts.rows.judgements import is_judgement, judgement_shape
 from cluster.contracts.rows.messages import Messages
 from cluster.contracts.rows.reader import ReadRows, read_rows
 from cluster.contracts.rows.shapes import comparison_shape, demonstration_shape
@@ -50,6 +51,18 @@ class Comparison:
     key: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preference:
+    """A pair, or a single completion that somebody judged: good ones are `chosen`, bad ones
+    `rejected`, and the other side is None."""
+
+    where: str
+    messages: Messages
+    chosen: str | None
+    rejected: str | None
+    key: str
+
+
 def read_demonstrations(
     path: str, split: str = "train", skip_bad: bool = False
 ) -> ReadRows[Demonstration]:
@@ -62,6 +75,15 @@ def read_comparisons(
 ) -> ReadRows[Comparison]:
     """Raises UserError naming file and row; `skip_bad` leaves bad rows out and counts them."""
     return read_rows(path, split, _comparison, skip_bad=skip_bad)
+
+
+def read_preferences(
+    path: str, split: str = "train", skip_bad: bool = False, *, singles: bool = False
+) -> ReadRows[Preference]:
+    """Pairs, and with `singles` also single judged completions. Raises UserError naming file and
+    row; `skip_bad` leaves bad rows out and counts them."""
+    make = _preference if singles else _pair
+    return read_rows(path, split, make, skip_bad=skip_bad)
 
 
 def hold_out(rows: Iterable[K], fraction: float) -> tuple[list[K], list[K]]:
@@ -98,6 +120,35 @@ def _comparison(place: Place, columns: Columns) -> Comparison:
         chosen=shape.chosen,
         rejected=shape.rejected,
         margin=shape.margin,
+        key=_key(shape.messages),
+    )
+
+
+def _pair(place: Place, columns: Columns) -> Preference:
+    if is_judgement(columns):
+        raise BadRow(
+            "judges a single completion, but this loss compares two",
+            "set loss='kto', or give rows with prompt, chosen and rejected",
+        )
+    row = _comparison(place, columns)
+    return Preference(
+        where=row.where,
+        messages=row.messages,
+        chosen=row.chosen,
+        rejected=row.rejected,
+        key=row.key,
+    )
+
+
+def _preference(place: Place, columns: Columns) -> Preference:
+    if not is_judgement(columns):
+        return _pair(place, columns)
+    shape = judgement_shape(columns)
+    return Preference(
+        where=place.where,
+        messages=shape.messages,
+        chosen=shape.completion if shape.good else None,
+        rejected=None if shape.good else shape.completion,
         key=_key(shape.messages),
     )
 

@@ -1,4 +1,4 @@
-"""Direct preference optimisation against the frozen starting policy (Rafailov et al. 2023)."""
+"""`accord dpo`: a policy trained directly on preferences (`learner.algorithms.preference_loss`)."""
 
 from __future__ import annotations
 
@@ -11,38 +11,24 @@ import torch
 from torch import Tensor
 
 from cluster.contracts.config.offline import DpoConfig
-from cluster.contracts.metrics import Metric, mean
-from learner.algorithms.loss_terms import LossTerms
-from learner.algorithms.preference_loss import dpo
-from learner.compute.microbatches import TokenRow, pad_rows, plan_microbatches
-from learner.compute.optimizer import compute_in
+from cluster.contracts.metrics import Metric, last, mean
+from learner.algorithms import preference_loss
+from learner.algorithms.loss_terms import LossTerms, metric_parts
+from learner.compute.microbatches import TokenRow
 from learner.compute.optimizer_step import metrics_of
-from learner.models.heads import token_logprobs
 from learner.models.load import load_policy, load_tokenizer, save_policy
-from learner.offline.datasets import Comparison, read_comparisons
-from learner.offline.fit import OnStep, evaluate_rows, fit, never
-from learner.offline.setup import OnRows, answered, load_rows, prepare, unheard, write_summary
-
-
-@dataclass(frozen=True, slots=True)
-class DpoRow:
-    """A pair, and the reference's log-probability of each answer, summed over its tokens."""
-
-    chosen: TokenRow
-    rejected: TokenRow
-    ref_chosen: float = 0.0
-    ref_rejected: float = 0.0
-
-    def __len__(self) -> int:
-        return 2 * self.longest
-
-    @property
-    def longest(self) -> int:
-        return max(len(self.chosen), len(self.rejected))
-
-    @property
-    def weight(self) -> float:
-        return 1.0
+from learner.offline.completion_logps import all_completion_logps, completion_logps
+from learner.offline.datasets import read_preferences
+from learner.offline.fit import FitResult, OnStep, evaluate_rows, fit, never
+from learner.offline.own_samples import measure_own_samples
+from learner.offline.preference_rows import (
+    PreferenceRow,
+    encode,
+    encode_judged,
+    mismatch,
+    prompt_of,
+)
+from learner.offline.setup import OnRows, TrainingRows, load_rows, prepare, unheard, write_summary
 
 
 def train_dpo(
@@ -52,20 +38,19 @@ def train_dpo(
     should_stop: Callable[[], bool] = never,
     on_rows: OnRows = unheard,
 ) -> Path:
-    """Optimise config.model on preference pairs; returns run_dir/policy.
+    """Train config.model on preferences; returns run_dir/policy.
 
     The reference is the starting policy; its log-probabilities are computed once, before the first
-    step. Reports train/loss, rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected}
-    and the same of the held-out pairs under eval/. Stops and continues as `train_sft` does.
+    step. Reports train/loss, rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected},
+    with KTO kto/kl, and the same of the held-out rows under eval/. At the end eval/kl and
+    eval/length, see `measure_own_samples`. Stops and continues as `train_sft` does.
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    skip_bad = config.data.skip_bad_rows
-    read = read_comparisons(config.data.path, config.data.split, skip_bad)
-    data = load_rows(read, tokenizer, encode, lambda row: row.longest, config.fit, skip_bad)
+    data = _read(config, tokenizer)
     on_rows(data)
     task = DpoTask(load_policy(config.model).to(device), config, device)
-    rows, eval_rows = task.with_reference(data.train), task.with_reference(data.held)
+    rows, held = task.with_reference(data.train), task.with_reference(data.held)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
         task.policy,
@@ -73,72 +58,182 @@ def train_dpo(
         task.loss,
         config.fit,
         seed=config.run.seed,
-        evaluate=task.evaluation(eval_rows),
+        before_step=task.measure_reference_point,
+        evaluate=task.evaluation(held),
         on_step=progress,
         should_stop=should_stop,
         checkpoint=run_dir / "checkpoints",
     )
+    if result.finished and held and config.kl_samples:
+        result = _with_own_samples(result, task, tokenizer, held)
+        if progress is not None:
+            progress(result.steps, 1.0, result.numbers)
     write_summary(run_dir, result, data)
     return save_policy(task.policy, tokenizer, run_dir / "policy")
 
 
-def encode(tokenizer: Any, row: Comparison) -> DpoRow:
-    return DpoRow(
-        chosen=answered(tokenizer, row.messages, row.chosen),
-        rejected=answered(tokenizer, row.messages, row.rejected),
+def _read(config: DpoConfig, tokenizer: Any) -> TrainingRows[PreferenceRow]:
+    skip_bad, kto = config.data.skip_bad_rows, config.loss == "kto"
+    read = read_preferences(config.data.path, config.data.split, skip_bad, singles=kto)
+    encode_row = encode_judged if kto else encode
+    data = load_rows(read, tokenizer, encode_row, lambda row: row.longest, config.fit, skip_bad)
+    if not kto:
+        return data
+    seed, most = config.run.seed, config.fit.max_tokens
+    return replace(
+        data, train=mismatch(data.train, seed, most), held=mismatch(data.held, seed, most)
     )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class DpoTask:
+    """Loss and evaluation of a policy. reference_point: KTO's estimate of the KL, for this step."""
+
     policy: Any
     config: DpoConfig
     device: torch.device
+    reference_point: float = 0.0
 
-    def logps(self, rows: Sequence[DpoRow]) -> tuple[Tensor, Tensor]:
-        """([N] chosen, [N] rejected) log-probabilities of the answers, one forward for both."""
-        both = [row.chosen for row in rows] + [row.rejected for row in rows]
-        with compute_in(self.config.model.dtype, self.device):
-            logp, _, _ = token_logprobs(self.policy, pad_rows(both, 0, self.device))
-        chosen, rejected = logp.sum(dim=1).chunk(2)
-        return chosen, rejected
+    def _all_logps(self, rows: Sequence[TokenRow | None]) -> list[float]:
+        """Summed log-probabilities without gradients; 0 where there is no completion."""
+        there = [row for row in rows if row is not None]
+        config = self.config
+        budget = config.fit.tokens_per_microbatch
+        found = iter(
+            all_completion_logps(self.policy, there, config.model.dtype, self.device, budget)
+        )
+        return [0.0 if row is None else next(found) for row in rows]
 
-    @torch.no_grad()
-    def with_reference(self, rows: Sequence[DpoRow]) -> list[DpoRow]:
-        """The rows with log-probabilities of the policy as it is now."""
-        done: dict[int, DpoRow] = {}
-        budget = self.config.fit.tokens_per_microbatch
-        for part in plan_microbatches([len(row) for row in rows], budget):
-            chosen, rejected = self.logps([rows[i] for i in part])
-            for i, c, r in zip(part, chosen.tolist(), rejected.tolist(), strict=True):
-                done[i] = replace(rows[i], ref_chosen=c, ref_rejected=r)
-        return [done[i] for i in range(len(rows))]
+    def with_reference(self, rows: Sequence[PreferenceRow]) -> list[PreferenceRow]:
+        """The rows with log-probabilities of the policy as it is now, if the loss uses them."""
+        if not self.config.uses_reference:
+            return list(rows)
+        chosen = self._all_logps([row.chosen for row in rows])
+        rejected = self._all_logps([row.rejected for row in rows])
+        mismatched = self._all_logps([row.mismatched for row in rows])
+        return [
+            replace(row, ref_chosen=c, ref_rejected=r, ref_mismatched=m)
+            for row, c, r, m in zip(rows, chosen, rejected, mismatched, strict=True)
+        ]
 
-    def terms(self, rows: Sequence[DpoRow]) -> LossTerms:
-        chosen, rejected = self.logps(rows)
-        return dpo(
-            chosen,
-            rejected,
-            chosen.new_tensor([row.ref_chosen for row in rows]),
-            rejected.new_tensor([row.ref_rejected for row in rows]),
-            self.config.beta,
-            self.config.label_smoothing,
-            self.config.loss,
+    def measure_reference_point(self, rows: Sequence[PreferenceRow]) -> None:
+        """KTO: from all rows of a step, so that it does not depend on microbatches."""
+        there = [row for row in rows if row.mismatched is not None]
+        if there:
+            now = torch.tensor(self._all_logps([row.mismatched for row in there]))
+            ratios = now - torch.tensor([row.ref_mismatched for row in there])
+            self.reference_point = preference_loss.kto_reference_point(ratios)
+
+    def terms(self, rows: Sequence[PreferenceRow]) -> LossTerms:
+        """One loss per row (KTO: the sum over its sides), and what is reported of the rows."""
+        config, (has_chosen, has_rejected) = self.config, self._there(rows)
+        chosen_rows = [row.chosen for row in rows if row.chosen is not None]
+        rejected_rows = [row.rejected for row in rows if row.rejected is not None]
+        both = [*chosen_rows, *rejected_rows]
+        sums = completion_logps(self.policy, both, config.model.dtype, self.device)
+        blank = sums.new_zeros(len(rows))
+        chosen = blank.masked_scatter(has_chosen, sums[: len(chosen_rows)])
+        rejected = blank.masked_scatter(has_rejected, sums[len(chosen_rows) :])
+        tokens = (
+            sums.new_tensor([_tokens(row.chosen) for row in rows]),
+            sums.new_tensor([_tokens(row.rejected) for row in rows]),
+        )
+        seen = (
+            self._seen(chosen, [row.ref_chosen for row in rows], tokens[0]),
+            self._seen(rejected, [row.ref_rejected for row in rows], tokens[1]),
+        )
+        losses = self._losses(*seen, has_chosen, has_rejected)
+        if config.nll_coef:
+            losses = losses - config.nll_coef * chosen / tokens[0]
+        rewards = (config.beta * seen[0], config.beta * seen[1])
+        return LossTerms(
+            losses=losses,
+            metrics={
+                **preference_loss.reward_metrics(*rewards, has_chosen, has_rejected),
+                "logps/chosen": metric_parts(chosen, has_chosen),
+                "logps/rejected": metric_parts(rejected, has_rejected),
+            },
         )
 
-    def loss(self, rows: Sequence[DpoRow], denominator: float) -> tuple[Tensor, list[Metric]]:
-        terms = self.terms(rows)
-        total = terms.losses.sum()
-        measured = mean("train/loss", float(total.detach()), len(rows))
-        return total / denominator, [measured, *metrics_of(terms.metrics)]
+    def _there(self, rows: Sequence[PreferenceRow]) -> tuple[Tensor, Tensor]:
+        chosen = torch.tensor([row.chosen is not None for row in rows], device=self.device)
+        rejected = torch.tensor([row.rejected is not None for row in rows], device=self.device)
+        return chosen, rejected
 
-    def evaluation(self, rows: Sequence[DpoRow]) -> Callable[[], list[Metric]] | None:
+    def _seen(self, logps: Tensor, reference: Sequence[float], tokens: Tensor) -> Tensor:
+        """Log-probabilities as the loss takes them: see `learner.algorithms.preference_loss`."""
+        ratios = logps - logps.new_tensor(reference)
+        return ratios / tokens if self.config.uses_means else ratios
+
+    def _losses(
+        self, chosen: Tensor, rejected: Tensor, has_chosen: Tensor, has_rejected: Tensor
+    ) -> Tensor:
+        config = self.config
+        if config.loss == "dpo":
+            return preference_loss.dpo(chosen, rejected, config.beta, config.label_smoothing)
+        if config.loss == "ipo":
+            return preference_loss.ipo(chosen, rejected, config.beta)
+        if config.loss == "orpo":
+            return preference_loss.orpo(chosen, rejected, config.beta)
+        if config.loss == "simpo":
+            margin, smoothing = config.target_margin, config.label_smoothing
+            return preference_loss.simpo(chosen, rejected, config.beta, margin, smoothing)
+        good = preference_loss.kto(
+            chosen, torch.ones_like(has_chosen), self.reference_point, config.beta,
+            config.desirable_weight, config.undesirable_weight,
+        )  # fmt: skip
+        bad = preference_loss.kto(
+            rejected, torch.zeros_like(has_rejected), self.reference_point, config.beta,
+            config.desirable_weight, config.undesirable_weight,
+        )  # fmt: skip
+        return good.where(has_chosen, 0.0) + bad.where(has_rejected, 0.0)
+
+    def loss(
+        self, rows: Sequence[PreferenceRow], denominator: float
+    ) -> tuple[Tensor, list[Metric]]:
+        terms = self.terms(rows)
+        return terms.losses.sum() / denominator, self._metrics(terms, rows, "train/loss", "")
+
+    def evaluation(self, rows: Sequence[PreferenceRow]) -> Callable[[], list[Metric]] | None:
         if not rows:
             return None
-        budget = self.config.fit.tokens_per_microbatch
-        return lambda: evaluate_rows(rows, self.measure, budget)
 
-    def measure(self, rows: Sequence[DpoRow]) -> list[Metric]:
-        terms = self.terms(rows)
-        loss = mean("eval/loss", float(terms.losses.sum()), len(rows))
-        return [loss, *metrics_of(terms.metrics, "eval/")]
+        def evaluate() -> list[Metric]:
+            self.measure_reference_point(rows)
+            return evaluate_rows(rows, self.measure, self.config.fit.tokens_per_microbatch)
+
+        return evaluate
+
+    def measure(self, rows: Sequence[PreferenceRow]) -> list[Metric]:
+        return self._metrics(self.terms(rows), rows, "eval/loss", "eval/")
+
+    def _metrics(
+        self, terms: LossTerms, rows: Sequence[PreferenceRow], loss: str, prefix: str
+    ) -> list[Metric]:
+        total, count = float(terms.losses.detach().sum()), sum(row.weight for row in rows)
+        found = [mean(loss, total, count), *metrics_of(terms.metrics, prefix)]
+        if self.config.loss == "kto":
+            found.append(last(f"{prefix}kto/kl", self.reference_point))
+        return found
+
+
+def _tokens(side: TokenRow | None) -> float:
+    """Tokens of the completion; 1 where there is none, so that dividing by it stays finite."""
+    return 1.0 if side is None else float(side.trained)
+
+
+def _with_own_samples(
+    result: FitResult, task: DpoTask, tokenizer: Any, held: Sequence[PreferenceRow]
+) -> FitResult:
+    """The result with what is measured on completions that the trained policy writes."""
+    config = task.config
+    prompts = list(dict.fromkeys(tuple(map(int, prompt_of(row.sides[0]))) for row in held))
+    found = measure_own_samples(
+        task.policy,
+        load_policy(config.model).to(task.device),
+        tokenizer,
+        prompts[: config.kl_samples],
+        config,
+        task.device,
+    )
+    return replace(result, numbers={**result.numbers, **found})

@@ -69,6 +69,7 @@ def fit(
     config: FitConfig,
     *,
     seed: int = 0,
+    before_step: Callable[[Sequence[R]], None] | None = None,
     evaluate: Callable[[], list[Metric]] | None = None,
     on_step: OnStep | None = None,
     should_stop: Callable[[], bool] = never,
@@ -76,13 +77,14 @@ def fit(
 ) -> FitResult:
     """Train `model` in place until epochs, max_steps or max_seconds are over, whichever is first.
 
+    before_step: gets all rows of a step, before they are cut into microbatches.
     evaluate: called every `eval_every` steps and when all is done; its metrics go to `on_step` too.
     should_stop: asked before every step; True saves a checkpoint and returns with finished False.
     checkpoint: folder of checkpoints; the newest one there is continued. None: none are kept.
     Raises UserError for no rows or a checkpoint of another run, Fatal for three steps that are not
     finite.
     """
-    loop = _Loop(model, rows, loss_fn, config, seed, checkpoint)
+    loop = _Loop(model, rows, loss_fn, config, seed, checkpoint, before_step)
     numbers: Mapping[str, float] = {}
     evaluated_at, finished = -1, True
     while not loop.over():
@@ -123,6 +125,7 @@ class _Loop:
         config: FitConfig,
         seed: int,
         checkpoint: Path | None,
+        before_step: Callable[[Sequence[Any]], None] | None,
     ) -> None:
         if not rows:
             raise UserError(
@@ -131,7 +134,7 @@ class _Loop:
                 fix="give more rows, raise fit.max_tokens or lower fit.eval_fraction",
             )
         self.model, self.rows, self.loss_fn = model, rows, loss_fn
-        self.config, self.seed = config, seed
+        self.config, self.seed, self.before_step = config, seed, before_step
         self.optimizer = make_optimizer(
             model.parameters(), config.lr, config.betas, config.eps, config.weight_decay
         )
@@ -168,6 +171,8 @@ class _Loop:
     def step(self) -> dict[str, float]:
         begun, config = time.monotonic(), self.config
         rows = self._next_rows()
+        if self.before_step is not None:
+            self.before_step(rows)
         denominator = float(sum(row.weight for row in rows))
         plan = plan_microbatches([len(row) for row in rows], config.tokens_per_microbatch)
         calls = [partial(self.loss_fn, [rows[i] for i in part], denominator) for part in plan]

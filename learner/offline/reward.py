@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cluster.contracts.config.offline import RewardModelConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import Metric, last, mean, merge
-from learner.algorithms.preference_loss import bradley_terry
+from learner.algorithms.reward_loss import bradley_terry
 from learner.compute.microbatches import TokenRow, pad_rows, plan_microbatches
 from learner.compute.optimizer import compute_in
 from learner.compute.optimizer_step import metrics_of

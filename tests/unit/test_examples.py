@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 OTHERS: dict[str, type[Section]] = {
     "sft": SftConfig,
-    "dpo": DpoConfig,
+    **dict.fromkeys(("dpo", "ipo", "kto", "orpo", "simpo"), DpoConfig),
     "reward_model": RewardModelConfig,
     "evaluate": EvaluateConfig,
 }

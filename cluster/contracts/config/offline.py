@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -86,7 +86,8 @@ class SftConfig(Section):
 
 class PairsConfig(Section):
     path: str = Field(
-        description="Rows with prompt, chosen and rejected: a JSONL, JSON, CSV, TSV or Parquet "
+        description="Rows with prompt, chosen and rejected (for loss=kto also rows with prompt, "
+        "completion and label): a JSONL, JSON, CSV, TSV or Parquet "
         "file (also .gz), `datasets:NAME`, or a preference store (`*.db`), whose "
         "pairs are exported into the run directory."
     )
@@ -119,33 +120,111 @@ class RewardModelConfig(Section):
     logging: LoggingConfig = LoggingConfig()
 
 
+PreferenceLoss = Literal["dpo", "ipo", "kto", "orpo", "simpo"]
+
+_REFUSED: dict[tuple[str, str], str] = {
+    ("ipo", "label_smoothing"): "it would only rescale beta: use beta / (1 - 2 label_smoothing)",
+    ("kto", "label_smoothing"): "kto judges one completion at a time, so there is no pair whose "
+    "order could be wrong: use desirable_weight and undesirable_weight",
+    ("kto", "length_normalised"): "the KL that kto compares with is in nats per completion",
+    ("kto", "reference_free"): "the KL that kto compares with needs the reference",
+    ("orpo", "label_smoothing"): "orpo's likelihood term trusts the chosen completion",
+    ("orpo", "length_normalised"): "orpo is always so",
+    ("orpo", "reference_free"): "orpo is always so",
+    ("orpo", "nll_coef"): "orpo has this term with weight 1: change beta, the weight of the other",
+    ("simpo", "length_normalised"): "simpo is always so",
+    ("simpo", "reference_free"): "simpo is always so",
+}
+"""(loss, key) -> why the key cannot be set."""
+_ONLY = {"target_margin": "simpo", "desirable_weight": "kto", "undesirable_weight": "kto"}
+
+
 class DpoConfig(Section):
-    """`accord dpo`: direct preference optimisation."""
+    """`accord dpo`: a policy trained directly on preferences (DPO and its relatives)."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
     data: PairsConfig
     fit: FitConfig = FitConfig()
+    loss: PreferenceLoss = Field(
+        "dpo",
+        description="dpo: the odds that the chosen completion is better. ipo: a squared distance "
+        "to a fixed margin. kto: also learns from single completions that are labelled good or "
+        "bad. orpo: likelihood of the chosen completion plus odds, without a reference. simpo: "
+        "mean log-probability with a margin, without a reference.",
+    )
     beta: float = Field(
         0.1,
         gt=0,
-        description="How strongly the loss holds the policy to the reference. With a smaller "
-        "value it moves further.",
-    )
-    loss: Literal["sigmoid", "ipo"] = Field(
-        "sigmoid",
-        description="sigmoid: DPO's own loss. ipo: squared distance to a margin of 1/(2β).",
+        description="dpo, ipo, kto: how strongly the loss holds the policy to the reference. With "
+        "a smaller value it moves further. simpo: scale of the reward (2 unless set). orpo: "
+        "weight of the odds term.",
     )
     label_smoothing: float = Field(
         0.0,
         ge=0,
         lt=0.5,
-        description="Assumed share of pairs that are labelled the wrong way round.",
+        description="dpo, simpo: assumed share of pairs that are labelled the wrong way round.",
+    )
+    length_normalised: bool = Field(
+        False,
+        description="dpo, ipo: divide log-ratios by the completion's tokens. orpo and simpo always "
+        "do. `beta` then needs to be larger, about 5 for dpo.",
+    )
+    reference_free: bool = Field(
+        False,
+        description="dpo, ipo: use log-probabilities instead of log-ratios to the starting policy. "
+        "orpo and simpo always do.",
+    )
+    nll_coef: float = Field(
+        0.0,
+        ge=0,
+        description="dpo, ipo, kto, simpo: weight of the chosen completion's negative "
+        "log-likelihood per token, which keeps it probable.",
+    )
+    target_margin: float = Field(
+        1.0, ge=0, description="simpo: the chosen reward must exceed the rejected one by this."
+    )
+    desirable_weight: float = Field(
+        1.0, gt=0, description="kto: weight of a completion that is labelled good."
+    )
+    undesirable_weight: float = Field(
+        1.0, gt=0, description="kto: weight of a completion that is labelled bad."
+    )
+    kl_samples: int = Field(
+        64,
+        ge=0,
+        description="When all steps are done, the policy writes one completion for so many "
+        "held-out prompts, to measure its KL to the starting policy and its length. 0: off.",
     )
     logging: LoggingConfig = LoggingConfig()
 
+    @property
+    def uses_reference(self) -> bool:
+        return self.loss not in ("orpo", "simpo") and not self.reference_free
+
+    @property
+    def uses_means(self) -> bool:
+        """Whether the loss divides log-probabilities by the number of tokens."""
+        return self.loss in ("orpo", "simpo") or self.length_normalised
+
+    @model_validator(mode="before")
+    @classmethod
+    def _beta_of_simpo(cls, tree: Any) -> Any:
+        """SimPO's beta is on means per token, so it has a default of its own."""
+        if isinstance(tree, dict) and tree.get("loss") == "simpo":
+            return {"beta": 2.0, **tree}
+        return tree
+
     @model_validator(mode="after")
     def _check(self) -> DpoConfig:
-        if self.loss == "ipo" and self.label_smoothing:
-            raise ValueError("label_smoothing has no effect with loss = 'ipo': leave it at 0")
+        fields = type(self).model_fields
+        for key in ("label_smoothing", "length_normalised", "reference_free", "nll_coef", *_ONLY):
+            if getattr(self, key) == fields[key].default:
+                continue
+            if _ONLY.get(key, self.loss) != self.loss:
+                raise ValueError(f"{key} belongs to loss = '{_ONLY[key]}': leave it out")
+            if (self.loss, key) in _REFUSED:
+                why = _REFUSED[self.loss, key]
+                raise ValueError(f"{key} cannot be set with loss = '{self.loss}': {why}")
         return self

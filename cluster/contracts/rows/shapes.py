@@ -157,7 +157,7 @@ def demonstration_shape(columns: Columns) -> DemonstrationShape:
 def _completed(prompt: Any, completion: Any) -> DemonstrationShape:
     before = read_messages(prompt, "prompt")
     if is_text(before):
-        return DemonstrationShape(before, _answer(completion, "completion"))
+        return DemonstrationShape(before, completion_text(completion, "completion"))
     after: Messages
     if isinstance(completion, str):
         after = ({"role": "assistant", "content": completion},)
@@ -198,23 +198,30 @@ def comparison_shape(columns: Columns) -> ComparisonShape:
     return ComparisonShape(messages, one, other, optional_number(columns, "margin"))
 
 
-def _with_prompt(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, str, str]:
+def prompt_messages(prompt: Any) -> Messages:
+    """The column `prompt` beside completions: it ends where a completion can follow."""
     messages = read_messages(prompt, "prompt")
     if messages[-1]["role"] == "assistant":
         raise BadRow("the prompt ends with the assistant's turn", "end it with the user's turn")
+    return messages
+
+
+def _with_prompt(prompt: Any, chosen: Any, rejected: Any) -> tuple[Messages, str, str]:
+    messages = prompt_messages(prompt)
     if all(isinstance(side, list) and len(side) > 1 for side in (chosen, rejected)):
         shared, one, other = _split_shared(chosen, rejected)
         same = shared[-1]["content"] if isinstance(prompt, str) else shared
         if same not in (prompt, messages):
             raise BadRow("the conversations in chosen and rejected do not begin with the prompt")
         return shared, one, other
-    one, other = _answer(chosen, "chosen"), _answer(rejected, "rejected")
+    one, other = completion_text(chosen, "chosen"), completion_text(rejected, "rejected")
     if isinstance(prompt, str) and not is_text(messages):  # HH-RLHF: the blank belongs to the form
         one, other = one.strip(), other.strip()
     return messages, one, other
 
 
-def _answer(value: Any, column: str) -> str:
+def completion_text(value: Any, column: str) -> str:
+    """A completion beside a prompt: text, or one assistant message."""
     if isinstance(value, str):
         return value
     messages = _chat(value, column)

@@ -1,4 +1,4 @@
-"""SFT, reward model and DPO from a file to a saved directory."""
+"""SFT and reward model from a file to a saved directory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.offline import (
-    DpoConfig,
     FitConfig,
     PairsConfig,
     RewardModelConfig,
@@ -25,11 +24,9 @@ from cluster.contracts.config.offline import (
 from cluster.contracts.errors import UserError
 from learner.compute.microbatches import token_row
 from learner.models.heads import reward_scores
-from learner.models.load import ValueModel, load_policy, load_reward_model, load_tokenizer
+from learner.models.load import ValueModel, load_reward_model, load_tokenizer
 from learner.models.reward_artifact import FILE
-from learner.offline.datasets import read_comparisons, read_demonstrations
-from learner.offline.dpo import DpoTask, train_dpo
-from learner.offline.dpo import encode as encode_pair
+from learner.offline.datasets import read_demonstrations
 from learner.offline.reward import PairRow, RewardTask, reward_padding_id, train_reward_model
 from learner.offline.sft import encode, train_sft
 
@@ -233,41 +230,3 @@ def test_calibration_by_hand(monkeypatch: pytest.MonkeyPatch, tiny_policy: Path)
     assert numbers["rm/ece"] == pytest.approx((4 * 0.0 + 1 * 0.9) / 5, abs=1e-6)
     assert numbers["rm/accuracy"] == pytest.approx(0.6)
     assert numbers["rm/margin"] == pytest.approx((2 * math.log(3) - math.log(9)) / 5)
-
-
-@pytest.mark.parametrize("kind", ["sigmoid", "ipo"])
-def test_dpo_starts_at_the_reference_and_learns(
-    tiny_policy: Path, tmp_path: Path, kind: Any
-) -> None:
-    config = DpoConfig(
-        model=model(tiny_policy),
-        data=PairsConfig(path=pairs_file(tmp_path)),
-        fit=FAST.model_copy(update={"epochs": 3, "eval_fraction": 0.2, "schedule": "constant"}),
-        loss=kind,
-    )
-    numbers: list[Any] = []
-    saved = train_dpo(config, tmp_path / "run", lambda s, f, n: numbers.append(n))
-    start = math.log(2) if kind == "sigmoid" else 25.0
-    assert numbers[0]["train/loss"] == pytest.approx(start, rel=1e-4)
-    assert numbers[0]["rewards/margins"] == pytest.approx(0, abs=1e-4)
-    last = json.loads((tmp_path / "run" / "fit.json").read_text())["evaluation"]
-    assert last["eval/loss"] < 0.6 * start
-    assert last["eval/rewards/accuracies"] >= 0.95
-    assert last["eval/rewards/chosen"] > last["eval/rewards/rejected"]
-    assert load_policy(model(saved)) is not None
-
-
-def test_dpo_log_probabilities_are_sums_over_the_answer(tiny_policy: Path, tmp_path: Path) -> None:
-    config = DpoConfig(model=model(tiny_policy), data=PairsConfig(path=pairs_file(tmp_path, 3)))
-    tokenizer = load_tokenizer(tiny_policy)
-    rows = [encode_pair(tokenizer, row) for row in read_comparisons(config.data.path).items]
-    task = DpoTask(load_policy(config.model), config, torch.device("cpu"))
-    known = task.with_reference(rows)
-    for row in known:
-        ids = torch.as_tensor(row.rejected.input_ids).long()[None]
-        with torch.no_grad():
-            logp = task.policy(input_ids=ids).logits[0].log_softmax(-1)
-        wanted = sum(
-            float(logp[t - 1, ids[0, t]]) for t in range(ids.shape[1]) if row.rejected.loss_mask[t]
-        )
-        assert row.ref_rejected == pytest.approx(wanted, rel=1e-5)

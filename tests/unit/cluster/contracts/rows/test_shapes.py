@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.contracts.rows.files import BadRow
+from cluster.contracts.rows.judgements import JudgementShape, is_judgement, judgement_shape
 from cluster.contracts.rows.shapes import comparison_shape, demonstration_shape, prompt_shape
 
 
@@ -159,3 +160,28 @@ def test_margins_may_be_text_as_in_a_table(margin: Any, number: float | None) ->
 def test_what_is_wrong_with_a_comparison(row: dict[str, Any], says: str) -> None:
     with pytest.raises(BadRow, match=says):
         comparison_shape(row)
+
+
+@pytest.mark.parametrize(
+    ("label", "good"), [(True, True), ("False", False), (1, True), (0.0, False), ("1", True)]
+)
+def test_judgements_of_single_completions(label: Any, good: bool) -> None:
+    row = {"prompt": [HI], "completion": [YO], "label": label}
+    assert is_judgement(row)
+    assert judgement_shape(row) == JudgementShape((HI,), "Yo", good)
+    assert judgement_shape({**row, "completion": "Yo"}).completion == "Yo"
+    assert not is_judgement({**row, "chosen": "Yo", "rejected": "No"})  # a pair says more
+
+
+@pytest.mark.parametrize(
+    ("row", "what"),
+    [
+        ({"prompt": "Hi", "completion": "Yo", "label": "good"}, "column 'label' holds 'good'"),
+        ({"prompt": "Hi", "completion": "Yo", "label": 0.5}, "column 'label' holds 0.5"),
+        ({"completion": "Yo", "label": True}, "lacks prompt beside completion and label"),
+        ({"prompt": [HI, YO], "completion": "Yo", "label": True}, "ends with the assistant"),
+    ],
+)
+def test_bad_judgements(row: dict[str, Any], what: str) -> None:
+    with pytest.raises(BadRow, match=what):
+        judgement_shape(row)

@@ -1,0 +1,96 @@
+"""What is measured on completions that the trained policy itself writes.
+
+Preference pairs cannot tell how far the policy has moved: the KL to the reference is an expectation
+over the policy's own completions.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cluster.contracts.config.offline import DpoConfig
+from learner.compute.microbatches import TokenRow, token_row
+from learner.models.load import stop_token_ids
+from learner.offline.completion_logps import all_completion_logps
+
+_PROMPTS_AT_ONCE = 64
+
+
+def measure_own_samples(
+    policy: Any,
+    reference: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    config: DpoConfig,
+    device: torch.device,
+) -> dict[str, float]:
+    """eval/kl: nats per completion, mean of log pi - log ref over one completion per prompt, with
+    its standard error eval/kl_error; eval/length: tokens per completion, end token included.
+
+    Completions are sampled at temperature 1 and end at `fit.max_tokens`, prompt included.
+    """
+    ends = stop_token_ids(config.model.path, tokenizer, config.model.revision)
+    longest = config.fit.max_tokens
+    usable = [ids for ids in prompts if len(ids) < longest]
+    if not usable:
+        return {}
+    rows = [
+        row
+        for first in range(0, len(usable), _PROMPTS_AT_ONCE)
+        for row in sample(
+            policy, usable[first : first + _PROMPTS_AT_ONCE], longest, ends, config.run.seed, device
+        )
+    ]
+    ours, theirs = (
+        all_completion_logps(
+            model, rows, config.model.dtype, device, config.fit.tokens_per_microbatch
+        )
+        for model in (policy, reference)
+    )
+    ratios = [a - b for a, b in zip(ours, theirs, strict=True)]
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
+    return {
+        "eval/kl": statistics.fmean(ratios),
+        "eval/kl_error": error,
+        "eval/length": statistics.fmean(row.trained for row in rows),
+    }
+
+
+@torch.no_grad()
+def sample(
+    policy: Any,
+    prompts: Sequence[Sequence[int]],
+    max_tokens: int,
+    ends: Sequence[int],
+    seed: int,
+    device: torch.device,
+) -> list[TokenRow]:
+    """One completion per prompt at temperature 1, up to `max_tokens` tokens of both together.
+
+    Torch's random state is as before afterwards. Prompts are padded on the left, as
+    `transformers.generate` wants them.
+    """
+    width = max(len(ids) for ids in prompts)
+    batch = torch.full((len(prompts), width), ends[0], dtype=torch.int64)
+    mask = torch.zeros_like(batch)
+    for place, ids in enumerate(prompts):
+        batch[place, width - len(ids) :] = torch.tensor(ids)
+        mask[place, width - len(ids) :] = 1
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        written = policy.generate(
+            input_ids=batch.to(device), attention_mask=mask.to(device), do_sample=True,
+            temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_tokens - min(map(len, prompts)),
+            eos_token_id=list(ends), pad_token_id=ends[0],
+        )[:, width:].tolist()  # fmt: skip
+    rows = []
+    for ids, tokens in zip(prompts, written, strict=True):
+        end = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
+        completion = tokens[: min(end, max_tokens - len(ids))]
+        mask_row = [False] * len(ids) + [True] * len(completion)
+        rows.append(token_row([*ids, *completion], mask_row))
+    return rows
