@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cluster.contracts.errors import UserError
+from cluster.runs.checkpoints import in_order
 
 Show = Callable[[str], None]
 Score = Callable[[Sequence[Mapping[str, str]], "Reply"], float]
@@ -147,8 +148,8 @@ def policy_directory(path: str) -> str:
     run = Path(path)
     if (run / "policy").is_dir():
         return str(run / "policy")
-    found = sorted((run / "checkpoints").glob("step-*/policy"))
-    if found:
+    found = [path / "policy" for path in in_order(run / "checkpoints")]
+    if found := [path for path in found if path.is_dir()]:
         return str(found[-1])
     if (run / "manifest.json").is_file():
         raise UserError(

@@ -61,8 +61,7 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """Those with a manifest, oldest first; their files are not looked at."""
-        found = self.folder.glob("step-*")
-        return sorted(path for path in found if (path / MANIFEST).is_file())
+        return [path for path in in_order(self.folder) if (path / MANIFEST).is_file()]
 
     def begin(self, step: int, nbytes: int = 0) -> Path:
         """An empty staging folder on the file system of the final one, which has room for
@@ -158,7 +157,7 @@ class Checkpoints:
         """The newest one whose every file is as it was written. Raises UserError when none is."""
         passed_over: dict[Path, str] = {}
         # Also one without a manifest, which can only have lost it: that is told, too.
-        for path in sorted(self.folder.glob("step-*"), reverse=True):
+        for path in reversed(in_order(self.folder)):
             problem = verify_checkpoint(path)
             if problem is None:
                 self._verified.add(path)
@@ -182,6 +181,18 @@ class Checkpoints:
             shutil.rmtree(target, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.rename(target)
+
+
+def step_of(name: str) -> int:
+    """The step in the name of a checkpoint's folder; -1 where there is none. The names themselves
+    are in the order of steps only up to step 999,999."""
+    number = name.removeprefix("step-")
+    return int(number) if number.isascii() and number.isdigit() else -1
+
+
+def in_order(folder: Path) -> list[Path]:
+    """All ``folder/step-…``, oldest first, whatever is in them."""
+    return sorted(folder.glob("step-*"), key=lambda path: (step_of(path.name), path.name))
 
 
 def missing(names: Collection[str]) -> list[str]:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.errors import UserError
+from cluster.runs.checkpoints import step_of
 
 VARIABLE = "ACCORD_WORK"
 """Environment variable: where runs with a URL work; without it ~/.cache/accord/runs."""
@@ -94,9 +95,9 @@ class Mirror:
         """Bring the run here, unless the copy here is as new. Raises UserError."""
         with self._explained("read"):
             fs, root = _opened(self.url)
-            theirs = max(self._checkpoints(fs, root), default="")
-            here = (path.name for path in (self.folder / "checkpoints").glob("step-*"))
-            if (self.folder / _MANIFEST).is_file() and max(here, default="") >= theirs:
+            theirs = max(map(step_of, self._checkpoints(fs, root)), default=-1)
+            here = (step_of(path.name) for path in (self.folder / "checkpoints").glob("step-*"))
+            if (self.folder / _MANIFEST).is_file() and max(here, default=-1) >= theirs:
                 return
             for source, about in sorted(fs.find(root, detail=True).items()):
                 target = self.folder / source.removeprefix(root).lstrip("/")

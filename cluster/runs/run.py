@@ -26,7 +26,7 @@ from cluster.contracts.config.file import dump_toml
 from cluster.contracts.durable import FileDigest, write_json, write_text
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
-from cluster.runs.checkpoints import Checkpoints
+from cluster.runs.checkpoints import Checkpoints, in_order, step_of
 from cluster.runs.driver import Driver, driver_lock
 from cluster.runs.lines import Lines
 from cluster.runs.mirror import Mirror, folder_of, url_of
@@ -145,8 +145,9 @@ class Run:
 
     def newest_checkpoint(self) -> int | None:
         """Step of the newest checkpoint, its files unread; None without one."""
-        found = (p.name.partition("-")[2] for p in (self.path / "checkpoints").glob("step-*"))
-        return max((int(number) for number in found if number.isdigit()), default=None)
+        found = in_order(self.path / "checkpoints")
+        newest = step_of(found[-1].name) if found else -1
+        return newest if newest >= 0 else None
 
     # -- one driver at a time ---------------------------------------------------------------------
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.errors import UserError
+from cluster.runs.checkpoints import step_of
 from cluster.runs.console import shown
 from cluster.runs.control import Wishes, read_wishes
 from cluster.runs.driver import driver_of
@@ -43,7 +44,7 @@ def read_status(run: Run, history: History | None = None) -> dict[str, Any]:
         "workers": history.serving if running else [],
         "workers_wanted": wishes.worker_count,
         "paused": wishes.paused and running,
-        "checkpoint": checkpoint and {"path": str(checkpoint), "step": _step(checkpoint)},
+        "checkpoint": checkpoint and {"path": str(checkpoint), "step": step_of(checkpoint.name)},
         "dashboard": history.cluster.get("dashboard") if running else None,
         "driver": driver.record() if driver else None,
         "driver_alive": driver.alive() if driver else None,
@@ -160,9 +161,5 @@ def _wishes(run: Run) -> Wishes:
 
 
 def _newest_checkpoint(run: Run) -> Path | None:
-    found = sorted((run.path / "checkpoints").glob("step-*/manifest.json"))
-    return found[-1].parent if found else None
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
+    found = run.checkpoints.complete()
+    return found[-1] if found else None

@@ -82,8 +82,7 @@ class RunView:
     @property
     def checkpoints(self) -> list[Path]:
         """Complete checkpoints, oldest first; each has a ``policy/`` (of on-line training)."""
-        found = (self.path / "checkpoints").glob("step-*")
-        return sorted(path for path in found if (path / "manifest.json").is_file())
+        return Run(self.path).checkpoints.complete()
 
     @property
     def sampled_steps(self) -> list[int]:

@@ -17,6 +17,8 @@ from cluster.contracts.errors import NotSaved, UserError
 from cluster.contracts.records import RunState
 from cluster.runs.checkpoints import verify_checkpoint
 from cluster.runs.run import Run
+from cluster.runs.status import read_status
+from cluster.runs.view import RunView
 from tests.checkpoint_files import FILES, write_checkpoint
 
 Usage = namedtuple("Usage", "total used free")
@@ -196,3 +198,14 @@ def test_the_manifest_is_written_last(tmp_path: Path) -> None:
         run.checkpoints.newest_good()
     manifest = json.loads((save(run, 8) / "manifest.json").read_text())
     assert (manifest["step"], sorted(manifest["files"])) == (8, sorted([*FILES, "run_state.json"]))
+
+
+def test_the_newest_is_that_of_the_latest_step_also_beyond_a_million(tmp_path: Path) -> None:
+    """By name, step-1000000 would come before step-999999."""
+    run = make(tmp_path)
+    for step in (999_998, 999_999, 1_000_000):
+        save(run, step, keep=2)
+    assert [path.name for path in run.checkpoints.complete()] == ["step-999999", "step-1000000"]
+    assert run.checkpoints.newest_good().state.step == 1_000_000
+    assert RunView(run.path).checkpoints == run.checkpoints.complete()
+    assert read_status(run)["checkpoint"]["step"] == 1_000_000

@@ -77,6 +77,10 @@ def test_a_run_goes_on_from_its_url_on_another_host(
     assert there.mirror == Mirror("memory://runs/r", there.path)
     save(there, 16)
     assert Run.open("memory://runs/r").newest_checkpoint() == 16  # here is newer than there
+    for step in (999_999, 1_000_000):  # not in this order by name
+        save(run, step)
+        run.mirror.push()
+        assert Run.open("memory://runs/r").newest_checkpoint() == step
 
 
 def test_what_was_cut_off_while_it_was_copied_is_not_taken_for_whole(
