@@ -17,6 +17,7 @@ from cluster.contracts.config.file import load_config
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.durable import write_json, write_text
 from cluster.contracts.errors import UserError
+from cluster.loop.outages import Sinks
 from cluster.machine.hardware import this_machine
 from cluster.machine.signals import listening
 from cluster.runs.console import Reporter, Stage
@@ -184,7 +185,8 @@ def _run(
                 def should_stop() -> bool:
                     return stopped() or listeners.stopped or listeners.problem is not None
 
-                train(run, _progress(stage, [*session.sinks, listeners]), should_stop)
+                sinks = Sinks([*session.sinks, listeners], session.event)
+                train(run, _progress(stage, sinks), should_stop)
         finally:
             release_memory()
         summary = json.loads((run.path / "fit.json").read_text(encoding="utf-8"))
@@ -220,12 +222,11 @@ def reward_model_figures(path: Path, summary: Mapping[str, Any]) -> dict[str, An
     }
 
 
-def _progress(stage: Stage, sinks: list[Any]) -> OnStep:
+def _progress(stage: Stage, sinks: Sinks) -> OnStep:
     """The loop tells the share done; the bar wants a total, surer as the loop goes on."""
 
     def on_step(step: int, fraction: float, numbers: Mapping[str, float]) -> None:
-        for sink in sinks:
-            sink.write(step, numbers)
+        sinks.write(step, numbers)
         stage.update(
             step, numbers, total=max(step, round(step / fraction)) if fraction > 0 else None
         )

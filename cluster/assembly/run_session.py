@@ -100,6 +100,19 @@ class RunSession:
             )
         elif kind == "rollouts_not_written":
             self.reporter.say(f"training goes on without rollouts on disk: {detail['cause']}")
+        elif kind == "rollouts_written_again":
+            self.reporter.say(
+                f"rollouts are written again; those of {detail['missing']} steps are missing"
+            )
+        elif kind == "sink_failed":
+            self.reporter.say(
+                f"training goes on, but {detail['sink']} does not take the numbers of step "
+                f"{detail['step']}: {detail['cause']}"
+            )
+        elif kind == "sink_recovered":
+            self.reporter.say(
+                f"{detail['sink']} takes numbers again, after {detail['failures']} failures"
+            )
         elif kind == "learner_out_of_memory":
             self.reporter.say(
                 f"step {detail['step']} did not fit into the learner's memory; it was trained with "

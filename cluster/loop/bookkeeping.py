@@ -11,6 +11,7 @@ from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, Journal, PromptSource, Sink
 from cluster.contracts.records import GroupMeta, RunState, StepResult, SwapReport
 from cluster.loop.loop_metrics import Accounts, PoolNumbers, Standing
+from cluster.loop.outages import Outage, Sinks
 from cluster.loop.settings import LoopSettings
 from cluster.loop.staleness import AdmissionLedger, GroupBuffer
 from cluster.loop.steering import Steering
@@ -41,7 +42,7 @@ class Bookkeeping:
         self._prompts = prompts
         self._pool = pool
         self._run = run
-        self._sinks = sinks
+        self._sinks = Sinks(sinks, run.event)
         self._buffer = buffer
         self._ledger: AdmissionLedger = buffer.ledger
         self._steering = steering
@@ -52,7 +53,7 @@ class Bookkeeping:
         self._dropped: dict[int, Mapping[str, Any]] = (
             {row["group"]: row for row in state.dropped} if state else {}
         )
-        self._sink_errors = 0
+        self._rollouts_disk = Outage()
         self.began = 0.0
 
     def loop_began(self) -> None:
@@ -110,8 +111,7 @@ class Bookkeeping:
     def write_metrics(self, result: StepResult, now: float) -> None:
         """The numbers of the step that ended at ``now``, to every sink."""
         step = result.step + 1
-        for cause in result.not_written:
-            self._run.event("rollouts_not_written", step=step, cause=cause)
+        self._note_rollouts(step, result.not_written)
         if (tokens := result.smaller_microbatches) is not None:
             self._run.event("learner_out_of_memory", step=step, tokens_per_microbatch=tokens)
         standing = Standing(
@@ -121,16 +121,17 @@ class Bookkeeping:
             dropped=len(self._dropped),
             held=self._ledger.held,
             elapsed_s=self.elapsed_s(now),
-            sink_errors=self._sink_errors,
+            sink_errors=self._sinks.errors,
         )
         numbers = values(result.metrics) | self.accounts.numbers(result, now, standing)
         # JSON has no NaN; a number that could not be measured is left out.
         numbers = {name: v for name, v in numbers.items() if math.isfinite(v)}
         self._steering.step_ended(numbers, now=now, wanted=self._pool.wanted)
-        for sink in self._sinks:
-            try:
-                sink.write(step, numbers)
-            # Monitoring may fail without stopping a run; it is counted and logged.
-            except Exception as problem:
-                self._sink_errors += 1
-                self._run.event("sink_failed", sink=type(sink).__name__, cause=repr(problem))
+        self._sinks.write(step, numbers)
+
+    def _note_rollouts(self, step: int, not_written: Sequence[str]) -> None:
+        for cause in not_written:
+            if self._rollouts_disk.fails():
+                self._run.event("rollouts_not_written", step=step, cause=cause)
+        if not not_written and (files := self._rollouts_disk.works()):
+            self._run.event("rollouts_written_again", step=step, missing=files)

@@ -10,12 +10,14 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 
 from cluster.contracts.errors import AccordError
 from cluster.contracts.live import LIVE_EVERY_S, LiveView
 from cluster.contracts.protocols import Clock
 from cluster.loop.live import LiveMeter, LoopFacts, PoolFacts
+from cluster.loop.outages import Outage
 
 Show = Callable[[LiveView], None]
 PULSE_TIMEOUT_S = 60.0
@@ -45,7 +47,7 @@ class LiveFeed:
         self._time_of_day = time_of_day
         self._numbers: Mapping[str, float] = {}
         self._learner_heard: float | None = None
-        self._told: set[str] = set()  # whose failure was told: once each
+        self._outages: defaultdict[str, Outage] = defaultdict(Outage)
         self._showing = threading.Lock()  # the last view may come while one is being written
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -77,13 +79,15 @@ class LiveFeed:
     def _show(self, view: LiveView) -> None:
         with self._showing:
             for show in self._shows:
+                name = type(show).__name__
                 try:
                     show(view)
-                except Exception as problem:  # to be seen must not stop a run; it is told once
-                    name = type(show).__name__
-                    if name not in self._told:
-                        self._told.add(name)
+                except Exception as problem:  # to be seen must not stop a run
+                    if self._outages[name].fails():
                         self._event("live_failed", sink=name, cause=repr(problem))
+                else:
+                    if failures := self._outages[name].works():
+                        self._event("live_recovered", sink=name, failures=failures)
 
     async def _listen(self) -> None:
         while True:

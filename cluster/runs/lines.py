@@ -20,8 +20,15 @@ class Lines:
     path: Path
     waiting: deque[str] = field(default_factory=lambda: deque(maxlen=MOST_WAITING))
 
-    def add(self, line: str) -> None:
+    def add(self, line: str) -> bool:
+        """Returns whether everything is in the file now."""
         self.waiting.append(line)
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Write what waits. Returns whether everything is in the file now."""
+        if not self.waiting:
+            return True
         try:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
             try:
@@ -33,6 +40,8 @@ class Lines:
         except OSError as problem:
             if problem.errno not in FULL:
                 raise
+            return False
+        return True
 
 
 def _append(descriptor: int, line: bytes) -> None:
@@ -41,5 +50,10 @@ def _append(descriptor: int, line: bytes) -> None:
     end = os.lseek(descriptor, 0, os.SEEK_END)
     if end and os.pread(descriptor, 1, end - 1) not in (b"\n", b""):
         line = b"\n" + line
-    while line:
-        line = line[os.write(descriptor, line) :]
+    write_whole(descriptor, line)
+
+
+def write_whole(descriptor: int, content: bytes) -> None:
+    """A disk that becomes full takes the first part, and raises OSError for the rest."""
+    while content:
+        content = content[os.write(descriptor, content) :]

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import math
+import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +17,7 @@ from cluster.contracts.config.base import LoggingConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.live import STAGES, LiveView
 from cluster.contracts.protocols import Sink
+from cluster.runs.lines import Lines, write_whole
 
 WORKER_GAUGES = (
     *("tokens_per_s", "running", "waiting", "groups"),
@@ -21,39 +26,58 @@ WORKER_GAUGES = (
 
 
 class JsonlSink:
-    """One line a step in metrics.jsonl: {"step", "time", name: number, ...}; always on."""
+    """One line a step in metrics.jsonl: {"step", "time", name: number, ...}; always on. Lines that
+    do not fit on the disk wait in memory; ``write`` and ``close`` raise OSError meanwhile."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._lines = Lines(path)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         row = {"step": step, "time": round(time.time(), 3)}
         row |= {name: _short(value) for name, value in sorted(numbers.items())}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._require(self._lines.add(json.dumps(row)))
 
     def close(self) -> None:
-        self._file.close()
+        self._require(self._lines.flush())
+
+    def _require(self, written: bool) -> None:
+        if not written:
+            waiting = f"{len(self._lines.waiting)} lines wait in memory"
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}; {waiting}", self._lines.path)
 
 
 class TensorBoardSink:
+    """One file of records. TensorBoard's own writer never works again after a full disk, and the
+    half of a record that it leaves hides all that follow; here the half is cut off again."""
+
     def __init__(self, directory: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._summary = Event, Summary
+        self._event, self._summary, self._record_writer = Event, Summary, RecordWriter
         directory.mkdir(parents=True, exist_ok=True)
-        self._writer = EventFileWriter(str(directory))
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         entries = [self._summary.Value(tag=name, simple_value=v) for name, v in numbers.items()]
-        self._writer.add_event(
+        end = os.lseek(self._file, 0, os.SEEK_END)
+        events = [] if end else [self._event(wall_time=time.time(), file_version="brain.Event:2")]
+        events.append(
             self._event(wall_time=time.time(), step=step, summary=self._summary(value=entries))
         )
+        records = io.BytesIO()
+        for event in events:
+            self._record_writer(records).write(event.SerializeToString())
+        try:
+            write_whole(self._file, records.getvalue())
+        except OSError:
+            os.ftruncate(self._file, end)
+            raise
 
     def close(self) -> None:
-        self._writer.close()
+        os.close(self._file)
 
 
 class WandbSink:

@@ -128,6 +128,22 @@ def test_a_full_disk_ends_nothing_and_the_next_interval_tries_again(tmp_path: Pa
     assert all(verify_checkpoint(path) is None for path in run.checkpoints.complete())
 
 
+def test_rollouts_that_do_not_fit_are_told_when_it_begins_and_when_it_is_over(
+    tmp_path: Path,
+) -> None:
+    class Full(Learner):
+        async def step(self, batch: Any) -> Any:
+            result = await super().step(batch)
+            causes = ("disk full",) if 4 <= batch.step < 9 else ()
+            return replace(result, not_written=causes)
+
+    controller, pool, run = made(tmp_path, Full(), steps=14)
+    asyncio.run(drive(controller, pool))
+    assert [event["step"] for event in told(run, "rollouts_not_written")] == [5]
+    again = told(run, "rollouts_written_again")
+    assert [(event["step"], event["missing"]) for event in again] == [(10, 5)]
+
+
 def test_a_run_whose_last_state_cannot_be_written_says_so(tmp_path: Path) -> None:
     learner = FakeLearner(seconds=0.01)
     learner.store_problems = [NotSaved("disk full")] * 9

@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
 from cluster.runs.lines import Lines
+from tests.full_disk import Disk
 
 
 def test_lines_wait_for_a_full_disk(tmp_path: Path) -> None:
@@ -30,21 +30,11 @@ def test_half_a_line_does_not_spoil_the_next(tmp_path: Path) -> None:
 def test_a_line_of_which_the_disk_took_a_part_is_written_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, left = os.write, [3]
-
-    def little(descriptor: int, content: bytes) -> int:
-        if not left:
-            return write(descriptor, content)
-        if left[0]:
-            left[0], taken = 0, write(descriptor, content[: left[0]])
-            return taken
-        left.clear()
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "write", little)
-    lines = Lines(tmp_path / "l")
-    lines.add("abcdef")
-    lines.add("ghi")
+    disk, lines = Disk(monkeypatch), Lines(tmp_path / "l")
+    disk.room = 3
+    assert not lines.add("abcdef")
+    disk.room = None
+    assert lines.add("ghi")
     assert (tmp_path / "l").read_text() == "abc\nabcdef\nghi\n"
 
 
