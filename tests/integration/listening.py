@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -42,9 +43,14 @@ class Row:
 def listeners_of(pid: int) -> list[Listener]:
     """Of a process and all it started."""
     root = psutil.Process(pid)
+    return listeners_among([root.pid, *(child.pid for child in root.children(recursive=True))])
+
+
+def listeners_among(pids: Iterable[int]) -> list[Listener]:
     found = []
-    for process in [root, *root.children(recursive=True)]:
+    for pid in pids:
         try:
+            process = psutil.Process(pid)
             title = _title(process)
             connections = process.net_connections("inet")
         except psutil.Error:  # it ended meanwhile
