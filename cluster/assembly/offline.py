@@ -92,7 +92,7 @@ def with_pairs(config: P, run: Run) -> P:
     if not config.data.path.endswith(".db"):
         return config
     from cluster.assembly.preferences import open_store
-    from reward_service.preferences.import_export import export_preferences
+    from reward_service.preferences.export import export_preferences
 
     pairs = run.path / "pairs.jsonl"
     if not pairs.is_file():

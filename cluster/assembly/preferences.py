@@ -23,7 +23,7 @@ def statistics(store: Any) -> dict[str, Any]:
     """Counts, agreement between annotators and position bias, as one JSON-able dict."""
     from reward_service.preferences.quality import agreement, position_bias
 
-    labels = store.labels()
+    labels = store.judgements()
     return {
         **store.stats(),
         "agreement": dict(agreement(labels)),

@@ -43,7 +43,7 @@ def export(
     """
     from cluster.assembly.preferences import open_store
     from cluster.runs.console import result
-    from reward_service.preferences.import_export import export_preferences
+    from reward_service.preferences.export import export_preferences
 
     done = export_preferences(open_store(store, must_exist=True), out)
     result(json.dumps({"file": str(out), **asdict(done)}))
@@ -72,7 +72,7 @@ def import_rows(
     """
     from cluster.assembly.preferences import open_store
     from cluster.runs.console import Reporter, result
-    from reward_service.preferences.import_export import add_preferences, read_preferences
+    from reward_service.preferences.imports import add_preferences, read_preferences
 
     # Read first: a bad file leaves no new store behind.
     read = read_preferences(rows, skip_bad=skip_bad_rows)

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import cluster.quickstart.helpdesk.gold as gold_module
 from cluster.assembly.auto.resolve import resolve_here
@@ -219,7 +219,7 @@ def _collect_preferences(job: _Job) -> None:
         write_text(job.path("data", "sft_answers.jsonl"), rows)
         store = open_store(job.path("preferences.db"), must_exist=False)
         _annotate(job, store, answers)
-        from reward_service.preferences.import_export import export_preferences
+        from reward_service.preferences.export import export_preferences
 
         exported = export_preferences(store, job.path("data", "pairs.jsonl"))
         write_json(job.path("preferences.json"), statistics(store))
@@ -273,37 +273,44 @@ def _mismatched(first: Rollout, second: Rollout) -> bool:
 def _annotate(job: _Job, store: Any, answers: Sequence[Rollout]) -> None:
     """Each pair goes to one annotator, every fifth to two (so that agreement can be measured)."""
     from cluster.quickstart.helpdesk.annotators import ANNOTATORS, label_pair
-    from reward_service.preferences.import_export import utc_now
-    from reward_service.preferences.labels import PreferenceItem, PreferenceLabel, derived_id
+    from reward_service.preferences.records import (
+        PAIR_RANKS,
+        Candidate,
+        Item,
+        Judgement,
+        derived_id,
+        utc_now,
+    )
 
     rng, now = random.Random(job.config.seed), utc_now()
     items, labels = [], []
     for number, (first, second) in enumerate(_pairs(answers, job.config.seed)):
         if first.text == second.text:
             continue
-        item = PreferenceItem(
+        item = Item(
             id=derived_id(first.prompt.id, number),
             messages=first.prompt.messages,
-            answer_a=first.text,
-            answer_b=second.text,
+            completions=tuple(
+                Candidate(text=text, policy_version="sft", sampling={"temperature": 1.0})
+                for text in (first.text, second.text)
+            ),
+            topic=str(first.prompt.metadata.get("topic", "")),
             source="quickstart/mismatched" if _mismatched(first, second) else "quickstart/sft",
             license="Apache-2.0",
             created_at=now,
-            policy_version_a="sft",
-            policy_version_b="sft",
-            sampling_a={"temperature": 1.0},
-            sampling_b={"temperature": 1.0},
         )
         items.append(item)
         for annotator in rng.sample(ANNOTATORS, 2 if number % 5 == 0 else 1):
-            order: Literal["ab", "ba"] = "ab" if rng.random() < 0.5 else "ba"
+            order = "ab" if rng.random() < 0.5 else "ba"
             label = label_pair(annotator, first.prompt.metadata, first.text, second.text, rng)
             labels.append(
-                PreferenceLabel(
+                Judgement(
                     id=derived_id(item.id, annotator.name),
                     item_id=item.id,
                     annotator_id=annotator.name,
-                    choice=label.choice,
+                    answer="all_bad" if label.choice == "both_bad" else "ranking",
+                    ranks=PAIR_RANKS.get(label.choice, ()),
+                    source="simulated",
                     strength=float(label.strength),
                     duration_s=label.duration_s,
                     shown_order=order,

@@ -9,13 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations, permutations
 
-from reward_service.preferences.labels import PreferenceLabel
+from reward_service.preferences.records import Judgement
 
 
-def ratings(labels: Iterable[PreferenceLabel]) -> dict[str, dict[str, str]]:
-    """item -> annotator -> choice, from current labels."""
+def ratings(labels: Iterable[Judgement]) -> dict[str, dict[str, str]]:
+    """item -> annotator -> choice, from judgements in force; skips and flags do not count."""
     table: dict[str, dict[str, str]] = {}
     for label in labels:
+        if not label.is_label:
+            continue
         table.setdefault(label.item_id, {})[label.annotator_id] = label.choice
     return table
 
@@ -88,9 +90,9 @@ class PositionBias:
         return self.low is not None and self.high is not None and not self.low <= 0.5 <= self.high
 
 
-def position_bias(labels: Iterable[PreferenceLabel]) -> PositionBias:
+def position_bias(labels: Iterable[Judgement]) -> PositionBias:
     """How often the answer shown first won; ties and "both bad" do not count."""
-    decided = [label for label in labels if label.choice in ("a", "b")]
+    decided = [label for label in labels if label.choice in ("a", "b") and label.shown_order]
     first = sum(label.choice == label.shown_order[0] for label in decided)
     if not decided:
         return PositionBias(decided=0, first=0, share=None, low=None, high=None)
@@ -115,7 +117,7 @@ def held_out(prompt_hash: str, fraction: float, salt: str = "") -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
-def agreement(labels: Sequence[PreferenceLabel]) -> Mapping[str, float | int | None]:
+def agreement(labels: Sequence[Judgement]) -> Mapping[str, float | int | None]:
     """The numbers a report shows; kappa only where exactly two annotators share items."""
     table = ratings(labels)
     units = [list(answers.values()) for answers in table.values()]

@@ -495,7 +495,7 @@ DATA = {
         ("no.jsonl", "no such file"),
     ),
     "import of other columns": imported('{"a": 1}', "of no known shape", "--skip-bad-rows"),
-    "import of equal answers": imported(PAIR.replace("y", "x"), "the same answer"),
+    "import of equal answers": imported(PAIR.replace("y", "x"), "the same completion"),
     "export to an unknown kind": Case(
         lambda w, d: ["preferences", "export", made_store(w, d), d / "x.docx"],
         ("x.docx", "no export to '.docx'"),

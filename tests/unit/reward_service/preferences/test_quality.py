@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 
-from reward_service.preferences.labels import PreferenceLabel, prompt_hash
 from reward_service.preferences.quality import (
     agreement,
     cohen_kappa,
@@ -14,14 +13,16 @@ from reward_service.preferences.quality import (
     position_bias,
     wilson,
 )
+from reward_service.preferences.records import PAIR_RANKS, Judgement, prompt_hash
 
 
-def label(item: str, who: str, choice: Any, order: Any = "ab") -> PreferenceLabel:
-    return PreferenceLabel(
+def label(item: str, who: str, choice: Any, order: Any = "ab") -> Judgement:
+    return Judgement(
         id=f"{item}/{who}",
         item_id=item,
         annotator_id=who,
-        choice=choice,
+        answer="ranking",
+        ranks=PAIR_RANKS[choice],
         shown_order=order,
         consent="c",
         created_at="",

@@ -11,47 +11,48 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.contracts.errors import UserError
-from reward_service.preferences.import_export import (
-    add_preferences,
-    export_preferences,
-    read_preferences,
-)
-from reward_service.preferences.labels import PreferenceItem, PreferenceLabel
+from reward_service.preferences.export import export_preferences
+from reward_service.preferences.imports import add_preferences, read_preferences
+from reward_service.preferences.records import PAIR_RANKS, Candidate, Item, Judgement
 from reward_service.preferences.store import PreferenceStore
 
 WHEN = "2026-01-02T03:04:05+00:00"
 
 
-def item(name: str = "i1", **keys: Any) -> PreferenceItem:
+def item(name: str = "i1", **keys: Any) -> Item:
+    yes = Candidate(
+        text=keys.pop("answer_a", "yes"), policy_version="run1/7", sampling={"temperature": 0.7}
+    )
+    no = Candidate(text="no", run="runs/x", sampling=keys.pop("sampling_b", None))
     given: dict[str, Any] = {
         "id": name,
         "messages": ({"role": "user", "content": f"ask {name} \u2603"},),
-        "answer_a": "yes",
-        "answer_b": "no",
-        "policy_version_a": "run1/7",
-        "sampling_a": {"temperature": 0.7},
+        "completions": (yes, no),
         "source": "run1",
         "license": "CC0-1.0",
         "created_at": WHEN,
     }
-    return PreferenceItem(**given | keys)
+    return Item(**given | keys)
 
 
-def label(name: str, item_id: str = "i1", choice: Any = "a", **keys: Any) -> PreferenceLabel:
+def label(name: str, item_id: str = "i1", choice: str = "a", **keys: Any) -> Judgement:
     given: dict[str, Any] = {
         "id": name,
         "item_id": item_id,
         "annotator_id": "ann",
-        "choice": choice,
+        "answer": "all_bad" if choice == "both_bad" else "ranking",
+        "ranks": PAIR_RANKS.get(choice, ()),
         "strength": 2.0,
         "criteria": {"helpful": 1},
+        "rationale": "says it all",
         "shown_order": "ba",
         "duration_s": 3.5,
         "guideline_version": "g1",
+        "guideline_sha256": "5e1f",
         "consent": "c1",
         "created_at": WHEN,
     }
-    return PreferenceLabel(**given | keys)
+    return Judgement(**given | keys)
 
 
 @pytest.fixture
@@ -62,54 +63,60 @@ def store(tmp_path: Path) -> PreferenceStore:
 
 
 def test_everything_comes_back(store: PreferenceStore) -> None:
-    assert store.add_label(label("l1"))
+    assert store.add_judgement(label("l1"))
     again = PreferenceStore(store.path)
     assert again.items() == [item("i1"), item("i2"), item("i3")]
-    assert again.labels() == [label("l1")]
+    assert again.judgements() == [label("l1")]
     with sqlite3.connect(store.path) as db:
         assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
 def test_adding_again_is_no_change_and_other_content_is_refused(store: PreferenceStore) -> None:
     assert store.add_items([item("i1"), item("i4")]) == 1
-    assert store.add_label(label("l1")) is True
-    assert store.add_label(label("l1")) is False
-    with pytest.raises(UserError, match="id 'l1' is in labels already, with another choice"):
-        store.add_label(label("l1", choice="b"))
-    with pytest.raises(UserError, match="answer_a"):
+    assert store.add_judgement(label("l1")) is True
+    assert store.add_judgement(label("l1")) is False
+    with pytest.raises(UserError, match="id 'l1' is in judgements already, with another ranks"):
+        store.add_judgement(label("l1", choice="b"))
+    with pytest.raises(UserError, match="completions"):
         store.add_items([item("i5"), item("i1", answer_a="other")])
     assert len(store.items()) == 4  # i5 was not kept either
 
 
-@pytest.mark.parametrize("table", ["labels", "items"])
+@pytest.mark.parametrize("table", ["judgements", "items"])
 @pytest.mark.parametrize("statement", ["DELETE FROM {}", "UPDATE {} SET created_at = ''"])
 def test_the_file_itself_refuses_changes(
     store: PreferenceStore, table: str, statement: str
 ) -> None:
-    store.add_label(label("l1"))
+    store.add_judgement(label("l1"))
     with sqlite3.connect(store.path) as db, pytest.raises(sqlite3.IntegrityError, match="append"):
         db.execute(statement.format(table))
 
 
 def test_a_change_of_mind_supersedes(store: PreferenceStore) -> None:
-    store.add_label(label("l1"))
-    with pytest.raises(UserError, match="'ann' labelled item 'i1' before \\(as 'l1'\\)"):
-        store.add_label(label("l2", choice="b"))
-    store.add_label(label("l2", choice="b", supersedes="l1"))
-    assert [entry.id for entry in store.labels()] == ["l2"]
-    assert [entry.id for entry in store.labels(history=True)] == ["l1", "l2"]
+    store.add_judgement(label("l1"))
+    with pytest.raises(UserError, match="'ann' judged item 'i1' before \\(as 'l1'\\)"):
+        store.add_judgement(label("l2", choice="b"))
+    store.add_judgement(label("l2", choice="b", supersedes="l1"))
+    assert [entry.id for entry in store.judgements()] == ["l2"]
+    assert [entry.id for entry in store.judgements(history=True)] == ["l1", "l2"]
     assert store.stats()["superseded"] == 1
     assert store.pairs()[0].chosen == "no"
-    with pytest.raises(UserError, match="not the current label"):
-        store.add_label(label("l3", supersedes="l1"))
-    with pytest.raises(UserError, match="not the current label of 'bob'"):
-        store.add_label(label("l3", annotator_id="bob", supersedes="l2"))
-    assert store.add_label(label("l3", annotator_id="bob"))
+    with pytest.raises(UserError, match="not the current judgement"):
+        store.add_judgement(label("l3", supersedes="l1"))
+    with pytest.raises(UserError, match="not the current judgement of 'bob'"):
+        store.add_judgement(label("l3", annotator_id="bob", supersedes="l2"))
+    assert store.add_judgement(label("l3", annotator_id="bob"))
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"choice": "c"}, {"strength": -1.0}, {"duration_s": float("nan")}, {"shown_order": "aa"}],
+    [
+        {"answer": "c"},
+        {"ranks": ()},
+        {"strength": -1.0},
+        {"duration_s": float("nan")},
+        {"shown_order": "aa"},
+    ],
 )
 def test_impossible_labels(change: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -118,9 +125,9 @@ def test_impossible_labels(change: dict[str, Any]) -> None:
 
 def test_unknown_items_and_foreign_files(store: PreferenceStore, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no item 'absent'"):
-        store.add_label(label("l", "absent"))
+        store.add_judgement(label("l", "absent"))
     (tmp_path / "text.db").write_text("not a database" * 100)
-    with pytest.raises(UserError, match="cannot be used"):
+    with pytest.raises(UserError, match="is no SQLite database"):
         PreferenceStore(tmp_path / "text.db")
     with sqlite3.connect(tmp_path / "other.db") as db:
         db.execute("CREATE TABLE mine (x)")
@@ -129,7 +136,8 @@ def test_unknown_items_and_foreign_files(store: PreferenceStore, tmp_path: Path)
 
 
 def fill(store: PreferenceStore) -> None:
-    store.add_labels(
+    store.add(
+        [],
         [
             label("l1", "i1", "b", strength=None),
             label("l2", "i2", "tie"),
@@ -137,7 +145,7 @@ def fill(store: PreferenceStore) -> None:
             label("l4", "i1", "a", annotator_id="bob"),
             label("l5", "i2", "a", annotator_id="bob"),
             label("l6", "i2", "both_bad", annotator_id="bob", supersedes="l5"),
-        ]
+        ],
     )
 
 
@@ -153,6 +161,10 @@ def test_pairs_leave_ties_out_and_stats_count_them(store: PreferenceStore) -> No
         "superseded": 1,
         "pairs": 2,
         "choices": {"a": 1, "b": 1, "tie": 1, "both_bad": 2},
+        "rankings": 0,
+        "demonstrations": 0,
+        "skips": 0,
+        "flags": 0,
         "annotators": {"ann": 3, "bob": 2},
     }
 
@@ -192,13 +204,13 @@ def test_export_and_import_lose_nothing(store: PreferenceStore, tmp_path: Path, 
     if text:
         plain = ({"role": "text", "content": "plain prompt"},)
         store.add_items([item("i4", messages=plain, sampling_b={"top_p": 0.9})])
-        store.add_label(label("l9", "i4", "b"))
+        store.add_judgement(label("l9", "i4", "b"))
     fill(store)
     export_preferences(store, tmp_path / "out.jsonl")
     other = PreferenceStore(tmp_path / "other.db")
     report = add_preferences(other, read_preferences(tmp_path / "out.jsonl"))
-    exported = [entry for entry in store.labels() if entry.choice in ("a", "b")]
-    assert other.labels() == exported
+    exported = [entry for entry in store.judgements() if entry.choice in ("a", "b")]
+    assert other.judgements() == exported
     assert other.pairs() == store.pairs()
     wanted = {entry.item_id for entry in exported}
     assert {i.id: i for i in other.items()} == {i.id: i for i in store.items() if i.id in wanted}
@@ -244,7 +256,7 @@ def test_import_does_not_tell_by_position_which_is_better(tmp_path: Path) -> Non
     ("row", "says"),
     [
         ({"prompt": "q", "chosen": "x"}, "lacks rejected beside chosen and prompt"),
-        ({"prompt": "q", "chosen": "x", "rejected": "x"}, "the same answer"),
+        ({"prompt": "q", "chosen": "x", "rejected": "x"}, "the same completion"),
         ({"chosen": "x", "rejected": "y"}, "begin with the same text"),
         ({"prompt": [], "chosen": "x", "rejected": "y"}, "'prompt' holds an empty list"),
         ({"prompt": "q", "chosen": 3, "rejected": "y"}, "'chosen' holds a number"),
@@ -265,7 +277,7 @@ def test_one_annotator_labels_a_pair_once(tmp_path: Path) -> None:
     row = {"prompt": "q", "chosen": "x", "rejected": "y", "annotator": "ann"}
     turned = row | {"chosen": "y", "rejected": "x"}
     store = PreferenceStore(tmp_path / "p.db")
-    with pytest.raises(UserError, match=r"line 2: 'ann' labels item .* a second time"):
+    with pytest.raises(UserError, match=r"line 2: 'ann' judges item .* a second time"):
         add_preferences(store, read_preferences(write(tmp_path / "in.jsonl", row, turned)))
 
 
@@ -273,7 +285,7 @@ def _writer(path: str, name: str, count: int) -> None:
     store = PreferenceStore(path)
     for n in range(count):
         store.add_items([item(f"{name}-{n}")])
-        store.add_label(label(f"{name}-{n}", f"{name}-{n}"))
+        store.add_judgement(label(f"{name}-{n}", f"{name}-{n}"))
         store.add_items([item(f"shared-{n}")])
 
 
@@ -288,5 +300,5 @@ def test_concurrent_writers_of_one_new_file_lose_nothing(tmp_path: Path) -> None
     assert [writer.exitcode for writer in writers] == [0, 0, 0, 0]
     store = PreferenceStore(path)
     assert len(store.items()) == 4 * 20 + 20
-    assert len(store.labels()) == 80
-    assert dataclasses.asdict(store.labels()[0])["criteria"] == {"helpful": 1}
+    assert len(store.judgements()) == 80
+    assert dataclasses.asdict(store.judgements()[0])["criteria"] == {"helpful": 1}
