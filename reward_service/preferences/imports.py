@@ -121,7 +121,7 @@ def _item(
         id=columns.get("item_id") or derived_id(row.messages, *(texts[place] for place in order)),
         messages=row.messages,
         completions=tuple(_candidate(columns, row, place) for place in order),
-        topic=columns.get("topic") if isinstance(columns.get("topic"), str) else "",
+        topic=_text(columns, "topic"),
         source=_text(columns, "source") or source,
         license=_text(columns, "license") or license,
         created_at=_text(columns, "item_created_at") or _text(columns, "created_at"),

@@ -67,7 +67,7 @@ def _label_studio_verdict(
 ) -> Verdict:
     by = annotation.get("completed_by")
     who = by.get("id") if isinstance(by, dict) else by
-    about = {
+    about: dict[str, Any] = {
         "annotator": "" if who is None else f"label-studio-{who}",
         "duration_s": annotation.get("lead_time"),
         "created_at": str(annotation.get("created_at") or ""),
@@ -84,7 +84,7 @@ def _label_studio_verdict(
             chosen = "tie" if place is None else left_right[place]
             order = _order(chosen, completions, f"annotations, entry {number}")
         elif isinstance(value.get("ranker"), dict):
-            ranked = next(iter(value["ranker"].values()), [])
+            ranked: Any = next(iter(value["ranker"].values()), [])
             order = _order(ranked, completions, f"annotations, entry {number}")
         elif value.get("choices") and order is None:
             order = _order(value["choices"][0], completions, f"annotations, entry {number}")
