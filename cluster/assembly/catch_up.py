@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.assembly.replay import recorded
+from cluster.assembly.recorded_steps import recorded
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import AccordError
 from cluster.contracts.records import RunState

@@ -25,7 +25,7 @@ def resume_run(
     command, path = str(run.manifest["command"]), str(run.path)
     words = [override_word(key, value) for key, value in overrides.items()]
     if command == "train":
-        from cluster.assembly.training import resume_training
+        from cluster.assembly.training_resume import resume_training
 
         return resume_training(path, words, reporter, callbacks=callbacks)
     if command in OFFLINE:

@@ -6,9 +6,11 @@ import asyncio
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.contracts.errors import AccordError, Fatal
+from cluster.contracts.protocols import Scorer
 from cluster.loop.supervision import Loss, Restart, decide
 
 NOTICED_S = 15.0
@@ -160,3 +162,12 @@ class RewardReplicas:
             self._event(
                 "reward_replicas", wanted=self._wanted, serving=len(self._serving), cause=cause
             )
+
+
+@dataclass(frozen=True, slots=True)
+class RewardRole:
+    """The run's reward services. ``clients(tokenizer)``: a worker's connection to them, made in the
+    worker's process; ``replicas``: those started here, None where one was given."""
+
+    clients: Callable[..., Scorer]
+    replicas: RewardReplicas | None = None

@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from cluster.assembly.run_session import RunSession
-from cluster.assembly.training_roles import resource_needs
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.autoscaler import ask_for_machines
 from cluster.machine.event_loop import in_own_thread
-from cluster.machine.resources import cluster_nodes, shortage
+from cluster.machine.resources import Need, cluster_nodes, shortage
 
 LOOK_S = 10.0
 WITHDRAW_S = 5.0
@@ -45,3 +45,22 @@ async def keep_room(config: TrainConfig, session: RunSession, workers: Callable[
         if asked >= 0:
             async with asyncio.timeout(WITHDRAW_S):
                 await in_own_thread(partial(ask_for_machines, []))
+
+
+def resource_needs(config: TrainConfig, workers: int | None = None) -> list[Need]:
+    """What Ray must have for the run, by role. ``workers``: wanted now; None: at the start."""
+    rollout, learner, reward = config.rollout, config.learner, config.reward
+    count = rollout.workers if workers is None else workers
+    services = 0 if reward.address else reward.replicas
+    return [
+        _need("a learner process", "learner", learner, learner.processes, learner.gpus),
+        *([_need("a reward service", "reward", reward, services, 0.0)] if services else []),
+        _need("a rollout worker", "rollout", rollout, count, rollout.gpus),
+    ]
+
+
+def _need(role: str, section: str, config: Any, count: int, gpus: float) -> Need:
+    each = {"CPU": config.cpus, "GPU": gpus, **config.resources}
+    keys = {"CPU": f"{section}.cpus", "GPU": f"{section}.gpus", "labels": f"{section}.labels"}
+    keys |= dict.fromkeys(config.resources, f"{section}.resources")
+    return Need(role, each, count, config.labels, keys)

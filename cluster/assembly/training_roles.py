@@ -6,13 +6,12 @@ import math
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.assembly.prepare import Prepared, context_length
-from cluster.assembly.reward_replicas import RewardReplicas
+from cluster.assembly.reward_replicas import RewardReplicas, RewardRole
 from cluster.assembly.shipping import RoleFiles
 from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.config.reward import RewardModelSource
@@ -21,7 +20,6 @@ from cluster.contracts.errors import BadReward
 from cluster.contracts.plugins import loaded
 from cluster.contracts.protocols import Scorer
 from cluster.machine.cores import CorePlan
-from cluster.machine.resources import Need
 
 START_S = 120.0  # for the reward service to load, once it has a place
 WORKER_WAITS_S = 60.0
@@ -61,15 +59,6 @@ def worker_factory(
         labels=rollout.labels,
         names=names,
     )
-
-
-@dataclass(frozen=True, slots=True)
-class RewardRole:
-    """The run's reward services. ``clients(tokenizer)``: a worker's connection to them, made in the
-    worker's process; ``replicas``: those started here, None where one was given."""
-
-    clients: Callable[..., Scorer]
-    replicas: RewardReplicas | None = None
 
 
 @contextmanager
@@ -126,25 +115,6 @@ def reward_role(
         raise
     finally:
         replicas.stop(STOP_S)
-
-
-def resource_needs(config: TrainConfig, workers: int | None = None) -> list[Need]:
-    """What Ray must have for the run, by role. ``workers``: wanted now; None: at the start."""
-    rollout, learner, reward = config.rollout, config.learner, config.reward
-    count = rollout.workers if workers is None else workers
-    services = 0 if reward.address else reward.replicas
-    return [
-        _need("a learner process", "learner", learner, learner.processes, learner.gpus),
-        *([_need("a reward service", "reward", reward, services, 0.0)] if services else []),
-        _need("a rollout worker", "rollout", rollout, count, rollout.gpus),
-    ]
-
-
-def _need(role: str, section: str, config: Any, count: int, gpus: float) -> Need:
-    each = {"CPU": config.cpus, "GPU": gpus, **config.resources}
-    keys = {"CPU": f"{section}.cpus", "GPU": f"{section}.gpus", "labels": f"{section}.labels"}
-    keys |= dict.fromkeys(config.resources, f"{section}.resources")
-    return Need(role, each, count, config.labels, keys)
 
 
 def parents(config: TrainConfig) -> dict[str, str]:

@@ -26,7 +26,7 @@ def train(
 
     Example: `accord train --resume runs/my-run batch.steps=400`
     """
-    from cluster.assembly.training import resume_training
+    from cluster.assembly.training_resume import resume_training
     from cluster.contracts.config.train import TrainConfig
 
     words = (config, overrides, resume, quiet)

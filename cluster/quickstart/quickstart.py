@@ -27,13 +27,9 @@ from cluster.assembly.preferences import open_store, statistics
 from cluster.assembly.prepare import prepare
 from cluster.assembly.run_session import run_session
 from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_in_cluster
-from cluster.assembly.training import (
-    READING,
-    Training,
-    new_run,
-    publish_policy,
-    train_in_cluster,
-)
+from cluster.assembly.training import new_run
+from cluster.assembly.training_record import READING, Training
+from cluster.assembly.training_run import publish_policy, train_in_cluster
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, KLConfig
 from cluster.contracts.config.base import (
     ClusterConfig,

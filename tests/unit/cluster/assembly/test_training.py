@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from cluster.assembly.training import algorithm_title, resume_training
+from cluster.assembly.training_resume import resume_training
+from cluster.assembly.training_run import algorithm_title
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState

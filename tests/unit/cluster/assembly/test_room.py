@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from cluster.assembly.auto.resolve import resolve_training
-from cluster.assembly.training_roles import resource_needs
+from cluster.assembly.room import resource_needs
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.hardware import Machine

@@ -1,0 +1,41 @@
+"""What writes down a training run: metrics, alarms, samples, and which prompts were left out."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from cluster.assembly.run_session import RunSession
+from cluster.assembly.training_record import Training
+from cluster.machine.core_sharing import SideBalance
+from cluster.runs.alarm_sink import AlarmSink
+from cluster.runs.sample_sink import SampleSink
+from cluster.runs.sinks import make_sinks
+
+
+def add_sinks(training: Training) -> None:
+    config, session = training.config, training.session
+    session.sinks += make_sinks(config.logging, session.path, on_ray=True)
+    session.sinks.append(
+        AlarmSink(
+            config.alarms,
+            session.run,
+            session.reporter,
+            samples_per_prompt=config.batch.samples_per_prompt,
+            first=training.first_step,
+        )
+    )
+    if config.logging.samples_every and not session.reporter.quiet:
+        session.sinks.append(SampleSink(config.logging, session.path, session.reporter))
+    if training.cores.crowded and hasattr(os, "sched_setaffinity"):
+        session.sinks.append(SideBalance(training.cores))
+
+
+def tell_prompts(prompts: Any, session: RunSession) -> None:
+    """Says which prompts were left out, on the console and in events.jsonl."""
+    bad = prompts.left_out
+    session.event(
+        "rows", prompts=len(prompts), too_long=prompts.skipped, bad=bad.count, first_bad=bad.first
+    )
+    for line in prompts.left_out_lines():
+        session.reporter.say(line)
