@@ -31,6 +31,7 @@ class Worker:
         self.name, self.incarnation = f"w{index}", incarnation
         self.place_s = self.start_s = self.submit_s = self.load_s = 0.0
         self.start_problem: Exception | None = None
+        self.load_problem: Exception | None = None
         self.poison: set[str] = set()  # ids of prompts that kill the engine
         self.stats: dict[str, float] = {}
         self.given: list[Assignment] = []
@@ -56,6 +57,8 @@ class Worker:
 
     async def load_weights(self, manifest: WeightManifest) -> SwapReport:
         await asyncio.sleep(self.load_s)
+        if self.load_problem is not None:
+            raise self.load_problem
         self.loaded.append(manifest.version)
         seconds = dict.fromkeys(("fetch_s", "verify_s", "stage_s", "pause_s", "prove_s"), 0.0)
         return SwapReport(version=manifest.version, canary_logp_diff=0.0, **seconds)

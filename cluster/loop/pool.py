@@ -94,7 +94,7 @@ class WorkerPool:
 
     def weights_come_from(self, source: Callable[[], Awaitable[None]]) -> None:
         """``source`` answers while the learner is there; asked when a worker cannot get weights."""
-        self._recruiter.source = source
+        self._recruiter.weights.source = source
 
     async def start(self, count: int, first: Awaitable[WeightManifest]) -> None:
         """Start ``count`` workers. Returns when all serve, or when ``min_workers`` do and the
@@ -103,7 +103,7 @@ class WorkerPool:
         ``first``: the first published weights. Workers build their engines before they are there.
         Raises what kept all of them from starting.
         """
-        self._recruiter.first = asyncio.ensure_future(first)
+        self._recruiter.weights.first = asyncio.ensure_future(first)
         await self.resize(count)
         try:
             tried = self._until(
@@ -179,13 +179,15 @@ class WorkerPool:
         return finished
 
     async def broadcast(self, manifest: WeightManifest) -> list[SwapReport]:
-        """Bring every serving worker to ``manifest``; returns once all of them hold it. Raises
-        WeightsAway when the learner is gone before some of them have it."""
-        self._recruiter.manifest = manifest
+        """Bring every serving worker to ``manifest``; returns once all of them hold it, and every
+        joiner that cannot keep up (``current_weights``). Raises WeightsAway when the learner is
+        gone before some of them have it."""
+        self._recruiter.weights.manifest = manifest
         members = [
             m for m in self._members.those("serving", "draining") if m.version < manifest.version
         ]
         answers = await asyncio.gather(*(self._swap(m, manifest) for m in members))
+        await self._recruiter.weights.joined()
         if away := next((a for a in answers if isinstance(a, WeightsAway)), None):
             raise away
         return [report for report in answers if isinstance(report, SwapReport)]
@@ -226,7 +228,7 @@ class WorkerPool:
     @property
     def sent_version(self) -> int | None:
         """The version that workers hold or are being sent; one that joins now loads it."""
-        manifest = self._recruiter.manifest
+        manifest = self._recruiter.weights.manifest
         return None if manifest is None else manifest.version
 
     @property
@@ -321,7 +323,7 @@ class WorkerPool:
     ) -> SwapReport | WeightsAway | None:
         handle, began = member.handle, self._clock.now()
         try:
-            report = await self._recruiter.load(member, manifest)
+            report = await self._recruiter.weights.load(member, manifest)
         except WeightsAway as problem:
             return problem
         except (Retryable, WeightMismatch) as problem:

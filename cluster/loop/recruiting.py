@@ -22,15 +22,13 @@ from cluster.contracts.errors import (
     EngineFailure,
     Fatal,
     Fault,
-    Retryable,
     Unexpected,
     UserError,
     WeightMismatch,
-    WeightsAway,
     WorkersGone,
 )
 from cluster.contracts.protocols import Clock, WorkerHandle
-from cluster.contracts.records import SwapReport, WeightManifest
+from cluster.loop.current_weights import CurrentWeights
 from cluster.loop.members import Member, Members
 from cluster.loop.settings import PoolSettings
 from cluster.loop.supervision import (
@@ -44,12 +42,6 @@ from cluster.loop.supervision import (
 
 EventLog = Callable[..., None]
 STOP_S = 5.0
-SOURCE_S = 5.0  # for the learner to say that it is there
-LOOK_S = 0.5
-
-
-async def _answers() -> None:
-    """A source of weights that is always there."""
 
 
 class Recruiter:
@@ -76,9 +68,7 @@ class Recruiter:
         self._unforeseen: list[float] = []  # when
         # Of a fixed seed, so that a simulation repeats itself.
         self._random = random.Random(0)
-        self.manifest: WeightManifest | None = None
-        self.first: asyncio.Future[WeightManifest] | None = None  # from the learner's start
-        self.source: Callable[[], Awaitable[None]] = _answers  # whether the learner is there
+        self.weights = CurrentWeights(settings.weights_timeout_s, clock, event)
         self.faults: Counter[Fault] = Counter()
         self.wanted = 0
         self.restarts = 0
@@ -151,53 +141,9 @@ class Recruiter:
             raise EngineFailure(f"{member.name} was not ready within {limit:.0f} s") from None
         member.node = str(info.get("node", ""))
         member.waits_for = "weights"
-        if self.manifest is None:
-            assert self.first is not None
-            self.manifest = await asyncio.shield(self.first)  # others wait for it, too
-        # Not serving yet, so a broadcast passes this worker over, and must not be missed by it.
-        while True:  # weights may move on while this worker loads them
-            manifest = self.manifest
-            try:
-                await self.load(member, manifest)
-            except WeightsAway:
-                member.waits_for = "the learner"
-                while self.manifest is manifest and member.status == "starting":
-                    await self._clock.sleep(LOOK_S)
-                continue
-            except Retryable:
-                # The learner may have let go of a version that everybody else is past.
-                if manifest is self.manifest:
-                    raise
-                continue
-            if manifest is self.manifest:
-                break
+        await self.weights.join(member)
         self._members.become(member, "serving")
         self._event("worker_serving", worker=member.name, version=member.version, **dict(info))
-
-    async def load(self, member: Member, manifest: WeightManifest) -> SwapReport:
-        async with member.swap:  # a joiner may still be loading when the next broadcast comes
-            limit = self._settings.weights_timeout_s
-            try:
-                report = await within(limit, member.handle.load_weights(manifest))
-            except TimeoutError:
-                raise Retryable(f"not on version {manifest.version} within {limit:.0f} s") from None
-            except Retryable as problem:
-                await self._require_source(problem)
-                raise
-            except WeightMismatch:
-                # Here, where it is known which version it was: a newer one may be on its way.
-                member.mismatches[manifest.version] += 1
-                raise
-            member.version = report.version
-            return report
-
-    async def _require_source(self, problem: Retryable) -> None:
-        """Raises WeightsAway where it is the learner that is gone: the worker is not to blame, and
-        goes on with the weights it has."""
-        try:
-            await within(SOURCE_S, self.source())
-        except (AccordError, TimeoutError) as gone:
-            raise WeightsAway(f"{problem}; {gone}") from problem
 
     # -- after a failure --------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ import pytest
 from cluster.contracts.errors import (
     EngineFailure,
     Fatal,
+    LearnerLost,
     MachineLost,
     Retryable,
     RewardFailure,
@@ -100,6 +101,70 @@ def test_a_worker_that_joins_while_weights_move_on_serves_with_the_newest() -> N
         assert world.workers[1, 0].loaded == [0, 1]
         serving = [detail for kind, detail in world.events if kind == "worker_serving"]
         assert [detail["version"] for detail in serving] == [0, 1]
+
+    play(scene, change)
+
+
+def test_a_joiner_that_loads_slower_than_weights_move_on_is_waited_for_and_serves() -> None:
+    """Each step takes 1 s, its load 5 s: it would be behind for ever."""
+
+    def change(worker: Worker) -> None:
+        worker.load_s = 5.0 if worker.name == "w1" else 0.0
+
+    async def scene(world: World) -> list[float]:
+        await world.start(1)
+        await world.pool.resize(2)
+        took = []
+        for version in range(1, 30):
+            began = asyncio.get_running_loop().time()
+            async with asyncio.timeout(60):
+                assert await world.pool.broadcast(manifest(version))
+            took.append(asyncio.get_running_loop().time() - began)
+            if world.pool.count("serving") == 2:
+                break
+            await asyncio.sleep(1)
+        assert world.workers[1, 0].loaded[-1] == version
+        assert len(world.workers[1, 0].loaded) <= 4
+        assert ("broadcast_awaits", {"worker": "w1", "missed": 2}) in world.events
+        return took
+
+    took = play(scene, change)
+    assert took[:-1] == [0.0] * (len(took) - 1), "only the last broadcast waits"
+    assert 0 < took[-1] <= 10
+
+
+@pytest.mark.parametrize("what", ["hangs", "leaves", "the learner is gone"])
+def test_a_broadcast_waits_no_longer_for_a_joiner_that_cannot_come(what: str) -> None:
+    def change(worker: Worker) -> None:
+        worker.load_s = 5.0 if worker.name == "w1" else 0.0
+
+    async def gone() -> None:
+        raise LearnerLost("killed")
+
+    async def scene(world: World) -> None:
+        await world.start(1)
+        await world.pool.resize(2)
+        version = 0
+        while "broadcast_awaits" not in world.kinds():
+            version += 1
+            await world.pool.broadcast(manifest(version))
+            await asyncio.sleep(1.3)
+        joiner = world.workers[1, 0]
+        assert len(joiner.loaded) == 2
+        if what == "hangs":
+            joiner.load_s = FOREVER_S
+        elif what == "the learner is gone":
+            joiner.load_problem = Retryable("lost with the learner")
+            world.pool.weights_come_from(gone)
+        broadcast = asyncio.create_task(world.pool.broadcast(manifest(version + 1)))
+        await asyncio.sleep(1)
+        assert not broadcast.done()
+        if what == "leaves":
+            await world.pool.resize(1)
+        async with asyncio.timeout(60):
+            await broadcast
+        if what != "leaves":
+            assert world.pool.count("starting") == 1
 
     play(scene, change)
 
