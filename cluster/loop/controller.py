@@ -19,7 +19,7 @@
     learner step s       its groups; never for a broadcast     the slowest group of s
     the next step        the copy of the learner's state, if   the learner, within seconds
                          a checkpoint is due
-    a broadcast          the one before                        the slowest worker (or joiner), or its loss
+    a broadcast          the one before                        the slowest to take it, or its loss
     a swap in a worker   the token under way                   the engine, some milliseconds later
     a stop               the step under way, a little          the learner, or ``stop_grace_s``
     a pause's end        a person (`accord resume`)            the wish, read each second

@@ -125,13 +125,13 @@ def scale_workers(path: Path, wanted: int | str, wait_s: float) -> str:
         if kind == "worker_serving":
             serving += 1
             news.append(f"{worker} serves after {request.seconds()}")
-        elif kind in ("worker_left", "worker_drained"):
+        elif kind == "worker_left":
             serving -= 1
             news.append(f"{worker} left after {request.seconds()}")
         elif kind == "worker_lost":
             serving -= 1
             news.append(f"{worker} was lost ({event.get('cause', '?')})")
-        elif kind in ("worker_not_joined", "workers_wanting"):
+        elif kind in ("worker_not_joined", "workers_missing"):
             problem = str(event.get("cause", ""))
         if serving == wanted:
             return f"{head}: {', '.join(news)}"

@@ -76,11 +76,12 @@ def test_scale_to_none_says_who_left(tmp_path: Path) -> None:
     assert said.startswith("2 → 0 workers: worker-1 left")
 
 
-def test_scale_says_what_keeps_a_worker_away(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["worker_not_joined", "workers_missing"])
+def test_scale_says_what_keeps_a_worker_away(tmp_path: Path, kind: str) -> None:
     run = make(tmp_path)
 
     def act(wishes: Wishes) -> None:
-        run.event("worker_not_joined", worker="worker-2", cause="no host has 1 CPU free")
+        run.event(kind, cause="no host has 1 CPU free")
 
     with driven(run, act):
         said = steer.scale_workers(run.path, 3, 1.0)
