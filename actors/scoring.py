@@ -13,8 +13,8 @@ import tenacity
 from cluster.contracts.errors import (
     AccordError,
     BadReward,
-    Resumable,
     RewardFailure,
+    RewardsAway,
     Unexpected,
     UserError,
 )
@@ -200,8 +200,9 @@ class GroupScorer:
             self._hand_over(groups, answers, scores)
 
     def _scores(self, rollouts: list[Rollout]) -> list[Score] | None:
-        """Kept at through an outage; None when this is stopped meanwhile. Raises Resumable for an
-        outage that is too long."""
+        """Kept at through an outage; None when this is stopped meanwhile. Raises RewardsAway for
+        an outage that is too long."""
+        began = time.monotonic()
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(RewardFailure),
             stop=tenacity.stop_after_delay(self._outage_s)
@@ -216,8 +217,11 @@ class GroupScorer:
         except RewardFailure as problem:
             if self._stopping.is_set():
                 return None
-            raise Resumable(
-                f"rewards could not be had for {self._outage_s:.0f} s (reward.outage_s): {problem}"
+            # The last call may have begun just before the limit, and has a deadline of its own.
+            waited_s = time.monotonic() - began
+            raise RewardsAway(
+                f"rewards could not be had for {waited_s:.0f} s (reward.outage_s = "
+                f"{self._outage_s:g}): {problem}"
             ) from problem
         finally:
             self._is_down(False)

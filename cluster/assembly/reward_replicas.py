@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from cluster.contracts.errors import AccordError, Fatal
 from cluster.contracts.protocols import Scorer
-from cluster.loop.supervision import Loss, Restart, decide
+from cluster.loop.supervision import WINDOW_S, Loss, Restart, decide
 
 NOTICED_S = 15.0
 """Within this time every worker has looked up the addresses again, and asks a service that was
@@ -50,6 +50,7 @@ class RewardReplicas:
         self._failed = asyncio.Event()
         self._problem: AccordError | None = None
         self._wanted = count
+        self._deaths: list[tuple[float, str]] = []  # when and how
 
     @property
     def first(self) -> Any:
@@ -58,6 +59,12 @@ class RewardReplicas:
     @property
     def services(self) -> Sequence[Service]:
         return tuple(self._services)
+
+    def deaths(self, within_s: float = WINDOW_S) -> list[str]:
+        """How processes of services have ended of late without being asked to, the last one last;
+        that one could not be started counts, too."""
+        now = time.monotonic()
+        return [cause for at, cause in self._deaths if now - at <= within_s]
 
     async def ready(self) -> None:
         """Until those of the beginning serve. Raises what keeps one of them from it."""
@@ -139,6 +146,7 @@ class RewardReplicas:
     async def _again(self, service: Service, cause: str, losses: list[Loss]) -> None:
         while cause:
             losses.append(Loss(time.monotonic()))
+            self._deaths.append((losses[-1].at, cause))
             self._event("reward_service_lost", cause=cause)
             pause = decide(losses, losses[-1].at, max_restarts=sys.maxsize)
             await asyncio.sleep(pause.after_s if isinstance(pause, Restart) else 0.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,10 @@ from cluster.assembly.shipping import RoleFiles
 from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.config.reward import RewardModelSource
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.errors import BadReward
+from cluster.contracts.errors import BadReward, RewardsAway
 from cluster.contracts.plugins import loaded
 from cluster.contracts.protocols import Scorer
+from cluster.loop.supervision import WINDOW_S
 from cluster.machine.cores import CorePlan
 
 START_S = 120.0  # for the reward service to load, once it has a place
@@ -68,7 +69,7 @@ def reward_role(
     """The reward service that was given, or one that begins to start here for the run.
 
     What one started here prints goes to ``log_file``, on this machine; a BadReward raised within
-    then names the file.
+    then names the file, and a RewardsAway says how often the service's process has died.
 
     A service elsewhere gets the token in the variable ACCORD_REWARD_TOKEN. One started here answers
     to a token made for this run. It listens on loopback; on a cluster that was joined, where
@@ -113,8 +114,23 @@ def reward_role(
         if log_file.is_file() and log_file.stat().st_size:
             raise BadReward(f"{problem}\n  log: {log_file}") from problem
         raise
+    except RewardsAway as problem:
+        if deaths := replicas.deaths():
+            raise RewardsAway(f"{problem}{_died(deaths, log_file)}") from problem
+        raise
     finally:
         replicas.stop(STOP_S)
+
+
+def _died(deaths: Sequence[str], log_file: Path) -> str:
+    times = "once" if len(deaths) == 1 else f"{len(deaths)} times"
+    log = f"\n  log: {log_file}" if log_file.is_file() and log_file.stat().st_size else ""
+    return (
+        f"\n  cause: the reward service's process died {times} within the last "
+        f"{WINDOW_S / 60:.0f} minutes; the last time: {deaths[-1]}"
+        "\n  fix: mend the reward that ends its process: os._exit, a crash in native code, or more "
+        f"memory than there is{log}"
+    )
 
 
 def parents(config: TrainConfig) -> dict[str, str]:

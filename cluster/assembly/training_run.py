@@ -28,7 +28,7 @@ from cluster.assembly.training_sinks import add_sinks, tell_prompts
 from cluster.assembly.training_watches import RunningRoles, Watches, live_feed, watched
 from cluster.contracts.actor_names import ActorNames
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.errors import AccordError, RolledBack, UserError
+from cluster.contracts.errors import AccordError, RewardsAway, RolledBack, UserError
 from cluster.contracts.protocols import Sink
 from cluster.loop.controller import Controller
 from cluster.loop.pool import WorkerPool
@@ -121,6 +121,8 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
                 rewards=rewards, files=files, listeners=listeners, stop=stop, traces=traces
             )
             _drive_through_rollbacks(training, given)
+    except RewardsAway as problem:
+        raise RewardsAway(f"{problem}\n  {how_to_continue(session.run)}") from problem
     finally:
         listeners.close()
     if listeners.problem is not None:

@@ -117,6 +117,12 @@ class WorkersGone(Resumable):
     fault: ClassVar[Fault] = "worker"
 
 
+class RewardsAway(Resumable):
+    """Scores could not be had for longer than `reward.outage_s`."""
+
+    fault: ClassVar[Fault] = "reward"
+
+
 class RewardFailure(Retryable):
     """A score could not be had (service down, deadline passed). Never becomes a score of 0."""
 

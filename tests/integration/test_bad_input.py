@@ -132,7 +132,7 @@ def train_with(code: str, world: Any, accord: Any, *overrides: str, within_s: fl
     config = world.train_toml(
         accord.folder / "c.toml", 'type = "function"\npath = "reward.py:broken"'
     )
-    command = accord.run("train", config, "--quiet", *overrides)
+    command = accord.run("train", config, "--quiet", *overrides, timeout_s=240)
     assert time.time() - (accord.folder / "called").stat().st_mtime < within_s
     assert "Traceback" not in command.stderr
     assert "ray::" not in command.stderr
@@ -163,14 +163,22 @@ def test_a_reward_function_that_fails_later_ends_the_run_and_leaves_its_log(
 def test_a_reward_that_kills_its_process_each_time_ends_the_run_as_resumable(
     world: Any, accord: Any
 ) -> None:
-    kills = "    import os\n    os.kill(os.getpid(), 9)\n"
+    kills = "    import os\n    os._exit(9)\n"
     command = train_with(
         kills, world, accord, "reward.outage_s=2", "reward.deadline_s=3", within_s=60.0
     )
     assert command.process.returncode == 75
-    assert command.stderr.startswith("accord: stopped: rewards could not be had for 2 s")
-    events = (accord.folder / "runs" / "r" / "events.jsonl").read_text()
-    assert events.count("reward_service_lost") > 1  # it was started again, and died again
+    run = accord.folder / "runs" / "r"
+    deaths = (run / "events.jsonl").read_text().count("reward_service_lost")
+    said = command.stderr
+    away = r"accord: stopped: rewards could not be had for \d+ s \(reward\.outage_s = 2\): "
+    assert re.match(away, said)
+    died = re.search(r"\n  cause: the reward service's process died (once|\d+ times) within", said)
+    assert died is not None, said
+    assert 1 <= (1 if died[1] == "once" else int(died[1].split()[0])) <= deaths
+    assert "\n  fix: mend the reward that ends its process: os._exit" in said
+    assert f"\n  log: {run / 'logs' / 'reward.log'}\n" in said
+    assert f"\n  {run} has no checkpoint yet, so there is nothing to continue: start again" in said
 
 
 def test_a_resource_that_ray_does_not_have_is_named(world: Any, accord: Any) -> None:

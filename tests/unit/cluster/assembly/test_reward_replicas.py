@@ -116,6 +116,8 @@ def test_one_that_dies_is_left_out_until_it_serves_again() -> None:
             "killed",
             "died while it started",
         ]
+        assert world.replicas.deaths() == ["killed", "died while it started"]
+        assert world.replicas.deaths(within_s=0.0) == []
 
     play(script, count=2)
 
