@@ -29,7 +29,10 @@ from cluster.machine.signals import TRY_AGAIN, WORDS, CommandSignals, command_si
 COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Start": ("quickstart", "init", "doctor"),
     "Train": ("sft", "reward_model", "dpo", "train"),
-    "Sample and judge": ("generate", "evaluate", "chat", "preferences", "serve_reward"),
+    "Sample and judge": (
+        *("generate", "best_of_n", "evaluate"),
+        *("chat", "preferences", "serve_reward"),
+    ),
     "Look at a run": (
         *("runs", "status", "ui", "samples", "compare"),
         *("report", "replay", "audit", "dashboard"),

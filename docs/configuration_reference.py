@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from cluster.contracts.config.base import AUTO, auto_rule
+from cluster.contracts.config.best_of_n import BestOfNConfig
 from cluster.contracts.config.commented import FIRST_KEYS, commented_toml, sections_of
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import read_toml, toml_value
@@ -28,6 +29,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "accord sft": SftConfig,
     "accord reward-model": RewardModelConfig,
     "accord dpo": DpoConfig,
+    "accord best-of-n": BestOfNConfig,
     "accord evaluate": EvaluateConfig,
 }
 HEAD = """# Configuration

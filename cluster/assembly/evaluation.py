@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.auto.resolve import resolve_evaluation
+from cluster.assembly.judging import scores_of
 from cluster.assembly.model_facts import read_model_facts
 from cluster.assembly.rewards import check_rewards
 from cluster.assembly.run_session import run_session
@@ -156,20 +157,9 @@ def judge_and_write(
 ) -> dict[str, Any]:
     from learner.evaluation.samples import Sample, write_samples
     from learner.evaluation.win_rate import length_controlled, outcomes, win_rate
-    from learner.models.load import load_tokenizer
-    from learner.models.reward_artifact import tokenizer_fingerprint
-    from reward_service import wire
-    from reward_service.composition import build
 
-    judge = build(config.judge)
-    try:
-        scores = []
-        for model, answers in ((config.policy, after), (config.baseline, before)):
-            own = tokenizer_fingerprint(load_tokenizer(model))
-            items = wire.items_of(answers, own)
-            scores.append([score.value for score in judge.score(items)])
-    finally:
-        judge.close()
+    judged = scores_of(config.judge, [(config.policy, after), (config.baseline, before)])
+    scores = [[score.value for score in own] for own in judged]
     pairs = list(zip(scores[0], scores[1], strict=True))
     ids = [rollout.prompt.id for rollout in before]
     rate = win_rate(pairs, ids, tie_margin=config.tie_margin, seed=config.run.seed)
