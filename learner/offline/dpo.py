@@ -47,7 +47,7 @@ def train_dpo(
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    data = _read(config, tokenizer)
+    data = read_preference_rows(config, tokenizer)
     on_rows(data)
     task = DpoTask(load_policy(config.model).to(device), config, device)
     rows, held = task.with_reference(data.train), task.with_reference(data.held)
@@ -72,7 +72,8 @@ def train_dpo(
     return save_policy(task.policy, tokenizer, run_dir / "policy")
 
 
-def _read(config: DpoConfig, tokenizer: Any) -> TrainingRows[PreferenceRow]:
+def read_preference_rows(config: DpoConfig, tokenizer: Any) -> TrainingRows[PreferenceRow]:
+    """The data of a config, split and tokenised, as its loss takes it."""
     skip_bad, kto = config.data.skip_bad_rows, config.loss == "kto"
     read = read_preferences(config.data.path, config.data.split, skip_bad, singles=kto)
     encode_row = encode_judged if kto else encode
@@ -233,7 +234,9 @@ def _with_own_samples(
         load_policy(config.model).to(task.device),
         tokenizer,
         prompts[: config.kl_samples],
-        config,
-        task.device,
+        config.model,
+        config.fit,
+        seed=config.run.seed,
+        device=task.device,
     )
     return replace(result, numbers={**result.numbers, **found})

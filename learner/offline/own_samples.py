@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from cluster.contracts.config.offline import DpoConfig
+from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.config.offline import FitConfig
 from learner.compute.microbatches import TokenRow, token_row
 from learner.models.load import stop_token_ids
 from learner.offline.completion_logps import all_completion_logps
@@ -25,16 +26,20 @@ def measure_own_samples(
     reference: Any,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
-    config: DpoConfig,
+    start: ModelConfig,
+    fit: FitConfig,
+    *,
+    seed: int,
     device: torch.device,
 ) -> dict[str, float]:
     """eval/kl: nats per completion, mean of log pi - log ref over one completion per prompt, with
     its standard error eval/kl_error; eval/length: tokens per completion, end token included.
 
-    Completions are sampled at temperature 1 and end at `fit.max_tokens`, prompt included.
+    Completions are sampled at temperature 1 and end at `fit.max_tokens`, prompt included. start:
+    where both come from; it says what is computed in and which tokens end a completion.
     """
-    ends = stop_token_ids(config.model.path, tokenizer, config.model.revision)
-    longest = config.fit.max_tokens
+    ends = stop_token_ids(start.path, tokenizer, start.revision)
+    longest = fit.max_tokens
     usable = [ids for ids in prompts if len(ids) < longest]
     if not usable:
         return {}
@@ -42,13 +47,11 @@ def measure_own_samples(
         row
         for first in range(0, len(usable), _PROMPTS_AT_ONCE)
         for row in sample(
-            policy, usable[first : first + _PROMPTS_AT_ONCE], longest, ends, config.run.seed, device
+            policy, usable[first : first + _PROMPTS_AT_ONCE], longest, ends, seed, device
         )
     ]
     ours, theirs = (
-        all_completion_logps(
-            model, rows, config.model.dtype, device, config.fit.tokens_per_microbatch
-        )
+        all_completion_logps(model, rows, start.dtype, device, fit.tokens_per_microbatch)
         for model in (policy, reference)
     )
     ratios = [a - b for a, b in zip(ours, theirs, strict=True)]
