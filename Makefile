@@ -12,6 +12,7 @@ ARGS ?=
 SEED ?= 0
 ENGINE ?= transformers
 ALSO ?=
+KEEP ?=
 # `make soak SECONDS=60`: only from the command line, as bash has a variable SECONDS of its own.
 SOAK_SECONDS = $(if $(filter command,$(origin SECONDS)),$(SECONDS),600)
 # Tests that have a target of their own.
@@ -56,9 +57,9 @@ test-browser: setup ## pages in Chromium and queries in Prometheus (needs both)
 test-long: setup ## the tests that take minutes
 	$(PY) -m pytest -m "long and not gpu and not lab and not browser" --timeout 1800 $(ARGS)
 
-soak: setup ## a run on three hosts under random faults; SECONDS=600 SEED=0 ENGINE=transformers ALSO="learner reward"
+soak: setup ## a run on three hosts under random faults; SECONDS=600 SEED=0 ENGINE=vllm ALSO="learner reward command"
 	PYTHONPATH=. $(PY) tests/cluster/soak.py --seconds $(SOAK_SECONDS) --seed $(SEED) --engine $(ENGINE) \
-		--also $(ALSO)
+		--also $(ALSO) $(if $(KEEP),--keep $(KEEP))
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu --timeout 1800 $(ARGS)
