@@ -176,6 +176,7 @@ def main() -> None:
     words.add_argument("--also", default=[], nargs="*", choices=ROLES)
     words.add_argument("--keep", type=Path)
     given = words.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the hosts, too
     if (reason := missing()) is not None:
         sys.exit(f"no lab of hosts: {reason}")
     totals = soak(given.seconds, given.seed, given.engine, tuple(given.also), given.keep)
