@@ -178,3 +178,26 @@ def test_a_run_with_vllm_survives_its_faults(world: Any, accord: Any) -> None:
     assert audit.violations == []
     assert audit.steps == steps + 3
     assert audit.trained + audit.dropped.total() == audit.issued == audit.steps * 4
+
+
+def test_replies_that_ray_loses_count_once(
+    world: Any, accord: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray did what was asked, and its answer is lost on the way, again and again: at most the
+    process that gave it is replaced."""
+    lossy = {"num_failures": -1, "req_failure_prob": 0, "resp_failure_prob": 1}
+    calls = {"CoreWorkerService.grpc_client.PushTask": lossy}
+    monkeypatch.setenv("RAY_testing_rpc_failure", json.dumps(calls))
+    config = world.train_toml(
+        accord.folder / "c.toml",
+        'type = "rules"\nmax_words = 5',
+        batch="prompts_per_step = 4\nsamples_per_prompt = 2\nsteps = 60",
+        rollout='engine = "transformers"\nworkers = 2\nmax_tokens = 6\nmax_restarts = 100',
+        learner="max_restarts = 100",
+        staleness="bound = 2",
+    )
+    command = accord.start("train", config)
+    assert command.wait(LONG_S * 2) == 0, command.stderr
+    audit = audit_run(str(accord.folder / "runs" / "r"))
+    assert audit.violations == []
+    assert (audit.steps, audit.trained, audit.in_flight) == (60, 240, 0)
