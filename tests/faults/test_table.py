@@ -146,7 +146,7 @@ def test_every_fault_has_a_test_that_exists(number: int) -> None:
 
 
 def cell(tests: tuple[str, ...]) -> str:
-    return "<br>".join(f"`{test.removeprefix('tests/')}`" for test in tests)
+    return "<br>".join(f"`{test}`" for test in tests)
 
 
 def test_the_docs_name_the_same_tests() -> None:
