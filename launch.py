@@ -30,8 +30,8 @@ COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Start": ("quickstart", "init", "doctor"),
     "Train": ("sft", "reward_model", "dpo", "train"),
     "Sample and judge": (
-        *("generate", "best_of_n", "evaluate"),
-        *("chat", "preferences", "serve_reward"),
+        *("generate", "best_of_n", "evaluate", "chat"),
+        *("label", "preferences", "serve_reward"),
     ),
     "Look at a run": (
         *("runs", "status", "ui", "samples", "compare"),

@@ -18,6 +18,7 @@ from cluster.contracts.config.best_of_n import BestOfNConfig
 from cluster.contracts.config.commented import FIRST_KEYS, commented_toml, sections_of
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import read_toml, toml_value
+from cluster.contracts.config.label import LabelConfig
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.registry import REWARD_KINDS, Registry
@@ -31,6 +32,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "accord dpo": DpoConfig,
     "accord best-of-n": BestOfNConfig,
     "accord evaluate": EvaluateConfig,
+    "accord label": LabelConfig,
 }
 HEAD = """# Configuration
 

@@ -31,18 +31,18 @@ class Access:
     """``hosts``: the names in the address bar that are answered; another name may be a stranger's
     that points here (DNS rebinding). ``framed_by``: origins that may show the pages in a frame,
     such as http://127.0.0.1:8265. ``open_paths``: answered without the token; they must tell
-    nothing."""
+    nothing. ``asks_token``: false for an app that itself knows who may see what."""
 
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24), repr=False)
     hosts: tuple[str, ...] = LOOPBACK
     framed_by: tuple[str, ...] = ()
     open_paths: frozenset[str] = frozenset()
+    asks_token: bool = True
 
     def guards(self, app: ASGIApp) -> ASGIApp:
         """``app`` behind the checks, the outermost first: headers, host name, token."""
-        guarded = TrustedHostMiddleware(
-            _Token(app, self), allowed_hosts=self.hosts, www_redirect=False
-        )
+        known = _Token(app, self) if self.asks_token else app
+        guarded = TrustedHostMiddleware(known, allowed_hosts=self.hosts, www_redirect=False)
         return _Headers(guarded, headers(self.framed_by))
 
     def admits(self, given: str | None) -> bool:

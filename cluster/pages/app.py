@@ -19,8 +19,13 @@ from learner.evaluation.page import environment, style_sheet
 
 TITLES = {
     400: "This address is not complete",
+    401: "You are not signed in",
+    403: "This was not accepted",
     404: "There is no such page",
     405: "This page cannot be written to",
+    409: "This was labelled already",
+    410: "This is not there any more",
+    413: "This is too long",
     500: "Accord could not make this page",
 }
 

@@ -78,26 +78,42 @@ class Labelling:
                 list(priorities.items()),
             )
 
-    def next_item(self, annotator_id: str) -> Item | None:
+    def next_item(self, annotator_id: str, *, gold: bool | None = None) -> Item | None:
         """The item that the annotator has now, else the next free one, reserved for ``lease_s``
         seconds; None when nothing is left for this annotator. No item is reserved for more than
-        ``overlap`` annotators, less those who have labelled it."""
-        values = self._values(annotator_id)
+        ``overlap`` annotators, less those who have labelled it. ``gold``: of the free ones only
+        control items, or none of them; None: any."""
+        values = {**self._values(annotator_id), "gold": gold}
         with self.store.database.writing() as db:
             row = db.execute(
                 "SELECT items.* FROM items LEFT JOIN priorities ON priorities.item_id = items.id "
                 f"WHERE NOT ({_ANSWERED}) AND NOT ({_TAKEN}) "
+                f"AND (:gold IS NULL OR {_HELD} OR (items.gold IS NOT NULL) = :gold) "
                 f"ORDER BY {_HELD} DESC, coalesce(priority, 0) DESC, items.seq LIMIT 1",
                 values,
             ).fetchone()
             if row is None:
                 return None
-            db.execute(
-                "INSERT INTO leases VALUES (?, ?, ?) ON CONFLICT (item_id, annotator_id) "
-                "DO UPDATE SET expires_at = excluded.expires_at",
-                (row["id"], annotator_id, self.clock() + self.lease_s),
-            )
+            self._lease(db, row["id"], annotator_id)
             return item_from(row)
+
+    def reserve(self, annotator_id: str, item_id: str) -> bool:
+        """As ``next_item``, for one item: a page that was opened again, or a label taken back.
+        False where others have the item, or the annotator has judged it."""
+        values = {**self._values(annotator_id), "item": item_id}
+        with self.store.database.writing() as db:
+            free = f"NOT ({_ANSWERED}) AND NOT ({_TAKEN})"
+            row = db.execute(f"SELECT id FROM items WHERE id = :item AND {free}", values).fetchone()
+            if row is not None:
+                self._lease(db, item_id, annotator_id)
+        return row is not None
+
+    def _lease(self, db: sqlite3.Connection, item_id: str, annotator_id: str) -> None:
+        db.execute(
+            "INSERT INTO leases VALUES (?, ?, ?) ON CONFLICT (item_id, annotator_id) "
+            "DO UPDATE SET expires_at = excluded.expires_at",
+            (item_id, annotator_id, self.clock() + self.lease_s),
+        )
 
     def submit(self, judgement: Judgement) -> bool:
         """Store a judgement, and end its lease and draft, in one transaction. False when this very

@@ -36,6 +36,16 @@ class Document:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Invite:
+    """A one-time link, without its secret. ``used_by``: the annotator it made; "": not used."""
+
+    role: Role
+    team: str
+    expires_at: float  # seconds since 1970
+    used_by: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Annotator:
     """``id`` is a pseudonym. ``team``: any group by which judgements are compared."""
 
@@ -130,6 +140,20 @@ class People:
             )
         return made
 
+    def invites(self) -> list[Invite]:
+        """Those made last come first."""
+        with self.store.database.reading() as db:
+            rows = db.execute("SELECT * FROM invites ORDER BY rowid DESC").fetchall()
+        return [
+            Invite(
+                role=row["role"],
+                team=row["team"],
+                expires_at=row["expires_at"],
+                used_by=row["annotator_id"] or "",
+            )
+            for row in rows
+        ]
+
     def register(self, annotator: Annotator) -> None:
         """Add somebody under a pseudonym of the caller's; again changes nothing."""
         with self.store.database.writing() as db:
@@ -170,6 +194,11 @@ class People:
     def close_session(self, token: str) -> None:
         with self.store.database.writing() as db:
             db.execute("DELETE FROM sessions WHERE token_sha256 = ?", (text_hash(token),))
+
+    def close_sessions(self, annotator_id: str) -> None:
+        """Sign somebody out everywhere; only a new link lets a person in again."""
+        with self.store.database.writing() as db:
+            db.execute("DELETE FROM sessions WHERE annotator_id = ?", (annotator_id,))
 
     def _one(self, query: str, *values: Any) -> Any:
         with self.store.database.reading() as db:

@@ -14,9 +14,13 @@ PACKAGES = ("actors", "learner", "reward_service", "cluster")
 PICKLES = {"pickle", "_pickle", "cloudpickle", "ray.cloudpickle", "dill", "marshal", "joblib"}
 # The user's own reward function, on its way to the reward service's process.
 PICKLE_ALLOWED = {"reward_service/sources/pickled.py"}
-# The one writes its drawing through ElementTree, which escapes what it is given; the other inserts
-# our own style sheet.
-MARKUP_ALLOWED = {"learner/evaluation/charts.py", "learner/evaluation/page.py"}
+# The first writes its drawing through ElementTree, which escapes what it is given; the second
+# inserts our own style sheet; the third inserts what the sanitizer has let through.
+MARKUP_ALLOWED = {
+    "learner/evaluation/charts.py",
+    "learner/evaluation/page.py",
+    "cluster/pages/labelling/text.py",
+}
 TEMPLATES = ("*.html", "*.j2", "*.jinja", "*.jinja2")
 # Put together from parts, as this file is searched as well.
 FOLDERS = "|".join(["work", "root", "tmp"])
