@@ -15,7 +15,7 @@ from cluster.contracts.errors import UserError
 
 def learner_role(training: Training, files: RoleFiles) -> Any:
     """The handle of the learner, and of those that take over from it."""
-    from learner.remote import RayLearner
+    from learner.remote.handle import RayLearner
     from learner.settings import LearnerSettings, learner_settings
 
     resumed, run = training.resumed, training.session.run

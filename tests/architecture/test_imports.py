@@ -18,7 +18,13 @@ OURS = {*PACKAGES, "accord", "launch", "bootstrap"}
 # The one door of each third party: path prefixes, or file names anywhere.
 DOORS = {
     "vllm": ("actors/engines/", "cluster/measure/bench/plain_vllm.py"),
-    "ray": ("remote.py", "cluster/machine/", "cluster/weights/", "cluster/runs/sinks.py"),
+    "ray": (
+        "remote.py",
+        "learner/remote/",
+        "cluster/machine/",
+        "cluster/weights/",
+        "cluster/runs/sinks.py",
+    ),
     "grpc": ("reward_service/",),
     "fastapi": ("cluster/pages/",),
     "starlette": ("cluster/pages/",),

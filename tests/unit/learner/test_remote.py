@@ -21,7 +21,7 @@ from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput, WeightManifest
 from cluster.weights.manifest import verify_arrays
 from cluster.weights.object_store import ObjectStoreReceiver
-from learner.remote import RayLearner
+from learner.remote.handle import RayLearner
 
 pytestmark = pytest.mark.slow
 T = TypeVar("T")
@@ -79,7 +79,7 @@ def test_a_step_a_lost_payload_a_deadline_and_death(
     assert (tmp_path / "checkpoint" / "policy" / "config.json").exists()
 
     async def die() -> None:
-        os.kill(await _as_future(learner._actors[0].pid.remote()), signal.SIGKILL)
+        os.kill(await _as_future(learner._processes.actors[0].pid.remote()), signal.SIGKILL)
         with pytest.raises(Fatal, match="process died while asked to snapshot"):
             await learner.snapshot()
         with pytest.raises(Fatal, match="is not running"):
@@ -114,12 +114,12 @@ def test_two_processes_are_one_learner_and_end_together(
         return result, alone
 
     async def die() -> None:
-        second = learner._actors[1]
+        second = learner._processes.actors[1]
         os.kill(await _as_future(second.pid.remote()), signal.SIGKILL)
         again = StepInput(step=1, group_ids=GROUPS, payloads=good.payloads)
         with pytest.raises(Fatal, match="process died while asked to"):
             await learner.step(again)
-        assert learner._actors == []
+        assert learner._processes.actors == []
         await learner.stop()
 
     result, alone = _run(live())
@@ -161,7 +161,7 @@ def test_a_deadline_names_what_was_waited_for_and_ends_the_process(
     learner = RayLearner(world.make_settings(tiny, learner={"start_timeout_s": 0.05}))
     with pytest.raises(Fatal, match="for the learner to load its models; it was ended"):
         _run(learner.start())
-    assert learner._actors == []
+    assert learner._processes.actors == []
 
 
 class _Holder:

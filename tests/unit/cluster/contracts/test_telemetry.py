@@ -19,7 +19,7 @@ def worker() -> None:
 
 
 def learner() -> None:
-    from learner.remote import LearnerActor
+    from learner.remote.actor import LearnerActor
 
     settings: Any = SimpleNamespace(host="127.0.0.1")
     LearnerActor(settings, (), 1)
