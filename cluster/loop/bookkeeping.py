@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from cluster.contracts.metrics import values
-from cluster.contracts.protocols import Clock, Journal, PromptSource, Sink
+from cluster.contracts.protocols import PromptSource, Sink
 from cluster.contracts.records import GroupMeta, RunState, StepResult, SwapReport
+from cluster.loop.context import LoopContext
 from cluster.loop.loop_metrics import Accounts, PoolNumbers, Standing
 from cluster.loop.outages import Outage, Sinks
-from cluster.loop.settings import LoopSettings
 from cluster.loop.staleness import AdmissionLedger, GroupBuffer
 from cluster.loop.steering import Steering
-from cluster.loop.timeline import Timeline
 
 
 class Bookkeeping:
@@ -26,28 +25,25 @@ class Bookkeeping:
 
     def __init__(
         self,
-        settings: LoopSettings,
         prompts: PromptSource,
         pool: PoolNumbers,
-        run: Journal,
         sinks: Sequence[Sink],
         buffer: GroupBuffer,
         steering: Steering,
-        clock: Clock,
-        timeline: Timeline,
         state: RunState | None,
         cpu_s: Callable[[], float],
+        loop: LoopContext,
     ) -> None:
-        self._settings = settings
+        self._settings = loop.settings
         self._prompts = prompts
         self._pool = pool
-        self._run = run
-        self._sinks = Sinks(sinks, run.event)
+        self._run = loop.run
+        self._sinks = Sinks(sinks, loop.run.event)
         self._buffer = buffer
         self._ledger: AdmissionLedger = buffer.ledger
         self._steering = steering
-        self._clock = clock
-        self._timeline = timeline
+        self._clock = loop.clock
+        self._timeline = loop.timeline
         self._cpu_s = cpu_s
         self._elapsed_before = state.elapsed_s if state else 0.0
         self._dropped: dict[int, Mapping[str, Any]] = (

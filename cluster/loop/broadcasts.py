@@ -8,11 +8,9 @@ from typing import Any
 
 from cluster.contracts.crash_points import passing
 from cluster.contracts.errors import WeightsAway
-from cluster.contracts.protocols import Clock
 from cluster.contracts.records import SwapReport, WeightManifest
-from cluster.loop.activities import Activities
+from cluster.loop.context import LoopContext
 from cluster.loop.staleness import AdmissionLedger
-from cluster.loop.timeline import Timeline
 
 
 class Broadcasts:
@@ -24,16 +22,14 @@ class Broadcasts:
         send: Callable[[WeightManifest], Awaitable[list[SwapReport]]],
         ended: Callable[[Iterable[SwapReport], float], None],
         ledger: AdmissionLedger,
-        activities: Activities,
-        clock: Clock,
-        timeline: Timeline,
+        loop: LoopContext,
     ) -> None:
         self._send = send
         self._ended = ended
         self._ledger = ledger
-        self._activities = activities
-        self._clock = clock
-        self._timeline = timeline
+        self._activities = loop.activities
+        self._clock = loop.clock
+        self._timeline = loop.timeline
         self._next: WeightManifest | None = None  # only the newest is worth sending
 
     def queue(self, manifest: WeightManifest) -> None:

@@ -46,10 +46,11 @@ from cluster.contracts.crash_points import passing
 from cluster.contracts.errors import AccordError, LearnerLost, Resumable
 from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
 from cluster.contracts.records import Assignment, RunState, WeightManifest
-from cluster.loop.activities import Activities, Name
+from cluster.loop.activities import Name
 from cluster.loop.autoscale import Autoscaler
 from cluster.loop.bookkeeping import Bookkeeping
 from cluster.loop.broadcasts import Broadcasts
+from cluster.loop.context import LoopContext
 from cluster.loop.ending import Ending
 from cluster.loop.learner_steps import LearnerSteps
 from cluster.loop.learner_supervisor import LearnerSupervisor
@@ -99,51 +100,27 @@ class Controller:
             admitted=first * settings.prompts_per_step,
             held=first,
         )
-        self._buffer = buffer = GroupBuffer(self._ledger, next_step=first)
-        self._activities = acts = Activities()
+        self._buffer = GroupBuffer(self._ledger, next_step=first)
+        loop = LoopContext(settings=settings, run=run, clock=clock, timeline=timeline)
+        self._activities = loop.activities
         self._ending = Ending()
         self._steering = Steering(wishes, run.event, _autoscaler(settings))
-        self._learner = LearnerSupervisor(
-            learner, settings.max_learner_restarts, run.event, acts, clock
+        self._learner = LearnerSupervisor(learner, loop)
+        books = self._books = Bookkeeping(
+            prompts, pool, sinks, self._buffer, self._steering, state, cpu_s, loop
         )
-        self._books = books = Bookkeeping(
-            settings,
-            prompts,
-            pool,
-            run,
-            sinks,
-            buffer,
-            self._steering,
-            clock,
-            timeline,
-            state,
-            cpu_s,
-        )
-        self._broadcasts = Broadcasts(
-            pool.broadcast, books.broadcast_ended, self._ledger, acts, clock, timeline
-        )
-        self._saving = Saving(
-            settings,
-            self._learner,
-            run,
-            lambda: books.state(self.step),
-            acts,
-            clock,
-            timeline,
-            saved=first if saved is None else saved,
-        )
+        self._broadcasts = Broadcasts(pool.broadcast, books.broadcast_ended, self._ledger, loop)
+        saved = first if saved is None else saved
+        self._saving = Saving(self._learner, lambda: books.state(self.step), saved, loop)
         self._steps = LearnerSteps(
-            settings,
             prompts,
             pool,
             self._learner,
-            buffer,
+            self._buffer,
             books,
             self._broadcasts,
             self._saving,
-            run,
-            acts,
-            clock,
+            loop,
             after_each=self._look,
         )
         self._started = False

@@ -4,21 +4,32 @@ what becomes of it when its rollouts or the learner are lost."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 from cluster.contracts.crash_points import passing
-from cluster.contracts.errors import Fatal, LearnerLost, Retryable, RolledBack
-from cluster.contracts.protocols import Clock, Journal, PromptSource
+from cluster.contracts.errors import Fatal, Fault, LearnerLost, Retryable, RolledBack
+from cluster.contracts.protocols import PromptSource
 from cluster.contracts.records import Assignment, GroupMeta, StepResult, WeightManifest
-from cluster.loop.activities import Activities
 from cluster.loop.bookkeeping import Bookkeeping
 from cluster.loop.broadcasts import Broadcasts
+from cluster.loop.context import LoopContext
 from cluster.loop.learner_supervisor import LearnerSupervisor
-from cluster.loop.pool import WorkerPool
 from cluster.loop.saving import Saving
-from cluster.loop.settings import LoopSettings
 from cluster.loop.staleness import GroupBuffer, require_fresh
+
+
+class Workers(Protocol):
+    """What the learner's steps ask of the worker pool."""
+
+    @property
+    def sent_version(self) -> int | None: ...
+
+    @property
+    def faults(self) -> Counter[Fault]: ...
+
+    def submit(self, assignments: Sequence[Assignment]) -> None: ...
 
 
 class LearnerSteps:
@@ -26,30 +37,27 @@ class LearnerSteps:
 
     def __init__(
         self,
-        settings: LoopSettings,
         prompts: PromptSource,
-        pool: WorkerPool,
+        workers: Workers,
         learner: LearnerSupervisor,
         buffer: GroupBuffer,
         books: Bookkeeping,
         broadcasts: Broadcasts,
         saving: Saving,
-        run: Journal,
-        activities: Activities,
-        clock: Clock,
+        loop: LoopContext,
         after_each: Callable[[], None],
     ) -> None:
-        self._settings = settings
+        self._settings = loop.settings
         self._prompts = prompts
-        self._pool = pool
+        self._workers = workers
         self._learner = learner
         self._buffer = buffer
         self._books = books
         self._broadcasts = broadcasts
         self._saving = saving
-        self._run = run
-        self._activities = activities
-        self._clock = clock
+        self._run = loop.run
+        self._activities = loop.activities
+        self._clock = loop.clock
         self._after_each = after_each
         self._taken: list[GroupMeta] = []  # groups of the step under way
         self._attempts = 0  # of it
@@ -60,7 +68,7 @@ class LearnerSteps:
         if self._activities.any_of("step", "snapshot", "successor"):
             return  # one learner, one step: steps change the same weights
         if self._learner.succession.redo:
-            self._learner.ask(self._learner.succession.redo[0], self._pool.sent_version)
+            self._learner.ask(self._learner.succession.redo[0], self._workers.sent_version)
             return
         taken = self._buffer.take()
         if taken is None:
@@ -74,7 +82,7 @@ class LearnerSteps:
         require_fresh(batch.step, metas, self._settings.staleness_bound)
         self._taken = metas
         self._books.accounts.step_begins(self._clock.now())
-        self._learner.ask(batch, self._pool.sent_version)
+        self._learner.ask(batch, self._workers.sent_version)
 
     def after(self, task: asyncio.Task[Any]) -> None:
         """The step has ended."""
@@ -123,7 +131,7 @@ class LearnerSteps:
         self._books.accounts.step_lost(self._clock.now(), lost)
         self._learner.becomes("waiting")
         self._run.event("step_retried", step=self.done, groups=len(lost), cause=str(problem))
-        self._pool.submit(
+        self._workers.submit(
             [
                 Assignment(
                     group_id=meta.group_id,
@@ -150,7 +158,7 @@ class LearnerSteps:
                 task.cancel()
                 self._saving.due |= name in ("snapshot", "save")
         self._broadcasts.forget()
-        self._pool.faults["learner"] += 1
+        self._workers.faults["learner"] += 1
         self._learner.replace(problem, self.done)
 
     def learner_succeeded(self, manifest: WeightManifest) -> None:

@@ -3,16 +3,15 @@ it is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 from cluster.contracts.crash_points import passing
 from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import LearnerLost, RolledBack
 from cluster.contracts.live import LearnerState
-from cluster.contracts.protocols import Clock, LearnerHandle
+from cluster.contracts.protocols import LearnerHandle
 from cluster.contracts.records import StepInput, WeightManifest
-from cluster.loop.activities import Activities
+from cluster.loop.context import LoopContext
 from cluster.loop.succession import Succession
 
 
@@ -20,19 +19,12 @@ class LearnerSupervisor:
     """``state``: what it does, since ``since``. ``published``: its newest version; -1: none yet.
     ``succession``: what a new learner has to do again."""
 
-    def __init__(
-        self,
-        handle: LearnerHandle,
-        max_restarts: int,
-        event: Callable[..., None],
-        activities: Activities,
-        clock: Clock,
-    ) -> None:
+    def __init__(self, handle: LearnerHandle, loop: LoopContext) -> None:
         self._handle = handle
-        self._event = event
-        self._activities = activities
-        self._clock = clock
-        self.succession = Succession(max_restarts)
+        self._event = loop.run.event
+        self._activities = loop.activities
+        self._clock = loop.clock
+        self.succession = Succession(loop.settings.max_learner_restarts)
         self.state: LearnerState = "starting"
         self.since = 0.0
         self.published = -1

@@ -22,8 +22,10 @@ class BatchSize(Protocol):
 class PoolNumbers(Protocol):
     """What the books of a run ask of its worker pool."""
 
-    left: int
     failed_swaps: int
+
+    @property
+    def left(self) -> int: ...
 
     @property
     def wanted(self) -> int: ...

@@ -15,9 +15,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import Any, cast
 
-from cluster.contracts.deadlines import LATE_S, within
+from cluster.contracts.deadlines import within
 from cluster.contracts.errors import (
-    EngineFailure,
     Fault,
     MachineLost,
     Retryable,
@@ -27,8 +26,10 @@ from cluster.contracts.errors import (
 from cluster.contracts.live import WorkerStatus
 from cluster.contracts.protocols import Clock, WorkerHandle
 from cluster.contracts.records import Assignment, GroupMeta, Harvest, SwapReport, WeightManifest
+from cluster.loop.departures import Departures
 from cluster.loop.dispatch import Dispatch
-from cluster.loop.leases import CounterSums, LeaseBook
+from cluster.loop.harvesting import Harvesting
+from cluster.loop.leases import LeaseBook
 from cluster.loop.live import PoolFacts, WorkerFacts
 from cluster.loop.members import Member, Members, Status
 from cluster.loop.recruiting import EventLog, Recruiter
@@ -36,11 +37,6 @@ from cluster.loop.settings import PoolSettings
 from cluster.loop.shortage import Shortage
 
 Finished = tuple[Harvest, list[GroupMeta]]
-
-# A worker that has nothing yet answers its harvest after a while. All of them together may do so
-# this often a second, however many they are.
-IDLE_ANSWERS_PER_S = 25
-LONGEST_HARVEST_S = 60.0
 
 
 class WorkerPool:
@@ -81,13 +77,28 @@ class WorkerPool:
             set_aside or {},
             settings.max_attempts,
         )
-        self._counters = CounterSums()
+        self._departures = Departures(
+            self._members, self._book, self._dispatch, self._recruiter, event, self._place
+        )
+        self._harvesting = Harvesting(
+            settings,
+            clock,
+            event,
+            self._members,
+            self._book,
+            self._dispatch,
+            self._recruiter.faults,
+            finished=self._finished,
+            again=self.submit,
+            retire=self._departures.retire,
+            lost=self._departures.lost,
+            end=self._end,
+        )
         self._news: list[Finished] = []
         self._on_news: Callable[[], None] = lambda: None
         self._problem: BaseException | None = None  # what ended the pool
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.left = 0
         self.failed_swaps = 0
 
     # -- what the controller uses -----------------------------------------------------------------
@@ -125,10 +136,7 @@ class WorkerPool:
         order: list[Status] = ["broken", "starting", "serving"]
         have.sort(key=lambda member: (order.index(member.status), -member.index))
         for member in have[: max(0, len(have) - count)]:
-            if member.status == "serving":
-                self._begin_drain(member)
-            else:
-                self._not_wanted(member)
+            self._departures.dismiss(member)
         self._look_at_the_count()
 
     async def drain(self, who: str, deadline_s: float) -> int:
@@ -141,10 +149,7 @@ class WorkerPool:
             if who in (member.name, member.node)
         ]
         for member in leaving:
-            if member.status == "serving":
-                self._begin_drain(member)
-            else:
-                self._not_wanted(member)
+            self._departures.dismiss(member)
         await self.resize(self._recruiter.wanted)
         gone = self._until(lambda: all(m.status == "gone" for m in leaving))
         try:
@@ -152,7 +157,7 @@ class WorkerPool:
         except TimeoutError:
             for member in leaving:
                 late = MachineLost(f"not drained within {deadline_s:.0f} s")
-                await self._lost(member, late, member.handle)
+                await self._departures.lost(member, late, member.handle)
         return len(leaving)
 
     def submit(self, assignments: Sequence[Assignment]) -> None:
@@ -221,6 +226,11 @@ class WorkerPool:
         return self._recruiter.joined
 
     @property
+    def left(self) -> int:
+        """Workers that are gone for good."""
+        return self._departures.left
+
+    @property
     def faults(self) -> Counter[Fault]:
         """What has gone wrong so far, by class; the controller adds what it meets itself."""
         return self._recruiter.faults
@@ -254,7 +264,7 @@ class WorkerPool:
     def stats(self) -> dict[str, float]:
         """Workers' counters summed since the start (tokens, busy seconds, ...), the lost ones'
         included."""
-        return dict(self._counters.totals)
+        return dict(self._harvesting.counters.totals)
 
     def facts(self) -> PoolFacts:
         """For a look at the run: what is known already, asked of nobody; O(workers)."""
@@ -276,7 +286,7 @@ class WorkerPool:
             version=member.version,
             groups=len(self._book.holder(member.index).leases),
             heard_s_ago=age,
-            late_s=0.0 if age is None else age - self._harvest_s(),
+            late_s=0.0 if age is None else age - self._harvesting.patience_s(),
             finished=member.finished,
             stats=member.stats,
         )
@@ -293,7 +303,7 @@ class WorkerPool:
 
     def _serve(self, member: Member) -> None:
         member.heard = self._clock.now()
-        member.runner = asyncio.create_task(self._run(member), name=member.name)
+        member.runner = asyncio.create_task(self._harvesting.run(member), name=member.name)
         self._place()
 
     def _look_at_the_count(self) -> None:
@@ -328,119 +338,17 @@ class WorkerPool:
             return problem
         except (Retryable, WeightMismatch) as problem:
             self.failed_swaps += 1
-            await self._lost(member, problem, handle)
+            await self._departures.lost(member, problem, handle)
             return None
         self._on_swap(handle.name, report, began, self._clock.now())
         return report
 
-    async def _run(self, member: Member) -> None:
-        """Collect one worker's results until it is drained, lost or gone."""
-        handle, holder = member.handle, self._book.holder(member.index)
-        stall_s = self._settings.stall_timeout_s
-        seen: tuple[float, ...] = ()
-        quiet_s = 0.0
-        try:
-            while member.status in ("serving", "draining"):
-                wait_s, asked = self._harvest_s(), self._clock.now()
-                # A call that is not answered at all: the process hangs, or its machine is gone.
-                harvest = await within(wait_s + stall_s, handle.harvest(wait_s))
-                member.heard, member.stats = self._clock.now(), harvest.stats
-                progress = _progress(harvest)
-                if harvest.groups or progress != seen or not holder.leases or _only_scores(harvest):
-                    seen, quiet_s = progress, 0.0
-                else:  # not more than an answer takes: this process itself may have stood still
-                    quiet_s += min(member.heard - asked, wait_s + LATE_S)
-                # It answers, but samples no token: a hung engine behind a live process.
-                if quiet_s > stall_s:
-                    raise EngineFailure(
-                        f"sampled no token of {len(holder.leases)} groups in {stall_s:.0f} s"
-                    )
-                self._receive(member, harvest)
-                if member.status == "draining" and not holder.leases:
-                    await self._retire(member)
-        except (Retryable, WeightMismatch, TimeoutError) as problem:
-            await self._lost(member, problem, handle, generating=True)
-        except Exception as problem:  # the supervised boundary: ends the run, with its cause
-            self._end(problem)
-
-    def _harvest_s(self) -> float:
-        shared = len(self._members) / IDLE_ANSWERS_PER_S
-        return max(self._settings.harvest_s, min(LONGEST_HARVEST_S, shared))
-
-    def _receive(self, member: Member, harvest: Harvest) -> None:
-        self._counters.report(member.index, harvest.incarnation, harvest.stats)
-        done: list[GroupMeta] = []
-        again: list[Assignment] = []
-        for meta in harvest.groups:
-            lease = self._dispatch.take(member.index, meta)
-            # Taken for lost and leased again meanwhile: training on both would count it twice.
-            if lease is None:
-                self._event("stale_result_refused", group=meta.group_id, worker=member.name)
-            elif meta.failure is not None and meta.retryable:
-                self.faults["reward"] += 1
-                again.append(self._dispatch.score_again(lease, meta.failure))
-            else:
-                self.faults["prompt"] += meta.failure is not None
-                done.append(meta)
-        if done:
-            member.finished += len(done)
-            self._news.append((harvest, done))
-            self._on_news()
-        self.submit(again)  # also for suspects whose turn it is now
-
-    def _begin_drain(self, member: Member) -> None:
-        self._members.become(member, "draining")
-        held = len(self._book.holder(member.index).leases)
-        self._event("worker_draining", worker=member.name, leases=held)
-
-    def _not_wanted(self, member: Member) -> None:
-        self._recruiter.leave(member)
-        if member.served:  # it had served before it was lost
-            self.left += 1
-            self._event("worker_left", worker=member.name, cause="lost before")
-
-    async def _retire(self, member: Member) -> None:
-        self._members.become(member, "gone")
-        self.left += 1
-        self._event("worker_left", worker=member.name)
-        await self._recruiter.stop_quietly(member.handle)
-
-    async def _lost(
-        self,
-        member: Member,
-        problem: BaseException,
-        handle: WorkerHandle,
-        *,
-        generating: bool = False,
-    ) -> None:
-        """Release the leases at once, then have the worker replaced.
-
-        ``handle``: whose failure it is. That of an incarnation already replaced changes nothing.
-        ``generating``: what it had in hand may be what has killed it.
-        """
-        # Harvest, submit and swap of one dead process each report it; the first is enough.
-        if member.status not in ("serving", "draining") or member.handle is not handle:
-            return
-        leaving = member.status == "draining"
-        self._members.become(member, "gone" if leaving else "starting")
-        member.version, member.heard, member.stats = -1, None, {}
-        if member.runner and member.runner is not asyncio.current_task():
-            member.runner.cancel()
-        # Before the restart, so that the other workers have them while this one starts again.
-        requeued, killed = self._dispatch.release(member.index, problem if generating else None)
-        self._place()
-        if leaving:
-            self.left += 1
-            self._event("worker_left", worker=member.name, cause=str(problem))
-            await self._recruiter.stop_quietly(member.handle)
-            return
-        self._recruiter.note_loss(member, problem, requeued)
-        self._recruiter.replace(member, problem, blameless=killed)
-
     def _left_out(self, meta: GroupMeta) -> None:
         self.faults["prompt"] += 1
-        nobody = Harvest(worker="", incarnation=0, groups=(meta,), payload=None)
-        self._news.append((nobody, [meta]))
+        self._finished(Harvest(worker="", incarnation=0, groups=(meta,), payload=None), [meta])
+
+    def _finished(self, harvest: Harvest, groups: list[GroupMeta]) -> None:
+        self._news.append((harvest, groups))
         self._on_news()
 
     def _place(self) -> None:
@@ -456,7 +364,7 @@ class WorkerPool:
         try:
             await handle.submit(share)
         except Retryable as problem:
-            await self._lost(member, problem, handle)
+            await self._departures.lost(member, problem, handle)
 
     def _background(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
@@ -467,14 +375,3 @@ class WorkerPool:
         self._tasks.discard(task)
         if not task.cancelled() and (problem := task.exception()):
             self._end(problem)
-
-
-def _progress(harvest: Harvest) -> tuple[float, ...]:
-    """Changes whenever the worker has sampled a token."""
-    names = ("generated_tokens", "unfinished_tokens")
-    return tuple(harvest.stats.get(name, 0.0) for name in names)
-
-
-def _only_scores(harvest: Harvest) -> bool:
-    """Whether what the worker holds is all generated and waits for its scores."""
-    return harvest.stats.get("scoring", 0.0) > 0 and harvest.stats.get("unfinished", 0.0) == 0

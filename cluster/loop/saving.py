@@ -10,12 +10,9 @@ from typing import Any
 
 from cluster.contracts.crash_points import passing
 from cluster.contracts.errors import LearnerLost, NotSaved, Resumable
-from cluster.contracts.protocols import Clock, Journal
 from cluster.contracts.records import RunState
-from cluster.loop.activities import Activities
+from cluster.loop.context import LoopContext
 from cluster.loop.learner_supervisor import LearnerSupervisor
-from cluster.loop.settings import LoopSettings
-from cluster.loop.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,22 +30,18 @@ class Saving:
 
     def __init__(
         self,
-        settings: LoopSettings,
         learner: LearnerSupervisor,
-        run: Journal,
         state: Callable[[], RunState],
-        activities: Activities,
-        clock: Clock,
-        timeline: Timeline,
         saved: int,
+        loop: LoopContext,
     ) -> None:
-        self._settings = settings
+        self._settings = loop.settings
         self._learner = learner
-        self._run = run
+        self._run = loop.run
         self._state = state
-        self._activities = activities
-        self._clock = clock
-        self._timeline = timeline
+        self._activities = loop.activities
+        self._clock = loop.clock
+        self._timeline = loop.timeline
         self.saved = saved
         self.due = False
         self.abandoned = False  # the learner is busy: the last state cannot be had

@@ -222,6 +222,7 @@ def build(
     workers: int = 2,
     state: RunState | None = None,
     saved: int | None = None,
+    stall_timeout_s: float = 5,
     **settings: Any,
 ) -> tuple[Controller, WorkerPool, Run, Lines]:
     run = Run.create(str(tmp_path), "run", "train", NoConfig())
@@ -229,7 +230,11 @@ def build(
     pool = WorkerPool(
         world.make,
         PoolSettings(
-            start_timeout_s=5, stall_timeout_s=5, weights_timeout_s=5, max_restarts=2, harvest_s=0.1
+            start_timeout_s=5,
+            stall_timeout_s=stall_timeout_s,
+            weights_timeout_s=5,
+            max_restarts=2,
+            harvest_s=0.1,
         ),
         clock,
         run.event,

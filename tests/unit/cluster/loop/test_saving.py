@@ -40,8 +40,8 @@ class Learner(FakeLearner):
 
 
 def made(tmp_path: Path, learner: FakeLearner, **settings: Any) -> tuple[Controller, Any, Run]:
-    controller, pool, run, _ = build(tmp_path, World(), learner, **{"steps": 20, **settings})
-    pool._settings = replace(pool._settings, stall_timeout_s=SLOW_S / 4, harvest_s=0.1)
+    usual = {"steps": 20, "stall_timeout_s": SLOW_S / 4}
+    controller, pool, run, _ = build(tmp_path, World(), learner, **{**usual, **settings})
     return controller, pool, run
 
 
