@@ -60,6 +60,10 @@ class Prompts:
         return Prompt(id=str(ordinal), messages=(), token_ids=(1,))
 
 
+async def at_once() -> None:
+    """Waits for nothing."""
+
+
 class FakeLearner:
     def __init__(self, version: int = 0, seconds: float = 0.0) -> None:
         self.version, self.seconds = version, seconds
@@ -70,9 +74,11 @@ class FakeLearner:
         self.store_s = 0.0
         self.store_problems: list[Exception] = []
         self.start_s = 0.0
+        self.starting = at_once
         self.start_problem: Exception | None = None
 
     async def start(self, step: int | None = None) -> WeightManifest:
+        await self.starting()
         await asyncio.sleep(self.start_s)
         if self.start_problem is not None:
             raise self.start_problem
@@ -121,6 +127,7 @@ class FakeWorker:
     async def placed(self) -> None: ...
 
     async def start(self) -> Mapping[str, Any]:
+        await self._world.starting()
         await asyncio.sleep(self._world.start_s)
         if self._world.start_problem is not None:
             raise self._world.start_problem
@@ -180,6 +187,7 @@ class World:
         self.fail: dict[int, tuple[str, bool]] = {}
         self.torn: dict[int, int] = {}  # version -> how many loads of it do not verify
         self.start_s = 0.0
+        self.starting = at_once
         self.start_problem: Exception | None = None
 
     def make(self, index: int, incarnation: int) -> FakeWorker:
@@ -631,13 +639,20 @@ def test_a_step_whose_rollouts_are_always_lost_ends_the_run(tmp_path: Path) -> N
         asyncio.run(drive(controller, pool))
 
 
+async def both(begun: dict[str, asyncio.Event], role: str) -> None:
+    begun[role].set()
+    async with asyncio.timeout(20):
+        await asyncio.gather(*(event.wait() for event in begun.values()))
+
+
 def test_learner_and_workers_start_side_by_side(tmp_path: Path) -> None:
+    """Each of them waits until the other has begun: one after the other they would never."""
     world, learner = World(), FakeLearner()
-    world.start_s = learner.start_s = 0.2
+    begun = {"learner": asyncio.Event(), "worker": asyncio.Event()}
+    world.starting = lambda: both(begun, "worker")
+    learner.starting = lambda: both(begun, "learner")
     controller, pool, run, _ = build(tmp_path, world, learner, steps=1)
-    began = time.monotonic()
     asyncio.run(drive(controller, pool))
-    assert time.monotonic() - began < 0.38  # one after the other they would take 0.4 s
     kinds = [row["kind"] for row in events(run)]
     assert kinds.index("learner_ready") < kinds.index("worker_serving")
 
