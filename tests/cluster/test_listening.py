@@ -10,7 +10,7 @@ import pytest
 from given import CONFIG, write_inputs
 from hosts import ROOT, Lab, hosts, wait_until
 
-from tests.integration.listening import Listener, rows_for_a_joined_cluster
+from tests.integration.listening import JOINED, Listener, rows_of
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 
@@ -30,7 +30,7 @@ def listening(lab: Lab, host: int) -> list[Listener]:
 
 
 def test_every_socket_of_a_head_and_of_a_joined_host_is_listed() -> None:
-    known = rows_for_a_joined_cluster((ROOT / "SECURITY.md").read_text(encoding="utf-8"))
+    known = rows_of((ROOT / "SECURITY.md").read_text(encoding="utf-8"), JOINED)
     with hosts(2) as lab:
         write_inputs(lab.disk(1))
         text = CONFIG.format(engine="transformers", steps=100000, name="r")
@@ -46,6 +46,7 @@ def test_every_socket_of_a_head_and_of_a_joined_host_is_listed() -> None:
         found = {host: listening(lab, host) for host in (1, 2)}
     for host, role in ((1, "launch.py"), (2, "ray::_RewardActor"), (2, "raylet")):
         assert role in {one.process for one in found[host]}, found[host]
-    for host, own in ((1, "10.77"), (2, "10.77")):
-        unknown = [one for one in found[host] if not any(row.allows(one) for row in known)]
-        assert unknown == [], f"host {host}, {own}"
+        addresses = {host: lab.address(host) for host in found}
+    for host, node in addresses.items():
+        unknown = [one for one in found[host] if not any(row.allows(one, node) for row in known)]
+        assert unknown == [], f"host {host}"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import psutil
 
-TITLE = "## Listening sockets"
+STARTED = "### On a cluster that Accord starts"
+JOINED = "### On a cluster that you start"
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,18 @@ class Listener:
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the table: processes by pattern, and whether their sockets stay on loopback."""
+    """A row of a table: processes by pattern, their ports, and where they listen: "loopback", "its
+    node" (the address by which the other hosts know it) or "any address"."""
 
     pattern: str
     ports: tuple[int, ...]
-    loopback: bool
+    where: str
 
-    def allows(self, listener: Listener) -> bool:
+    def allows(self, listener: Listener, node: str = "") -> bool:
         known = fnmatch.fnmatchcase(listener.process, self.pattern)
         port = not self.ports or listener.port in self.ports
-        return known and port and (listener.loopback or not self.loopback)
+        near = listener.loopback or (self.where == "its node" and listener.address == node)
+        return known and port and (near or self.where == "any address")
 
 
 def listeners_of(pid: int) -> list[Listener]:
@@ -65,24 +68,27 @@ def listeners_among(pids: Iterable[int]) -> list[Listener]:
 
 
 def _title(process: psutil.Process) -> str:
-    """`gcs_server`, `ray::RolloutActor`, or of a script its name: `launch.py`."""
+    """`gcs_server`, `ray::RolloutActor`, or of a script its name: `launch.py`; of `python -m` its
+    module."""
     words = process.cmdline()
     first = Path(words[0]).name if words else process.name()
+    if first.startswith("python") and "-m" in words[:3]:
+        return words[words.index("-m") + 1]
     if first.startswith("python"):
         return next((Path(word).name for word in words[1:] if word.endswith(".py")), first)
     return words[0].split(".", 1)[0] if words[0].startswith("ray::") else first
 
 
-def rows_for_a_started_cluster(page: str) -> list[Row]:
-    """The table under TITLE: `| process | ports | listens on | ... |`."""
-    section = page.split(TITLE, 1)[1].split("\n## ", 1)[0]
+def rows_of(page: str, title: str) -> list[Row]:
+    """The table under ``title``: `| process | ports | listens on | ... |`."""
+    section = page.split(f"\n{title}\n", 1)[1].split("\n#", 1)[0]
     cells = [
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in section.splitlines()
         if line.startswith("| `")
     ]
     return [
-        Row(name, tuple(map(int, re.findall(r"\d+", ports))), where == "loopback")
+        Row(name, tuple(map(int, re.findall(r"\d+", ports))), where)
         for process, ports, where, *_ in cells
         for name in re.findall(r"`([^`]+)`", process)
     ]

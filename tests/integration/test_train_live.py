@@ -18,7 +18,7 @@ from cluster.contracts.rollout_table import from_table
 from cluster.runs.audit import audit_run
 from reward_service.access import Access
 from reward_service.server import RunningServer, serve
-from tests.integration.listening import listeners_of, rows_for_a_started_cluster
+from tests.integration.listening import STARTED, listeners_of, rows_of
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def metrics_page(run: Path) -> str:
 
 def every_socket_is_listed(pid: int) -> None:
     """Of the command, its roles and Ray, against the table of SECURITY.md."""
-    rows_known = rows_for_a_started_cluster(Path("SECURITY.md").read_text(encoding="utf-8"))
+    rows_known = rows_of(Path("SECURITY.md").read_text(encoding="utf-8"), STARTED)
     found = listeners_of(pid)
     assert {"gcs_server", "raylet", "ray::_RewardActor"} <= {one.process for one in found}
     unknown = [one for one in found if not any(row.allows(one) for row in rows_known)]
