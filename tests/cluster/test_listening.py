@@ -14,6 +14,7 @@ from tests.integration.listening import JOINED, Listener, rows_of
 
 pytestmark = [pytest.mark.lab, pytest.mark.long]
 
+AGENTS = ("ray::DashboardAgent", "ray::RuntimeEnvAgent")
 LOOK = """
 import json, sys
 from dataclasses import asdict
@@ -27,6 +28,13 @@ def listening(lab: Lab, host: int) -> list[Listener]:
     done = lab.run(host, sys.executable, "-c", LOOK, *lab.pids(host), PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     return [Listener(**one) for one in json.loads(done.stdout.splitlines()[-1])]
+
+
+def answer_without_token(lab: Lab, one: Listener) -> str:
+    """The HTTP status that host 2 gets."""
+    url = f"http://{one.host}:{one.port}/"
+    done = lab.run(2, "curl", "-s", "-m", "5", "-o", "/dev/null", "-w", "%{http_code}", url)
+    return done.stdout
 
 
 def test_every_socket_of_a_head_and_of_a_joined_host_is_listed() -> None:
@@ -46,7 +54,12 @@ def test_every_socket_of_a_head_and_of_a_joined_host_is_listed() -> None:
         found = {host: listening(lab, host) for host in (1, 2)}
     for host, role in ((1, "launch.py"), (2, "ray::_RewardActor"), (2, "raylet")):
         assert role in {one.process for one in found[host]}, found[host]
+        own = lab.address(1)
+        agents = [one for one in found[1] if one.process in AGENTS and str(one.host) == own]
+        answers = {one: answer_without_token(lab, one) for one in agents}
         addresses = {host: lab.address(host) for host in found}
     for host, node in addresses.items():
         unknown = [one for one in found[host] if not any(row.allows(one, node) for row in known)]
         assert unknown == [], f"host {host}"
+    assert {one.process for one in answers} == set(AGENTS)
+    assert set(answers.values()) <= {"401", "403"}, answers

@@ -6,7 +6,7 @@ import fnmatch
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 import psutil
@@ -22,9 +22,9 @@ class Listener:
     port: int
 
     @property
-    def loopback(self) -> bool:
+    def host(self) -> IPv4Address | IPv6Address:
         found = ip_address(self.address)
-        return (getattr(found, "ipv4_mapped", None) or found).is_loopback
+        return getattr(found, "ipv4_mapped", None) or found
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,12 @@ class Row:
     def allows(self, listener: Listener, node: str = "") -> bool:
         known = fnmatch.fnmatchcase(listener.process, self.pattern)
         port = not self.ports or listener.port in self.ports
-        near = listener.loopback or (self.where == "its node" and listener.address == node)
-        return known and port and (near or self.where == "any address")
+        where = {
+            "loopback": listener.host.is_loopback,
+            "its node": listener.host.is_loopback or str(listener.host) == node,
+            "any address": True,
+        }
+        return known and port and where[self.where]
 
 
 def listeners_of(pid: int) -> list[Listener]:

@@ -123,10 +123,10 @@ def test_a_run_with_vllm_survives_its_faults(world: Any, accord: Any) -> None:
         "max_restarts = 100",
         staleness="bound = 2",
         checkpoint="every = 5",
-        reward=f'outage_s = 600\naddress = "{service.address}"',
         cluster="object_store_mb = 120",
     )
-    config.write_text('plugins = ["faults.py"]\n' + config.read_text())
+    reward = f'[reward]\noutage_s = 600\naddress = "{service.address}"\n'
+    config.write_text(f'plugins = ["faults.py"]\n{reward}{config.read_text()}')
     command = accord.start("train", config)
     seen = Watched(folder / "runs" / "r", command)
 

@@ -92,3 +92,31 @@ def test_a_run_goes_on_while_its_disk_is_full(disk: Path, world: Any, accord: An
     assert steps == list(range(1, audit.steps + 1))
     assert all(verify_checkpoint(path) is None for path in Run(run).checkpoints.complete())
     assert json.loads((run / "manifest.json").read_text())["status"] == "interrupted"
+
+
+def test_a_run_that_is_interrupted_on_a_full_disk_can_be_resumed(
+    disk: Path, world: Any, accord: Any
+) -> None:
+    config = world.train_toml(
+        accord.folder / "c.toml",
+        'type = "rules"\nmax_words = 5',
+        batch="prompts_per_step = 2\nsamples_per_prompt = 2\nsteps = 100000",
+        checkpoint="every = 4\nkeep = 2",
+    )
+    command, run = accord.start("train", config), disk / "r"
+    command.wait_until(lambda: kinds(run, "checkpoint"), 240, "a checkpoint")
+    fill(disk / "ballast")
+    command.wait_until(lambda: "no checkpoint was written" in command.stderr, 240, "the full disk")
+    fill(disk / "ballast")
+    code, _ = command.interrupt()
+    assert "Traceback" not in command.stderr
+    assert code == 75, command.stderr
+    assert "could not be saved" in command.stderr
+    assert command.left() == []
+
+    (disk / "ballast").unlink()
+    steps = audit_run(str(run)).steps
+    again = accord.run("train", "--resume", run, f"batch.steps={steps + 2}", timeout_s=240)
+    assert again.process.returncode == 0, again.stderr
+    audit = audit_run(str(run))
+    assert (audit.violations, audit.steps) == ([], steps + 2)
