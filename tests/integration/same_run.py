@@ -20,10 +20,11 @@ def run_of(line: Any) -> Path:
     return Path(line.folder / "runs" / "r")
 
 
-def repeatable(line: Any, world: Any, *, steps: int = 6, every: int = 2, **sections: str) -> Path:
-    """The config of a run as docs/operate.md says in "The same run twice". ``sections``: more lines
-    of a table, or a table."""
-    reward = sections.pop("source", RULES)
+def repeatable(
+    line: Any, world: Any, *, steps: int = 6, every: int = 2, source: str = RULES, **sections: str
+) -> Path:
+    """The config of a run as docs/operate.md says in "The same run twice". ``source``: of
+    rewards; ``sections``: more lines of a table, or a table."""
     tables = {
         "batch": f"prompts_per_step = 2\nsamples_per_prompt = 2\nsteps = {steps}",
         "rollout": 'engine = "transformers"\nmax_tokens = 6\nrequest_seeds = true\nworkers = 1',
@@ -33,7 +34,7 @@ def repeatable(line: Any, world: Any, *, steps: int = 6, every: int = 2, **secti
     }
     for name, more in sections.items():
         tables[name] = f"{tables[name]}\n{more}" if name in tables else more
-    made: Path = world.train_toml(line.folder / "c.toml", reward, **tables)
+    made: Path = world.train_toml(line.folder / "c.toml", source, **tables)
     return made
 
 

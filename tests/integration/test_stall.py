@@ -63,10 +63,9 @@ def test_a_reward_function_that_sleeps_for_ever(world: Any, accord: Any) -> None
         world,
         steps=30,
         source='type = "function"\npath = "reward.py:score"',
-        reward="deadline_s = 5\noutage_s = 45",
         cluster=f"object_store_mb = 80\nstall_timeout_s = {STALL_S}",
     )
-    command = accord.start("train", config)
+    command = accord.start("train", config, "reward.deadline_s=5", "reward.outage_s=45")
     command.wait_until(lambda: steps_done(accord) >= 3, 300, "step 3")
     flag.touch()
     text = told(accord, command, "scores of finished completions")
