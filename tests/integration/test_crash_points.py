@@ -93,7 +93,7 @@ def undisturbed(
     line = command_lines(tmp_path_factory.mktemp("undisturbed"))
     command = line.start("train", repeatable(line, world))
     assert command.wait(COMMAND_S) == 0, command.stderr
-    yield policy_files(line)
+    yield policy_files(line, world)
     line.close()
 
 
@@ -115,7 +115,7 @@ def test_a_run_ended_at_a_crash_point_and_resumed_equals_one_that_was_not(
         assert len(events(accord, "learner_replaced")) == 1, command.stderr
     else:
         ended_and_resumed(command, accord, point)
-    assert policy_files(accord) == undisturbed
+    assert policy_files(accord, world) == undisturbed
     exact(accord)
 
 

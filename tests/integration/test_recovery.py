@@ -51,7 +51,7 @@ def undisturbed(
             lines.append(line)
             command = line.start("train", repeatable(line, world, steps=STEPS, learner=learner))
             assert command.wait(COMMAND_S) == 0, command.stderr
-            made[learner] = policy_files(line)
+            made[learner] = policy_files(line, world)
         return made[learner]
 
     yield files
@@ -81,7 +81,7 @@ def test_one_of_two_processes_of_the_learner_is_killed_in_the_middle_of_a_step(
     assert command.wait(COMMAND_S) == 0, command.stderr
     assert [row["step"] for row in rows(run_of(accord) / "metrics.jsonl")] == [*range(1, STEPS + 1)]
     assert events(accord, "rolled_back") == events(accord, "worker_lost") == []
-    assert policy_files(accord) == undisturbed(TWO)
+    assert policy_files(accord, world) == undisturbed(TWO)
     exact(accord)
     assert command.left() == []
 
@@ -100,7 +100,7 @@ def test_the_learner_and_the_reward_service_are_killed_and_started_again(
         )
     assert command.wait(COMMAND_S) == 0, command.stderr
     assert events(accord, "rolled_back") == events(accord, "worker_lost") == []
-    assert policy_files(accord) == undisturbed("")
+    assert policy_files(accord, world) == undisturbed("")
     exact(accord)
     assert command.left() == []
 
@@ -125,7 +125,7 @@ def test_a_reward_service_is_away_for_long_and_nothing_is_sampled_again(
     finally:
         service.kill()
     assert events(accord, "worker_lost") == events(accord, "group_dropped") == []
-    assert policy_files(accord) == undisturbed("")
+    assert policy_files(accord, world) == undisturbed("")
     exact(accord)
 
 
