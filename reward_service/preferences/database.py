@@ -33,6 +33,10 @@ _REFUSALS = {  # start of SQLite's error name -> what is wrong, what to do
         "is damaged",
         "restore it from a copy; `sqlite3 FILE .recover` reads what is left",
     ),
+    "SQLITE_CONSTRAINT_FOREIGNKEY": (
+        "a record that this one belongs to is not there, or was forgotten meanwhile",
+        "try again",
+    ),
     "SQLITE_NOTADB": (
         "is no SQLite database",
         "give a file made by Accord, or a new one, on a local disk",

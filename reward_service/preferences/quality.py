@@ -1,105 +1,45 @@
-"""How far annotators agree, whether position sways them, and splits that share no prompt. Pure."""
+"""Whether judgements are fit to learn from: control items, position and length bias, speed, groups
+of annotators and topics, drift over time. Pure."""
 
 from __future__ import annotations
 
-import hashlib
 import math
+import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import combinations, permutations
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
-from reward_service.preferences.records import Judgement
+from reward_service.preferences.agreement import Vote, agreement, units_of, votes
+from reward_service.preferences.annotator_model import dawid_skene
+from reward_service.preferences.records import Item, Judgement, choice_of
 
-
-def ratings(labels: Iterable[Judgement]) -> dict[str, dict[str, str]]:
-    """item -> annotator -> choice, from judgements in force; skips and flags do not count."""
-    table: dict[str, dict[str, str]] = {}
-    for label in labels:
-        if not label.is_label:
-            continue
-        table.setdefault(label.item_id, {})[label.annotator_id] = label.choice
-    return table
-
-
-def percent_agreement(units: Iterable[Sequence[str]]) -> float | None:
-    """Share, in [0, 1], of pairs of labels on one item that are equal; None without such a pair."""
-    same = total = 0
-    for labels in units:
-        for first, second in combinations(labels, 2):
-            total += 1
-            same += first == second
-    return same / total if total else None
-
-
-def cohen_kappa(first: Sequence[str], second: Sequence[str]) -> float | None:
-    """Agreement of two annotators on the same items beyond chance (Cohen 1960):
-    (p_o - p_e) / (1 - p_e). None for no items, or when chance alone explains everything (p_e = 1).
-
-    Raises ValueError when the two lists differ in length.
-    """
-    if len(first) != len(second):
-        raise ValueError(f"{len(first)} and {len(second)} labels: both must label the same items")
-    if not first:
-        return None
-    n = len(first)
-    observed = sum(a == b for a, b in zip(first, second, strict=True)) / n
-    counts, others = Counter(first), Counter(second)
-    expected = sum(counts[value] * others[value] for value in counts) / n**2
-    return None if expected == 1 else (observed - expected) / (1 - expected)
-
-
-def krippendorff_alpha(units: Iterable[Sequence[str]]) -> float | None:
-    """Nominal alpha = 1 - D_o / D_e for any number of annotators and missing labels.
-
-    ``units``: the labels of each item. Coincidences after Krippendorff (2011), "Computing
-    Krippendorff's Alpha-Reliability": a unit of m labels gives each ordered pair weight
-    1 / (m - 1); units with one label are left out. None when nothing can be paired or only one
-    value occurs.
-    """
-    coincidences: Counter[tuple[str, str]] = Counter()
-    for labels in units:
-        if len(labels) < 2:
-            continue
-        for pair in permutations(labels, 2):
-            coincidences[pair] += 1 / (len(labels) - 1)  # type: ignore[assignment]
-    totals: Counter[str] = Counter()
-    for (value, _), weight in coincidences.items():
-        totals[value] += weight
-    n = sum(totals.values())
-    expected = sum(totals[a] * totals[b] for a, b in permutations(totals, 2))
-    if expected == 0:
-        return None
-    observed = sum(weight for (a, b), weight in coincidences.items() if a != b)
-    return 1 - (n - 1) * observed / expected
+Judged = tuple[Item, Judgement]
+FAST_S = 2.0  # nobody reads two completions in less
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PositionBias:
-    """Of ``decided`` labels, ``first`` chose the answer shown first. Without bias ``share`` is near
-    0.5; ``low`` and ``high`` are its 95 % Wilson interval. All None/0 without decided labels."""
+class Share:
+    """``hits`` of ``n``, with its 95 % interval (Wilson). ``p``: probability, by the exact binomial
+    test, of a share at least as far from one half. All None/0 without cases."""
 
-    decided: int
-    first: int
+    hits: int
+    n: int
     share: float | None
     low: float | None
     high: float | None
+    p: float | None
 
     @property
     def significant(self) -> bool:
-        return self.low is not None and self.high is not None and not self.low <= 0.5 <= self.high
+        return self.p is not None and self.p < 0.05
 
 
-def position_bias(labels: Iterable[Judgement]) -> PositionBias:
-    """How often the answer shown first won; ties and "both bad" do not count."""
-    decided = [label for label in labels if label.choice in ("a", "b") and label.shown_order]
-    first = sum(label.choice == label.shown_order[0] for label in decided)
-    if not decided:
-        return PositionBias(decided=0, first=0, share=None, low=None, high=None)
-    low, high = wilson(first, len(decided))
-    return PositionBias(
-        decided=len(decided), first=first, share=first / len(decided), low=low, high=high
-    )
+def share_of(hits: int, n: int) -> Share:
+    if n == 0:
+        return Share(hits=0, n=0, share=None, low=None, high=None, p=None)
+    low, high = wilson(hits, n)
+    return Share(hits=hits, n=n, share=hits / n, low=low, high=high, p=binomial_p(hits, n))
 
 
 def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
@@ -110,26 +50,189 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return (centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)
 
 
-def held_out(prompt_hash: str, fraction: float, salt: str = "") -> bool:
-    """Whether a prompt belongs to the held-out part: always the same answer for the same prompt, so
-    that no two parts ever share one. ``fraction`` in [0, 1] of prompts, on average."""
-    digest = hashlib.sha256(f"{salt}\0{prompt_hash}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+def binomial_p(hits: int, n: int) -> float:
+    """Two-sided exact test against one half."""
+    tail = min(hits, n - hits)
+    logs = [
+        math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2)
+        for k in range(tail + 1)
+    ]
+    return min(1.0, 2 * math.fsum(math.exp(value) for value in logs))
 
 
-def agreement(labels: Sequence[Judgement]) -> Mapping[str, float | int | None]:
-    """The numbers a report shows; kappa only where exactly two annotators share items."""
-    table = ratings(labels)
-    units = [list(answers.values()) for answers in table.values()]
-    shared = [answers for answers in table.values() if len(answers) > 1]
-    people = sorted({name for answers in shared for name in answers})
-    kappa = None
-    if len(people) == 2:
-        columns = [[answers[name] for answers in shared] for name in people]
-        kappa = cohen_kappa(*columns)
+def difference_p(hits: int, n: int, other_hits: int, other_n: int) -> float | None:
+    """Two-sided z test that two shares are equal, with the pooled variance; None where a side is
+    empty or both are all or nothing."""
+    if not n or not other_n:
+        return None
+    pooled = (hits + other_hits) / (n + other_n)
+    variance = pooled * (1 - pooled) * (1 / n + 1 / other_n)
+    if variance == 0:
+        return None
+    z = (hits / n - other_hits / other_n) / math.sqrt(variance)
+    return math.erfc(abs(z) / math.sqrt(2))
+
+
+# -- single properties -----------------------------------------------------------------------------
+
+
+def position_bias(judgements: Iterable[Judgement]) -> Share:
+    """Share of decided comparisons that prefer the completion shown first. Those whose order is not
+    known do not count."""
+    known = [j for j in judgements if j.choice in ("a", "b") and j.shown_order]
+    return share_of(sum(j.choice == j.shown_order[0] for j in known), len(known))
+
+
+def length_bias(judged: Iterable[Judged]) -> Share:
+    """Share of decided comparisons that prefer the longer completion (in characters)."""
+    longer = total = 0
+    for item, judgement in judged:
+        if judgement.choice not in ("a", "b"):
+            continue
+        a, b = (len(completion.text) for completion in item.completions)
+        if a != b:
+            total += 1
+            longer += (judgement.choice == "a") == (a > b)
+    return share_of(longer, total)
+
+
+def gold_accuracy(judged: Iterable[Judged]) -> Share:
+    """Share of answers to control items that order the completions as is known to be right."""
+    cases = [(i.gold, j) for i, j in judged if i.gold is not None and j.is_label]
+    right = sum(
+        bool(j.ranks) and gold is not None and choice_of(j.ranks) == choice_of(gold.ranks)
+        for gold, j in cases
+    )
+    return share_of(right, len(cases))
+
+
+def with_others(cast: Iterable[Vote]) -> dict[str, tuple[int, int]]:
+    """Annotator -> (votes equal to the others' majority, votes with such a majority). Votes of one
+    annotator are compared with those of the others on the same completions only."""
+    found: dict[str, tuple[int, int]] = {}
+    for unit in units_of(cast).values():
+        for name, vote in unit.items():
+            others = Counter(v.choice for who, v in unit.items() if who != name).most_common(2)
+            if not others or (len(others) == 2 and others[0][1] == others[1][1]):
+                continue
+            same, total = found.get(name, (0, 0))
+            found[name] = (same + (vote.choice == others[0][0]), total + 1)
+    return found
+
+
+def speed(judgements: Iterable[Judgement]) -> Mapping[str, float | int | None]:
+    """Seconds per label: median, 5th and 95th percentile, and how many took less than two."""
+    taken = sorted(j.duration_s for j in judgements if j.is_label and j.duration_s is not None)
+    if not taken:
+        return {"known": 0, "median_s": None, "p5_s": None, "p95_s": None, "under_2s": 0}
     return {
-        "items_with_several_labels": len(shared),
-        "percent_agreement": percent_agreement(units),
-        "cohen_kappa": kappa,
-        "krippendorff_alpha": krippendorff_alpha(units),
+        "known": len(taken),
+        "median_s": statistics.median(taken),
+        "p5_s": taken[int(0.05 * (len(taken) - 1))],
+        "p95_s": taken[int(0.95 * (len(taken) - 1))],
+        "under_2s": sum(value < FAST_S for value in taken),
     }
+
+
+# -- by group, and over time -----------------------------------------------------------------------
+
+
+def by_group(
+    judged: Sequence[Judged], group_of: Callable[[Item, Judgement], str]
+) -> dict[str, dict[str, Any]]:
+    """What each group does, and whether it differs from all others together: ``p`` of the
+    difference, and ``differs`` where p is below 0.05 divided by the number of groups (Bonferroni).
+    Judgements of the group "" are left out."""
+    groups: dict[str, list[Judged]] = {}
+    for item, judgement in judged:
+        name = group_of(item, judgement)
+        if name and judgement.is_label:
+            groups.setdefault(name, []).append((item, judgement))
+    measured = {name: _measures(entries) for name, entries in sorted(groups.items())}
+    table = {}
+    for name, own in measured.items():
+        tests = {}
+        for key in own:
+            others = [other[key] for rest, other in measured.items() if rest != name]
+            hits, n = sum(s.hits for s in others), sum(s.n for s in others)
+            tests[key] = difference_p(own[key].hits, own[key].n, hits, n)
+        known = [p for p in tests.values() if p is not None]
+        table[name] = {
+            "labels": len(groups[name]),
+            **{key: measure.share for key, measure in own.items()},
+            "median_s": speed(j for _, j in groups[name])["median_s"],
+            "p": tests,
+            "differs": bool(known) and min(known) < 0.05 / (len(measured) * len(known)),
+        }
+    return table
+
+
+def _measures(entries: Sequence[Judged]) -> dict[str, Share]:
+    judgements = [judgement for _, judgement in entries]
+    ties = sum(judgement.choice in ("tie", "both_bad") for judgement in judgements)
+    return {
+        "prefers_first": position_bias(judgements),
+        "prefers_longer": length_bias(entries),
+        "undecided": share_of(ties, len(judgements)),
+        "gold": gold_accuracy(entries),
+    }
+
+
+def drift(judged: Sequence[Judged]) -> dict[str, Any]:
+    """The earlier half of the labels against the later one, by ``created_at``."""
+    labels = sorted((e for e in judged if e[1].is_label), key=lambda e: e[1].created_at)
+    half = len(labels) // 2
+    early, late = _measures(labels[:half]), _measures(labels[half:])
+    tests = {
+        key: difference_p(early[key].hits, early[key].n, late[key].hits, late[key].n)
+        for key in early
+    }
+    known = [p for p in tests.values() if p is not None]
+    return {
+        "early": {key: measure.share for key, measure in early.items()},
+        "late": {key: measure.share for key, measure in late.items()},
+        "p": tests,
+        "drifts": bool(known) and min(known) < 0.05 / len(known),
+    }
+
+
+# -- the whole report ------------------------------------------------------------------------------
+
+
+def quality_report(
+    judged: Sequence[Judged], team_of: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Everything above as one dict for JSON. ``team_of``: annotator -> group. Control items count
+    for ``gold`` only."""
+    usual = [(item, j) for item, j in judged if item.gold is None]
+    judgements = [judgement for _, judgement in usual]
+    cast = votes(judgements)
+    teams = team_of or {}
+    return {
+        "agreement": dict(agreement(judgements)),
+        "gold": asdict(gold_accuracy(judged)),
+        "position_bias": asdict(position_bias(judgements)),
+        "length_bias": asdict(length_bias(usual)),
+        "speed": dict(speed(judgements)),
+        "annotators": _annotators(judged, cast),
+        "teams": by_group(judged, lambda _, j: teams.get(j.annotator_id, "")),
+        "topics": by_group(judged, lambda item, _: item.topic),
+        "drift": drift(judged),
+    }
+
+
+def _annotators(judged: Sequence[Judged], cast: Sequence[Vote]) -> dict[str, dict[str, Any]]:
+    """Per annotator; ``reliability`` is that of the annotator model."""
+    table = by_group(judged, lambda _, j: j.annotator_id)
+    labels = {
+        f"{item}/{pair}": {name: vote.choice for name, vote in unit.items()}
+        for (item, pair), unit in units_of(cast).items()
+        if len(unit) > 1
+    }
+    model = dawid_skene(labels)
+    others = with_others(cast)
+    for name, row in table.items():
+        same, total = others.get(name, (0, 0))
+        row["agrees_with_others"] = same / total if total else None
+        row["reliability"] = None if model is None else model.accuracy.get(name)
+    return table

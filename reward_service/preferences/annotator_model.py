@@ -1,0 +1,103 @@
+"""How reliable each annotator is, without knowing the right answers (Dawid and Skene 1979).
+
+Each item has one true class. Annotator k answers class l on an item of class j with probability
+pi[k, j, l]. Expectation-maximisation, from majority votes, over the classes' shares p[j], pi, and
+each item's probabilities T[i, j]:
+
+    E:  T[i, j]  is proportional to  p[j] * product over labels (k, l) of item i of pi[k, j, l]
+    M:  p[j] = mean over i of T[i, j];   pi[k, j, l] is proportional to  s + sum of T[i, j] over
+        the items that k labelled l
+
+s is a small count that keeps the model from being certain after a few labels. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+MOST_ROUNDS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnotatorModel:
+    """``accuracy[k]``: how often k answers an item's true class, over all classes.
+    ``confusion[k]``: pi[k] as rows. ``truth[i]``: class -> probability."""
+
+    classes: tuple[str, ...]
+    shares: Mapping[str, float]
+    accuracy: Mapping[str, float]
+    confusion: Mapping[str, tuple[tuple[float, ...], ...]]
+    truth: Mapping[str, Mapping[str, float]]
+
+
+def dawid_skene(
+    labels: Mapping[str, Mapping[str, str]], smoothing: float = 0.1, rounds: int = MOST_ROUNDS
+) -> AnnotatorModel | None:
+    """``labels``: item -> annotator -> class. None without labels."""
+    classes = tuple(sorted({c for given in labels.values() for c in given.values()}))
+    people = tuple(sorted({name for given in labels.values() for name in given}))
+    items = tuple(labels)
+    if not classes:
+        return None
+    counts = _counts(labels, items, people, classes)
+    truth = counts.sum(axis=1)
+    truth /= truth.sum(axis=1, keepdims=True)
+    for _ in range(rounds):
+        shares, confusion = _maximise(counts, truth, smoothing)
+        new = _expect(counts, shares, confusion)
+        moved = np.abs(new - truth).max()
+        truth = new
+        if moved < 1e-6:
+            break
+    shares, confusion = _maximise(counts, truth, smoothing)
+    right = np.einsum("j,kjj->k", shares, confusion)
+    return AnnotatorModel(
+        classes=classes,
+        shares=dict(zip(classes, shares.tolist(), strict=True)),
+        accuracy=dict(zip(people, right.tolist(), strict=True)),
+        confusion={
+            name: tuple(tuple(row) for row in confusion[k].tolist())
+            for k, name in enumerate(people)
+        },
+        truth={
+            item: dict(zip(classes, row, strict=True))
+            for item, row in zip(items, truth.tolist(), strict=True)
+        },
+    )
+
+
+def _counts(
+    labels: Mapping[str, Mapping[str, str]],
+    items: Sequence[str],
+    people: Sequence[str],
+    classes: Sequence[str],
+) -> np.ndarray:
+    """[items, people, classes]: 1 where an annotator gave an item a class."""
+    found = np.zeros((len(items), len(people), len(classes)))
+    person = {name: k for k, name in enumerate(people)}
+    place = {name: c for c, name in enumerate(classes)}
+    for number, item in enumerate(items):
+        for name, label in labels[item].items():
+            found[number, person[name], place[label]] = 1
+    return found
+
+
+def _maximise(
+    counts: np.ndarray, truth: np.ndarray, smoothing: float
+) -> tuple[np.ndarray, np.ndarray]:
+    confusion = np.einsum("ij,ikl->kjl", truth, counts) + smoothing
+    total = confusion.sum(axis=2, keepdims=True)
+    even = np.full_like(confusion, 1 / counts.shape[2])
+    confusion = np.divide(confusion, total, out=even, where=total > 0)
+    return truth.mean(axis=0), confusion
+
+
+def _expect(counts: np.ndarray, shares: np.ndarray, confusion: np.ndarray) -> np.ndarray:
+    tiny = np.finfo(float).tiny
+    logs = np.log(shares + tiny) + np.einsum("ikl,kjl->ij", counts, np.log(confusion + tiny))
+    logs -= logs.max(axis=1, keepdims=True)
+    weights = np.exp(logs)
+    return weights / weights.sum(axis=1, keepdims=True)
