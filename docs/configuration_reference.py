@@ -20,6 +20,7 @@ from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import read_toml, toml_value
 from cluster.contracts.config.label import LabelConfig
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
+from cluster.contracts.config.preferences import PreferencesConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.registry import REWARD_KINDS, Registry
 
@@ -33,6 +34,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "accord best-of-n": BestOfNConfig,
     "accord evaluate": EvaluateConfig,
     "accord label": LabelConfig,
+    "accord preferences snapshot": PreferencesConfig,
 }
 HEAD = """# Configuration
 

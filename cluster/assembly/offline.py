@@ -88,17 +88,14 @@ def run_sft(
 
 
 def with_pairs(config: P, run: Run) -> P:
-    """A preference store as data: its pairs are written into the run, which then trains on them."""
-    if not config.data.path.endswith(".db"):
-        return config
-    from cluster.assembly.preferences import open_store
-    from reward_service.preferences.export import export_preferences
+    """With the rows that the run trains on: of a preference store, a snapshot in the run itself.
+    The run's manifest names the snapshot, so that ``forget`` finds the model."""
+    from cluster.assembly.preferences import training_data
 
-    pairs = run.path / "pairs.jsonl"
-    if not pairs.is_file():
-        export_preferences(open_store(Path(config.data.path), must_exist=True), pairs)
-    data = config.data.model_copy(update={"path": str(pairs)})
-    return config.model_copy(update={"data": data})
+    path, snapshot = training_data(config.data.path, run.path)
+    if snapshot is not None:
+        run.update_manifest(snapshot=snapshot)
+    return config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
 
 
 def run_reward_model(

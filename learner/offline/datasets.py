@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 
 from cluster.contracts.chat import is_text
 from cluster.contracts.rows.files import BadRow, Columns, Place
+from cluster.contracts.rows.judged import pairs_within
 from cluster.contracts.rows.judgements import is_judgement, judgement_shape
 from cluster.contracts.rows.messages import Messages
 from cluster.contracts.rows.reader import ReadRows, read_rows
@@ -74,7 +75,7 @@ def read_comparisons(
     path: str, split: str = "train", skip_bad: bool = False
 ) -> ReadRows[Comparison]:
     """Raises UserError naming file and row; `skip_bad` leaves bad rows out and counts them."""
-    return read_rows(path, split, _comparison, skip_bad=skip_bad)
+    return read_rows(path, split, _comparison, skip_bad=skip_bad, expand=pairs_within)
 
 
 def read_preferences(
@@ -83,7 +84,7 @@ def read_preferences(
     """Pairs, and with `singles` also single judged completions. Raises UserError naming file and
     row; `skip_bad` leaves bad rows out and counts them."""
     make = _preference if singles else _pair
-    return read_rows(path, split, make, skip_bad=skip_bad)
+    return read_rows(path, split, make, skip_bad=skip_bad, expand=pairs_within)
 
 
 def hold_out(rows: Iterable[K], fraction: float) -> tuple[list[K], list[K]]:

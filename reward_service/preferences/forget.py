@@ -107,7 +107,8 @@ def models_trained_on(snapshots: Iterable[str], runs: Iterable[Path]) -> list[st
         more = {
             run
             for run, parents in manifests.items()
-            if run not in found and any(_lies_in(parent, found) for parent in parents.values())
+            if run not in found
+            and any(parent and _lies_in(parent, found) for parent in parents.values())
         }
         if not more:
             return sorted(str(run) for run in found)
@@ -115,16 +116,19 @@ def models_trained_on(snapshots: Iterable[str], runs: Iterable[Path]) -> list[st
 
 
 def _manifest(path: Path) -> dict[str, str] | None:
-    """The parents that a run's manifest names; None for another file of this name."""
+    """The parents and the snapshot that a run's manifest names; None for another file of this
+    name."""
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-        parents = manifest["parents"]
+        parents = {**manifest["parents"], "snapshot": manifest.get("snapshot", "")}
         return {str(role): str(parent) for role, parent in parents.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _lies_in(parent: str, runs: Iterable[Path]) -> bool:
+    if not parent:
+        return False
     try:
         path = Path(parent).resolve()
     except (OSError, ValueError):

@@ -87,11 +87,12 @@ class SftConfig(Section):
 class PairsConfig(Section):
     path: str = Field(
         description="Rows with prompt, chosen and rejected (for loss=kto also rows with prompt, "
-        "completion and label): a JSONL, JSON, CSV, TSV or Parquet "
-        "file (also .gz), `datasets:NAME`, or a preference store (`*.db`), whose "
-        "pairs are exported into the run directory."
+        "completion and label): a JSONL, JSON, CSV, TSV or Parquet file (also .gz), a snapshot, a "
+        "folder that `datasets` saved, `datasets:NAME`, or a preference store (`*.db`), of which a "
+        "snapshot is written into the run directory. Rows in the shapes of UltraFeedback, NeMo, "
+        "Argilla and Label Studio are read as well."
     )
-    split: str = Field("train", description="Split of `datasets:NAME`.")
+    split: str = Field("train", description="Split of a snapshot or of a data set.")
     skip_bad_rows: bool = Field(
         False,
         description="Leave out and count the rows that cannot be read, instead of stopping at "

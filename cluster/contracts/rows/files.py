@@ -1,4 +1,5 @@
-"""The one reader of row files: JSONL, JSON, CSV, TSV and Parquet files, and ``datasets:NAME``.
+"""The one reader of row files: JSONL, JSON, CSV, TSV and Parquet files, folders with snapshots or
+saved data sets, and ``datasets:NAME``.
 
 A reader yields ``RawRow``s, one after another, and never the whole file at once (a ``.json`` file
 that holds one array is the exception). What is wrong with one row is a ``BadRow``, raised when that
@@ -14,7 +15,7 @@ import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from cluster.contracts.errors import AccordError, UserError
+from cluster.contracts.rows.folders import is_saved_dataset, is_snapshot, saved_rows, snapshot_file
 
 Columns = Mapping[str, Any]
 
@@ -57,15 +59,22 @@ class RawRow:
 
 
 def raw_rows(path: str, split: str = "train") -> Iterator[RawRow]:
-    """The rows of a file, or of a split of a ``datasets:NAME``. Blank lines are no rows.
+    """The rows of a file, or of a split of a snapshot, of a saved data set or of a
+    ``datasets:NAME``. Blank lines are no rows.
 
-    Raises UserError for what is no readable file of rows: missing, a directory, another kind of
-    file, UTF-16, damaged.
+    Raises UserError for what is no readable file of rows: missing, another directory, another kind
+    of file, UTF-16, damaged.
     """
     if path.startswith(DATASETS):
         yield from _datasets_rows(path, split)
         return
     file = Path(path)
+    if is_snapshot(file):
+        yield from _parquet_rows(snapshot_file(file, split))
+        return
+    if is_saved_dataset(file):
+        yield from _numbered(saved_rows(file, split), f"{path}, split {split}")
+        return
     _require_file(file)
     kind = _kind(path)
     try:
@@ -253,8 +262,7 @@ def _datasets_rows(path: str, split: str) -> Iterator[RawRow]:
         data = datasets.load_dataset(name, split=split)
         if isinstance(data, dict):
             raise ValueError(f"its splits are {', '.join(data)}")
-        for number, row in enumerate(data, start=1):
-            yield RawRow(Place(f"{place}, row {number}", number), partial(_object, row))
+        yield from _numbered(data, place)
     except GeneratorExit:
         raise
     except Exception as problem:  # it raises a dozen types, for the network and for names
@@ -263,6 +271,11 @@ def _datasets_rows(path: str, split: str) -> Iterator[RawRow]:
             where=place,
             fix="check the name, data.split and the network; or give a file",
         ) from problem
+
+
+def _numbered(rows: Iterable[Any], place: str) -> Iterator[RawRow]:
+    for number, row in enumerate(rows, start=1):
+        yield RawRow(Place(f"{place}, row {number}", number), partial(_object, row))
 
 
 _READERS: Mapping[str, Callable[[Path], Iterator[RawRow]]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,13 @@ _AGAIN = "write it again with `accord preferences snapshot`, or copy the whole f
 
 def is_snapshot(folder: Path) -> bool:
     """Whether a folder is, or was to become, a snapshot."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # False also for names that no disk takes
         return False
     return (folder / MANIFEST).exists() or any(folder.glob("t*.parquet"))
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    return folder.is_dir() and any((folder / name).is_file() for name in _SAVED)
+    return os.path.isdir(folder) and any((folder / name).is_file() for name in _SAVED)
 
 
 def snapshot_hash(files: Iterable[FileDigest]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from cluster.contracts.chat import is_text
 from cluster.contracts.rows.columns import optional_number, present, unknown_shape
 from cluster.contracts.rows.exports import Verdict, argilla_row, is_argilla, is_label_studio
 from cluster.contracts.rows.exports import label_studio_row as label_studio
@@ -32,6 +33,7 @@ JUDGED_SHAPES = (
     ("prompt", "chosen_response", "rejected_response"),
 )
 SCORE_COLUMNS = ("overall_score", "fine-grained_score", "score")
+_REPLACED = ("instruction", "context", "completions", "ranks", "annotations", "data", "responses")
 PAIR = (1, 2)  # the first of two completions is preferred
 
 
@@ -62,22 +64,41 @@ def judged_shape(columns: Columns) -> JudgedShape:
     raise unknown_shape(columns, JUDGED_SHAPES)
 
 
-def comparison_shapes(columns: Columns) -> list[ComparisonShape]:
-    """Every two completions of the row of which a verdict prefers one, for training; none where all
-    are tied. Raises BadRow for a row of no known shape, or with a mistake."""
+def pairs_within(columns: Columns) -> list[Columns]:
+    """The row itself where it is a pair in the shape of TRL, or judges a single completion. Of a
+    row that judges several completions: every two of which one is preferred, in the shape of TRL,
+    with the row's other columns; none where all are tied. For ``read_rows(expand=...)``. Raises
+    BadRow for a mistake in the row."""
+    if not is_several(columns):
+        return [columns]
     row = judged_shape(columns)
+    prompt = row.messages[0]["content"] if is_text(row.messages) else list(row.messages)
+    others = {name: value for name, value in columns.items() if name not in _REPLACED}
     return [
-        ComparisonShape(
-            row.messages,
-            row.completions[better],
-            row.completions[worse],
-            _margin(verdict, better, worse),
-        )
+        {
+            **others,
+            "prompt": prompt,
+            "chosen": row.completions[better],
+            "rejected": row.completions[worse],
+            "margin": _margin(verdict, better, worse),
+            "annotator": verdict.annotator,
+        }
         for verdict in row.verdicts
         for better, rank in enumerate(verdict.ranks)
         for worse, other in enumerate(verdict.ranks)
         if rank < other
     ]
+
+
+def is_several(columns: Columns) -> bool:
+    """Whether a row is of another shape than TRL's: it may hold several pairs."""
+    there = present(columns)
+    return (
+        "completions" in there
+        or {"chosen_response", "rejected_response"} <= there
+        or is_label_studio(columns)
+        or is_argilla(columns)
+    )
 
 
 def _margin(verdict: Verdict, better: int, worse: int) -> float | None:

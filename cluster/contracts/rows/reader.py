@@ -16,6 +16,7 @@ from cluster.contracts.rows.files import BadRow, Columns, Place, raw_rows
 T = TypeVar("T")
 
 SKIP_KEY = "data.skip_bad_rows = true"
+NO_PREFERENCE = "no completion is preferred to another"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +59,12 @@ def read_rows(
     *,
     skip_bad: bool = False,
     skip_with: str = SKIP_KEY,
+    expand: Callable[[Columns], list[Columns]] | None = None,
 ) -> ReadRows[T]:
     """``make(place, columns)`` of every row, in order.
 
+    expand: makes one row of the file into several, or into none; then the row is left out and
+    counted.
     skip_bad: leave a row out for which reading it or ``make`` raises BadRow, and count it.
     skip_with: how the user says so, for the message.
     Raises UserError naming file and row for the first bad row otherwise, for a file without rows or
@@ -72,7 +76,10 @@ def read_rows(
         try:
             columns = row.columns()
             _require_characters(columns)
-            items.append(make(row.place, columns))
+            made = [make(row.place, part) for part in (expand(columns) if expand else [columns])]
+            items += made
+            if not made:
+                left_out = left_out.and_also(LeftOut(1, f"{row.place.where}: {NO_PREFERENCE}"))
         except BadRow as problem:
             left_out = left_out.with_row(
                 problem, row.place.where, skip_bad=skip_bad, skip_with=skip_with
