@@ -87,7 +87,9 @@ def _candidates(sets: Sequence[frozenset[str]]) -> list[tuple[int, int]]:
     offset = rng.integers(0, 1 << 31, BANDS * ROWS, dtype=np.uint64)
     buckets: dict[tuple[int, bytes], list[int]] = {}
     for number, pieces in enumerate(sets):
-        hashes = np.array([xxhash.xxh32_intdigest(piece.encode()) for piece in pieces], dtype=np.uint64)
+        hashes = np.array(
+            [xxhash.xxh32_intdigest(piece.encode()) for piece in pieces], dtype=np.uint64
+        )
         # 32-bit hash times 31-bit factor stays below 2^64.
         signature = ((hashes[:, None] * factor + offset) % PRIME).min(axis=0)
         for band, part in enumerate(signature.reshape(BANDS, ROWS)):
