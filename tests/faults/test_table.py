@@ -89,6 +89,7 @@ CRASHES = (
     "tests/integration/test_crash_points.py"
     "::test_a_run_ended_at_a_crash_point_and_resumed_equals_one_that_was_not"
 )
+RECOVERY = f"{LIVE}/test_recovery.py"
 SOAK = (
     "tests/cluster/test_soak.py"
     "::test_a_run_survives_random_faults_and_every_prompt_is_accounted_for"
@@ -100,13 +101,33 @@ REAL: dict[int, tuple[str, ...]] = {
     1: (VLLM, SOAK, HOSTS),
     2: (VLLM,),
     3: (VLLM, SOAK),
-    4: (VLLM, f"{LIVE}/test_reward_service.py::test_retries_outlive_a_restart_of_the_server"),
+    4: (
+        VLLM,
+        f"{LIVE}/test_reward_service.py::test_retries_outlive_a_restart_of_the_server",
+        f"{RECOVERY}::test_a_reward_service_is_away_for_long_and_nothing_is_sampled_again",
+        f"{LIVE}/test_stall.py::test_a_reward_function_that_sleeps_for_ever",
+    ),
     5: (
         f"{LIVE}/test_reward_service.py"
         "::test_a_service_that_answers_nonsense_is_refused_by_name",
     ),
-    6: (CRASHES,),
-    8: (CRASHES,),
+    6: (
+        CRASHES,
+        f"{RECOVERY}"
+        "::test_one_of_two_processes_of_the_learner_is_killed_in_the_middle_of_a_step",
+        f"{RECOVERY}::test_the_learner_and_the_reward_service_are_killed_and_started_again",
+        f"{LIVE}/test_stall.py::test_a_stopped_learner",
+    ),
+    8: (
+        CRASHES,
+        f"{LIVE}/test_crash_points.py"
+        "::test_an_asynchronous_run_ended_and_resumed_trains_each_prompt_once_per_epoch",
+    ),
+    9: (
+        f"{LIVE}/test_head_lost.py::test_the_head_is_killed_and_the_run_goes_on_with_a_new_one",
+        "tests/cluster/test_head_lost.py"
+        "::test_the_host_of_the_head_is_lost_and_the_run_goes_on_with_a_new_one",
+    ),
     10: (SCALED, HOSTS),
     11: (VLLM, SCALED, HOSTS),
     12: (f"{LIVE}/test_full_disk.py::test_a_run_goes_on_while_its_disk_is_full",),
