@@ -16,6 +16,12 @@ LEARNER, REWARD = "ray::LearnerActor", "ray::_RewardActor"  # begin the titles o
 # Scores differ from completion to completion, or nothing would be learnt and all runs be equal.
 RULES = 'type = "rules"\nrequired = ["a", "e", "o", "s", "t"]'
 
+# What these tests do not look at takes as long to start as all the rest of a run.
+CHEAP = {
+    "cluster": "object_store_mb = 80\ndashboard = false",
+    "logging": "ray_metrics = false\ntensorboard = false\nsamples_every = 0",
+}
+
 
 def run_of(line: Any) -> Path:
     return Path(line.folder / "runs" / "r")
@@ -32,6 +38,7 @@ def repeatable(
         "staleness": "bound = 0",
         "learner": "lr = 1e-2\ndeterministic = true",
         "checkpoint": f"every = {every}",
+        **CHEAP,
     }
     for name, more in sections.items():
         tables[name] = f"{tables[name]}\n{more}" if name in tables else more

@@ -18,6 +18,7 @@ import pytest
 from cluster.contracts.crash_points import DRIVER, EXIT_CODE, LEARNER, POINTS, VARIABLE
 from cluster.contracts.rollout_table import from_table
 from tests.integration.same_run import (
+    CHEAP,
     COMMAND_S,
     RULES,
     events,
@@ -72,6 +73,7 @@ def trained_ahead(line: Any, world: Any) -> Any:
         rollout='engine = "transformers"\nmax_tokens = 6\nworkers = 2',
         staleness="bound = 2",
         checkpoint="every = 2",
+        **CHEAP,
     )
     return line.start("train", config)
 

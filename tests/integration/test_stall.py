@@ -63,7 +63,7 @@ def test_a_reward_function_that_sleeps_for_ever(world: Any, accord: Any) -> None
         world,
         steps=30,
         source='type = "function"\npath = "reward.py:score"',
-        cluster=f"object_store_mb = 80\nstall_timeout_s = {STALL_S}",
+        cluster=f"stall_timeout_s = {STALL_S}",
     )
     command = accord.start("train", config, "reward.deadline_s=5", "reward.outage_s=45")
     command.wait_until(lambda: steps_done(accord) >= 3, 300, "step 3")
@@ -89,7 +89,7 @@ def test_a_stopped_learner(world: Any, accord: Any) -> None:
         steps=30,
         every=100,
         learner="step_timeout_s = 45",
-        cluster=f"object_store_mb = 80\nstall_timeout_s = {STALL_S}",
+        cluster=f"stall_timeout_s = {STALL_S}",
     )
     command = accord.start("train", config)
     command.wait_until(lambda: steps_done(accord) >= 3, 300, "step 3")
