@@ -120,7 +120,10 @@ def problem_of_settings(
 def command_of(example: Path) -> str:
     """The command that the first line of an example names."""
     first = example.read_text("utf-8").splitlines()[0]
-    found = re.search(rf"(accord [a-z-]+) {re.escape(named(example))}$", first)
+    arguments = r"(?: [a-z/]+[.-]\S+)*(?: --config)?"
+    found = re.search(
+        rf"(accord [a-z-]+(?: [a-z]+)?){arguments} {re.escape(named(example))}$", first
+    )
     assert found, f"{named(example)}: the first line does not end with its command"
     return found[1]
 
@@ -214,6 +217,9 @@ def test_settings_named_in_the_text_exist(page: Path) -> None:
     sections["fit"] = MODELS["accord sft"].model_fields["fit"].annotation
     if page.stem == "labelling":
         sections = {n: f.annotation for n, f in MODELS["accord label"].model_fields.items()}
+    if page.stem == "preferences":
+        for command in ("accord preferences snapshot", "accord reward-model"):
+            sections |= {n: f.annotation for n, f in MODELS[command].model_fields.items()}
     text = without_other_systems(page.read_text("utf-8"))
     text = re.sub(r"\w+\.(?:json|jsonl|toml|db|py)\b", "", text)
     unknown = []

@@ -17,6 +17,7 @@ from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.label import LabelConfig
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
+from cluster.contracts.config.preferences import PreferencesConfig
 from cluster.contracts.config.reward import FunctionSource
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.hardware import Machine
@@ -30,6 +31,7 @@ OTHERS: dict[str, type[Section]] = {
     "best_of_n": BestOfNConfig,
     "evaluate": EvaluateConfig,
     "label": LabelConfig,
+    "snapshot": PreferencesConfig,
 }
 LAPTOP = Machine(cores=2, memory_mb=16_384, shared_memory_mb=8192)
 ONE_GPU = Machine(
@@ -59,7 +61,7 @@ def test_every_example_resolves(example: Path, model: ModelFacts, machine: Machi
         assert model is SMALL or longest <= (model.context or 0)
     elif isinstance(config, EvaluateConfig):
         assert resolve_evaluation(config, machine, model).config.rollout.max_running >= 1
-    elif not isinstance(config, BestOfNConfig | LabelConfig):
+    elif not isinstance(config, BestOfNConfig | LabelConfig | PreferencesConfig):
         assert resolve_fit(config, machine) is not None
 
 
