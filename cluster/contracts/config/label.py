@@ -14,8 +14,8 @@ class LabelDataConfig(Section):
         [],
         description="Files whose completions are added to the store when the page starts: JSONL, "
         "JSON, CSV, TSV or Parquet. A row holds a prompt and its completions "
-        "(docs/preferences.md), or one completion, as `accord generate` writes them. What is in the store already is not "
-        "added again.",
+        "(docs/preferences.md), or one completion, as `accord generate` writes them. What is in "
+        "the store already is not added again.",
     )
     completions: int = Field(
         2,
