@@ -225,11 +225,6 @@ def how_to_continue(run: Run) -> str:
     if command not in RESUMABLE:
         return f"what was finished is kept in {run.path}"
     step = run.newest_checkpoint()
-    if step is None and command == "train":
-        return (
-            f"{run.path} has no checkpoint yet, so there is nothing to continue: "
-            "start again under another run.name, or remove it first"
-        )
     where = "before the first checkpoint" if step is None else f"after step {step}"
     return f"stopped {where}; to continue: accord {command} --resume {run.path}"
 

@@ -39,7 +39,13 @@ class Training:
 
     @property
     def state(self) -> RunState | None:
-        """Where the run goes on."""
-        if self.resumed is None:
+        """Where the run goes on; None: at its start."""
+        if self.resumed is None and not self.since.steps:
             return None
-        return self.since.advance(self.resumed.state, self.config.batch.prompts_per_step)
+        begun = self.resumed.state if self.resumed else start_of(len(self.prepared.prompts))
+        return self.since.advance(begun, self.config.batch.prompts_per_step)
+
+
+def start_of(prompts: int) -> RunState:
+    """Of a run that has no checkpoint yet."""
+    return RunState(step=0, version=0, next_group=0, prompts_total=prompts)

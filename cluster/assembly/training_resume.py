@@ -19,7 +19,7 @@ from cluster.assembly.run_session import (
     run_session,
     run_status,
 )
-from cluster.assembly.training_record import READING, Training
+from cluster.assembly.training_record import READING, Training, start_of
 from cluster.assembly.training_run import publish_policy, train_on_ray, write_run_report
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
@@ -42,8 +42,8 @@ def resume_training(
     *,
     callbacks: Sequence[AnyCallback] = (),
 ) -> Path:
-    """Continue a run from its newest usable checkpoint. Only ``batch.steps`` and settings that do
-    not change what was learnt may be given anew."""
+    """Continue a run from its newest usable checkpoint, or from its start before the first one.
+    Only ``batch.steps`` and settings that do not change what was learnt may be given anew."""
     arm_from(os.environ)
     start = StartLog(reporter)
     with start.part(READING):
@@ -55,21 +55,23 @@ def resume_training(
         refuse_changes(before, config, path, free)
         refuse_other_horizon(before, config, path)
         config = resolve_here(config).config  # a run of an older release lacks newer keys
-        resumed = run.checkpoints.newest_good()
-        if resumed.state.step >= config.batch.steps:
+        resumed = run.checkpoints.newest_good() if run.newest_checkpoint() is not None else None
+        if resumed is not None and resumed.state.step >= config.batch.steps:
             return _publish_only(run, resumed, config, start, reporter)
         prepared = prepare(config)
         refuse_other_origins(origins, learnt_from(prepared), config, run.path)
-        _refuse_other_prompts(config, resumed.state, len(prepared.prompts))
-        since = steps_since(run, config, resumed.state.step, steps_entered(run))
-    state = since.advance(resumed.state, config.batch.prompts_per_step)
+        begun = resumed.state if resumed else start_of(len(prepared.prompts))
+        _refuse_other_prompts(config, begun, len(prepared.prompts))
+        since = steps_since(run, config, begun.step, steps_entered(run))
+    state = since.advance(begun, config.batch.prompts_per_step)
     step, again = state.step, len(since.steps)
-    detail = {"step": step, "checkpoint": resumed.path.name, "trained_again": again}
+    origin = resumed.path.name if resumed else "the start"
+    detail = {"step": step, "checkpoint": origin, "trained_again": again}
     with run_session(run, reporter, start=start, resumed=config, **detail) as session:
         _set_aside_damaged(session, resumed, config)
         reporter.say(
             f"resuming at step {step} of {config.batch.steps}, prompt {state.next_group}, "
-            f"version {state.version}, from {resumed.path.name}"
+            f"version {state.version}, from {origin}"
             + (f" and the rollouts of the {again} steps since" if again else "")
         )
         cores = core_plan(config, own_cores())
@@ -86,13 +88,14 @@ def resume_training(
     return run.path
 
 
-def _set_aside_damaged(session: RunSession, resumed: Found, config: TrainConfig) -> None:
+def _set_aside_damaged(session: RunSession, resumed: Found | None, config: TrainConfig) -> None:
     """Of the checkpoints and rollouts, with a word on each; only now, as the run is locked."""
-    session.run.checkpoints.set_aside(resumed.passed_over)
-    for damaged, problem in resumed.passed_over.items():
+    passed_over = resumed.passed_over if resumed else {}
+    session.run.checkpoints.set_aside(passed_over)
+    for damaged, problem in passed_over.items():
         session.reporter.say(f"passed over {damaged.name}, which is damaged: {problem}")
     if config.logging.save_rollouts:
-        parts = check_parts(session.path, resumed.state.step)
+        parts = check_parts(session.path, resumed.state.step if resumed else 0)
         if line := parts.line():
             session.event("rollouts_absent", steps=parts.absent, torn=parts.torn)
             session.reporter.say(line)

@@ -215,7 +215,7 @@ def _put_together(training: Training, given: Given, sinks: list[Sink]) -> Runnin
         clock,
         session.timeline,
         state=training.state,
-        saved=training.resumed.state.step if training.resumed else None,
+        saved=training.resumed.state.step if training.resumed else 0,
         wishes=ControlFile(session.path, session.event),
     )
     feed = live_feed(training, controller, pool, learner, clock)

@@ -148,9 +148,7 @@ def _process(facts: RunOverview, status: dict[str, Any]) -> list[str]:
     lines = []
     if facts.status == "dead" and driver:
         lines.append(f"  process {driver['pid']} has ended without saying why")
-    if status["checkpoint"] or facts.command != "train":
-        lines.append(f"  continue: accord {facts.command} --resume {facts.path}")
-    return lines
+    return [*lines, f"  continue: accord {facts.command} --resume {facts.path}"]
 
 
 def _wishes(run: Run) -> Wishes:

@@ -184,6 +184,5 @@ def stop(path: Path, wait_s: float) -> str:
     if state == "running":
         return f"stopping since {request.seconds()}: it finishes the step under way"
     checkpoint = request.run.newest_checkpoint()
-    if checkpoint is None:
-        return f"{state} before its first checkpoint, so there is nothing to continue"
-    return f"{state} after step {checkpoint}; to continue: accord train --resume {path}"
+    where = "before its first checkpoint" if checkpoint is None else f"after step {checkpoint}"
+    return f"{state} {where}; to continue: accord train --resume {path}"

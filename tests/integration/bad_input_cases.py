@@ -525,13 +525,12 @@ def made_run(
 
     config = load_config(TrainConfig, str(train(world, folder)[1]))
     run = Run.create(str(folder / "runs"), "r", "train", config)
-    if step:
-        state = RunState(
-            step=step, version=step, next_group=2 * step, prompts_total=total, dropped=(),
-            elapsed_s=1.0,
-        )  # fmt: skip
-        staging = run.checkpoints.begin(step)
-        run.checkpoints.commit(staging, write_checkpoint(staging), state, 2)
+    state = RunState(
+        step=step, version=step, next_group=2 * step, prompts_total=total, dropped=(),
+        elapsed_s=1.0,
+    )  # fmt: skip
+    staging = run.checkpoints.begin(step)
+    run.checkpoints.commit(staging, write_checkpoint(staging), state, 2)
     run.update_manifest(status=status)
     return run.path
 
@@ -571,7 +570,6 @@ RESUMES = {
         "batch.steps=9",
         says=("runs/r", "cannot change on resume: algorithm.gamma\n", "start a new run"),
     ),
-    "resume without a checkpoint": resume(says=("no usable checkpoint",), step=0),
     "resume with a damaged checkpoint": resume(
         change=write("checkpoints/step-000001/run_state.json", "{"), says=("no usable checkpoint",)
     ),

@@ -178,7 +178,9 @@ def test_a_reward_that_kills_its_process_each_time_ends_the_run_as_resumable(
     assert 1 <= (1 if died[1] == "once" else int(died[1].split()[0])) <= deaths
     assert "\n  fix: mend the reward that ends its process: os._exit" in said
     assert f"\n  log: {run / 'logs' / 'reward.log'}\n" in said
-    assert f"\n  {run} has no checkpoint yet, so there is nothing to continue: start again" in said
+    assert (
+        f"\n  stopped before the first checkpoint; to continue: accord train --resume {run}" in said
+    )
 
 
 def test_a_resource_that_ray_does_not_have_is_named(world: Any, accord: Any) -> None:

@@ -40,10 +40,12 @@ PASSINGS = dict.fromkeys(POINTS, 5) | {
     "driver.after_commit": 2,
     "learner.mid_save": 2,
 }
-# (point, passing, checkpoint.every). The last ones leave nothing to train: there is a checkpoint
-# after step 5, and the one of the last step is the second in any case.
+# (point, passing, checkpoint.every). The first below the points is before any checkpoint. The last
+# ones leave nothing to train: there is a checkpoint after step 5, and the one of the last step is
+# the second in any case.
 CRASHES = [
     *((point, passing, 2) for point, passing in PASSINGS.items()),
+    ("driver.after_metrics", 3, 5),
     ("driver.after_metrics", 6, 5),
     ("driver.before_commit", 2, 5),
     ("driver.after_commit", 2, 5),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from cluster.assembly.catch_up import UNKNOWN, forget_since, steps_entered, steps_since
+from cluster.assembly.training_record import Training
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.records import RunState
 from cluster.runs.run import Run
@@ -114,6 +117,15 @@ def test_the_state_after_these_steps_knows_what_was_left_out(run: Run) -> None:
     assert (state.step, state.version, state.next_group) == (4, 4, 12)
     assert [row["group"] for row in state.dropped] == [9, 7, 11]
     assert [row["cause"] for row in state.dropped] == ["too long", UNKNOWN, UNKNOWN]
+
+
+def test_a_run_without_a_checkpoint_goes_on_from_its_start(run: Run) -> None:
+    prepared: Any = SimpleNamespace(config=CONFIG, prompts=range(9))
+    nobody: Any = None
+    begun = Training(prepared=prepared, session=nobody, cores=nobody)
+    assert (begun.state, begun.first_step) == (None, 0)
+    state = replace(begun, since=steps_since(run, CONFIG, 0, until=2)).state
+    assert state == RunState(step=2, version=2, next_group=6, prompts_total=9)
 
 
 def test_steps_that_will_be_generated_anew_are_forgotten(run: Run) -> None:

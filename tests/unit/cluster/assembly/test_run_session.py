@@ -105,8 +105,7 @@ def test_an_interrupt_says_how_to_continue_also_when_quiet(
 
 def test_what_can_be_continued_depends_on_the_command(tmp_path: Path, run: Run) -> None:
     assert how_to_continue(run) == (
-        f"{run.path} has no checkpoint yet, so there is nothing to continue: "
-        "start again under another run.name, or remove it first"
+        f"stopped before the first checkpoint; to continue: accord train --resume {run.path}"
     )
     sft = Run.create(str(tmp_path), "s", "sft", config())
     assert how_to_continue(sft) == (
