@@ -62,11 +62,19 @@ def admin(request: Request) -> Session:
 
 async def read_form(request: Request) -> dict[str, str]:
     """The text fields of a form that one of our own pages may have sent."""
-    origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+    if _from_elsewhere(request.headers):
         raise HTTPException(403, STALE)
     form = await request.form(max_files=0, max_fields=50)
     return {name: value for name, value in form.items() if isinstance(value, str)}
+
+
+def _from_elsewhere(found: Headers) -> bool:
+    """What the browser says about the page that sent a form. Our pages send no referrer, so their
+    forms have the origin "null"; newer browsers also say whether the site is the same."""
+    site, origin = found.get("sec-fetch-site"), found.get("origin", "null")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    return origin != "null" and urlsplit(origin).netloc != found.get("host")
 
 
 Form = Annotated[dict[str, str], Depends(read_form)]
