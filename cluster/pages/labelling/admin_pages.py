@@ -13,7 +13,7 @@ from fastapi.responses import RedirectResponse, Response
 
 from cluster.pages.app import page
 from cluster.pages.labelling.desk import Desk
-from cluster.pages.labelling.figures import overall, person_figures
+from cluster.pages.labelling.figures import Reports, person_figures
 from cluster.pages.labelling.forms import FLAG_REASONS
 from cluster.pages.labelling.session import AdminReader, AdminWriter, Form, Session
 from reward_service.preferences.export import export_preferences
@@ -24,13 +24,15 @@ KINDS = {
     "parquet": "application/vnd.apache.parquet",
 }
 LONGEST_TEAM = 40  # characters
-SHOWN_INVITES = 50
+SHOWN = 50  # invitations and flags
 
 
 def add_admin_pages(app: FastAPI, desk: Desk) -> None:
+    reports = Reports()
+
     @app.get("/admin")
     def overview(session: AdminReader) -> Response:
-        return _overview(desk, session)
+        return _overview(desk, reports, session)
 
     @app.post("/admin/invite")
     def invite(request: Request, session: AdminWriter, form: Form) -> Response:
@@ -38,7 +40,7 @@ def add_admin_pages(app: FastAPI, desk: Desk) -> None:
         secret = desk.people.invite(role, team=form.get("team", "").strip()[:LONGEST_TEAM])
         # Shown in this answer only: the store keeps a hash.
         link = f"{request.base_url}join/{quote(secret)}"
-        return _overview(desk, session, link=link, invited=role)
+        return _overview(desk, reports, session, link=link, invited=role)
 
     @app.post("/admin/sign-out")
     def sign_out(session: AdminWriter, form: Form) -> Response:
@@ -58,19 +60,24 @@ def add_admin_pages(app: FastAPI, desk: Desk) -> None:
         return Response(content, media_type=KINDS[kind], headers=headers)
 
 
-def _overview(desk: Desk, session: Session, link: str = "", invited: str = "") -> Response:
+def _overview(
+    desk: Desk, reports: Reports, session: Session, link: str = "", invited: str = ""
+) -> Response:
     judged = desk.labelling.store.judged()
-    whole = overall(judged)
-    invites, now = desk.people.invites()[:SHOWN_INVITES], desk.people.clock()
+    people = desk.people.annotators()
+    report = reports.of(judged, people)
+    flagged = [(item, one) for item, one in reversed(judged) if one.answer == "flag"]
+    invites, now = desk.people.invites()[:SHOWN], desk.people.clock()
     return page(
         "label_admin.html.j2",
         session=session,
         store=str(desk.labelling.store.path),
         progress=desk.labelling.progress(),
         overlap=desk.labelling.overlap,
-        people=person_figures(desk.people.annotators(), judged),
-        whole=whole,
-        flags=[_flag(item, judgement) for item, judgement in whole["flags"]],
+        labels=sum(one.is_label for _, one in judged),
+        people=person_figures(people, judged, report),
+        report=report,
+        flags=[_flag(item, judgement) for item, judgement in flagged[:SHOWN]],
         invites=[_invite(one, now) for one in invites],
         link=link,
         invited=invited,

@@ -29,13 +29,15 @@ TAGS = {
     *("ul", "ol", "li", "table", "thead", "tbody", "tr", "th", "td"),
 }
 ATTRIBUTES = {"a": {"href"}, "ol": {"start"}}
-SCHEMES = {"http", "https", "mailto"}
+SCHEMES = ("http", "https", "mailto")
 
 
 def _renderer() -> MarkdownIt:
     made = MarkdownIt("commonmark", {"html": False})
     made.enable(["table", "strikethrough"]).disable("image")
     made.core.ruler.push("headings", _headings_as_text)
+    # A relative link would lead to a page of ours.
+    made.validateLink = lambda url: url.lower().partition(":")[0] in SCHEMES  # type: ignore[method-assign]
     return made
 
 
@@ -62,7 +64,7 @@ def as_html(text: str) -> Markup:
         tags=TAGS,
         attributes=ATTRIBUTES,
         allowed_classes={"p": {"heading"}},
-        url_schemes=SCHEMES,
+        url_schemes=set(SCHEMES),
         link_rel="noopener noreferrer nofollow",
         set_tag_attribute_values={"a": {"target": "_blank"}},
     )
