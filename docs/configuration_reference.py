@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from cluster.contracts.config.ai_label import AiLabelConfig
 from cluster.contracts.config.base import AUTO, auto_rule
 from cluster.contracts.config.best_of_n import BestOfNConfig
 from cluster.contracts.config.commented import FIRST_KEYS, commented_toml, sections_of
@@ -32,6 +33,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "accord reward-model": RewardModelConfig,
     "accord dpo": DpoConfig,
     "accord best-of-n": BestOfNConfig,
+    "accord ai-label": AiLabelConfig,
     "accord evaluate": EvaluateConfig,
     "accord label": LabelConfig,
     "accord preferences snapshot": PreferencesConfig,

@@ -11,6 +11,7 @@ import pytest
 
 from cluster.assembly.auto.resolve import resolve_evaluation, resolve_fit, resolve_training
 from cluster.assembly.model_facts import ModelFacts
+from cluster.contracts.config.ai_label import AiLabelConfig
 from cluster.contracts.config.base import Section
 from cluster.contracts.config.best_of_n import BestOfNConfig
 from cluster.contracts.config.evaluate import EvaluateConfig
@@ -29,6 +30,7 @@ OTHERS: dict[str, type[Section]] = {
     **dict.fromkeys(("dpo", "ipo", "kto", "orpo", "simpo"), DpoConfig),
     "reward_model": RewardModelConfig,
     "best_of_n": BestOfNConfig,
+    "ai_label": AiLabelConfig,
     "evaluate": EvaluateConfig,
     "label": LabelConfig,
     "snapshot": PreferencesConfig,
@@ -61,7 +63,7 @@ def test_every_example_resolves(example: Path, model: ModelFacts, machine: Machi
         assert model is SMALL or longest <= (model.context or 0)
     elif isinstance(config, EvaluateConfig):
         assert resolve_evaluation(config, machine, model).config.rollout.max_running >= 1
-    elif not isinstance(config, BestOfNConfig | LabelConfig | PreferencesConfig):
+    elif not isinstance(config, BestOfNConfig | LabelConfig | PreferencesConfig | AiLabelConfig):
         assert resolve_fit(config, machine) is not None
 
 
