@@ -31,7 +31,7 @@ from tests.integration.same_run import (
 pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
 
 STEPS = 12
-TWO = "processes = 2\nepochs = 100"
+TWO = ("learner.processes=2", "learner.epochs=100", "learner.lr=1e-4")  # steps of seconds
 log = logging.getLogger(__name__)
 # `ACCORD_TEST_OUTAGE_S=290 pytest …` for one that is nearly as long as reward.outage_s allows.
 OUTAGE_S = float(os.environ.get("ACCORD_TEST_OUTAGE_S", "30"))
@@ -40,19 +40,19 @@ OUTAGE_S = float(os.environ.get("ACCORD_TEST_OUTAGE_S", "30"))
 @pytest.fixture(scope="module")
 def undisturbed(
     world: Any, command_lines: Callable[[Path], Any], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[[str], dict[str, str]]]:
-    """More lines of `[learner]` -> the policy's files of a run with them."""
-    made: dict[str, dict[str, str]] = {}
+) -> Iterator[Callable[..., dict[str, str]]]:
+    """Overrides of the config -> the policy's files of a run with them."""
+    made: dict[tuple[str, ...], dict[str, str]] = {}
     lines = []
 
-    def files(learner: str) -> dict[str, str]:
-        if learner not in made:
+    def files(*overrides: str) -> dict[str, str]:
+        if overrides not in made:
             line = command_lines(tmp_path_factory.mktemp("undisturbed"))
             lines.append(line)
-            command = line.start("train", repeatable(line, world, steps=STEPS, learner=learner))
+            command = line.start("train", repeatable(line, world, steps=STEPS), *overrides)
             assert command.wait(COMMAND_S) == 0, command.stderr
-            made[learner] = policy_files(line, world)
-        return made[learner]
+            made[overrides] = policy_files(line, world)
+        return made[overrides]
 
     yield files
     for line in lines:
@@ -60,11 +60,11 @@ def undisturbed(
 
 
 def test_one_of_two_processes_of_the_learner_is_killed_in_the_middle_of_a_step(
-    world: Any, accord: Any, undisturbed: Callable[[str], dict[str, str]]
+    world: Any, accord: Any, undisturbed: Callable[..., dict[str, str]]
 ) -> None:
     """First one of them, later the other. A step takes seconds, its generation and the rest of what
     the run does between two steps a part of one."""
-    command = accord.start("train", repeatable(accord, world, steps=STEPS, learner=TWO))
+    command = accord.start("train", repeatable(accord, world, steps=STEPS), *TWO)
     for losses, rank in enumerate((1, 0)):
         goal = steps_done(accord) + 3
         command.wait_until(lambda goal=goal: steps_done(accord) >= goal, 300, f"step {goal}")
@@ -81,13 +81,13 @@ def test_one_of_two_processes_of_the_learner_is_killed_in_the_middle_of_a_step(
     assert command.wait(COMMAND_S) == 0, command.stderr
     assert [row["step"] for row in rows(run_of(accord) / "metrics.jsonl")] == [*range(1, STEPS + 1)]
     assert events(accord, "rolled_back") == events(accord, "worker_lost") == []
-    assert policy_files(accord, world) == undisturbed(TWO)
+    assert policy_files(accord, world) == undisturbed(*TWO)
     exact(accord)
     assert command.left() == []
 
 
 def test_the_learner_and_the_reward_service_are_killed_and_started_again(
-    world: Any, accord: Any, undisturbed: Callable[[str], dict[str, str]]
+    world: Any, accord: Any, undisturbed: Callable[..., dict[str, str]]
 ) -> None:
     command = accord.start("train", repeatable(accord, world, steps=STEPS))
     kinds = {LEARNER: "learner_replaced", REWARD: "reward_service_restarted"}
@@ -100,13 +100,13 @@ def test_the_learner_and_the_reward_service_are_killed_and_started_again(
         )
     assert command.wait(COMMAND_S) == 0, command.stderr
     assert events(accord, "rolled_back") == events(accord, "worker_lost") == []
-    assert policy_files(accord, world) == undisturbed("")
+    assert policy_files(accord, world) == undisturbed()
     exact(accord)
     assert command.left() == []
 
 
 def test_a_reward_service_is_away_for_long_and_nothing_is_sampled_again(
-    world: Any, accord: Any, undisturbed: Callable[[str], dict[str, str]]
+    world: Any, accord: Any, undisturbed: Callable[..., dict[str, str]]
 ) -> None:
     """One that the run did not start, so that only its owner can bring it back."""
     service = Service(accord)
@@ -125,7 +125,7 @@ def test_a_reward_service_is_away_for_long_and_nothing_is_sampled_again(
     finally:
         service.kill()
     assert events(accord, "worker_lost") == events(accord, "group_dropped") == []
-    assert policy_files(accord, world) == undisturbed("")
+    assert policy_files(accord, world) == undisturbed()
     exact(accord)
 
 
