@@ -87,7 +87,7 @@ LIVE = "tests/integration"
 VLLM = f"{LIVE}/test_faults_vllm.py::test_a_run_with_vllm_survives_its_faults"
 CRASHES = (
     "tests/integration/test_crash_points.py"
-    "::test_a_run_ended_at_a_crash_point_and_resumed_equals_one_that_was_not"
+    "::test_a_run_ended_at_every_crash_point_equals_one_that_nobody_disturbed"
 )
 RECOVERY = f"{LIVE}/test_recovery.py"
 SOAK = (
@@ -121,7 +121,7 @@ REAL: dict[int, tuple[str, ...]] = {
     8: (
         CRASHES,
         f"{LIVE}/test_crash_points.py"
-        "::test_an_asynchronous_run_ended_and_resumed_trains_each_prompt_once_per_epoch",
+        "::test_an_asynchronous_run_ended_at_every_crash_point_trains_each_prompt_once_per_epoch",
     ),
     9: (
         f"{LIVE}/test_head_lost.py::test_the_head_is_killed_and_the_run_goes_on_with_a_new_one",

@@ -1,22 +1,25 @@
-"""A run is ended at each crash point, as `kill -9` would, and resumed to its end.
+"""A run is ended at each crash point, as `kill -9` would, and resumed: one run, all points after
+each other, so that each end has those before it behind it.
 
-With the settings of docs/operate.md, "The same run twice", the policy's files are those of a run
-that nobody disturbed, byte for byte. With workers that run ahead, each prompt is trained exactly
-once per epoch. The books are exact in both.
+With the settings of docs/operate.md, "The same run twice", the weights after every step and the
+policy's files are those of a run that nobody disturbed, bit for bit. With workers that run ahead,
+each prompt is trained exactly once per epoch. The books are exact in both.
+
+    pytest -m long tests/integration/test_crash_points.py -o log_cli=true --log-cli-level=INFO
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+import logging
 from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
 
-from cluster.contracts.crash_points import DRIVER, EXIT_CODE, LEARNER, POINTS, VARIABLE
+from cluster.contracts.crash_points import EXIT_CODE, LEARNER, POINTS, VARIABLE
 from cluster.contracts.rollout_table import from_table
+from learner.rl.step_record import read_record
 from tests.integration.same_run import (
     CHEAP,
     COMMAND_S,
@@ -26,122 +29,127 @@ from tests.integration.same_run import (
     policy_files,
     repeatable,
     run_of,
+    steps_done,
 )
 
-# Each is one or two whole commands, with the start and the end of a Ray cluster.
-pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(3600)]
 
-# Checkpoints are due after steps 2, 4 and 6, the last. The second save is under way or done when
-# what is passed once a step is passed for the fifth time.
-PASSINGS = dict.fromkeys(POINTS, 5) | {
-    "driver.mid_save": 2,
-    "driver.before_commit": 2,
-    "driver.after_manifest": 2,
-    "driver.after_commit": 2,
-    "learner.mid_save": 2,
+log = logging.getLogger(__name__)
+STEPS = 52
+OF_DRIVER = [point for point in POINTS if not point.startswith(LEARNER)]
+# Of a command: it does two to four steps until then. A checkpoint is due after every second step.
+PASSINGS = dict.fromkeys(OF_DRIVER, 3) | {
+    "driver.mid_save": 1,
+    "driver.before_commit": 1,
+    "driver.after_manifest": 1,
+    "driver.after_commit": 1,
 }
-# (point, passing, checkpoint.every). The first below the points is before any checkpoint. The last
-# ones leave nothing to train: there is a checkpoint after step 5, and the one of the last step is
-# the second in any case.
-CRASHES = [
-    *((point, passing, 2) for point, passing in PASSINGS.items()),
-    ("driver.after_metrics", 3, 5),
-    ("driver.after_metrics", 6, 5),
-    ("driver.before_commit", 2, 5),
-    ("driver.after_commit", 2, 5),
-    ("learner.mid_save", 2, 5),
-]
-
-EPOCH, EPOCHS = 16, 4  # prompts of the world
-PER_STEP = 4
-# Workers are up to two steps ahead, so one admission and one broadcast may serve three steps: of 16
-# steps there are at least six of each. The first checkpoint is there long before.
-PASSINGS_AHEAD = dict.fromkeys(POINTS, 10) | {
-    "driver.after_admit": 5,
-    "driver.after_broadcast": 5,
-    "driver.mid_save": 2,
-    "driver.before_commit": 2,
-    "driver.after_manifest": 2,
-    "driver.after_commit": 2,
-}
+EPOCH, PER_STEP = 16, 4  # prompts
 
 
-def trained_ahead(line: Any, world: Any) -> Any:
+class Crashes:
+    """A run whose commands are told where to end."""
+
+    def __init__(self, accord: Any, monkeypatch: pytest.MonkeyPatch, *first: object) -> None:
+        self._accord, self._monkeypatch, self._words = accord, monkeypatch, first
+
+    @property
+    def steps(self) -> int:
+        return steps_done(self._accord)
+
+    def go_on(self, steps: int, point: str = "", passing: int = 1) -> None:
+        """Until there are ``steps``, or to the end at ``point``: of the command or of a learner, in
+        whose place another one must then go on."""
+        if point:
+            self._monkeypatch.setenv(VARIABLE, f"{point}:{passing}")
+        replaced = len(events(self._accord, "learner_replaced"))
+        command = self._accord.start("train", *self._words, f"batch.steps={steps}")
+        self._monkeypatch.delenv(VARIABLE, raising=False)
+        self._words = ("--resume", run_of(self._accord))
+        code = command.wait(COMMAND_S)
+        resumed = next((e for e in events(self._accord, "resumed")[::-1]), {})
+        log.info(
+            "%s: code %d, from step %s (%s and %s steps since) to step %d",
+            f"{point}:{passing}" if point else "to the end",
+            code,
+            *(resumed.get(key, 0) for key in ("step", "checkpoint", "trained_again")),
+            self.steps,
+        )
+        if point and not point.startswith(LEARNER):
+            assert code == EXIT_CODE, command.stderr
+            assert f"{VARIABLE}: ended at {point}" in command.stderr
+            return
+        assert code == 0, command.stderr
+        assert self.steps == steps
+        more = len(events(self._accord, "learner_replaced")) - replaced
+        assert more == (1 if point else 0), command.stderr
+
+
+def weights_after_steps(accord: Any) -> list[str]:
+    """Digests of what the learner published."""
+    files = sorted((run_of(accord) / "rollouts").glob("step-*.parquet"))
+    records = [read_record(pq.read_schema(file)) for file in files]
+    return [record.after for record in records if record is not None]
+
+
+def test_a_run_ended_at_every_crash_point_equals_one_that_nobody_disturbed(
+    world: Any, accord: Any, command_lines: Any, tmp_path_factory: Any, monkeypatch: Any
+) -> None:
+    run = Crashes(accord, monkeypatch, repeatable(accord, world))
+    for point in OF_DRIVER:
+        run.go_on(STEPS, point, PASSINGS[point])
+    for point in ("learner.after_optimizer_step", "learner.before_publish"):
+        # Steps that the learner trains again count: two at most, as it then has a checkpoint.
+        run.go_on(run.steps + 4, point, 4)
+    # From here on no step is left when the end comes.
+    run.go_on(run.steps + 1, "learner.mid_save")
+    done = run.steps + 2
+    run.go_on(done, "driver.after_metrics", 2)
+    run.go_on(done, "driver.after_commit")
+    run.go_on(done)
+    run.go_on(STEPS)
+    exact(accord)
+
+    line = command_lines(tmp_path_factory.mktemp("undisturbed"))
+    try:
+        command = line.start("train", repeatable(line, world, steps=STEPS))
+        assert command.wait(COMMAND_S) == 0, command.stderr
+        weights = weights_after_steps(line)
+        assert len(set(weights)) == STEPS  # each step has changed them
+        assert weights_after_steps(accord) == weights
+        assert policy_files(accord, world) == policy_files(line, world)
+    finally:
+        line.close()
+
+
+def test_an_asynchronous_run_ended_at_every_crash_point_trains_each_prompt_once_per_epoch(
+    world: Any, accord: Any, monkeypatch: Any
+) -> None:
     config = world.train_toml(
-        line.folder / "c.toml",
+        accord.folder / "c.toml",
         RULES,
-        batch=f"prompts_per_step = {PER_STEP}\nsamples_per_prompt = 2\n"
-        f"steps = {EPOCH * EPOCHS // PER_STEP}",
+        batch=f"prompts_per_step = {PER_STEP}\nsamples_per_prompt = 2\nsteps = {STEPS}",
         rollout='engine = "transformers"\nmax_tokens = 6\nworkers = 2',
         staleness="bound = 2",
         checkpoint="every = 2",
         **CHEAP,
     )
-    return line.start("train", config)
+    run = Crashes(accord, monkeypatch, config)
+    for point in OF_DRIVER:
+        run.go_on(STEPS, point, PASSINGS[point])
+    run.go_on(STEPS)
 
-
-def ended_and_resumed(command: Any, accord: Any, point: str) -> None:
-    """``command`` ends at the driver's ``point``; another one brings its run to the end."""
-    assert command.wait(COMMAND_S) == EXIT_CODE, command.stderr
-    assert f"{VARIABLE}: ended at {point}" in command.stderr
-    resumed = accord.run("train", "--resume", run_of(accord), timeout_s=COMMAND_S)
-    assert resumed.process.returncode == 0, resumed.stderr
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    world: Any,
-    command_lines: Callable[[Path], Any],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[str, str]]:
-    line = command_lines(tmp_path_factory.mktemp("undisturbed"))
-    command = line.start("train", repeatable(line, world))
-    assert command.wait(COMMAND_S) == 0, command.stderr
-    yield policy_files(line, world)
-    line.close()
-
-
-@pytest.mark.parametrize(("point", "passing", "every"), CRASHES)
-def test_a_run_ended_at_a_crash_point_and_resumed_equals_one_that_was_not(
-    world: Any,
-    accord: Any,
-    undisturbed: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    point: str,
-    passing: int,
-    every: int,
-) -> None:
-    monkeypatch.setenv(VARIABLE, f"{point}:{passing}")
-    command = accord.start("train", repeatable(accord, world, every=every))
-    monkeypatch.delenv(VARIABLE)
-    if point.startswith(LEARNER):
-        assert command.wait(COMMAND_S) == 0, command.stderr
-        assert len(events(accord, "learner_replaced")) == 1, command.stderr
-    else:
-        ended_and_resumed(command, accord, point)
-    assert policy_files(accord, world) == undisturbed
-    exact(accord)
-
-
-@pytest.mark.parametrize("point", [point for point in POINTS if point.startswith(DRIVER)])
-def test_an_asynchronous_run_ended_and_resumed_trains_each_prompt_once_per_epoch(
-    world: Any, accord: Any, monkeypatch: pytest.MonkeyPatch, point: str
-) -> None:
-    monkeypatch.setenv(VARIABLE, f"{point}:{PASSINGS_AHEAD[point]}")
-    command = trained_ahead(accord, world)
-    monkeypatch.delenv(VARIABLE)
-    ended_and_resumed(command, accord, point)
-    run = run_of(accord)
-    audit = accord.run("audit", run, "--json")
+    audit = accord.run("audit", run_of(accord), "--json")
     assert audit.process.returncode == 0, audit.stdout + audit.stderr
     books = json.loads(audit.stdout)
-    assert (books["violations"], books["trained"]) == ([], EPOCH * EPOCHS)
+    log.info("audit: %s", books)
+    assert (books["violations"], books["trained"]) == ([], STEPS * PER_STEP)
     groups = [
         group
-        for file in sorted((run / "rollouts").glob("step-*.parquet"))
+        for file in sorted((run_of(accord) / "rollouts").glob("step-*.parquet"))
         for group in from_table(pq.read_table(file))
     ]
-    assert [group.group_id for group in groups] == list(range(EPOCH * EPOCHS))
+    assert [group.group_id for group in groups] == list(range(STEPS * PER_STEP))
     prompts = [group.samples[0][0].prompt.id for group in groups]
-    for epoch in range(EPOCHS):
-        assert len(set(prompts[epoch * EPOCH : (epoch + 1) * EPOCH])) == EPOCH
+    for first in range(0, len(prompts), EPOCH):
+        assert len(set(prompts[first : first + EPOCH])) == EPOCH
