@@ -173,9 +173,10 @@ def _learn_reward(folder: Path, size: BaseSize) -> dict[str, float]:
         run=RunConfig(seed=size.seed),
         model=ModelConfig(path=str(folder / "policy")),
         data=PairsConfig(path=str(folder / "pairs.jsonl")),
+        policy_samples=str(folder / "answers.jsonl"),
         fit=fit,
     )
-    train_reward_model(config, folder / "reward", centre_rows=folder / "answers.jsonl")
+    train_reward_model(config, folder / "reward")
     shutil.move(folder / "reward" / "reward_model", folder / "reward_model")
     return _last(folder / "reward")
 

@@ -1,4 +1,4 @@
-"""Several rewards -> one score: their weighted sum, with every part kept."""
+"""Several rewards -> one score, with every part kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.errors import AccordError, BadReward, UserError
@@ -25,17 +25,27 @@ from reward_service.source import (
 
 
 class Composition:
-    """value = clip(sum of weight * part). ``version`` changes with all that can change a value.
+    """value = clip(sum, or smallest, of weight * part, less what constraints lack).
 
-    ``score`` raises what a source raises; a source that fails never counts as 0.
+    A source with a number in ``at_least`` is a constraint: it adds weight * min(0, part - number).
+    ``version`` changes with all that can change a value. ``score`` raises what a source raises; a
+    source that fails never counts as 0.
     """
 
     def __init__(
-        self, sources: Sequence[Source], weights: Sequence[float], clip: float | None = None
+        self,
+        sources: Sequence[Source],
+        weights: Sequence[float],
+        clip: float | None = None,
+        *,
+        combine: Literal["sum", "minimum"] = "sum",
+        at_least: Sequence[float | None] = (),
     ) -> None:
         self._sources = tuple(sources)
         self._weights = tuple(weights)
         self._clip = clip
+        self._combine = combine
+        self._at_least = tuple(at_least) or (None,) * len(self._sources)
         names = [source.name for source in sources]
         if len(set(names)) != len(names):
             raise UserError(
@@ -49,7 +59,8 @@ class Composition:
         )
         self.tokenizer = next((s.tokenizer for s in sources if s.tokenizer), "")
         parts = [[s.name, s.type, s.weight, s.content] for s in self.sources]
-        self.version = hashlib.sha256(json.dumps([parts, clip]).encode()).hexdigest()
+        rule = [parts, clip, combine, self._at_least]
+        self.version = hashlib.sha256(json.dumps(rule).encode()).hexdigest()
 
     def info(self, max_batch: int) -> ServiceInfo:
         return ServiceInfo(
@@ -88,21 +99,35 @@ class Composition:
         return parts
 
     def _sum(self, item: ScoreItem, parts: Sequence[Part]) -> Score:
-        value = sum(w * part.value for w, part in zip(self._weights, parts, strict=True))
+        value = self._combined([part.value for part in parts])
         if not math.isfinite(value):
-            raise BadReward(f"the weighted sum of the rewards of {item.label} is {value}")
+            raise BadReward(f"the rewards of {item.label} together are {value}")
         if self._clip is not None:
             value = max(-self._clip, min(self._clip, value))
         return Score(
             value=value,
-            parts={s.name: p.value for s, p in zip(self._sources, parts, strict=True)},
+            parts=_named(self._sources, parts),
             scorer_version=self.version,
             vetoes=tuple(veto for part in parts for veto in part.vetoes),
         )
 
+    def _combined(self, values: Sequence[float]) -> float:
+        found = list(zip(values, self._weights, self._at_least, strict=True))
+        wanted = [weight * value for value, weight, bound in found if bound is None]
+        lacking = [w * min(0.0, value - b) for value, w, b in found if b is not None]
+        return (min(wanted) if self._combine == "minimum" else sum(wanted)) + sum(lacking)
+
     def close(self) -> None:
         for source in self._sources:
             source.close()
+
+
+def _named(sources: Sequence[Source], parts: Sequence[Part]) -> dict[str, float]:
+    named: dict[str, float] = {}
+    for source, part in zip(sources, parts, strict=True):
+        named[source.name] = part.value
+        named |= {f"{source.name}/{key}": value for key, value in part.detail.items()}
+    return named
 
 
 def build(
@@ -116,7 +141,13 @@ def build(
     try:
         for source in cfg.sources:
             sources.append(_load(source, cfg, threads, remote or {}))
-        return Composition(sources, [source.weight for source in cfg.sources], cfg.clip)
+        return Composition(
+            sources,
+            [source.weight for source in cfg.sources],
+            cfg.clip,
+            combine=cfg.combine,
+            at_least=[source.at_least for source in cfg.sources],
+        )
     except BaseException:
         for loaded in sources:
             loaded.close()

@@ -35,10 +35,12 @@ class ScoreItem:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One source's unweighted number for one item, and the rules the answer broke."""
+    """One source's unweighted number for one item, the rules the answer broke, and what the number
+    was made of, for the record."""
 
     value: float
     vetoes: tuple[str, ...] = ()
+    detail: Mapping[str, float] = field(default_factory=dict)
 
 
 class Source(Protocol):

@@ -15,7 +15,7 @@ from cluster.assembly.run_session import open_run, refuse_changes, run_session, 
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
-from cluster.contracts.durable import write_json, write_text
+from cluster.contracts.durable import write_json
 from cluster.contracts.errors import UserError
 from cluster.loop.outages import Sinks
 from cluster.machine.hardware import this_machine
@@ -23,8 +23,6 @@ from cluster.machine.signals import listening
 from cluster.runs.console import Reporter, Stage
 from cluster.runs.run import Run
 from cluster.runs.sinks import make_sinks
-
-CENTRE_ROWS = "centre_rows.txt"  # where the rows lie on which the reward model is centred
 
 if TYPE_CHECKING:
     from learner.offline.setup import OnRows, TrainingRows
@@ -54,10 +52,8 @@ def resume_offline(
     if command == "dpo":
         dpo = _config(DpoConfig, run, overrides)
         return run_dpo(dpo, reporter, resumed=run, callbacks=callbacks)
-    centre = run.path / CENTRE_ROWS
-    rows = Path(centre.read_text(encoding="utf-8").strip()) if centre.is_file() else None
     config = _config(RewardModelConfig, run, overrides)
-    return run_reward_model(config, reporter, rows, resumed=run, callbacks=callbacks)
+    return run_reward_model(config, reporter, resumed=run, callbacks=callbacks)
 
 
 def _config(kind: type[C], run: Run, overrides: Sequence[str]) -> C:
@@ -101,7 +97,6 @@ def with_pairs(config: P, run: Run) -> P:
 def run_reward_model(
     config: RewardModelConfig,
     reporter: Reporter,
-    centre_rows: Path | None = None,
     *,
     resumed: Run | None = None,
     callbacks: Sequence[AnyCallback] = (),
@@ -111,10 +106,8 @@ def run_reward_model(
     from learner.offline.reward import train_reward_model
 
     def train(run: Run, progress: OnStep, stop: Callable[[], bool]) -> Path:
-        if centre_rows is not None:
-            write_text(run.path / CENTRE_ROWS, f"{centre_rows.absolute()}\n")
         return train_reward_model(
-            with_pairs(config, run), run.path, progress, centre_rows, stop, telling(run, reporter)
+            with_pairs(config, run), run.path, progress, stop, telling(run, reporter)
         )
 
     return _run("reward-model", "reward model", config, reporter, resumed, train, callbacks)
@@ -209,11 +202,11 @@ def reward_model_figures(path: Path, summary: Mapping[str, Any]) -> dict[str, An
     """What the report shows of a reward model."""
     numbers = summary["evaluation"]
     figures = {k.removeprefix("rm/"): v for k, v in numbers.items() if k.startswith("rm/")}
-    reliability = path / "reliability.json"
-    if reliability.is_file():
-        figures["reliability"] = json.loads(reliability.read_text(encoding="utf-8"))
+    measured = path / "figures.json"
+    more = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
     return {
         **figures,
+        **more,
         "pairs_trained": summary["rows"],
         "pairs_held_out": summary["rows_held_out"],
     }

@@ -323,6 +323,7 @@ def _learn_reward(job: _Job) -> None:
         run=job.child("reward_model", preferences=str(job.path("preferences.db"))),
         model=ModelConfig(path=str(job.path("sft", "policy")), dtype="float32"),
         data=PairsConfig(path=str(job.path("data", "pairs.jsonl"))),
+        policy_samples=str(job.path("data", "sft_answers.jsonl")),
         fit=FitConfig(
             lr=7e-4,
             epochs=2,
@@ -338,7 +339,7 @@ def _learn_reward(job: _Job) -> None:
         logging=LoggingConfig(ray_metrics=False),
     )
     with job.timed("reward model", ["sft", "preferences"]) as detail:
-        run = run_reward_model(config, job.reporter, job.path("data", "sft_answers.jsonl"))
+        run = run_reward_model(config, job.reporter)
         shutil.copy(run / "reward_model.json", job.path("reward_model.json"))
         detail |= _last_numbers(run)
 

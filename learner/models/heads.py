@@ -196,16 +196,26 @@ def _scatter(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def reward_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    """[B] float32 raw scores: the `score` head at each row's last real token, found by the mask.
+    """[B] float32 raw scores: the `score` heads' mean at each row's last real token.
 
-    Equal to the model's own forward on right-padded rows that do not contain its padding id.
+    With one head equal to the model's own forward on right-padded rows that do not contain its
+    padding id.
     """
-    hidden = hidden_states(model, input_ids, attention_mask)
+    return member_scores(model, input_ids, attention_mask).mean(dim=-1)
+
+
+def member_scores(model: Any, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    """[B, K] float32 raw scores of the K `score` heads on one trunk."""
+    return scores_of_states(model, hidden_states(model, input_ids, attention_mask), attention_mask)
+
+
+def scores_of_states(model: Any, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """`member_scores` of hidden states [B, T, H]: the heads at each row's last real token."""
     last = last_valid_index(attention_mask)
     rows = torch.arange(hidden.shape[0], device=hidden.device)
     with torch.autocast(hidden.device.type, enabled=False):
         scores: Tensor = model.score(hidden[rows, last].float())
-    return scores.squeeze(-1)
+    return scores
 
 
 class SharedValueHead(nn.Module):

@@ -51,15 +51,15 @@ def load_policy(cfg: ModelConfig) -> Any:
     return model
 
 
-def load_sequence_classifier(cfg: ModelConfig, *, pad_token_id: int) -> Any:
-    """The policy's trunk under a scalar `score` head of zeros, to be trained as a reward model."""
+def load_sequence_classifier(cfg: ModelConfig, *, pad_token_id: int, heads: int = 1) -> Any:
+    """The policy's trunk under scalar `score` heads of zeros, to be trained as a reward model."""
     model = load_checked(
         transformers.AutoModelForSequenceClassification,
         cfg.path,
         cfg.revision,
         cfg.trust_remote_code,
         may_miss=("score.",),
-        num_labels=1,
+        num_labels=heads,
         pad_token_id=pad_token_id,
     )
     if not isinstance(getattr(model, "score", None), nn.Linear):
@@ -163,6 +163,16 @@ def load_reward_model(path: str | Path, *, check: bool = True) -> tuple[Any, Rew
     return model, artifact
 
 
+def load_reward_members(path: str | Path) -> list[tuple[Any, RewardArtifact]]:
+    """Every model of a reward model's directory: one, or those of an ensemble of whole models.
+
+    Raises UserError as `load_reward_model`.
+    """
+    first, artifact = load_reward_model(path)
+    others = [load_reward_model(Path(path) / name) for name in artifact.others]
+    return [(first, artifact), *others]
+
+
 @torch.no_grad()
 def _check_golden(model: Any, artifact: RewardArtifact, where: str) -> None:
     for row in artifact.golden:
@@ -197,7 +207,8 @@ class ValueModel(nn.Module):
         if normalised:
             scale, shift = artifact.centre_std, artifact.centre_mean
         with torch.no_grad():
-            head.weight.copy_(model.score.weight / scale)
+            # Of an ensemble: its mean, which is what the scores are centred on.
+            head.weight.copy_(model.score.weight.mean(dim=0, keepdim=True) / scale)
             head.bias.fill_(-shift / scale)
         return cls(model.base_model, head)
 

@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,12 @@ class Golden:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardArtifact:
-    """normalised = (raw - centre_mean) / centre_std, both measured on answers of the SFT policy (or
-    on the chosen answers of the training pairs; `centred_on` says which)."""
+    """normalised = (raw - centre_mean) / centre_std, both measured on completions of the policy (or
+    on those of the training rows; `centred_on` says which).
+
+    With several heads on the trunk, raw is their mean, and `member_means` holds each head's own
+    mean. others: folders below this one that hold the further models of an ensemble of whole ones.
+    """
 
     tokenizer: str
     template: str
@@ -40,6 +45,8 @@ class RewardArtifact:
     centred_on: str
     max_tokens: int
     golden: tuple[Golden, ...]
+    member_means: tuple[float, ...] = ()
+    others: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.centre_mean) and 0 < self.centre_std < math.inf):
@@ -47,6 +54,12 @@ class RewardArtifact:
 
     def normalise(self, raw: float) -> float:
         return (raw - self.centre_mean) / self.centre_std
+
+    def normalise_members(self, raw: Sequence[float]) -> list[float]:
+        """Each head's score less its own mean, on one scale: their mean is `normalise` of the
+        mean."""
+        means = self.member_means or (self.centre_mean,)
+        return [(one - mean) / self.centre_std for one, mean in zip(raw, means, strict=True)]
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -80,6 +93,7 @@ def read_artifact(directory: Path) -> RewardArtifact:
             Golden(token_ids=tuple(row["token_ids"]), score=float(row["score"]))
             for row in content.pop("golden")
         )
+        content |= {key: tuple(content.get(key, ())) for key in ("member_means", "others")}
         return RewardArtifact(**content, golden=golden)
     except FileNotFoundError:
         raise UserError(

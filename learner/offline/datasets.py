@@ -1,4 +1,4 @@
-"""Rows of a file -> demonstrations, comparisons or preferences, with their place and hold-out key.
+"""Rows of a file -> demonstrations, rankings or preferences, with their place and hold-out key.
 
 ``cluster.contracts.rows`` reads the files and knows their shapes. Nothing is tokenised here.
 """
@@ -9,13 +9,15 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, TypeVar
 
 from cluster.contracts.chat import is_text
 from cluster.contracts.rows.files import BadRow, Columns, Place
-from cluster.contracts.rows.judged import pairs_within
+from cluster.contracts.rows.judged import orders_within, pairs_within
 from cluster.contracts.rows.judgements import is_judgement, judgement_shape
 from cluster.contracts.rows.messages import Messages
+from cluster.contracts.rows.rankings import RankingShape, ranking_shape
 from cluster.contracts.rows.reader import ReadRows, read_rows
 from cluster.contracts.rows.shapes import comparison_shape, demonstration_shape
 
@@ -41,14 +43,13 @@ class Demonstration:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """One prompt, a preferred and a rejected answer. margin: how much better, None if unknown."""
+class Ranking:
+    """Completions of one prompt in order; `columns`: the whole row."""
 
     where: str
     messages: Messages
-    chosen: str
-    rejected: str
-    margin: float | None
+    shape: RankingShape
+    columns: Columns
     key: str
 
 
@@ -71,11 +72,18 @@ def read_demonstrations(
     return read_rows(path, split, _demonstration, skip_bad=skip_bad)
 
 
-def read_comparisons(
-    path: str, split: str = "train", skip_bad: bool = False
-) -> ReadRows[Comparison]:
-    """Raises UserError naming file and row; `skip_bad` leaves bad rows out and counts them."""
-    return read_rows(path, split, _comparison, skip_bad=skip_bad, expand=pairs_within)
+def read_rankings(
+    path: str,
+    split: str = "train",
+    skip_bad: bool = False,
+    *,
+    rankings: bool = False,
+    ties: bool = False,
+) -> ReadRows[Ranking]:
+    """rankings, ties: see ``judged.orders_within``. Raises UserError naming file and row;
+    `skip_bad` leaves bad rows out and counts them."""
+    expand = partial(orders_within, rankings=rankings, ties=ties)
+    return read_rows(path, split, _ranking, skip_bad=skip_bad, expand=expand)
 
 
 def read_preferences(
@@ -113,14 +121,13 @@ def _demonstration(place: Place, columns: Columns) -> Demonstration:
     return Demonstration(where=place.where, messages=shape.messages, answer=shape.answer, key=key)
 
 
-def _comparison(place: Place, columns: Columns) -> Comparison:
-    shape = comparison_shape(columns)
-    return Comparison(
+def _ranking(place: Place, columns: Columns) -> Ranking:
+    shape = ranking_shape(columns)
+    return Ranking(
         where=place.where,
         messages=shape.messages,
-        chosen=shape.chosen,
-        rejected=shape.rejected,
-        margin=shape.margin,
+        shape=shape,
+        columns=columns,
         key=_key(shape.messages),
     )
 
@@ -131,13 +138,13 @@ def _pair(place: Place, columns: Columns) -> Preference:
             "judges a single completion, but this loss compares two",
             "set loss='kto', or give rows with prompt, chosen and rejected",
         )
-    row = _comparison(place, columns)
+    pair = comparison_shape(columns)
     return Preference(
-        where=row.where,
-        messages=row.messages,
-        chosen=row.chosen,
-        rejected=row.rejected,
-        key=row.key,
+        where=place.where,
+        messages=pair.messages,
+        chosen=pair.chosen,
+        rejected=pair.rejected,
+        key=_key(pair.messages),
     )
 
 

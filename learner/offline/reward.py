@@ -1,40 +1,44 @@
-"""A scalar reward learnt from comparisons (Bradley-Terry) on the policy's own trunk."""
+"""`accord reward-model`: one reward model, or an ensemble, on the policy's own trunk."""
 
 from __future__ import annotations
 
 import json
-import statistics
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from cluster.contracts.config.offline import RewardModelConfig
 from cluster.contracts.errors import UserError
-from cluster.contracts.metrics import Metric, last, mean, merge
-from learner.algorithms.reward_loss import bradley_terry
-from learner.compute.microbatches import TokenRow, pad_rows, plan_microbatches
-from learner.compute.optimizer import compute_in
-from learner.compute.optimizer_step import metrics_of
-from learner.evaluation.calibration import confidences, ece, reliability
-from learner.models.files import replace_directory
-from learner.models.heads import reward_scores
-from learner.models.load import load_sequence_classifier, load_tokenizer, stop_token_ids
-from learner.models.reward_artifact import (
-    Golden,
-    RewardArtifact,
-    template_hash,
-    tokenizer_fingerprint,
-    write_artifact,
+from cluster.contracts.metrics import Metric
+from learner.compute.microbatches import TokenRow
+from learner.models.heads import LmHead, lm_head
+from learner.models.load import (
+    load_policy,
+    load_sequence_classifier,
+    load_tokenizer,
+    stop_token_ids,
 )
-from learner.offline.datasets import Comparison, read_comparisons, read_demonstrations
-from learner.offline.fit import OnStep, fit, never
+from learner.offline.datasets import read_demonstrations, read_rankings
+from learner.offline.fit import FitResult, OnStep, fit, never
+from learner.offline.reward_figures import drift, held_out_figures
+from learner.offline.reward_rows import RewardRow, bootstrap, encode
+from learner.offline.reward_saving import (
+    artifact_of,
+    gather_members,
+    reward_padding_id,
+    save_reward_model,
+)
+from learner.offline.reward_task import RewardTask, Scores, pair_metrics
 from learner.offline.setup import (
     OnRows,
-    answered,
+    TrainingRows,
     encode_all,
     load_rows,
     prepare,
@@ -44,246 +48,193 @@ from learner.offline.setup import (
 from learner.offline.sft import encode as encode_demonstration
 
 GOLDEN_ROWS = 4
-CALIBRATION_BINS = 20
-"""Over [0, 1]; certainty is never under 0.5, so that 10 of them can hold pairs."""
+FIGURES = "figures.json"
 
 
 @dataclass(frozen=True, slots=True)
-class PairRow:
-    chosen: TokenRow
-    rejected: TokenRow
-    margin: float
+class Member:
+    """A trained model: its directory, and its scores less their mean on the centring rows.
 
-    def __len__(self) -> int:
-        return 2 * self.longest
+    held: [M, K] of each held-out row's completions. training, samples: [N, K].
+    """
 
-    @property
-    def longest(self) -> int:
-        return max(len(self.chosen), len(self.rejected))
-
-    @property
-    def weight(self) -> float:
-        return 1.0
+    folder: Path
+    held: list[Scores]
+    training: Scores
+    samples: Scores | None
 
 
 def train_reward_model(
     config: RewardModelConfig,
     run_dir: Path,
     progress: OnStep | None = None,
-    centre_rows: str | Path | None = None,
     should_stop: Callable[[], bool] = never,
     on_rows: OnRows = unheard,
 ) -> Path:
-    """Train on comparisons; returns run_dir/reward_model, for `models.load.load_reward_model`.
+    """Train on pairs, ties and rankings; returns run_dir/reward_model, for
+    `models.load.load_reward_members`.
 
-    centre_rows: JSONL or Parquet of prompts with answers of the SFT policy (prompt + completion, or
-    messages); their scores give the mean and spread that rewards are normalised with. None: the
-    answers of the training pairs. Reports train/{loss,accuracy,margin,...} and, on held-out pairs,
-    rm/{loss,accuracy,margin,ece}, whose calibration by bins goes to run_dir/reliability.json.
-    Continues as `train_sft` does; stopped early, it leaves its checkpoint and returns that folder.
+    Reports train/{loss,accuracy,margin,...} and, on held-out rows, rm/{loss,accuracy,margin,ece};
+    of an ensemble of whole models the last evaluation is that of the ensemble. run_dir/figures.json
+    gets what `reward_figures` measures. Continues as `train_sft` does; stopped early, it leaves its
+    checkpoint and returns that folder.
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    skip_bad, limit = config.data.skip_bad_rows, config.fit.max_tokens
-    read = read_comparisons(config.data.path, config.data.split, skip_bad)
-    if config.use_margin:
-        _require_margins(read.items)
-    data = load_rows(read, tokenizer, encode, lambda row: row.longest, config.fit, skip_bad)
+    skip_bad = config.data.skip_bad_rows
+    read = read_rankings(
+        config.data.path,
+        config.data.split,
+        skip_bad,
+        rankings=config.ranking_loss == "plackett-luce",
+        ties=config.tie_threshold > 0,
+    )
+    encode_row = partial(encode, config=config)
+    data = load_rows(read, tokenizer, encode_row, lambda row: row.longest, config.fit, skip_bad)
     on_rows(data)
-    rows, eval_rows = data.train, data.held
-    centre = None if centre_rows is None else _read_centre(str(centre_rows), tokenizer, limit)
-    task = RewardTask(_fresh_classifier(config, tokenizer).to(device), config, device)
+    samples = _policy_samples(config, tokenizer)
     run_dir.mkdir(parents=True, exist_ok=True)
-    result = fit(
-        task.model,
-        rows,
-        task.loss,
-        config.fit,
-        seed=config.run.seed,
-        evaluate=(lambda: task.evaluate(eval_rows)) if eval_rows else None,
-        on_step=progress,
-        should_stop=should_stop,
-        checkpoint=run_dir / "checkpoints",
-    )
-    write_summary(run_dir, result, data)
-    if not result.finished:  # half a model, whose centring would take long: only its checkpoint
-        return run_dir / "checkpoints"
-    if eval_rows:
-        _write_reliability(run_dir, task, eval_rows)
-    return _save(task, tokenizer, run_dir / "reward_model", eval_rows or rows, centre, rows)
+    count = 1 if config.share_trunk else config.members
+    members: list[Member] = []
+    for number in range(count):
+        training = _Training(config, run_dir, tokenizer, data, samples, device, number)
+        tell = None if progress is None else partial(_told, progress, number, count)
+        member, result = training.run(tell, should_stop)
+        if member is None:  # half a model, whose centring would take long: only its checkpoint
+            write_summary(run_dir, result, data)
+            return run_dir / "checkpoints"
+        members.append(member)
+    return _finish(config, run_dir, data, members, result)
 
 
-def encode(tokenizer: Any, row: Comparison) -> PairRow:
-    return PairRow(
-        chosen=answered(tokenizer, row.messages, row.chosen),
-        rejected=answered(tokenizer, row.messages, row.rejected),
-        margin=row.margin or 0.0,
-    )
+def _told(
+    progress: OnStep, number: int, count: int, step: int, fraction: float, numbers: Any
+) -> None:
+    """A member's progress as part of the whole ensemble's. Members make about as many steps."""
+    steps = round(step / fraction) if fraction else 0
+    progress(number * steps + step, (number + fraction) / count, numbers)
 
 
 @dataclass(frozen=True, slots=True)
-class RewardTask:
-    model: Any
+class _Training:
+    """The training of one model; `number` of an ensemble of whole ones."""
+
     config: RewardModelConfig
+    run_dir: Path
+    tokenizer: Any
+    data: TrainingRows[RewardRow]
+    samples: list[TokenRow] | None
     device: torch.device
+    number: int
 
-    def scores(self, rows: Sequence[TokenRow]) -> Tensor:
-        """[B] raw scores of one padded batch."""
-        batch = pad_rows(rows, self.model.config.get_text_config().pad_token_id, self.device)
-        with compute_in(self.config.model.dtype, self.device):
-            return reward_scores(self.model, batch.input_ids, batch.attention_mask)
+    @property
+    def place(self) -> Path:
+        whole = self.config.share_trunk or self.config.members == 1
+        return self.run_dir / ("reward_model" if whole else f"members/{self.number}")
 
-    def pair_scores(self, rows: Sequence[PairRow]) -> tuple[Tensor, Tensor]:
-        both = self.scores([row.chosen for row in rows] + [row.rejected for row in rows])
-        chosen, rejected = both.chunk(2)
-        return chosen, rejected
+    def run(
+        self, progress: OnStep | None, should_stop: Callable[[], bool]
+    ) -> tuple[Member | None, FitResult]:
+        """The member, None when stopped early."""
+        config, seed = self.config, self.config.run.seed + self.number
+        torch.manual_seed(seed)
+        head = _frozen_head(config, self.device)
+        task = RewardTask(self._fresh().to(self.device), config, self.device, head)
+        checkpoints = self.run_dir / "checkpoints"
+        result = fit(
+            task.model,
+            bootstrap(self.data.train, config.members if config.share_trunk else 1, seed),
+            task.loss,
+            config.fit,
+            seed=seed,
+            evaluate=(lambda: task.evaluate(self.data.held)) if self.data.held else None,
+            on_step=progress,
+            should_stop=should_stop,
+            checkpoint=checkpoints / str(self.number) if self.number else checkpoints,
+        )
+        return (self._member(task) if result.finished else None), result
 
-    def loss(self, rows: Sequence[PairRow], denominator: float) -> tuple[Tensor, list[Metric]]:
-        chosen, rejected = self.pair_scores(rows)
-        margin = chosen.new_tensor([row.margin for row in rows]) if self.config.use_margin else None
-        terms = bradley_terry(chosen, rejected, margin, self.config.centre_coef)
-        total = terms.losses.sum()
-        measured = mean("train/loss", float(total.detach()), len(rows))
-        return total / denominator, [measured, *metrics_of(terms.metrics, "train/")]
+    def _fresh(self) -> Any:
+        model, tokenizer = self.config.model, self.tokenizer
+        pad = reward_padding_id(tokenizer, stop_token_ids(model.path, tokenizer, model.revision))
+        heads = self.config.members if self.config.share_trunk else 1
+        fresh = load_sequence_classifier(model, pad_token_id=pad, heads=heads)
+        # Small and random: from zeros, the trunk would get no gradient until the head has grown.
+        nn.init.normal_(fresh.score.weight, std=(fresh.score.in_features + 1) ** -0.5)
+        return fresh
 
-    @torch.no_grad()
-    def evaluate(self, rows: Sequence[PairRow]) -> list[Metric]:
-        """rm/{loss,accuracy,margin,ece,...} of pairs; the loss is the plain one, without margin and
-        centring, so that runs compare."""
-        found: list[Metric] = []
-        gaps: list[float] = []
-        plan = plan_microbatches([len(r) for r in rows], self.config.fit.tokens_per_microbatch)
-        for part in plan:
-            chosen, rejected = self.pair_scores([rows[i] for i in part])
-            terms = bradley_terry(chosen, rejected)
-            found.append(mean("rm/loss", float(terms.losses.sum()), len(part)))
-            found += metrics_of(terms.metrics, "rm/")
-            gaps += (chosen - rejected).tolist()
-        return [*merge(found).values(), last("rm/ece", ece(*confidences(gaps), CALIBRATION_BINS))]
-
-    @torch.no_grad()
-    def score_all(self, rows: Sequence[TokenRow]) -> list[float]:
-        """Raw scores in the order of `rows`."""
-        scores: dict[int, float] = {}
-        budget = self.config.fit.tokens_per_microbatch
-        for part in plan_microbatches([len(row) for row in rows], budget):
-            batch = self.scores([rows[i] for i in part]).tolist()
-            scores.update(zip(part, batch, strict=True))
-        return [scores[i] for i in range(len(rows))]
-
-    def centre_on(self, rows: Sequence[TokenRow]) -> tuple[float, float]:
-        """(mean, standard deviation) of the raw scores of answered prompts.
-
-        Raises UserError when they do not differ: such a model rewards everything the same.
-        """
-        scores = self.score_all(rows)
-        spread = statistics.pstdev(scores)
-        if not spread > 1e-6:
-            raise UserError(
-                f"the reward model gives all {len(scores)} answers the same score",
-                where="centre",
-                fix="train it for longer or with a higher fit.lr, or give more answers",
-            )
-        return statistics.fmean(scores), spread
+    def _member(self, task: RewardTask) -> Member:
+        sides = [side for row in self.data.train for side in row.ranked]
+        training, held = task.score_all(sides), task.score_rows(self.data.held)
+        samples = None if self.samples is None else task.score_all(self.samples)
+        centre = training if samples is None else samples
+        centred_on = "training rows" if samples is None else "completions of the policy"
+        few = (self.data.held or self.data.train)[:GOLDEN_ROWS]
+        golden = [side for row in few for side in row.ranked][:GOLDEN_ROWS]
+        artifact = artifact_of(task, self.tokenizer, centre, centred_on, golden)
+        folder = save_reward_model(task.model, self.tokenizer, artifact, self.place)
+        means, scale = centre.mean(axis=0), artifact.centre_std
+        # Whole models are each on a scale of their own; heads on one trunk share theirs.
+        shared = 1.0 if self.config.share_trunk else scale
+        return Member(
+            folder,
+            [(scores - means) / shared for scores in held],
+            (training - means) / shared,
+            None if samples is None else (samples - means) / shared,
+        )
 
 
-def _write_reliability(run_dir: Path, task: RewardTask, rows: Sequence[PairRow]) -> None:
-    """How often the model is right at each certainty, as `learner.evaluation.calibration` says."""
-    sides = task.score_all([side for row in rows for side in (row.chosen, row.rejected)])
-    gaps = [chosen - rejected for chosen, rejected in zip(sides[::2], sides[1::2], strict=True)]
-    bins = [bucket.as_record() for bucket in reliability(*confidences(gaps), CALIBRATION_BINS)]
-    partial = run_dir / ".reliability.json.part"
-    partial.write_text(json.dumps(bins, indent=2) + "\n", encoding="utf-8")
-    partial.replace(run_dir / "reliability.json")
+def _finish(
+    config: RewardModelConfig,
+    run_dir: Path,
+    data: TrainingRows[RewardRow],
+    members: Sequence[Member],
+    result: FitResult,
+) -> Path:
+    """The summary, the figures and the directory of the whole ensemble."""
+    held = [np.hstack(parts) for parts in zip(*(member.held for member in members), strict=True)]
+    if len(members) > 1 and held:
+        numbers = pair_metrics(data.held, [scores.mean(axis=1) for scores in held])
+        result = replace(result, numbers={**result.numbers, **_values(numbers)})
+    write_summary(run_dir, result, data)
+    figures = held_out_figures(data.held, held)
+    samples = [member.samples for member in members if member.samples is not None]
+    if samples:
+        training = np.hstack([member.training for member in members])
+        figures["drift"] = dict(drift(training, np.hstack(samples)))
+    partial_file = run_dir / f".{FIGURES}.part"
+    partial_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    partial_file.replace(run_dir / FIGURES)
+    if len(members) == 1:
+        return members[0].folder
+    gathered = gather_members([member.folder for member in members], run_dir / "reward_model")
+    shutil.rmtree(run_dir / "members")
+    return gathered
 
 
-def reward_padding_id(tokenizer: Any, ends: Sequence[int]) -> int:
-    """A padding id that never ends an answer.
-
-    transformers finds a row's last token as the last one that is not padding, so a padding id that
-    is also an end token would make it read the score one token early. Raises UserError when the
-    tokenizer's own cannot serve and it has no unused special token either.
-    """
-    own = tokenizer.pad_token_id
-    if own is not None and own not in ends:
-        return int(own)
-    used = {*ends, tokenizer.bos_token_id, tokenizer.eos_token_id}
-    named = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
-    spare = [i for i in named if i not in used]
-    # Names such as <|finetune_right_pad_id|> and <|reserved_special_token_7|> say they are free.
-    for word in ("pad", "reserved", "unk", "unused"):
-        for i in spare:
-            if word in tokenizer.added_tokens_decoder[i].content.lower():
-                return int(i)
-    raise UserError(
-        "the tokenizer's padding token is also an end token, and no other special token is free",
-        where=str(tokenizer.name_or_path),
-        fix="set pad_token in its tokenizer_config.json to a token of its own",
-    )
+def _values(metrics: Sequence[Metric]) -> dict[str, float]:
+    return {metric.name: metric.value for metric in metrics}
 
 
-def _fresh_classifier(config: RewardModelConfig, tokenizer: Any) -> Any:
-    ends = stop_token_ids(config.model.path, tokenizer, config.model.revision)
-    model = load_sequence_classifier(config.model, pad_token_id=reward_padding_id(tokenizer, ends))
-    # Small and random: from zeros, the trunk would get no gradient until the head has grown.
-    nn.init.normal_(model.score.weight, std=(model.score.in_features + 1) ** -0.5)
-    return model
+def _frozen_head(config: RewardModelConfig, device: torch.device) -> LmHead | None:
+    """The starting policy's language-model head. It does not change, so only the trunk learns."""
+    if not config.nll_coef:
+        return None
+    head = lm_head(load_policy(config.model))
+    bias = None if head.bias is None else head.bias.detach().to(device)
+    return replace(head, weight=head.weight.detach().clone().to(device), bias=bias)
 
 
-def _require_margins(rows: Sequence[Comparison]) -> None:
-    for row in rows:
-        if row.margin is None:
-            raise UserError(
-                "has no margin, but use_margin is set",
-                where=row.where,
-                fix="give every row a number `margin`, or set use_margin=false",
-            )
-
-
-def _read_centre(path: str, tokenizer: Any, max_tokens: int) -> list[TokenRow]:
-    demonstrations = read_demonstrations(path).items
-    rows = encode_all(demonstrations, tokenizer, encode_demonstration, len, max_tokens).rows
+def _policy_samples(config: RewardModelConfig, tokenizer: Any) -> list[TokenRow] | None:
+    if config.policy_samples is None:
+        return None
+    read = read_demonstrations(config.policy_samples).items
+    rows = encode_all(read, tokenizer, encode_demonstration, len, config.fit.max_tokens).rows
     if len(rows) < 2:
         raise UserError(
             f"{len(rows)} usable rows cannot centre a reward model",
-            where=path,
-            fix="give at least two answered prompts within fit.max_tokens (some hundreds are good)",
+            where=config.policy_samples,
+            fix="give at least two prompts with completions within fit.max_tokens (some hundreds "
+            "are good)",
         )
     return rows
-
-
-def _save(
-    task: RewardTask,
-    tokenizer: Any,
-    directory: Path,
-    golden: Sequence[PairRow],
-    centre: Sequence[TokenRow] | None,
-    rows: Sequence[PairRow],
-) -> Path:
-    pairs = [side for row in rows for side in (row.chosen, row.rejected)]
-    middle, spread = task.centre_on(pairs if centre is None else centre)
-    samples = [row for pair in golden[: GOLDEN_ROWS // 2] for row in (pair.chosen, pair.rejected)]
-    model = task.model.to("cpu")
-    artifact = RewardArtifact(
-        tokenizer=tokenizer_fingerprint(tokenizer),
-        template=template_hash(tokenizer),
-        centre_mean=middle,
-        centre_std=spread,
-        centred_on="training pairs" if centre is None else "answers of the starting policy",
-        max_tokens=task.config.fit.max_tokens,
-        golden=tuple(_golden(model, row) for row in samples),
-    )
-
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_artifact(folder, artifact)
-
-    return replace_directory(directory, write)
-
-
-@torch.no_grad()
-def _golden(model: Any, row: TokenRow) -> Golden:
-    ids = torch.as_tensor(row.input_ids, dtype=torch.int64)[None]
-    score = float(reward_scores(model, ids, torch.ones_like(ids))[0])
-    return Golden(token_ids=tuple(int(i) for i in row.input_ids), score=score)

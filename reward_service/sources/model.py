@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,8 @@ def check(source: RewardModelSource, prompts: Sequence[Prompt]) -> None:
 
 
 class ModelScorer:
-    """Score of a reward-model directory; normalised with the mean and deviation stored in it.
+    """Score of a reward-model directory; normalised with the mean and deviation stored in it. Of an
+    ensemble, the members' scores as one number, with each of them and their spread beside it.
 
     Token ids are used as they are when they belong to the reward model's own tokenizer and
     template; otherwise messages and text are rendered with those. Rows too long for the model's
@@ -47,33 +49,50 @@ class ModelScorer:
 
     def __init__(self, source: RewardModelSource, threads: int = 1) -> None:
         # torch: not before a model is really wanted
-        from learner.models.heads import reward_scores
-        from learner.models.load import load_reward_model
+        from learner.models.heads import member_scores
+        from learner.models.load import load_reward_members
 
         prepare_torch(threads)
         self.name = source.name
         self._path = source.path
         self._normalise = source.normalise
         self._tokenizer = own_tokenizer(source)
-        self._model, self._artifact = load_reward_model(source.path)
+        self._combine, self._uncertainty = source.combine, source.uncertainty_coef
+        self._members = load_reward_members(source.path)
+        model, self._artifact = self._members[0]
         self.tokenizer = self._artifact.tokenizer
-        self._scores = reward_scores
-        self._positions = _positions(self._model)
-        self._pad = self._model.config.get_text_config().pad_token_id or 0
+        self._scores = member_scores
+        self._positions = _positions(model)
+        self._pad = model.config.get_text_config().pad_token_id or 0
         self._warned_long = False
-        self.content = directory_hash(Path(source.path), f"normalise={source.normalise}")
+        rule = f"normalise={source.normalise}"
+        if self._combine != "mean":
+            rule += f" {self._combine} {self._uncertainty}"
+        self.content = directory_hash(Path(source.path), rule)
 
     def score(self, items: Sequence[ScoreItem]) -> list[Part]:
         rows = [self._ids(item) for item in items]
         for item, row in zip(items, rows, strict=True):
             self._check_length(item, len(row))
-        raw = [0.0] * len(rows)
+        found: list[list[float]] = [[] for _ in rows]
         for batch in microbatches([len(row) for row in rows], TOKENS_PER_MICROBATCH):
-            for index, value in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
-                raw[index] = value
-        if self._normalise:
-            raw = [self._artifact.normalise(value) for value in raw]
-        return [Part(value) for value in raw]
+            for index, values in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
+                found[index] = values
+        return [self._part(values) for values in found]
+
+    def _part(self, values: Sequence[float]) -> Part:
+        """One number of the members', and how far they disagree."""
+        mean = statistics.fmean(values)
+        if len(values) == 1:
+            return Part(values[0])
+        spread = statistics.pstdev(values)
+        value = {
+            "mean": mean,
+            "minimum": min(values),
+            "uncertainty": mean - self._uncertainty * spread,
+        }[self._combine]
+        members = {f"member{number}": one for number, one in enumerate(values)}
+        return Part(value, detail={"disagreement": spread, **members})
 
     def _ids(self, item: ScoreItem) -> list[int]:
         if item.tokenizer == self.tokenizer and item.prompt_ids and item.response_ids:
@@ -101,7 +120,8 @@ class ModelScorer:
                 item.label, tokens, self._path, self._artifact.max_tokens,
             )  # fmt: skip
 
-    def _forward(self, rows: Sequence[Sequence[int]]) -> list[float]:
+    def _forward(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """The scores of each row by every member."""
         import torch
 
         width = max(len(row) for row in rows)
@@ -110,8 +130,12 @@ class ModelScorer:
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row)
             mask[index, : len(row)] = 1
+        found: list[list[float]] = [[] for _ in rows]
         with torch.inference_mode():
-            return [float(score) for score in self._scores(self._model, ids, mask)]
+            for model, artifact in self._members:
+                for own, raw in zip(found, self._scores(model, ids, mask).tolist(), strict=True):
+                    own += artifact.normalise_members(raw) if self._normalise else raw
+        return found
 
     def close(self) -> None:
         """Nothing outside this process is held."""
@@ -158,10 +182,11 @@ def microbatches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def directory_hash(directory: Path, also: str = "") -> str:
     """Hex SHA-256 over the names and bytes of the directory's files (hidden ones left out)."""
     digest = hashlib.sha256(also.encode())
-    for file in sorted(directory.iterdir()):
-        if not file.is_file() or file.name.startswith("."):
+    for file in sorted(directory.rglob("*")):
+        name = file.relative_to(directory)
+        if not file.is_file() or any(part.startswith(".") for part in name.parts):
             continue
-        digest.update(f"\0{file.name}\0{file.stat().st_size}\0".encode())
+        digest.update(f"\0{name.as_posix()}\0{file.stat().st_size}\0".encode())
         with file.open("rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)

@@ -28,7 +28,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 OTHERS: dict[str, type[Section]] = {
     "sft": SftConfig,
     **dict.fromkeys(("dpo", "ipo", "kto", "orpo", "simpo"), DpoConfig),
-    "reward_model": RewardModelConfig,
+    **dict.fromkeys(("reward_model", "reward_ensemble"), RewardModelConfig),
     "best_of_n": BestOfNConfig,
     "ai_label": AiLabelConfig,
     "evaluate": EvaluateConfig,

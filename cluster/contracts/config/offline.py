@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -101,7 +101,7 @@ class PairsConfig(Section):
 
 
 class RewardModelConfig(Section):
-    """`accord reward-model`: a scalar head learnt from comparisons (Bradley-Terry)."""
+    """`accord reward-model`: scalar heads learnt from pairs, ties and rankings."""
 
     run: RunConfig = RunConfig()
     model: ModelConfig
@@ -112,11 +112,65 @@ class RewardModelConfig(Section):
         description="Margin loss: the chosen score must exceed the rejected one by the row's "
         "`margin`.",
     )
+    ranking_loss: Literal["pairs", "plackett-luce"] = Field(
+        "pairs",
+        description="What is learnt from three completions or more in order. pairs: each two of "
+        "them. plackett-luce: the order as a whole; rankings that hold ties count as pairs.",
+    )
+    use_weight: bool = Field(
+        False, description="Multiply each row's loss by its `weight` (1 where a row has none)."
+    )
+    annotator_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict,
+        description="Multiply each row's loss by the weight of its `annotator`, such as "
+        "{ann = 2.0, bob = 0.5}. Others count 1.",
+    )
+    label_smoothing: float = Field(
+        0.0,
+        ge=0,
+        lt=0.5,
+        description="Assumed share of pairs that are labelled the wrong way round.",
+    )
+    tie_threshold: float = Field(
+        0.0,
+        ge=0,
+        description="Rao-Kupper model of ties: completions whose scores differ by less than this "
+        "are likely to be called equal. 0: ties in rankings are left out, rows with `tie = true` "
+        "are refused.",
+    )
+    nll_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the best completion's negative log-likelihood per token, by the "
+        "starting policy's frozen head on the trained trunk. It keeps the trunk general (GRM); "
+        "about 0.01.",
+    )
     centre_coef: float = Field(
         0.0,
         ge=0,
         description="Weight of (chosen score + rejected score)² in the loss. It keeps scores "
         "near 0.",
+    )
+    members: int = Field(
+        1,
+        ge=1,
+        description="Reward models in an ensemble. Its scorer gives their mean, their minimum or "
+        "a mean less their disagreement (`combine` of the reward source).",
+    )
+    share_trunk: bool = Field(
+        True,
+        description="Members are heads on one trunk, each trained on its own bootstrap of the "
+        "rows. false: members are whole models, which need as many times the memory and time.",
+    )
+    slice_key: str = Field(
+        "",
+        description="Column by whose values held-out accuracy is reported as well. Empty: off.",
+    )
+    policy_samples: str | None = Field(
+        None,
+        description="File of completions of the policy that the reward is for (`accord generate`). "
+        "Scores are centred on them, and the report compares them with the training rows. none: "
+        "scores are centred on the training rows.",
     )
     logging: LoggingConfig = LoggingConfig()
 

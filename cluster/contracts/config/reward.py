@@ -18,6 +18,14 @@ from cluster.contracts.config.base import (
 from cluster.contracts.registry import REWARD_KINDS, RewardKind
 
 
+def _constraint() -> Any:
+    return Field(
+        None,
+        description="Makes this reward a constraint: it adds nothing from this value on, and below "
+        "it `weight` times what is missing is subtracted. none: off.",
+    )
+
+
 class RewardModelSource(Section):
     type: Literal["model"] = Field("model", description="A trained reward model.")
     path: str = Field(description="A reward-model directory made by `accord reward-model`.")
@@ -28,6 +36,15 @@ class RewardModelSource(Section):
         description="Subtract the mean and divide by the standard deviation stored with the "
         "reward model.",
     )
+    combine: Literal["mean", "minimum", "uncertainty"] = Field(
+        "mean",
+        description="How an ensemble's scores become one. uncertainty: mean less "
+        "`uncertainty_coef` standard deviations of the members.",
+    )
+    uncertainty_coef: float = Field(
+        1.0, ge=0, description="Weight of the members' standard deviation."
+    )
+    at_least: float | None = _constraint()
 
 
 class FunctionSource(Section):
@@ -40,6 +57,7 @@ class FunctionSource(Section):
     )
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("function", description="Name in metrics and reports.")
+    at_least: float | None = _constraint()
 
 
 class RulesSource(Section):
@@ -58,6 +76,7 @@ class RulesSource(Section):
     repetition: bool = Field(False, description="Also subtract the share of repeated 3-grams.")
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("rules", description="Name in metrics and reports.")
+    at_least: float | None = _constraint()
 
 
 class TlsSection(Section):
@@ -93,6 +112,7 @@ class GrpcSource(Section):
     )
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("grpc", description="Name in metrics and reports.")
+    at_least: float | None = _constraint()
 
 
 for _section in (RewardModelSource, FunctionSource, RulesSource, GrpcSource):
@@ -109,6 +129,7 @@ class PluginSource(Section):
     )
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("plugin", description="Name in metrics and reports.")
+    at_least: float | None = _constraint()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -153,7 +174,15 @@ RewardSource = Annotated[
 
 class RewardConfig(Section):
     sources: list[RewardSource] = Field(
-        min_length=1, description="Where rewards come from. Their weighted sum is the score."
+        min_length=1,
+        description="Where rewards come from. Their weighted sum is the score, unless `combine` "
+        "says otherwise.",
+    )
+    combine: Literal["sum", "minimum"] = Field(
+        "sum",
+        description="sum: weighted sum of the rewards. minimum: the smallest of the weighted "
+        "rewards, so that none can make up for another. Constraints (`at_least`) are added to "
+        "either.",
     )
     deadline_s: float = Field(
         30,
@@ -172,9 +201,7 @@ class RewardConfig(Section):
     max_wait_ms: float = Field(
         5, ge=0, description="Most milliseconds that a scoring batch waits for further completions."
     )
-    clip: float | None = Field(
-        None, gt=0, description="Clip the weighted sum to ±`clip`. none: off."
-    )
+    clip: float | None = Field(None, gt=0, description="Clip the score to ±`clip`. none: off.")
     address: Address | None = Field(
         None,
         description="HOST:PORT of a running reward service (`accord serve-reward`), which "
@@ -194,3 +221,9 @@ class RewardConfig(Section):
     cpus: float = Field(1, gt=0, description="CPU cores that Ray reserves for a reward service.")
     resources: Resources = resources("a reward service")
     labels: Labels = labels("a reward service")
+
+    @model_validator(mode="after")
+    def _one_to_raise(self) -> RewardConfig:
+        if all(source.at_least is not None for source in self.sources):
+            raise ValueError("every source is a constraint (at_least): leave one without")
+        return self

@@ -12,6 +12,7 @@ Everything here is pure; every mistake is a BadRow that names the column.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -69,25 +70,33 @@ def pairs_within(columns: Columns) -> list[Columns]:
     row that judges several completions: every two of which one is preferred, in the shape of TRL,
     with the row's other columns; none where all are tied. For ``read_rows(expand=...)``. Raises
     BadRow for a mistake in the row."""
+    return orders_within(columns)
+
+
+def orders_within(columns: Columns, *, rankings: bool = False, ties: bool = False) -> list[Columns]:
+    """`pairs_within`, and with ``ties`` also every two that are equally good (with tie = true).
+    With ``rankings``, three completions or more without a tie are one row: prompt and ranking, the
+    best first. ``rankings.ranking_shape`` reads all of them."""
     if not is_several(columns):
         return [columns]
     row = judged_shape(columns)
     prompt = row.messages[0]["content"] if is_text(row.messages) else list(row.messages)
     others = {name: value for name, value in columns.items() if name not in _REPLACED}
-    return [
-        {
-            **others,
-            "prompt": prompt,
-            "chosen": row.completions[better],
-            "rejected": row.completions[worse],
-            "margin": _margin(verdict, better, worse),
-            "annotator": verdict.annotator,
-        }
-        for verdict in row.verdicts
-        for better, rank in enumerate(verdict.ranks)
-        for worse, other in enumerate(verdict.ranks)
-        if rank < other
-    ]
+    found: list[Columns] = []
+    for verdict in row.verdicts:
+        own = {**others, "prompt": prompt, "annotator": verdict.annotator}
+        ranks, texts = verdict.ranks, row.completions
+        if rankings and len(ranks) > 2 and len(set(ranks)) == len(ranks):
+            ordered = sorted(range(len(ranks)), key=lambda i: ranks[i])
+            found.append({**own, "ranking": [texts[i] for i in ordered]})
+            continue
+        for i, j in itertools.permutations(range(len(ranks)), 2):
+            if ranks[i] < ranks[j]:
+                margin = _margin(verdict, i, j)
+                found.append({**own, "chosen": texts[i], "rejected": texts[j], "margin": margin})
+            elif ties and i < j and ranks[i] == ranks[j]:
+                found.append({**own, "chosen": texts[i], "rejected": texts[j], "tie": True})
+    return found
 
 
 def is_several(columns: Columns) -> bool:

@@ -34,17 +34,15 @@ def judgement_shape(columns: Columns) -> JudgementShape:
     return JudgementShape(
         prompt_messages(columns["prompt"]),
         completion_text(columns["completion"], "completion"),
-        _good(columns["label"]),
+        truth(columns["label"], "label", "a good completion"),
     )
 
 
-def _good(label: Any) -> bool:
-    """true and false, as JSON, Parquet and tables write them."""
-    word = str(label).strip().lower()
+def truth(value: Any, column: str, meaning: str) -> bool:
+    """true and false, as JSON, Parquet and tables write them. meaning: of true, for the message."""
+    word = str(value).strip().lower()
     if word in ("true", "1", "1.0"):
         return True
     if word in ("false", "0", "0.0"):
         return False
-    raise BadRow(
-        f"column 'label' holds {label!r}", "write true for a good completion, false for a bad one"
-    )
+    raise BadRow(f"column {column!r} holds {value!r}", f"write true ({meaning}) or false")

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from cluster.contracts.errors import UserError
-from learner.offline.datasets import hold_out, read_comparisons, read_demonstrations
+from learner.offline.datasets import hold_out, read_demonstrations, read_rankings
 
 USER = {"role": "user", "content": "How long?"}
 YES = {"role": "assistant", "content": "Ten hours."}
@@ -56,23 +56,23 @@ def test_plain_demonstrations_use_no_template(tmp_path: Path) -> None:
     ],
 )
 def test_conversational_comparisons(tmp_path: Path, row: Any) -> None:
-    (read,) = read_comparisons(write(tmp_path, row)).items
+    (read,) = read_rankings(write(tmp_path, row)).items
     assert read.messages == (USER,)
-    assert (read.chosen, read.rejected, read.margin) == ("Ten hours.", "Ten years.", 2.0)
+    assert (read.shape.ranked, read.shape.margin) == (("Ten hours.", "Ten years."), 2.0)
 
 
 def test_shared_text_is_cut_between_words(tmp_path: Path) -> None:
     row = {"chosen": "Human: hi\n\nBot: there", "rejected": "Human: hi\n\nBot: then"}
-    (read,) = read_comparisons(write(tmp_path, row)).items
+    (read,) = read_rankings(write(tmp_path, row)).items
     assert read.messages[0]["content"] == "Human: hi\n\nBot:"
-    assert (read.chosen, read.rejected) == (" there", " then")
+    assert read.shape.ranked == (" there", " then")
 
 
 def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
     rows = [{"prompt": [USER], "chosen": [YES], "rejected": [NO]}] * 3
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    read = read_comparisons(str(tmp_path / "rows.parquet")).items
-    assert [row.chosen for row in read] == ["Ten hours."] * 3
+    read = read_rankings(str(tmp_path / "rows.parquet")).items
+    assert [row.shape.ranked[0] for row in read] == ["Ten hours."] * 3
     assert read[2].where.endswith("rows.parquet, row 3")
 
 
@@ -118,7 +118,7 @@ def test_what_is_wrong_with_a_demonstration(tmp_path: Path, rows: Any, message: 
 )
 def test_what_is_wrong_with_a_comparison(tmp_path: Path, row: Any, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        read_comparisons(write(tmp_path, row))
+        read_rankings(write(tmp_path, row))
     assert "rows.jsonl, line 1" in str(caught.value)
 
 
@@ -131,10 +131,10 @@ def test_broken_json_and_unknown_files(tmp_path: Path) -> None:
         read_demonstrations(str(tmp_path / "none.jsonl"))
     (tmp_path / "store.db").touch()
     with pytest.raises(UserError, match="preferences export"):
-        read_comparisons(str(tmp_path / "store.db"))
+        read_rankings(str(tmp_path / "store.db"))
     (tmp_path / "x.txt").touch()
     with pytest.raises(UserError, match=r"unknown kind of file '\.txt'"):
-        read_comparisons(str(tmp_path / "x.txt"))
+        read_rankings(str(tmp_path / "x.txt"))
 
 
 def test_a_prompt_is_on_one_side_only_whatever_the_file(tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_a_failing_source_is_an_error_never_zero(values: Any, error: Any, says: 
 
 def test_an_overflowing_sum_is_refused_before_the_clip() -> None:
     sources = [Fixed("x", [1e308, 0.0]), Fixed("y", [1e308, 0.0])]
-    with pytest.raises(BadReward, match="sum of the rewards of item 'p1' is inf"):
+    with pytest.raises(BadReward, match="the rewards of item 'p1' together are inf"):
         Composition(sources, [1.0, 1.0], clip=1.0).score(TWO)
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from cluster.contracts.errors import UserError
 from cluster.contracts.rows.files import BadRow, raw_rows
-from cluster.contracts.rows.judged import dense_ranks, judged_shape, pairs_within
+from cluster.contracts.rows.judged import dense_ranks, judged_shape, orders_within, pairs_within
 
 USER = {"role": "user", "content": "How long?"}
 MESSAGES = (USER,)
@@ -244,3 +244,16 @@ def test_data_sets_on_disk(tmp_path: Path) -> None:
     (tmp_path / "one" / "dataset_info.json").write_text("{")
     with pytest.raises(UserError, match="one: is not a readable data set"):
         list(raw_rows(str(tmp_path / "one")))
+
+
+def test_orders_within_keeps_rankings_whole_and_ties_if_asked() -> None:
+    strict = {"prompt": "q", "completions": ["x", "y", "z"], "ranks": [3, 1, 2], "topic": "t"}
+    (row,) = orders_within(strict, rankings=True)
+    assert (row["ranking"], row["topic"]) == (["y", "z", "x"], "t")
+    assert len(orders_within(strict)) == 3
+    tied = {**strict, "ranks": [1, 1, 2]}
+    found = orders_within(tied, rankings=True, ties=True)
+    assert [(row["chosen"], row["rejected"], row.get("tie")) for row in found] == [
+        ("x", "y", True), ("x", "z", None), ("y", "z", None),
+    ]  # fmt: skip
+    assert [row.get("tie") for row in orders_within(tied, rankings=True)] == [None, None]

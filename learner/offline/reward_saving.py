@@ -1,0 +1,111 @@
+"""A trained reward model as a directory: centred, with golden scores, complete."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.contracts.errors import UserError
+from learner.compute.microbatches import TokenRow
+from learner.models.files import replace_directory
+from learner.models.heads import reward_scores
+from learner.models.reward_artifact import (
+    Golden,
+    RewardArtifact,
+    read_artifact,
+    template_hash,
+    tokenizer_fingerprint,
+    write_artifact,
+)
+from learner.offline.reward_task import RewardTask, Scores
+
+
+def artifact_of(
+    task: RewardTask, tokenizer: Any, centre: Scores, centred_on: str, golden: Sequence[TokenRow]
+) -> RewardArtifact:
+    """centre: [N, K] raw scores on which the scale is set. golden: completions whose scores show on
+    loading that the very same function is served; the model moves to the CPU for them.
+
+    Raises UserError when the scores do not differ: such a model rewards everything the same.
+    """
+    means = centre.mean(axis=1)
+    spread = float(means.std())
+    if not spread > 1e-6:
+        raise UserError(
+            f"the reward model gives all {len(means)} completions the same score",
+            where="centre",
+            fix="train it for longer or with a higher fit.lr, or give more completions",
+        )
+    model = task.model.to("cpu")
+    return RewardArtifact(
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        template=template_hash(tokenizer),
+        centre_mean=float(means.mean()),
+        centre_std=spread,
+        centred_on=centred_on,
+        max_tokens=task.config.fit.max_tokens,
+        golden=tuple(_golden(model, row) for row in golden),
+        member_means=tuple(map(float, centre.mean(axis=0))) if centre.shape[1] > 1 else (),
+    )
+
+
+def save_reward_model(
+    model: Any, tokenizer: Any, artifact: RewardArtifact, directory: Path
+) -> Path:
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        write_artifact(folder, artifact)
+
+    return replace_directory(directory, write)
+
+
+def gather_members(folders: Sequence[Path], directory: Path) -> Path:
+    """One directory of an ensemble of whole models: the first, and the others in folders below it,
+    so that what wants a single model (a value network, say) finds the first."""
+
+    def write(folder: Path) -> None:
+        shutil.copytree(folders[0], folder, dirs_exist_ok=True)
+        others = [f"member-{number}" for number in range(1, len(folders))]
+        for name, source in zip(others, folders[1:], strict=True):
+            shutil.copytree(source, folder / name)
+        write_artifact(folder, replace(read_artifact(folders[0]), others=tuple(others)))
+
+    return replace_directory(directory, write)
+
+
+@torch.no_grad()
+def _golden(model: Any, row: TokenRow) -> Golden:
+    ids = torch.as_tensor(row.input_ids, dtype=torch.int64)[None]
+    score = float(reward_scores(model, ids, torch.ones_like(ids))[0])
+    return Golden(token_ids=tuple(int(i) for i in row.input_ids), score=score)
+
+
+def reward_padding_id(tokenizer: Any, ends: Sequence[int]) -> int:
+    """A padding id that never ends an answer.
+
+    transformers finds a row's last token as the last one that is not padding, so a padding id that
+    is also an end token would make it read the score one token early. Raises UserError when the
+    tokenizer's own cannot serve and it has no unused special token either.
+    """
+    own = tokenizer.pad_token_id
+    if own is not None and own not in ends:
+        return int(own)
+    used = {*ends, tokenizer.bos_token_id, tokenizer.eos_token_id}
+    named = [i for i, token in tokenizer.added_tokens_decoder.items() if token.special]
+    spare = [i for i in named if i not in used]
+    # Names such as <|finetune_right_pad_id|> and <|reserved_special_token_7|> say they are free.
+    for word in ("pad", "reserved", "unk", "unused"):
+        for i in spare:
+            if word in tokenizer.added_tokens_decoder[i].content.lower():
+                return int(i)
+    raise UserError(
+        "the tokenizer's padding token is also an end token, and no other special token is free",
+        where=str(tokenizer.name_or_path),
+        fix="set pad_token in its tokenizer_config.json to a token of its own",
+    )
