@@ -78,8 +78,8 @@ class Checkpoints:
                 self._keep_newest(1)
             if lacking := self._lacks(nbytes):
                 raise NotSaved(
-                    f"the disk of {self.folder} is too full: a checkpoint takes "
-                    f"{nbytes / 1e9:.2f} GB, {lacking / 1e9:.2f} GB are missing"
+                    f"the disk of {self.folder} is too full: a checkpoint of {nbytes / 1e6:.1f} MB "
+                    f"and {ROOM_LEFT / 1e6:.0f} MB for other files lack {lacking / 1e6:.1f} MB"
                 )
             staging.mkdir()
         except OSError as problem:

@@ -186,7 +186,9 @@ def test_a_full_disk_is_told_before_anything_is_written_and_old_ones_make_room(
     monkeypatch.setattr(shutil, "disk_usage", usage)
     run.checkpoints.begin(3, gigabyte * 3 // 2)  # fits once the older of the two has gone
     assert names(run) == [".staging-000003", "step-000002"]
-    with pytest.raises(NotSaved, match=r"takes 3\.22 GB, 1\.14 GB are missing"):
+    with pytest.raises(
+        NotSaved, match=r"a checkpoint of 3221\.2 MB and 67 MB for other files lack 1140\.9 MB"
+    ):
         run.checkpoints.begin(3, gigabyte * 3)
     assert names(run) == ["step-000002"]  # the newest good one is never given up
 
