@@ -33,9 +33,15 @@ class CurrentWeights:
         self._clock = clock
         self._event = event
         self._awaited: dict[int, asyncio.Event] = {}  # by index; set when it is to wait no longer
+        self._lost: WeightManifest | None = None  # the newest whose learner is gone
         self.manifest: WeightManifest | None = None
         self.first: asyncio.Future[WeightManifest] | None = None  # from the learner's start
         self.source: Callable[[], Awaitable[None]] = _answers  # whether the learner is there
+
+    def lost(self) -> None:
+        """Their learner is gone, and what it held with it. The next one may answer already, long
+        before it has published them anew."""
+        self._lost = self.manifest
 
     async def load(self, member: Member, manifest: WeightManifest) -> SwapReport:
         """Raises WeightsAway where the learner is gone, Retryable or WeightMismatch where the
@@ -48,7 +54,7 @@ class CurrentWeights:
                     f"not on version {manifest.version} within {self._timeout_s:.0f} s"
                 ) from None
             except Retryable as problem:
-                await self._require_source(problem)
+                await self._require_source(manifest, problem)
                 raise
             except WeightMismatch:
                 # Here, where it is known which version it was: a newer one may be on its way.
@@ -103,9 +109,11 @@ class CurrentWeights:
             await self._clock.sleep(LOOK_S)
         member.waits_for = "weights"
 
-    async def _require_source(self, problem: Retryable) -> None:
+    async def _require_source(self, manifest: WeightManifest, problem: Retryable) -> None:
         """Raises WeightsAway where it is the learner that is gone: the worker is not to blame, and
         goes on with the weights it has."""
+        if self._lost is not None and (manifest is self._lost or self.manifest is self._lost):
+            raise WeightsAway(f"{problem}; their learner is gone") from problem
         try:
             await within(SOURCE_S, self.source())
         except (AccordError, TimeoutError) as gone:

@@ -31,6 +31,8 @@ class Workers(Protocol):
 
     def submit(self, assignments: Sequence[Assignment]) -> None: ...
 
+    def weights_lost(self) -> None: ...
+
 
 class LearnerSteps:
     """``after_each``: called when the books of a step are closed."""
@@ -158,6 +160,7 @@ class LearnerSteps:
                 task.cancel()
                 self._saving.due |= name in ("snapshot", "save")
         self._broadcasts.forget()
+        self._workers.weights_lost()
         self._workers.faults["learner"] += 1
         self._learner.replace(problem, self.done)
 

@@ -107,6 +107,10 @@ class WorkerPool:
         """``source`` answers while the learner is there; asked when a worker cannot get weights."""
         self._recruiter.weights.source = source
 
+    def weights_lost(self) -> None:
+        """The learner that published the current weights is lost."""
+        self._recruiter.weights.lost()
+
     async def start(self, count: int, first: Awaitable[WeightManifest]) -> None:
         """Start ``count`` workers. Returns when all serve, or when ``min_workers`` do and the
         others have failed once or waited for ``start_timeout_s``: those come later.

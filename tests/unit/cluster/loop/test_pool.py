@@ -16,6 +16,7 @@ from cluster.contracts.errors import (
     RewardFailure,
     Unexpected,
     UserError,
+    WeightsAway,
     WorkerDied,
     WorkersGone,
 )
@@ -167,6 +168,26 @@ def test_a_broadcast_waits_no_longer_for_a_joiner_that_cannot_come(what: str) ->
             assert world.pool.count("starting") == 1
 
     play(scene, change)
+
+
+def test_a_worker_that_misses_a_lost_learners_weights_goes_on_while_the_next_one_starts() -> None:
+    """The next one's process already answers, but has not published them yet."""
+
+    async def scene(world: World) -> None:
+        await world.start(2)
+        slow = world.workers[0, 0]
+        slow.load_s, slow.load_problem = 2.0, Retryable("weights of version 1 are lost")
+        broadcast = asyncio.create_task(world.pool.broadcast(manifest(1)))
+        await asyncio.sleep(1)
+        world.pool.weights_lost()
+        with pytest.raises(WeightsAway):
+            await broadcast
+        assert "worker_lost" not in world.kinds()
+        slow.load_problem = None
+        await world.pool.broadcast(manifest(1))
+        assert slow.loaded == [0, 1]
+
+    play(scene)
 
 
 def test_a_worker_that_does_not_take_an_update_in_time_is_replaced_and_the_others_go_on() -> None:
