@@ -109,7 +109,11 @@ def main() -> None:
     """Entry point. Exit codes: see docs/operate.md."""
     prepare_environment()
     with command_signals() as signals:
-        code = _run(signals)
+        try:
+            code = _run(signals)
+        except KeyboardInterrupt:  # it came, or came again, when the command had just ended
+            code = _interrupted(signals)
+        signals.over()
         sys.stdout.flush()
         sys.stderr.flush()
         if code in (exit_code(signal.SIGINT), exit_code(signal.SIGTERM)):
@@ -144,6 +148,7 @@ def _run(signals: CommandSignals) -> int:
 
 
 def _interrupted(signals: CommandSignals, detail: str = "") -> int:
+    signals.over()
     number = signals.heard() or signal.SIGINT
     _tell(f"{WORDS[number]}{detail}")
     return exit_code(number)

@@ -40,6 +40,18 @@ HOSTILE = {
 }
 
 
+def one_of_each(folder: Path, part: str) -> None:
+    """A run in each state; ``part``: name of the one inside the quickstart's folder."""
+    training(folder, "live")
+    finished(folder, "first", win_rate=0.61)
+    finished(folder, "second", win_rate=0.74, seed=2)
+    dead(folder, "gone")
+    damaged(folder, "torn")
+    unreadable(folder, "cut")
+    hostile_events(training(folder, "hostile", texts=tuple(HOSTILE.values())))
+    finished(evaluated(folder, "quick").path, part)
+
+
 def training(folder: Path, name: str, *, steps: int = 40, asked: int = 60, **kw: Any) -> Run:
     """A training in progress, driven by this process, with ``texts`` among its completions."""
     run = Run.create(str(folder), name, "train", _config(asked))

@@ -22,6 +22,7 @@ from cluster.loop.timeline import Timeline
 from cluster.machine.signals import last_words, signal_handlers_kept
 from cluster.runs.console import Reporter
 from cluster.runs.control import forget_pause_and_stop
+from cluster.runs.event_words import words_for
 from cluster.runs.mirror import Mirror
 from cluster.runs.quarantine import put_in_quarantine
 from cluster.runs.run import RESUMABLE, Run
@@ -62,68 +63,12 @@ class RunSession:
             self.start.ends("learner")
         elif kind == "worker_serving":
             self.start.ends(detail["worker"], f" ({detail.get('engine', 'engine')})")
-            if detail.get("note"):
-                self.reporter.say(str(detail["note"]))
         elif kind == "loop_started":
             self.start.begins(FIRST_BATCH)
-        elif kind in ("learner_lost", "reward_service_lost"):
-            role = "learner" if kind == "learner_lost" else "reward service"
-            cause = str(detail["cause"]).splitlines()[0]
-            self.reporter.say(f"the {role} is lost and started again: {cause}")
-        elif kind == "learner_replaced":
-            self.reporter.say(
-                f"another learner goes on at version {detail['version']}, after "
-                f"{detail['seconds']:.1f} s"
-            )
-        elif kind == "rolled_back":
-            self.reporter.say(
-                f"the run goes back to step {detail['step']}, its newest checkpoint: "
-                f"{detail['cause']}"
-            )
-        elif kind in ("worker_lost", "worker_not_joined", "worker_broken"):
-            self.reporter.say(f"{detail['worker']}: {detail['cause']}")
-        elif kind == "stalled":
-            where = detail.get("file") or f"no file could be written ({detail.get('cause')})"
-            self.reporter.say(
-                f"nothing has moved for {detail['idle_s']} s; waiting for {detail['waits_for']}: "
-                f"{where}"
-            )
-        elif kind == "workers_missing":
-            self.reporter.say(
-                f"{detail['serving']} of at least {detail['min_workers']} workers serve: "
-                f"{detail['cause']}"
-            )
         elif kind == "prompt_set_aside":
             put_in_quarantine(self.path, detail)
-            self.reporter.say(
-                f"{detail['where'] or detail['prompt']}: set aside, {detail['cause']}"
-            )
-        elif kind == "rollouts_not_written":
-            self.reporter.say(f"training goes on without rollouts on disk: {detail['cause']}")
-        elif kind == "rollouts_written_again":
-            self.reporter.say(
-                f"rollouts are written again; those of {detail['missing']} steps are missing"
-            )
-        elif kind == "sink_failed":
-            self.reporter.say(
-                f"training goes on, but {detail['sink']} does not take the numbers of step "
-                f"{detail['step']}: {detail['cause']}"
-            )
-        elif kind == "sink_recovered":
-            self.reporter.say(
-                f"{detail['sink']} takes numbers again, after {detail['failures']} failures"
-            )
-        elif kind == "learner_out_of_memory":
-            self.reporter.say(
-                f"step {detail['step']} did not fit into the learner's memory; it was trained with "
-                f"learner.tokens_per_microbatch = {detail['tokens_per_microbatch']}. Set the key "
-                "to this value to save the attempts that fail"
-            )
-        elif kind == "checkpoint_failed":
-            self.reporter.say(
-                f"no checkpoint was written at step {detail['step']}; training goes on, and the "
-                f"next interval tries again: {detail['cause']}"
-            )
+        if (words := words_for(kind, detail)) is not None:
+            self.reporter.say(words)
 
     def account(self, **row: Any) -> None:
         self.run.account(**row)

@@ -137,7 +137,6 @@ class LiveMeter:
         look = self._remember(now, loop, pool)
         workers = tuple(self._worker(facts, now) for facts in pool.workers)
         shares = self._shares(look)
-        age = None if learner_heard_at is None else round(now - learner_heard_at, 1)
         statuses = Counter(worker.status for worker in workers)
         view = LiveView(
             run=self.run,
@@ -156,14 +155,7 @@ class LiveMeter:
                 "restarted": pool.restarts,
                 "left": pool.left,
             },
-            learner=LearnerView(
-                state=loop.learner,
-                state_s=round(now - loop.learner_since, 1),
-                step=loop.step,
-                busy=shares.get("learner", 0.0),
-                heartbeat_age_s=age,
-                silent=age is not None and age > SILENT_S,
-            ),
+            learner=_learner_view(now, loop, learner_heard_at, shares.get("learner", 0.0)),
             rewards=RewardView(
                 waiting=sum(worker.scoring for worker in workers),
                 seconds_per_group=self._seconds_per_group(look),
@@ -297,3 +289,15 @@ def only_scoring(workers: Sequence[WorkerFacts]) -> bool:
     """Whether the groups in hand are all generated, and only their scores are to come."""
     groups = sum(facts.groups for facts in workers)
     return groups > 0 and not any(facts.stats.get("unfinished", 0.0) for facts in workers)
+
+
+def _learner_view(now: float, loop: LoopFacts, heard_at: float | None, busy: float) -> LearnerView:
+    age = None if heard_at is None else round(now - heard_at, 1)
+    return LearnerView(
+        state=loop.learner,
+        state_s=round(now - loop.learner_since, 1),
+        step=loop.step,
+        busy=busy,
+        heartbeat_age_s=age,
+        silent=age is not None and age > SILENT_S,
+    )

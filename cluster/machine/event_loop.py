@@ -8,7 +8,13 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar, cast
 
-from cluster.machine.signals import WORDS, in_command, listening, signal_handlers_kept
+from cluster.machine.signals import (
+    WORDS,
+    first_acts_second_interrupts,
+    in_command,
+    listening,
+    signal_handlers_kept,
+)
 
 T = TypeVar("T")
 
@@ -45,15 +51,7 @@ class StopSwitch:
 def _handlers(loop: asyncio.AbstractEventLoop, act: Callable[[], None]) -> Iterator[None]:
     """In a program that imports Accord: the first signal calls ``act`` in the loop, the second
     interrupts it."""
-    heard = False
-
-    def handle() -> None:
-        nonlocal heard
-        if heard:
-            raise KeyboardInterrupt
-        heard = True
-        act()
-
+    handle = first_acts_second_interrupts(act)
     with signal_handlers_kept():
         for number in WORDS:
             loop.add_signal_handler(number, handle)

@@ -41,6 +41,7 @@ class CommandSignals:
     def __init__(self) -> None:
         self.first: signal.Signals | None = None
         self._raised = False  # in the main thread, for the first signal
+        self._over = False  # the command has ended, and is about to say how
         self._listener: Callable[[], None] | None = None
         self._patient = False  # whoever listens may take as long as it needs
         self._last_words: list[Callable[[], None]] = []
@@ -83,14 +84,20 @@ class CommandSignals:
             self._caught_up.wait(CATCH_UP_S)
         return self.first
 
+    def over(self) -> None:
+        """The command has ended: from now on nothing is interrupted. What is left (a line that says
+        how it ended) may still be ended by force."""
+        self._over = True
+
     def check(self) -> None:
         """Raise KeyboardInterrupt if a signal has come and the interrupt is not under way."""
-        if self.first is not None and self._listener is None and not _interrupt_under_way():
+        expected = self.first is not None and self._listener is None and not self._over
+        if expected and not _interrupt_under_way():
             raise KeyboardInterrupt
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         first, self._raised = not self._raised, True
-        if first and self._listener is None:
+        if first and self._listener is None and not self._over:
             raise KeyboardInterrupt
 
     def _lost(self, told: sys.UnraisableHookArgs) -> None:
@@ -248,19 +255,25 @@ def listening(act: Callable[[], None], *, patient: bool = False) -> Iterator[Non
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
+    handle = first_acts_second_interrupts(act)
+    with signal_handlers_kept():
+        for number in WORDS:
+            signal.signal(number, handle)
+        yield
+
+
+def first_acts_second_interrupts(act: Callable[[], None]) -> Callable[..., None]:
+    """A handler for signals in a program that imports Accord."""
     heard = False
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(*_: object) -> None:
         nonlocal heard
         if heard:
             raise KeyboardInterrupt
         heard = True
         act()
 
-    with signal_handlers_kept():
-        for number in WORDS:
-            signal.signal(number, handle)
-        yield
+    return handle
 
 
 @contextmanager

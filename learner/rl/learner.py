@@ -146,11 +146,7 @@ class PPOLearner:
             # Only after publishing: a step whose weights nobody has got leaves no rollouts file.
             self._writer.write(batch.step, attach(rollouts.table, record))
         # After publishing: what a step costs includes its weights.
-        wall = time.perf_counter() - began
-        cpu = self._ranks.total(time.process_time() - cpu_began, state.networks.device)
-        metrics += _speed(rollouts, wall, cpu)
-        work = step_flops(state.networks, settings, rollouts, plan.value_only)
-        metrics.append(last("perf/mfu", work / (wall * self._peak)))
+        metrics += self._cost(rollouts, plan, began, cpu_began)
         return StepResult(
             step=batch.step,
             version=state.version,
@@ -162,6 +158,16 @@ class PPOLearner:
             if trained_with is settings
             else trained_with.learner.tokens_per_microbatch,
         )
+
+    def _cost(
+        self, rollouts: RolloutBatch, plan: StepPlan, began: float, cpu_began: float
+    ) -> list[Metric]:
+        """Of a step that began at these seconds of the wall clock and of the process's CPU."""
+        networks = self.state.networks
+        wall = time.perf_counter() - began
+        cpu = self._ranks.total(time.process_time() - cpu_began, networks.device)
+        work = step_flops(networks, self.settings, rollouts, plan.value_only)
+        return [*_speed(rollouts, wall, cpu), last("perf/mfu", work / (wall * self._peak))]
 
     def snapshot(self) -> Snapshot | None:
         """Copy what a checkpoint holds, so that it can be written while training goes on; None on

@@ -24,16 +24,7 @@ STARTED = re.compile(r"(http://127\.0\.0\.1:\d+/)\?token=\S+")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, run_dirs: ModuleType) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    run_dirs.training(folder, "live")
-    run_dirs.finished(folder, "first", win_rate=0.61)
-    run_dirs.finished(folder, "second", win_rate=0.74, seed=2)
-    run_dirs.dead(folder, "gone")
-    run_dirs.damaged(folder, "torn")
-    run_dirs.unreadable(folder, "cut")
-    hostile = run_dirs.training(folder, "hostile", texts=tuple(run_dirs.HOSTILE.values()))
-    run_dirs.hostile_events(hostile)
-    quick = run_dirs.evaluated(folder, "quick")
-    run_dirs.finished(quick.path, "ppo-with-a-rather-long-name-of-many-words-and-no-space")
+    run_dirs.one_of_each(folder, "ppo-with-a-rather-long-name-of-many-words-and-no-space")
     return folder
 
 

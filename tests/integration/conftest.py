@@ -28,6 +28,30 @@ WORDS = ("battery", "screen", "hours", "broken", "great", "how", "long", "does",
 STARTED_BY_RAY = ("raylet", "gcs_server", "ray::")
 
 
+@pytest.fixture(scope="session")
+def measured_by(
+    repo_root: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], dict[str, Any]]:
+    """What a script of this folder writes into results.json of the folder it is given: an engine is
+    best measured in a process of its own."""
+
+    def run(script: str) -> dict[str, Any]:
+        folder = tmp_path_factory.mktemp("measured")
+        result = subprocess.run(
+            [sys.executable, str(repo_root / "tests" / "integration" / script), str(folder)],
+            cwd=repo_root,
+            env={**os.environ, "PYTHONPATH": str(repo_root)},
+            capture_output=True,
+            text=True,
+            timeout=280,
+        )
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
+        measured: dict[str, Any] = json.loads((folder / "results.json").read_text("utf-8"))
+        return measured
+
+    return run
+
+
 @dataclass(frozen=True)
 class World:
     """Paths of what the commands are given; read only."""

@@ -5,11 +5,7 @@ All measured once by vllm_limits.py in its own process; each test asserts on a p
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,19 +18,8 @@ VARYING, FIXED = ("top_k", "top_p", "min_p", "all"), ("banned_tokens", "allowed_
 
 
 @pytest.fixture(scope="module")
-def measured(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("limits")
-    script = repo_root / "tests" / "integration" / "vllm_limits.py"
-    result = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        cwd=repo_root,
-        env={**os.environ, "PYTHONPATH": str(repo_root)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+def measured(measured_by: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return measured_by("vllm_limits.py")
 
 
 @pytest.mark.parametrize("name", [*VARYING, "min_tokens", *FIXED])

@@ -5,11 +5,7 @@ All measured once by vllm_torture.py in its own process; each test asserts on a 
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,19 +17,8 @@ EXACT = 1e-4  # nats; float32 against transformers
 
 
 @pytest.fixture(scope="module")
-def measured(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("torture")
-    script = repo_root / "tests" / "integration" / "vllm_torture.py"
-    result = subprocess.run(
-        [sys.executable, str(script), str(folder)],
-        cwd=repo_root,
-        env={**os.environ, "PYTHONPATH": str(repo_root)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-6000:]
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+def measured(measured_by: Callable[[str], dict[str, Any]]) -> dict[str, Any]:
+    return measured_by("vllm_torture.py")
 
 
 @pytest.mark.parametrize("mode", ["recompute", "keep"])

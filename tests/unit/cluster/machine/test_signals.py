@@ -116,6 +116,23 @@ async def serve():
 def work():
     run_coroutine(serve())
 """
+TELLS_SLOWLY = """
+import asyncio
+tell = launch._tell
+
+def tell_slowly(text):
+    time.sleep(0.5)
+    tell(text)
+
+launch._tell = tell_slowly
+
+async def serve():
+    print("waits", flush=True)
+    await asyncio.sleep(60)
+
+def work():
+    run_coroutine(serve())
+"""
 
 
 class Library:
@@ -184,12 +201,22 @@ def test_work_in_an_event_loop_is_cancelled_and_tidies_up() -> None:
     )
 
 
+def test_the_interrupt_is_not_raised_again_while_the_command_says_how_it_ended() -> None:
+    found, _, err = Library(TELLS_SLOWLY, again=0.0).signalled(signal.SIGTERM)
+    assert (found, err) == (143, "accord: terminated\n")
+
+
 @pytest.mark.parametrize("work", [HANGS, STUCK], ids=["hangs", "stuck"])
 def test_a_command_that_does_not_end_is_ended_by_force_with_its_children(work: str) -> None:
     library = Library(work, force=1.0)
     code, _, err = library.signalled(signal.SIGINT)
     assert (code, err) == (130, "accord: interrupted\n")
     assert not library.child_lives
+
+
+def test_the_interrupt_is_not_raised_again_while_the_command_says_how_it_ended() -> None:
+    found, _, err = Library(TELLS_SLOWLY, again=0.0).signalled(signal.SIGTERM)
+    assert (found, err) == (143, "accord: terminated\n")
 
 
 @pytest.mark.parametrize("work", [HANGS, STUCK], ids=["hangs", "stuck"])
