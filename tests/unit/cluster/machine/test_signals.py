@@ -214,11 +214,6 @@ def test_a_command_that_does_not_end_is_ended_by_force_with_its_children(work: s
     assert not library.child_lives
 
 
-def test_the_interrupt_is_not_raised_again_while_the_command_says_how_it_ended() -> None:
-    found, _, err = Library(TELLS_SLOWLY, again=0.0).signalled(signal.SIGTERM)
-    assert (found, err) == (143, "accord: terminated\n")
-
-
 @pytest.mark.parametrize("work", [HANGS, STUCK], ids=["hangs", "stuck"])
 def test_the_second_signal_ends_it_at_once(work: str) -> None:
     library = Library(work, force=1000.0)
