@@ -42,17 +42,18 @@ def dawid_skene(
     items = tuple(labels)
     if not classes:
         return None
-    counts = _counts(labels, items, people, classes)
-    truth = counts.sum(axis=1)
+    given = _places(labels, items, people, classes)
+    truth = np.zeros((len(items), len(classes)))
+    np.add.at(truth, (given[0], given[2]), 1)
     truth /= truth.sum(axis=1, keepdims=True)
     for _ in range(rounds):
-        shares, confusion = _maximise(counts, truth, smoothing)
-        new = _expect(counts, shares, confusion)
+        shares, confusion = _maximise(given, truth, len(people), smoothing)
+        new = _expect(given, shares, confusion, len(items))
         moved = np.abs(new - truth).max()
         truth = new
         if moved < 1e-6:
             break
-    shares, confusion = _maximise(counts, truth, smoothing)
+    shares, confusion = _maximise(given, truth, len(people), smoothing)
     right = np.einsum("j,kjj->k", shares, confusion)
     return AnnotatorModel(
         classes=classes,
@@ -69,35 +70,41 @@ def dawid_skene(
     )
 
 
-def _counts(
+def _places(
     labels: Mapping[str, Mapping[str, str]],
     items: Sequence[str],
     people: Sequence[str],
     classes: Sequence[str],
 ) -> np.ndarray:
-    """[items, people, classes]: 1 where an annotator gave an item a class."""
-    found = np.zeros((len(items), len(people), len(classes)))
+    """[3, labels]: item, annotator and class of each label, as indices."""
     person = {name: k for k, name in enumerate(people)}
     place = {name: c for c, name in enumerate(classes)}
-    for number, item in enumerate(items):
-        for name, label in labels[item].items():
-            found[number, person[name], place[label]] = 1
-    return found
+    found = [
+        (number, person[name], place[label])
+        for number, item in enumerate(items)
+        for name, label in labels[item].items()
+    ]
+    return np.array(found, dtype=np.int64).T
 
 
 def _maximise(
-    counts: np.ndarray, truth: np.ndarray, smoothing: float
+    given: np.ndarray, truth: np.ndarray, people: int, smoothing: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    confusion = np.einsum("ij,ikl->kjl", truth, counts) + smoothing
+    item, person, label = given
+    classes = truth.shape[1]
+    counts = np.full((people, classes, classes), smoothing)  # [annotator, label, true class]
+    np.add.at(counts, (person, label), truth[item])
+    confusion = counts.transpose(0, 2, 1)
     total = confusion.sum(axis=2, keepdims=True)
-    even = np.full_like(confusion, 1 / counts.shape[2])
-    confusion = np.divide(confusion, total, out=even, where=total > 0)
-    return truth.mean(axis=0), confusion
+    even = np.full_like(confusion, 1 / classes)
+    return truth.mean(axis=0), np.divide(confusion, total, out=even, where=total > 0)
 
 
-def _expect(counts: np.ndarray, shares: np.ndarray, confusion: np.ndarray) -> np.ndarray:
+def _expect(given: np.ndarray, shares: np.ndarray, confusion: np.ndarray, items: int) -> np.ndarray:
+    item, person, label = given
     tiny = np.finfo(float).tiny
-    logs = np.log(shares + tiny) + np.einsum("ikl,kjl->ij", counts, np.log(confusion + tiny))
+    logs = np.tile(np.log(shares + tiny), (items, 1))
+    np.add.at(logs, item, np.log(confusion + tiny)[person, :, label])
     logs -= logs.max(axis=1, keepdims=True)
     weights = np.exp(logs)
     return weights / weights.sum(axis=1, keepdims=True)

@@ -149,13 +149,17 @@ def by_group(
         if name and judgement.is_label:
             groups.setdefault(name, []).append((item, judgement))
     measured = {name: _measures(entries) for name, entries in sorted(groups.items())}
+    hits, cases = Counter[str](), Counter[str]()
+    for measures in measured.values():
+        for key, measure in measures.items():
+            hits[key] += measure.hits
+            cases[key] += measure.n
     table = {}
     for name, own in measured.items():
-        tests = {}
-        for key in own:
-            others = [other[key] for rest, other in measured.items() if rest != name]
-            hits, n = sum(s.hits for s in others), sum(s.n for s in others)
-            tests[key] = difference_p(own[key].hits, own[key].n, hits, n)
+        tests = {
+            key: difference_p(m.hits, m.n, hits[key] - m.hits, cases[key] - m.n)
+            for key, m in own.items()
+        }
         known = [p for p in tests.values() if p is not None]
         table[name] = {
             "labels": len(groups[name]),
