@@ -12,7 +12,7 @@ from cluster.contracts.config.preferences import SnapshotConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.rows.files import raw_rows
 from cluster.contracts.rows.folders import read_snapshot
-from learner.offline.datasets import read_comparisons
+from learner.offline.datasets import read_preferences
 from reward_service.preferences.audit import audit_store
 from reward_service.preferences.export import export_preferences
 from reward_service.preferences.forget import forget, tombstones
@@ -94,16 +94,16 @@ def test_what_a_snapshot_holds(store: PreferenceStore, tmp_path: Path) -> None:
 
 def test_training_reads_a_snapshot_as_any_rows_file(store: PreferenceStore, tmp_path: Path) -> None:
     done = write_snapshot(store, tmp_path / "s", SnapshotConfig(test_fraction=0.25))
-    read = read_comparisons(str(done.path)).items
+    read = read_preferences(str(done.path)).items
     assert len(read) == done.counts["train.parquet"]
-    assert len(read_comparisons(str(done.path), "test").items) == done.counts["test.parquet"]
+    assert len(read_preferences(str(done.path), "test").items) == done.counts["test.parquet"]
     whole = write_snapshot(store, tmp_path / "whole", SnapshotConfig(test_fraction=0))
-    pairs = [(c.chosen, c.rejected) for c in read_comparisons(str(whole.path)).items]
-    rankings = read_comparisons(str(whole.path), "train_rankings")
+    pairs = [(c.chosen, c.rejected) for c in read_preferences(str(whole.path)).items]
+    rankings = read_preferences(str(whole.path), "train_rankings")
     assert [(c.chosen, c.rejected) for c in rankings.items] == pairs
     assert rankings.left_out.count == 1, "the tie is counted, not lost without a word"
     with pytest.raises(UserError, match="has no split 'validation'"):
-        read_comparisons(str(done.path), "validation")
+        read_preferences(str(done.path), "validation")
 
 
 def test_the_same_rows_have_the_same_hash_and_a_snapshot_never_changes(
