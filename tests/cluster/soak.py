@@ -99,7 +99,11 @@ class Faults:
         return hit
 
     def scale(self, rng: random.Random, left_s: float) -> bool:
-        self.run.accord("scale", "runs/soak", str(rng.choice((0, 2, 3, 4))))
+        count = rng.choice((0, 1, 3, 4))
+        self.run.accord("scale", "runs/soak", str(count))
+        if count == 0:
+            time.sleep(min(left_s, rng.uniform(2, 8)))
+            self.run.accord("scale", "runs/soak", "2")
         return True
 
     def schedule(self, seconds: float) -> None:
