@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -108,7 +109,16 @@ class SoakRun:
         return path.read_text(errors="replace") if path.is_file() else ""
 
     def join(self, host: int) -> None:
-        self.lab.ray_join(host, cpus=4, words=(ROOM,), **HEALTH)
+        """Again where Ray itself does not start in time, as on a machine with much else to do."""
+        for tries_left in (2, 1, 0):
+            try:
+                self.lab.ray_join(host, cpus=4, words=(ROOM,), **HEALTH)
+            except (RuntimeError, subprocess.TimeoutExpired):
+                if not tries_left:
+                    raise
+                self.lab.kill(host)
+            else:
+                return
 
     def rejoin_all(self) -> None:
         """A host that Ray took for dead ends its own processes: start them anew."""
