@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.assembly.live_labelling import LiveSampling, add_new
 from cluster.contracts.config.label import LabelConfig, LabelDataConfig
 from cluster.contracts.errors import UserError
 from cluster.pages.access import Access, names_of
@@ -26,6 +27,12 @@ class LabelSite:
     server: PageServer
     desk: Desk
     invitation: str
+    feeder: LiveSampling | None = None
+
+    def stop(self) -> None:
+        if self.feeder is not None:
+            self.feeder.stop()
+        self.server.stop()
 
 
 def open_label_site(config: LabelConfig, say: Callable[[str], None]) -> LabelSite:
@@ -38,9 +45,10 @@ def open_label_site(config: LabelConfig, say: Callable[[str], None]) -> LabelSit
     )
     people = People(store)
     desk = Desk(labelling, people, rules_of(config.page, people, config.data.gold_every))
+    live = None if config.live.policy is None else LiveSampling(config, labelling, say)
     added = add_new(store, new)
     progress = labelling.progress()
-    if not progress.items:
+    if not progress.items and live is None:
         raise UserError(
             "there is nothing to label",
             where=str(store.path),
@@ -49,7 +57,10 @@ def open_label_site(config: LabelConfig, say: Callable[[str], None]) -> LabelSit
     say(f"{added} items were added; {progress.done} of {progress.items} are labelled.")
     access = Access(hosts=names_of(config.server.host), asks_token=False)  # there are sessions
     server = PageServer(label_app(desk), access, config.server.host, config.server.port)
-    return LabelSite(server, desk, f"{server.url}join/{people.invite('admin')}")
+    if live is not None:
+        desk.live = live.status
+        live.start()
+    return LabelSite(server, desk, f"{server.url}join/{people.invite('admin')}", live)
 
 
 def _read(data: LabelDataConfig, say: Callable[[str], None]) -> list[Item]:
@@ -62,10 +73,3 @@ def _read(data: LabelDataConfig, say: Callable[[str], None]) -> list[Item]:
     if data.gold is not None:
         found += read_gold(data.gold, license=data.license, created_at=now)
     return found
-
-
-def add_new(store: PreferenceStore, items: list[Item]) -> int:
-    """Adds the items that are not there yet, however long ago the others came; how many."""
-    known = {item.id for item in store.items()}
-    new = {item.id: item for item in items if item.id not in known}
-    return store.add_items(new.values())

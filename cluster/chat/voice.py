@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from cluster.contracts.errors import UserError
-from cluster.runs.checkpoints import in_order
+from cluster.runs.policies import policy_directory
 
 Show = Callable[[str], None]
 Score = Callable[[Sequence[Mapping[str, str]], "Reply"], float]
@@ -140,24 +140,6 @@ class _Pieces:
         self.text = text
         if new:
             self._show(new)
-
-
-def policy_directory(path: str) -> str:
-    """A run directory stands for the policy it produced or, while it trains, for that of its newest
-    checkpoint; anything else is taken as it is."""
-    run = Path(path)
-    if (run / "policy").is_dir():
-        return str(run / "policy")
-    found = [path / "policy" for path in in_order(run / "checkpoints")]
-    if found := [path for path in found if path.is_dir()]:
-        return str(found[-1])
-    if (run / "manifest.json").is_file():
-        raise UserError(
-            "is a run without a policy",
-            where=path,
-            fix="wait for its first checkpoint, or give a run of sft, dpo, train or quickstart",
-        )
-    return path
 
 
 def reward_scorer(path: str) -> Score:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from cluster.commands.options import Overrides
+from cluster.commands.options import Overrides, complete_run
 
 
 def label(
@@ -19,6 +19,14 @@ def label(
         ),
     ],
     overrides: Overrides = None,
+    policy: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RUN",
+            help="Sample new completions from this run's newest policy while people label.",
+            autocompletion=complete_run,
+        ),
+    ] = None,
 ) -> None:
     """Let people compare, rank and edit completions in a browser.
 
@@ -28,6 +36,8 @@ def label(
     Example: `accord label preferences.db data.files=[completions.jsonl]`
 
     Example: `accord label examples/label.toml data.overlap=2`
+
+    Example: `accord label preferences.db --policy runs/my-run`
     """
     import threading
 
@@ -37,7 +47,7 @@ def label(
     from cluster.pages.access import LOOPBACK
     from cluster.runs.console import Reporter, result
 
-    words = overrides or []
+    words = [*(overrides or []), *([f"live.policy={policy}"] if policy else [])]
     if config.suffix in (".db", ".sqlite"):
         settings = load_config(LabelConfig, None, [f"store={config}", *words])
     else:
@@ -51,4 +61,4 @@ def label(
     try:
         threading.Event().wait()
     finally:
-        site.server.stop()
+        site.stop()

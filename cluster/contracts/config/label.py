@@ -69,6 +69,29 @@ class LabelPageConfig(Section):
     rationale: bool = Field(False, description="Refuse a label without a reason in words.")
 
 
+class LabelLiveConfig(Section):
+    """New completions from a policy while people label."""
+
+    policy: str | None = Field(
+        None,
+        description="A run directory, also of a run in progress, or a model directory. Its newest "
+        "policy writes new completions whenever few items are left. none: only what is in the "
+        "store is labelled.",
+    )
+    prompts: str | None = Field(
+        None, description="File of prompts. none: that of the run's config."
+    )
+    ahead: int = Field(
+        20, ge=1, description="New completions are sampled when fewer items than this are free."
+    )
+    prompts_per_round: int = Field(
+        16, ge=1, description="Prompts that are sampled at once. The engine starts for each round."
+    )
+    max_tokens: int = Field(256, ge=1, description="Longest completion in tokens.")
+    temperature: float = Field(1.0, gt=0, description="Temperature of sampling.")
+    seed: int = Field(0, ge=0, description="Seed of sampling and of the order of prompts.")
+
+
 class LabelServerConfig(Section):
     host: str = Field(
         "127.0.0.1",
@@ -86,4 +109,5 @@ class LabelConfig(Section):
     )
     data: LabelDataConfig = LabelDataConfig()
     page: LabelPageConfig = LabelPageConfig()
+    live: LabelLiveConfig = LabelLiveConfig()
     server: LabelServerConfig = LabelServerConfig()

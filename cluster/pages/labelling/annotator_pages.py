@@ -111,7 +111,8 @@ def _add_tasks(app: FastAPI, desk: Desk) -> None:
         item = desk.next_item(session.who)
         if item is not None:
             return _to(f"/task/{quote(item.id, safe='')}")
-        return page("label_done.html.j2", **_around(session), **_standing(desk, session))
+        live = desk.live() if desk.live is not None else ""
+        return page("label_done.html.j2", **_around(session), **_standing(desk, session), live=live)
 
     @app.get("/task/{item_id}")
     def task(session: Reader, item_id: str, compare: str = "", plain: bool = False) -> Response:

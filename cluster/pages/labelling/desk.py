@@ -88,6 +88,7 @@ class Desk:
         self.labelling = labelling
         self.people = people
         self.rules = rules
+        self.live: Callable[[], str] | None = None  # says how live sampling goes, where it does
         self._clock: Callable[[], float] = labelling.clock
 
     # -- before the first item ---------------------------------------------------------------------
