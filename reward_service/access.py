@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cluster.contracts.config.reward import GrpcSource, RewardConfig, TlsSection
+from cluster.contracts.config.reward import GrpcSource, JudgeSource, RewardConfig, TlsSection
 from cluster.contracts.errors import UserError
 from cluster.contracts.private_files import read_private
 
@@ -63,8 +63,11 @@ def service_access(config: RewardConfig) -> Access:
     return Access(token=os.environ.get(SERVICE_TOKEN), tls=_tls(config.tls))
 
 
-def source_access(source: GrpcSource) -> Access:
+def source_access(source: GrpcSource | JudgeSource) -> Access:
     """For a service that scores as a source. Raises UserError when its token is not set."""
+    if isinstance(source, JudgeSource):
+        where = f"reward.sources, {source.name}: key_env"
+        return Access(token=key_from_environment(source.key_env, where))
     token = os.environ.get(source.token_env) if source.token_env else None
     if source.token_env and not token:
         raise UserError(
@@ -75,9 +78,34 @@ def source_access(source: GrpcSource) -> Access:
     return Access(token=token, tls=_tls(source.tls))
 
 
+def key_from_environment(name: str | None, where: str) -> str | None:
+    """A judge's key; None where no variable is named. Raises UserError when it is not set, or when
+    no header takes it."""
+    if name is None:
+        return None
+    key = os.environ.get(name, "").strip()
+    if not key:
+        raise UserError(
+            f"the environment variable {name} is not set",
+            where=where,
+            fix="put the endpoint's key into it, or leave key_env out",
+        )
+    if not key.isascii() or not key.isprintable():
+        raise UserError(
+            f"the environment variable {name} holds characters that no header takes",
+            where=where,
+            fix="put the endpoint's key into it, and nothing else",
+        )
+    return key
+
+
 def sources_access(config: RewardConfig) -> Mapping[str, Access]:
     """By the name of the source, for a service that scores in another process or host."""
-    return {s.name: source_access(s) for s in config.sources if isinstance(s, GrpcSource)}
+    return {
+        source.name: source_access(source)
+        for source in config.sources
+        if isinstance(source, GrpcSource | JudgeSource)
+    }
 
 
 def _tls(section: TlsSection | None) -> Tls | None:

@@ -32,10 +32,10 @@ def make_asker(config: JudgeConfig, cluster: ClusterConfig) -> Asker:
         from cluster.assembly.local_judge import LocalAsker
 
         return LocalAsker(config, cluster)
+    from reward_service.access import key_from_environment
     from reward_service.judge.asker import EndpointAsker
-    from reward_service.judge.endpoint import read_key
 
-    return EndpointAsker(config, read_key(config.key_env))
+    return EndpointAsker(config, key_from_environment(config.key_env, "judge.key_env"))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ class Halted(RewardFailure):
 
 class EndpointAsker:
     """``Asker`` of an endpoint; one call of ``ask`` at a time. ``key``: of the endpoint, as
-    ``read_key`` found it. ``sleep``: for tests."""
+    ``key_from_environment`` found it. ``sleep``: for tests."""
 
     def __init__(
         self,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -34,22 +33,6 @@ class NoAnswer(RewardFailure):
 
 class BrokenAnswer(BadReward):
     """An answer with status 200 that is not of the API's form."""
-
-
-def read_key(key_env: str | None, where: str = "judge.key_env") -> str | None:
-    """The endpoint's key. Raises UserError when its variable is not set or cannot be sent."""
-    if key_env is None:
-        return None
-    key = os.environ.get(key_env, "").strip()
-    if not key or not key.isascii() or not key.isprintable():
-        raise UserError(
-            f"the environment variable {key_env} is not set"
-            if not key
-            else f"the environment variable {key_env} holds characters that no header takes",
-            where=where,
-            fix="put the endpoint's key into it, or leave key_env out",
-        )
-    return key
 
 
 class Endpoint:

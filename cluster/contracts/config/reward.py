@@ -15,6 +15,7 @@ from cluster.contracts.config.base import (
     labels,
     resources,
 )
+from cluster.contracts.config.judge import JudgeConfig
 from cluster.contracts.registry import REWARD_KINDS, RewardKind
 
 
@@ -115,7 +116,27 @@ class GrpcSource(Section):
     at_least: float | None = _constraint()
 
 
-for _section in (RewardModelSource, FunctionSource, RulesSource, GrpcSource):
+class JudgeSource(JudgeConfig):
+    type: Literal["judge"] = Field(
+        "judge", description="An AI judge that rates each completion from 1 to 10."
+    )
+    rubric: str = Field(
+        min_length=1, description="What the judge rates by, in plain words: what earns 10, what 1."
+    )
+    weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
+    name: str = Field("judge", description="Name in metrics and reports.")
+
+    @model_validator(mode="after")
+    def _check_source(self) -> JudgeSource:
+        if self.engine != "openai":
+            raise ValueError(
+                "a reward of type 'judge' asks an endpoint: serve the model with `vllm serve` and "
+                "set base_url"
+            )
+        return self
+
+
+for _section in (RewardModelSource, FunctionSource, RulesSource, GrpcSource, JudgeSource):
     REWARD_KINDS.add_built_in(_section.model_fields["type"].default, RewardKind())
 
 
@@ -162,6 +183,7 @@ RewardSource = Annotated[
     | Annotated[FunctionSource, Tag("function")]
     | Annotated[RulesSource, Tag("rules")]
     | Annotated[GrpcSource, Tag("grpc")]
+    | Annotated[JudgeSource, Tag("judge")]
     | Annotated[PluginSource, Tag("plugin")],
     Discriminator(
         _kind,

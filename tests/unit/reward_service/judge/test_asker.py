@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from cluster.contracts.errors import BadReward, RewardFailure, UserError
+from reward_service.access import key_from_environment
 from reward_service.judge.asker import EndpointAsker
 from reward_service.judge.comparing import Pair, Tally, Verdict, verdicts
-from reward_service.judge.endpoint import read_key
 from reward_service.judge.limits import RateLimit
 from reward_service.judge.questions import rate
 from tests.judge_endpoint import (
@@ -180,11 +180,11 @@ def test_a_refusal_ends_at_once_and_says_what_to_do(status: int, fix: str) -> No
 
 def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGE_KEY", "sk-1")
-    assert read_key("JUDGE_KEY") == "sk-1"
-    assert read_key(None) is None
+    assert key_from_environment("JUDGE_KEY", "t") == "sk-1"
+    assert key_from_environment(None, "t") is None
     monkeypatch.setenv("JUDGE_KEY", "")
     with pytest.raises(UserError, match="JUDGE_KEY is not set"):
-        read_key("JUDGE_KEY")
+        key_from_environment("JUDGE_KEY", "t")
 
 
 def test_answers_are_kept_on_disk_and_bad_ones_are_not(tmp_path: Path) -> None:
