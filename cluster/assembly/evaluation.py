@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.assembly.ai_evaluation import Compared, compare_policies
+from cluster.assembly.ai_judge import make_asker
 from cluster.assembly.auto.resolve import resolve_evaluation
 from cluster.assembly.judging import scores_of
 from cluster.assembly.model_facts import read_model_facts
@@ -38,7 +40,7 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
     config = config.model_copy(update=models)
     config = resolve_evaluation(config, this_machine(), read_model_facts(config.policy)).config
     prompts = _prompts(config, reporter.say)
-    check_rewards(config.judge, prompts[0])
+    _check_judge(config, prompts[0])
     run = Run.create(
         config.run.dir,
         config.run.name,
@@ -47,16 +49,14 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
         seed=config.run.seed,
         parents={"policy": config.policy.path, "baseline": config.baseline.path},
     )
-    with (
-        run_session(run, reporter),
-        ray_cluster(config.cluster) as ray_info,
-        reporter.stage("evaluation"),
-    ):
-        # One worker or more per policy.
-        gpus = Need("a worker", {"GPU": config.rollout.gpus}, 2, keys={"GPU": "rollout.gpus"})
-        require_resources([gpus], ray_info, reporter.say)
-        with sampled_models([config.policy, config.baseline], ray_info) as files:
-            record = evaluate_in_cluster(config, prompts, run.path, files)
+    with run_session(run, reporter), reporter.stage("evaluation"):
+        with ray_cluster(config.cluster) as ray_info:
+            # One worker or more per policy.
+            gpus = Need("a worker", {"GPU": config.rollout.gpus}, 2, keys={"GPU": "rollout.gpus"})
+            require_resources([gpus], ray_info, reporter.say)
+            with sampled_models([config.policy, config.baseline], ray_info) as files:
+                after, before = sample_both(config, prompts, files)
+        record = judge_and_write(config, after, before, run.path)
     write_report(run.path)
     reporter.say(headline(record))
     if record["judge_was_reward"]:
@@ -95,14 +95,19 @@ def _prompts(
     return [p for p in policy if p.id in shared], [p for p in baseline if p.id in shared]
 
 
-def evaluate_in_cluster(
+def evaluate_in_cluster(config: EvaluateConfig, directory: Path) -> dict[str, Any]:
+    """Sample both policies, judge, write evaluation.json and samples.jsonl; needs Ray running."""
+    after, before = sample_both(config, _prompts(config))
+    return judge_and_write(config, after, before, directory)
+
+
+def sample_both(
     config: EvaluateConfig,
-    prompts: tuple[list[Prompt], list[Prompt]] | None,
-    directory: Path,
+    prompts: tuple[list[Prompt], list[Prompt]],
     files: Sequence[Shipment] = (Shipment(), Shipment()),
-) -> dict[str, Any]:
-    """Sample both policies side by side, judge, write evaluation.json and samples.jsonl."""
-    policy_prompts, baseline_prompts = prompts or _prompts(config)
+) -> tuple[list[Rollout], list[Rollout]]:
+    """Completions of policy and baseline, sampled side by side; needs Ray running."""
+    policy_prompts, baseline_prompts = prompts
     longest = max(len(p.token_ids) for p in (*policy_prompts, *baseline_prompts))
     jobs = [
         Sampling(
@@ -121,14 +126,21 @@ def evaluate_in_cluster(
         )
     ]
     after, before = sample_in_cluster(jobs)
-    return judge_and_write(config, after, before, directory)
+    return after, before
 
 
 def judges_trained_with(config: EvaluateConfig) -> list[str]:
-    """Names of the judge's sources that were the reward of the policy's own training, as the run
-    that the policy lies in says: scores of these say how far they were optimised, not more."""
-    rewards = {_identity(source) for source in _rewards_of(Path(config.policy.path))}
-    return [s.name for s in config.judge.sources if _identity(s.model_dump()) in rewards]
+    """Names of the judge's sources, or of the AI judge, that were the reward of the policy's own
+    training, as the run that the policy lies in says: scores of these say how far they were
+    optimised, not more."""
+    sources = _rewards_of(Path(config.policy.path))
+    if config.ai_judge is not None:
+        own = (config.ai_judge.base_url or "vllm", config.ai_judge.model)
+        trained = any((source.get("base_url"), source.get("model")) == own for source in sources)
+        return [config.ai_judge.model] if trained else []
+    rewards = {_identity(source) for source in sources}
+    judges = config.judge.sources if config.judge is not None else []
+    return [s.name for s in judges if _identity(s.model_dump()) in rewards]
 
 
 def _rewards_of(policy: Path) -> list[Mapping[str, Any]]:
@@ -158,20 +170,19 @@ def judge_and_write(
     from learner.evaluation.samples import Sample, write_samples
     from learner.evaluation.win_rate import length_controlled, outcomes, win_rate
 
-    judged = scores_of(config.judge, [(config.policy, after), (config.baseline, before)])
-    scores = [[score.value for score in own] for own in judged]
-    pairs = list(zip(scores[0], scores[1], strict=True))
+    judged = _judged(config, after, before)
+    pairs = judged.scores
     ids = [rollout.prompt.id for rollout in before]
     rate = win_rate(pairs, ids, tie_margin=config.tie_margin, seed=config.run.seed)
     lengths = [[len(r.text.split()) for r in answers] for answers in (after, before)]
     record: dict[str, Any] = {
         **rate.as_record(),
-        "judge": ", ".join(source.name for source in config.judge.sources),
+        **judged.record,
         "judge_was_reward": judges_trained_with(config),
         "policy": config.policy.path,
         "baseline": config.baseline.path,
-        "mean_score_policy": statistics.fmean(scores[0]),
-        "mean_score_baseline": statistics.fmean(scores[1]),
+        "mean_score_policy": statistics.fmean(policy for policy, _ in pairs),
+        "mean_score_baseline": statistics.fmean(baseline for _, baseline in pairs),
         "mean_length_policy": statistics.fmean(lengths[0]),
         "mean_length_baseline": statistics.fmean(lengths[1]),
     }
@@ -188,6 +199,26 @@ def judge_and_write(
         ],
     )
     return record
+
+
+def _check_judge(config: EvaluateConfig, prompts: Sequence[Prompt]) -> None:
+    """Raises UserError for a judge that cannot be used, before anything is sampled."""
+    if config.judge is not None:
+        check_rewards(config.judge, prompts)
+    if config.ai_judge is not None:
+        make_asker(config.ai_judge, config.cluster).close()
+
+
+def _judged(
+    config: EvaluateConfig, after: Sequence[Rollout], before: Sequence[Rollout]
+) -> Compared:
+    if config.ai_judge is not None:
+        return compare_policies(config.ai_judge, config.criteria, config.cluster, after, before)
+    rewards = config.judge
+    assert rewards is not None  # the config has one of the two
+    judged = scores_of(rewards, [(config.policy, after), (config.baseline, before)])
+    scores = [(a.value, b.value) for a, b in zip(*judged, strict=True)]
+    return Compared(scores, {"judge": ", ".join(source.name for source in rewards.sources)})
 
 
 def _question(rollout: Rollout) -> str:

@@ -399,7 +399,7 @@ def _evaluate(job: _Job) -> dict[str, Any]:
         rollout=RolloutConfig(max_tokens=MAX_ANSWER_TOKENS, gpus=0),
     )
     with job.timed("evaluation", ["ppo", "sft"]) as detail, job.reporter.stage("evaluation"):
-        record = evaluate_in_cluster(config, None, job.run.path)
+        record = evaluate_in_cluster(config, job.run.path)
         write_json(job.run.path / "evaluation.json", {**record, "judge_note": JUDGE_NOTE})
         detail["win rate"] = f"{record['win_rate']:.3f}"
     return record

@@ -31,7 +31,7 @@ OTHERS: dict[str, type[Section]] = {
     **dict.fromkeys(("reward_model", "reward_ensemble"), RewardModelConfig),
     "best_of_n": BestOfNConfig,
     "ai_label": AiLabelConfig,
-    "evaluate": EvaluateConfig,
+    **dict.fromkeys(("evaluate", "evaluate_ai"), EvaluateConfig),
     "label": LabelConfig,
     "snapshot": PreferencesConfig,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.contracts.config.base import (
     ClusterConfig,
@@ -11,6 +11,7 @@ from cluster.contracts.config.base import (
     RunConfig,
     Section,
 )
+from cluster.contracts.config.judge import HELPFUL, JudgeConfig
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 
@@ -25,7 +26,17 @@ class EvaluateConfig(Section):
     policy: ModelConfig
     baseline: ModelConfig
     data: DataConfig
-    judge: RewardConfig = Field(description="Scores both; training should never have seen it.")
+    judge: RewardConfig | None = Field(
+        None, description="Scores both; training should never have seen it."
+    )
+    ai_judge: JudgeConfig | None = Field(
+        None,
+        description="An AI judge in place of `judge`: it compares the two completions of each "
+        "prompt in both orders, without being told which policy wrote which.",
+    )
+    criteria: str = Field(
+        HELPFUL, min_length=1, description="What the AI judge is told to prefer, in plain words."
+    )
     samples: int = Field(1, ge=1, description="Completions per prompt.")
     max_prompts: int | None = Field(
         None, ge=1, description="Use only the first so many prompts. none: all."
@@ -35,3 +46,9 @@ class EvaluateConfig(Section):
     )
     rollout: RolloutConfig = RolloutConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluateConfig:
+        if (self.judge is None) == (self.ai_judge is None):
+            raise ValueError("give one of judge (rewards) and ai_judge (a model that compares)")
+        return self

@@ -1,16 +1,20 @@
-"""A judge that the policy was trained on is recognised."""
+"""An AI judge compares; a judge that the policy was trained on is recognised."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.assembly.evaluation import judges_trained_with
+from cluster.assembly.evaluation import judge_and_write, judges_trained_with
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import dump_toml
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.errors import BadReward
+from cluster.contracts.records import Completion, Prompt, Rollout, VersionSpan
+from tests.judge_endpoint import judge_endpoint, longer
 
 
 def evaluation(policy: Path, *judges: dict[str, Any]) -> EvaluateConfig:
@@ -68,3 +72,72 @@ def test_a_policy_that_no_run_made_and_one_of_the_quickstart(tmp_path: Path) -> 
     (tmp_path / "quickstart" / "manifest.json").write_text("{}")
     policy = tmp_path / "quickstart" / "policy"
     assert judges_trained_with(evaluation(policy, RULES, MODEL)) == ["rm"]
+
+
+def rollout(prompt: str, text: str) -> Rollout:
+    return Rollout(
+        prompt=Prompt(
+            id=prompt, messages=({"role": "user", "content": prompt},), token_ids=(1,), where=prompt
+        ),
+        completion=Completion(
+            token_ids=[1],
+            logprobs=[0.0],
+            versions=(VersionSpan(version=0, start=0, end=1),),
+            finish_reason="stop",
+        ),
+        sample_index=0,
+        text=text,
+    )
+
+
+def by_ai(url: str, policy: str = "policy", **settings: Any) -> EvaluateConfig:
+    judge = {"base_url": url, "model": "big", "cache": None, **settings}
+    tree = {
+        "policy": {"path": policy},
+        "baseline": {"path": "base"},
+        "data": {"prompts": "p"},
+        "ai_judge": judge,
+        "criteria": "be long",
+    }
+    return EvaluateConfig.model_validate(tree)
+
+
+def test_an_ai_judge_compares_blindly_and_equal_completions_are_not_paid_for(
+    tmp_path: Path,
+) -> None:
+    after = [rollout("q1", "a long one"), rollout("q2", "short"), rollout("q3", "same")]
+    before = [rollout("q1", "brief"), rollout("q2", "much longer"), rollout("q3", "same ")]
+    with judge_endpoint(longer) as endpoint:
+        record = judge_and_write(by_ai(endpoint.url), after, before, tmp_path)
+    assert (record["wins"], record["ties"], record["losses"]) == (1, 1, 1)
+    assert (record["win_rate"], record["mean_score_policy"]) == (0.5, 0.5)
+    assert (record["judge"], record["ai_judge"]["equal_completions"]) == ("big", 1)
+    assert record["ai_judge"]["position_consistency"] == 1.0
+    assert json.loads((tmp_path / "evaluation.json").read_text("utf-8"))["pairs"] == 3
+    asked = json.dumps(endpoint.bodies)
+    assert len(endpoint.bodies) == 4
+    assert "policy" not in asked
+    assert "baseline" not in asked
+
+
+def test_an_ai_judge_that_fails_says_how_far_it_came(tmp_path: Path) -> None:
+    after, before = [rollout("p.jsonl, row 1", "x")], [rollout("p.jsonl, row 1", "y")]
+    with (
+        judge_endpoint(lambda body: "I like both") as endpoint,
+        pytest.raises(BadReward, match=r"row 1 in 1 attempts.*; 0 of 1 pairs are judged"),
+    ):
+        judge_and_write(by_ai(endpoint.url, attempts=1), after, before, tmp_path)
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_an_ai_judge_that_was_the_reward_is_named(tmp_path: Path) -> None:
+    reward = {"type": "judge", "base_url": "http://h/v1", "model": "big", "rubric": "r"}
+    policy = str(trained(tmp_path / "run", reward))
+    assert judges_trained_with(by_ai("http://h/v1", policy)) == ["big"]
+    assert judges_trained_with(by_ai("http://other/v1", policy)) == []
+
+
+def test_one_judge_is_wanted() -> None:
+    tree = {"policy": {"path": "p"}, "baseline": {"path": "b"}, "data": {"prompts": "p"}}
+    with pytest.raises(ValueError, match="one of judge"):
+        EvaluateConfig.model_validate(tree)
