@@ -105,7 +105,7 @@ def rewards() -> ModuleType:
 def test_its_reward_functions_exist(example: Path) -> None:
     config: Any = loaded(example)
     given = getattr(config, "reward", getattr(config, "judge", None))
-    for source in given.sources if given else ():
+    for source in getattr(given, "sources", ()):
         if isinstance(source, FunctionSource):
             file, _, name = source.path.partition(":")
             assert file == "examples/rewards.py"
