@@ -125,6 +125,7 @@ class JudgeSource(JudgeConfig):
     )
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("judge", description="Name in metrics and reports.")
+    at_least: float | None = _constraint()
 
     @model_validator(mode="after")
     def _check_source(self) -> JudgeSource:
