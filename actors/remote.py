@@ -65,6 +65,7 @@ class WorkerSpec:
     weights_timeout_s: float = 120.0
     score_batch: int = 64
     reward_outage_s: float = 300.0
+    request_timeout_s: float = 0.0
     plugins: tuple[PluginFile, ...] = ()
     files: Shipment = field(default_factory=Shipment)
 
@@ -100,6 +101,7 @@ def worker_spec(
         weights_timeout_s=config.weights.timeout_s,
         score_batch=config.reward.max_batch,
         reward_outage_s=config.reward.outage_s,
+        request_timeout_s=rollout.request_timeout_s,
         threads=threads,
         plugins=plugins,
         files=files or Shipment(),
@@ -149,6 +151,7 @@ class RolloutActor:
                 swap_timeout_s=spec.weights_timeout_s,
                 score_batch=spec.score_batch,
                 reward_outage_s=spec.reward_outage_s,
+                request_timeout_s=spec.request_timeout_s,
             ),
         )
         info: dict[str, Any] = self._worker.start()

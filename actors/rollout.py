@@ -20,7 +20,7 @@ from actors.canary import CanaryCheck
 from actors.engine_thread import EngineThread
 from actors.scoring import Decode, FinishedGroup, GroupScorer, rollouts_of
 from actors.settings import derive_seed
-from cluster.contracts.errors import Fatal, Retryable, UserError
+from cluster.contracts.errors import Fatal, Late, Retryable, UserError
 from cluster.contracts.protocols import Engine, Scorer
 from cluster.contracts.records import (
     Assignment,
@@ -37,6 +37,8 @@ from cluster.contracts.rollout_table import to_table
 from cluster.weights.manifest import check_order, verify_arrays
 from cluster.weights.transports import Receiver
 
+LOOK_FOR_LATE_S = 5.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
@@ -52,6 +54,7 @@ class WorkerSettings:
     scoring_threads: int = 2  # one waits for the reward service while the other prepares a call
     score_batch: int = 64  # most rollouts in one call of the scorer
     reward_outage_s: float = 300.0  # for so long finished groups wait for a scorer that is away
+    request_timeout_s: float = 0.0  # from the engine's being given a group to its end; 0: no limit
 
 
 @dataclass(slots=True)
@@ -89,6 +92,7 @@ class RolloutWorker:
         self._failure: BaseException | None = None
         self._swap_lock = threading.Lock()
         self._canary = CanaryCheck()
+        self._looked_for_late = time.perf_counter()
         self._unproven = False  # swapped in, not proven yet: nothing leaves the worker
         self._version: int | None = None
         self._swaps = 0
@@ -176,6 +180,7 @@ class RolloutWorker:
         Between a swap and its proof nothing is handed out: were the proof to fail, the versions
         recorded with those tokens would be wrong.
         """
+        self._look_for_late()
         with self._news:
             self._news.wait_for(
                 lambda: (self._finished and not self._unproven) or self._failure, timeout_s
@@ -264,6 +269,27 @@ class RolloutWorker:
             group.deliver(
                 FinishedGroup(group.assignment, group.completions, None, group.began, generated)
             )
+
+    def _look_for_late(self) -> None:
+        limit = self._settings.request_timeout_s
+        now = time.perf_counter()
+        if limit > 0 and now - self._looked_for_late >= min(LOOK_FOR_LATE_S, limit / 10):
+            self._looked_for_late = now
+            self._thread.post(self._abort_late).add_done_callback(self._surface)
+
+    def _abort_late(self, engine: Engine) -> None:
+        limit, now = self._settings.request_timeout_s, time.perf_counter()
+        late = {i: group for i, group in self._open.items() if now - group.began > limit}
+        engine.abort(list(late))
+        for request_id in late:
+            del self._open[request_id]
+        for group in {id(group): group for group in late.values()}.values():
+            done, all_of_it = len(group.completions), group.assignment.samples
+            problem = Late(
+                f"{all_of_it - done} of {all_of_it} completions were not finished within "
+                f"rollout.request_timeout_s = {limit:g} s"
+            )
+            group.deliver(FinishedGroup(group.assignment, {}, problem))
 
     def _scored(self, meta: GroupMeta, group: RolloutGroup | None) -> None:
         with self._news:

@@ -13,6 +13,7 @@ import tenacity
 from cluster.contracts.errors import (
     AccordError,
     BadReward,
+    Late,
     RewardFailure,
     RewardsAway,
     Unexpected,
@@ -35,15 +36,15 @@ Deliver = Callable[[GroupMeta, RolloutGroup | None], None]
 
 @dataclass(frozen=True, slots=True)
 class FinishedGroup:
-    """All samples of an assignment, or the problem with its prompt."""
+    """All samples of an assignment, or why there are none."""
 
     assignment: Assignment
     completions: Mapping[int, Completion]
-    problem: UserError | None
+    problem: UserError | Late | None
     began: float = 0.0  # seconds of time.perf_counter; when the engine was given the group
     generated: float = 0.0  # when the last of its samples was finished
 
-    def failed(self, cause: str, retryable: bool) -> GroupMeta:
+    def failed(self) -> GroupMeta:
         return GroupMeta(
             group_id=self.assignment.group_id,
             attempt=self.assignment.attempt,
@@ -52,8 +53,8 @@ class FinishedGroup:
             response_tokens=0,
             version_min=-1,
             version_max=-1,
-            failure=cause,
-            retryable=retryable,
+            failure=str(self.problem),
+            late=isinstance(self.problem, Late),
         )
 
     def meta(self) -> GroupMeta:
@@ -189,7 +190,7 @@ class GroupScorer:
     def _score(self, groups: list[FinishedGroup]) -> None:
         for group in groups:
             if group.problem is not None:
-                self._deliver(group.failed(str(group.problem), retryable=False), None)
+                self._deliver(group.failed(), None)
         groups = [group for group in groups if group.problem is None]
         if not groups:
             return

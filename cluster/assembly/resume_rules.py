@@ -16,6 +16,7 @@ FREE_ON_RESUME = (
     *("rollout.min_workers", "rollout.workers_timeout_s", "rollout.autoscale"),
     "rollout.max_workers",
     *("rollout.max_restarts", "rollout.start_timeout_s", "rollout.stall_timeout_s"),
+    "rollout.request_timeout_s",
     *("rollout.max_running", "rollout.kv_cache_mb", "rollout.gpu_memory_fraction"),
     *("rollout.block_size", "rollout.tensor_parallel"),
     # How a step is computed: the gradient is the same up to the order of its sums.

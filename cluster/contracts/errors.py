@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import ClassVar, Literal, get_args
 
 Fault = Literal["engine", "worker", "prompt", "reward", "learner", "fatal"]
-"""engine: it raised, hung or holds other weights; its worker is replaced. worker: its process or
+"""engine: it raised, hung or holds other weights, and its worker is replaced; or it did
+not finish a completion in time. worker: its process or
 machine is gone or does not answer; it is replaced. prompt: one that cannot be completed; its group
 is dropped. reward: a score that could not be had or used. learner: its process is gone. fatal: the
 run must stop."""
@@ -68,6 +69,10 @@ class EngineFailure(Retryable):
     """An engine could not be built, raised, hung or computed NaN. Another engine may do better."""
 
     fault = "engine"
+
+
+class Late(EngineFailure):
+    """A completion was not finished in time. It was aborted; the engine goes on with others."""
 
 
 class Resumable(AccordError):

@@ -185,6 +185,7 @@ class GroupMeta:
     version_max: int
     failure: str | None = None
     retryable: bool = False
+    late: bool = False  # aborted, as a completion was not finished by `rollout.request_timeout_s`
     # By the worker's clock: until the last sample was there, the engine's queue included; from then
     # on, until the scores were there.
     generate_s: float = field(default=0.0, compare=False)

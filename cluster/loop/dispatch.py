@@ -41,6 +41,7 @@ class Dispatch:
         self._waiting: list[Assignment] = []  # no serving worker to take them yet
         self._suspects = Suspects()
         self._convicted: list[float] = []  # when
+        self._late: set[int] = set()  # groups that were not finished in time, once
         self._failed_scorings: Counter[int] = Counter()  # by group, until it is finished
 
     @property
@@ -82,6 +83,8 @@ class Dispatch:
         lease = self._book.take(worker, meta.group_id, meta.attempt)
         if lease is not None:
             self._suspects.clear(meta.group_id)
+            if not meta.late:
+                self._late.discard(meta.group_id)
             if not meta.retryable:
                 self._failed_scorings.pop(meta.group_id, None)
         return lease
@@ -94,6 +97,23 @@ class Dispatch:
         self._event("group_retried", group=group, cause=cause)
         if (times := self._failed_scorings[group]) >= self._most_scorings:
             raise Fatal(f"group {group} failed {times} times: {cause}")
+        return replace(lease, attempt=lease.attempt + 1)
+
+    def once_more(self, lease: Assignment, cause: str) -> Assignment:
+        """A group that was not finished in time, anew, to be added again. The second time its
+        prompt is set aside, so that it is left out then. Raises Fatal when this comes to many."""
+        if lease.group_id not in self._late:
+            self._late.add(lease.group_id)
+            self._event("group_late", group=lease.group_id, cause=cause)
+        else:
+            self._late.remove(lease.group_id)
+            if not self._may_convict():
+                raise Fatal(
+                    f"more than {MOST_SET_ASIDE} prompts were too late twice within "
+                    f"{WINDOW_S:.0f} s: {cause}. Either the engines are too slow for this limit, "
+                    "or they do not finish what they begin"
+                )
+            self._convict(lease, f"it was too late twice; the last time, {cause}")
         return replace(lease, attempt=lease.attempt + 1)
 
     def release(self, worker: int, problem: BaseException | None) -> tuple[int, bool]:
@@ -111,20 +131,26 @@ class Dispatch:
 
     def _blame(self, held: Sequence[Assignment], problem: BaseException) -> bool:
         """Set aside the prompt that has killed the worker; False while it is not known which."""
-        now = self._now()
-        self._convicted = [at for at in self._convicted if now - at <= WINDOW_S]
-        if len(self._convicted) >= MOST_SET_ASIDE:  # then it is something else that kills workers
+        if not self._may_convict():  # then it is something else that kills workers
             return False
         guilty = self._suspects.blame(held)
         if guilty is None:
             return False
-        self._convicted.append(now)
+        self._convict(guilty, f"it killed two workers that had it in hand; the last one: {problem}")
+        return True
+
+    def _may_convict(self) -> bool:
+        now = self._now()
+        self._convicted = [at for at in self._convicted if now - at <= WINDOW_S]
+        return len(self._convicted) < MOST_SET_ASIDE
+
+    def _convict(self, guilty: Assignment, cause: str) -> None:
+        """Give the prompt to no worker any more."""
+        self._convicted.append(self._now())
         prompt = guilty.prompt
-        cause = f"it killed two workers that had it in hand; the last one: {problem}"
         self._set_aside[prompt.id] = cause
         detail = {"prompt": prompt.id, "where": prompt.where, "group": guilty.group_id}
         self._event("prompt_set_aside", **detail, cause=cause)
-        return True
 
 
 def _left_out_meta(assignment: Assignment, cause: str) -> GroupMeta:

@@ -106,6 +106,9 @@ class Harvesting:
             # Taken for lost and leased again meanwhile: training on both would count it twice.
             if lease is None:
                 self._event("stale_result_refused", group=meta.group_id, worker=member.name)
+            elif meta.failure is not None and meta.late:
+                self._faults["engine"] += 1
+                again.append(self._dispatch.once_more(lease, meta.failure))
             elif meta.failure is not None and meta.retryable:
                 self._faults["reward"] += 1
                 again.append(self._dispatch.score_again(lease, meta.failure))

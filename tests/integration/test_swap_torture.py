@@ -133,6 +133,8 @@ def test_a_bad_update_is_refused_and_the_worker_goes_on(
     assert off < EXACT
     assert measured["worker"]["then"][0] == [4]  # and takes the next good one
     assert measured["worker"]["then"][1] < EXACT
+    assert measured["worker"]["late"] == [True]  # aborted in the middle of its decoding
+    assert measured["worker"]["after_late"][1] < EXACT
 
 
 @pytest.mark.parametrize("mode", ["recompute", "keep"])

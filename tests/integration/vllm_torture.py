@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -372,6 +373,9 @@ def check_refusals(folder: Path) -> dict[str, Any]:
     worker.load_weights(manifest_of(newer, 4))
     submit(worker, number)
     out["then"] = generated(worker, newer)
+    out["late"] = late(worker, number + 1)
+    submit(worker, number + 2)
+    out["after_late"] = generated(worker, newer)
     worker.stop()
     return out
 
@@ -381,6 +385,18 @@ PROMPT = Prompt(id="p", messages=({"role": "text", "content": "x"},), token_ids=
 
 def submit(worker: RolloutWorker, group: int) -> None:
     worker.submit([Assignment(group_id=group, prompt=PROMPT, samples=4)])
+
+
+def late(worker: RolloutWorker, group: int) -> list[bool]:
+    """Whether a group is late that was given a microsecond."""
+    usual = worker._settings
+    worker._settings = replace(usual, request_timeout_s=1e-6)
+    submit(worker, group)
+    deadline = time.monotonic() + 60
+    while not (groups := worker.harvest(0.001).groups):
+        assert time.monotonic() < deadline, "no group"
+    worker._settings = usual
+    return [meta.late for meta in groups]
 
 
 def generated(worker: RolloutWorker, model: Any) -> list[Any]:

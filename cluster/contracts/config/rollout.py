@@ -171,6 +171,13 @@ class RolloutConfig(Section):
         description="A worker that has work and samples no token for this many seconds is "
         "replaced.",
     )
+    request_timeout_s: float = Field(
+        7200,
+        ge=0,
+        description="A completion that is not finished this many seconds after its engine was "
+        "given it is aborted, with its whole group. The group is given out once more. If it is "
+        "late again, its prompt is set aside. 0: no limit.",
+    )
     min_workers: int = Field(
         1,
         ge=0,

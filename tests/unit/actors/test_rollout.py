@@ -530,6 +530,25 @@ def test_a_bad_prompt_fails_alone_and_for_good(bench: Bench) -> None:
     assert [group.group_id for group in groups] == [1]
 
 
+def test_a_group_that_is_not_finished_in_time_is_aborted_and_the_engine_goes_on() -> None:
+    bench = make_bench(request_timeout_s=0.2)
+    try:
+        bench.load(0)
+        bench.engine.steps = threading.Semaphore(0)
+        bench.worker.submit([work(0)])
+        (meta,), groups = bench.harvest_all(1)
+        assert (meta.late, meta.retryable, groups) == (True, False, [])
+        expected = "2 of 2 completions were not finished within rollout.request_timeout_s = 0.2 s"
+        assert meta.failure == expected
+        assert bench.engine.rows == {}
+        bench.engine.steps = None
+        bench.worker.submit([dataclasses.replace(work(0), attempt=1)])
+        (again,), _ = bench.harvest_all(1)
+        assert (again.group_id, again.attempt) == (0, 1)
+    finally:
+        bench.worker.stop()
+
+
 def test_the_same_work_twice_is_done_once(bench: Bench) -> None:
     bench.load(0)
     bench.engine.steps = threading.Semaphore(0)

@@ -611,6 +611,61 @@ def test_a_worker_that_a_prompt_has_killed_is_not_given_up_for_it() -> None:
     play(scene, poisoned("p0", "p1", "p2"), max_restarts=3)
 
 
+def test_a_late_group_is_given_out_once_more_and_then_its_prompt_is_set_aside() -> None:
+    async def scene(world: World) -> None:
+        await world.start(1)
+        world.submit(0, 1)
+        worker = world.workers[0, 0]
+        worker.finish(0, failure="not finished within 7 s", late=True)
+        await asyncio.sleep(2)
+        assert (0, 1) in worker.groups
+        assert world.finished() == []
+        worker.finish(0, attempt=1, failure="not finished within 7 s", late=True)
+        await asyncio.sleep(2)
+        assert world.finished() == [0]
+        aside = [detail for kind, detail in world.events if kind == "prompt_set_aside"]
+        assert [detail["prompt"] for detail in aside] == ["p0"]
+        assert aside[0]["cause"].endswith("too late twice; the last time, not finished within 7 s")
+        assert (world.pool.faults["engine"], world.pool.faults["prompt"]) == (2, 1)
+        assert world.pool.restarts == 0
+        world.submit(0)  # in the next pass
+        assert world.finished() == [0]
+
+    play(scene)
+
+
+def test_a_group_that_is_late_once_is_as_good_as_new() -> None:
+    async def scene(world: World) -> None:
+        await world.start(1)
+        worker = world.workers[0, 0]
+        for _ in range(2):
+            world.submit(0)
+            await asyncio.sleep(1)
+            worker.finish(0, failure="slow", late=True)
+            await asyncio.sleep(2)
+            worker.finish(0, attempt=1)
+            await asyncio.sleep(2)
+            assert world.finished() == [0]
+        assert "prompt_set_aside" not in world.kinds()
+
+    play(scene)
+
+
+def test_too_many_late_prompts_end_the_run() -> None:
+    async def scene(world: World) -> None:
+        await world.start(1)
+        worker = world.workers[0, 0]
+        world.submit(0, 1, 2, 3)
+        for attempt in (0, 1):
+            for group in range(4):
+                worker.finish(group, attempt, failure="slow", late=True)
+            await asyncio.sleep(2)
+        with pytest.raises(Fatal, match="more than 3 prompts were too late twice"):
+            world.finished()
+
+    play(scene)
+
+
 def test_the_worker_losses_of_a_group_do_not_use_up_its_scoring() -> None:
     async def scene(world: World) -> None:
         await world.start(1)
