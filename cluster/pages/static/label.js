@@ -8,6 +8,8 @@ const RETRY_MS = [1000, 2000, 4000, 8000, 15000];
 const DRAFT_MS = 1500;
 const SENT = ["submit", "skip", "flag"];
 const form = document.getElementById("task");
+// Not form.action: that is what the form's buttons are called.
+const address = form?.getAttribute("action");
 const say = (text) => { document.querySelector("[data-status]").textContent = text; };
 
 if (document.querySelector("[data-left]")) {
@@ -54,7 +56,7 @@ async function saveDraft() {
   const body = new URLSearchParams(new FormData(form));
   body.set("action", "draft");
   try {
-    const answer = await fetch(form.action, { method: "POST", body, headers: { "x-accord": "script" } });
+    const answer = await fetch(address, { method: "POST", body, headers: { "x-accord": "script" } });
     if (answer.ok && !sending) say("");
   } catch {
     if (!sending) say("No connection to the server. What you enter is kept in this browser.");
@@ -73,7 +75,7 @@ async function send(button) {
   for (let attempt = 0; ; attempt++) {
     let answer = null;
     try {
-      answer = await fetch(form.action, { method: "POST", body, headers: { "x-accord": "script" } });
+      answer = await fetch(address, { method: "POST", body, headers: { "x-accord": "script" } });
     } catch { /* no connection */ }
     if (answer?.ok && !answer.redirected) {
       localStorage.removeItem(place);

@@ -121,7 +121,7 @@ def test_a_form_without_a_choice_is_shown_again_with_what_was_entered(
     page = visitor.send(path, 422, action="submit", rationale="kept words", **fields)
     assert "Choose which completion is better." in page
     assert "kept words" in page
-    assert 'aria-invalid="true"' in page
+    assert 'aria-describedby="wrong-choice"' in page
     assert site.store.judgements() == []
 
 
