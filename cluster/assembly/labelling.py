@@ -19,6 +19,8 @@ from reward_service.preferences.people import People
 from reward_service.preferences.records import Item, utc_now
 from reward_service.preferences.store import PreferenceStore
 
+CONNECTIONS = 512  # some fifty annotators, each with a browser that opens several
+
 
 @dataclass(frozen=True, slots=True)
 class LabelSite:
@@ -56,7 +58,13 @@ def open_label_site(config: LabelConfig, say: Callable[[str], None]) -> LabelSit
         )
     say(f"{added} items were added; {progress.done} of {progress.items} are labelled.")
     access = Access(hosts=names_of(config.server.host), asks_token=False)  # there are sessions
-    server = PageServer(label_app(desk), access, config.server.host, config.server.port)
+    server = PageServer(
+        label_app(desk),
+        access,
+        config.server.host,
+        config.server.port,
+        connections=CONNECTIONS,
+    )
     if live is not None:
         desk.live = live.status
         live.start()

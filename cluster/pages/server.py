@@ -20,8 +20,9 @@ CONNECTIONS = 64  # more are answered 503: pages must not take a run's memory
 class PageServer:
     """``app`` behind the checks of ``access``, at ``address``:``port`` (0: any free port).
 
-    ``listening``: a socket of ``listen``, for who had to know the port before. Raises UserError
-    where the port cannot be had.
+    ``listening``: a socket of ``listen``, for who had to know the port before. ``connections``:
+    more at once are refused; a browser opens several. Raises UserError where the port cannot be
+    had.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class PageServer:
         address: str,
         port: int,
         listening: socket.socket | None = None,
+        connections: int = CONNECTIONS,
     ) -> None:
         self._access = access
         self._socket = listening or listen(address, port)
@@ -47,7 +49,7 @@ class PageServer:
                 log_level="warning",
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=CONNECTIONS,
+                limit_concurrency=connections,
                 timeout_graceful_shutdown=1,
             )
         )
