@@ -24,7 +24,7 @@ from reward_service.preferences.people import People
 from reward_service.preferences.records import Candidate, Item, derived_id
 from reward_service.preferences.store import PreferenceStore
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.long]
 
 DEADLINE_MS = 60_000
 MARKDOWN = (
