@@ -30,7 +30,7 @@ COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Start": ("quickstart", "init", "doctor"),
     "Train": ("sft", "reward_model", "dpo", "train"),
     "Sample and judge": (
-        *("generate", "best_of_n", "ai_label", "evaluate", "chat"),
+        *("generate", "best_of_n", "ai_label", "constitution", "evaluate", "chat"),
         *("label", "preferences", "serve_reward"),
     ),
     "Look at a run": (

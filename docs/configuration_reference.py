@@ -17,6 +17,7 @@ from cluster.contracts.config.ai_label import AiLabelConfig
 from cluster.contracts.config.base import AUTO, auto_rule
 from cluster.contracts.config.best_of_n import BestOfNConfig
 from cluster.contracts.config.commented import FIRST_KEYS, commented_toml, sections_of
+from cluster.contracts.config.constitution import ConstitutionConfig
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import read_toml, toml_value
 from cluster.contracts.config.label import LabelConfig
@@ -34,6 +35,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "accord dpo": DpoConfig,
     "accord best-of-n": BestOfNConfig,
     "accord ai-label": AiLabelConfig,
+    "accord constitution": ConstitutionConfig,
     "accord evaluate": EvaluateConfig,
     "accord label": LabelConfig,
     "accord preferences snapshot": PreferencesConfig,

@@ -55,10 +55,13 @@ def compare(
     label: str = "",
 ) -> Question:
     """Which of two completions of a prompt is better. letter: ask for A or B only."""
-    shown = _shown(messages, {"COMPLETION A": first, "COMPLETION B": second})
     form = COMPARE_LETTER if letter else COMPARE_JSON
     return Question(
-        messages=_messages(f"{COMPARE.format(criteria=criteria)}\n{form}", shown),
+        messages=asked(
+            f"{COMPARE.format(criteria=criteria)}\n{form}",
+            messages,
+            {"COMPLETION A": first, "COMPLETION B": second},
+        ),
         read=_read_letter if letter else _reader("verdict", _comparison),
         schema=None if letter else _schema("verdict", {"enum": list(COMPARISONS)}),
         letters=tuple(LETTERS) if letter else (),
@@ -68,10 +71,9 @@ def compare(
 
 def rate(messages: Sequence[Message], completion: str, rubric: str, *, label: str = "") -> Question:
     """How good a completion is, from 1 to 10."""
-    shown = _shown(messages, {"COMPLETION": completion})
     number = {"type": "integer", "minimum": LOWEST, "maximum": HIGHEST}
     return Question(
-        messages=_messages(RATE.format(criteria=rubric), shown),
+        messages=asked(RATE.format(criteria=rubric), messages, {"COMPLETION": completion}),
         read=_reader("score", _score),
         schema=_schema("score", number),
         label=label,
@@ -89,7 +91,11 @@ def words_hash(criteria: str, *, kind: str = "compare", letter: bool = False) ->
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _messages(system: str, user: str) -> tuple[Message, ...]:
+def asked(
+    system: str, messages: Sequence[Message], parts: Mapping[str, str]
+) -> tuple[Message, ...]:
+    """The words of a question, and between marks the prompt and ``parts``, by name."""
+    user = _shown(messages, parts)
     return ({"role": "system", "content": system}, {"role": "user", "content": user})
 
 
@@ -104,11 +110,20 @@ def _shown(messages: Sequence[Message], parts: Mapping[str, str]) -> str:
     )
 
 
+def text_schema(name: str) -> Mapping[str, Any]:
+    """Of an object with one text."""
+    return _object({name: {"type": "string"}})
+
+
 def _schema(name: str, value: Mapping[str, Any]) -> Mapping[str, Any]:
+    return _object({"reason": {"type": "string"}, name: value})
+
+
+def _object(properties: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
     return {
         "type": "object",
-        "properties": {"reason": {"type": "string"}, name: dict(value)},
-        "required": ["reason", name],
+        "properties": {name: dict(value) for name, value in properties.items()},
+        "required": list(properties),
         "additionalProperties": False,
     }
 

@@ -14,6 +14,7 @@ from cluster.assembly.model_facts import ModelFacts
 from cluster.contracts.config.ai_label import AiLabelConfig
 from cluster.contracts.config.base import Section
 from cluster.contracts.config.best_of_n import BestOfNConfig
+from cluster.contracts.config.constitution import ConstitutionConfig
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.label import LabelConfig
@@ -31,6 +32,7 @@ OTHERS: dict[str, type[Section]] = {
     **dict.fromkeys(("reward_model", "reward_ensemble"), RewardModelConfig),
     "best_of_n": BestOfNConfig,
     "ai_label": AiLabelConfig,
+    "constitution": ConstitutionConfig,
     **dict.fromkeys(("evaluate", "evaluate_ai"), EvaluateConfig),
     "label": LabelConfig,
     "snapshot": PreferencesConfig,
@@ -63,7 +65,9 @@ def test_every_example_resolves(example: Path, model: ModelFacts, machine: Machi
         assert model is SMALL or longest <= (model.context or 0)
     elif isinstance(config, EvaluateConfig):
         assert resolve_evaluation(config, machine, model).config.rollout.max_running >= 1
-    elif not isinstance(config, BestOfNConfig | LabelConfig | PreferencesConfig | AiLabelConfig):
+    elif not isinstance(
+        config, BestOfNConfig | LabelConfig | PreferencesConfig | AiLabelConfig | ConstitutionConfig
+    ):
         assert resolve_fit(config, machine) is not None
 
 
