@@ -24,6 +24,7 @@ from cluster.runs.console import Reporter
 from cluster.runs.control import forget_pause_and_stop
 from cluster.runs.event_words import words_for
 from cluster.runs.mirror import Mirror
+from cluster.runs.mirror_lease import MirrorLease
 from cluster.runs.quarantine import put_in_quarantine
 from cluster.runs.run import RESUMABLE, Run
 from cluster.runs.start_log import FIRST_BATCH, StartLog
@@ -46,6 +47,7 @@ class RunSession:
     shows: list[Callable[[LiveView], None]] = field(default_factory=list)  # where it is watched
     names: Names = unnamed  # of its processes, in Ray's dashboard
     addresses: dict[str, str] = field(default_factory=dict)  # where the run can be watched
+    lease: MirrorLease | None = None  # the hold on a run at a URL
     mirror: Mirror | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -80,6 +82,8 @@ class RunSession:
         self, staging: Path, files: Sequence[FileDigest], state: RunState, keep: int
     ) -> Path:
         path = await self.run.commit_checkpoint(staging, files, state, keep)
+        if self.lease is not None:
+            self.lease.require()
         await asyncio.to_thread(self.copy_to_mirror)
         return path
 
@@ -89,6 +93,8 @@ class RunSession:
         if self.mirror is None or not self.path.is_dir():
             return
         try:
+            if self.lease is not None:
+                self.lease.require()
             self.mirror.push()
         except Exception as problem:  # every kind of store has errors of its own
             cause = f"{type(problem).__name__}: {problem}"
@@ -124,12 +130,12 @@ def run_session(
     unless it was there before: the corrected command may then use the same name. An unusable reward
     does leave one: its log tells more than the message.
     """
-    with run.lock(), signal_handlers_kept():  # asyncio leaves the default handlers behind
+    with run.lock() as lease, signal_handlers_kept():  # asyncio leaves the default handlers behind
         if resumed is not None:
             # Before it counts as running: from then on, who asks means this part of the run.
             forget_pause_and_stop(run.path)
             run.resume(resumed, **detail)
-        session = RunSession(run, reporter, start or StartLog(reporter))
+        session = RunSession(run, reporter, start or StartLog(reporter), lease=lease)
         session.start.write_to(run.event)
         try:
             with _status_kept(session, fresh=resumed is None):

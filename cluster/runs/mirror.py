@@ -25,6 +25,8 @@ VARIABLE = "ACCORD_WORK"
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/{1,3}(?=[^/])")
 _LEFT_OUT = ("driver.lock", "control.json", "live.json")  # of the process that drives the run
 _MANIFEST = "manifest.json"
+LEASE = ".driver.json"
+"""Says at the URL which process drives the run (``mirror_lease``)."""
 
 
 def url_of(path: str) -> str | None:
@@ -58,7 +60,7 @@ class Mirror:
     def probe(self) -> None:
         """Write, read, move and delete a file there. Raises UserError where that does not work."""
         parent, word = self.url.rpartition("/")[0], secrets.token_hex(8)
-        with self._explained("use"):
+        with self.explained("use"):
             fs, root = _opened(parent)
             first, second = f"{root}/.probe-{word}", f"{root}/.probe-{word}-moved"
             fs.makedirs(root, exist_ok=True)
@@ -70,7 +72,7 @@ class Mirror:
                 raise OSError("it does not give back what was written")
 
     def exists(self) -> bool:
-        with self._explained("read"):
+        with self.explained("read"):
             fs, root = _opened(self.url)
             return bool(fs.exists(f"{root}/{_MANIFEST}"))
 
@@ -93,17 +95,40 @@ class Mirror:
 
     def pull(self) -> None:
         """Bring the run here, unless the copy here is as new. Raises UserError."""
-        with self._explained("read"):
+        with self.explained("read"):
             fs, root = _opened(self.url)
             theirs = max(map(step_of, self._checkpoints(fs, root)), default=-1)
             here = (step_of(path.name) for path in (self.folder / "checkpoints").glob("step-*"))
             if (self.folder / _MANIFEST).is_file() and max(here, default=-1) >= theirs:
                 return
             for source, about in sorted(fs.find(root, detail=True).items()):
-                target = self.folder / source.removeprefix(root).lstrip("/")
+                name = source.removeprefix(root).lstrip("/")
+                if name == LEASE:
+                    continue
+                target = self.folder / name
                 if not (target.is_file() and target.stat().st_size == about["size"]):
                     target.parent.mkdir(parents=True, exist_ok=True)
                     fs.get_file(source, str(target))
+
+    # One small file there. What a store raises is its own.
+
+    def read(self, name: str) -> bytes | None:
+        """None where there is no such file."""
+        fs, root = _opened(self.url)
+        try:
+            return bytes(fs.cat_file(f"{root}/{name}"))
+        except FileNotFoundError:
+            return None
+
+    def write(self, name: str, content: bytes, *, create: bool = False) -> None:
+        """``create``: raises FileExistsError where it is there already and the store can tell."""
+        fs, root = _opened(self.url)
+        fs.makedirs(root, exist_ok=True)
+        fs.pipe_file(f"{root}/{name}", content, mode="create" if create else "overwrite")
+
+    def remove(self, name: str) -> None:
+        fs, root = _opened(self.url)
+        fs.rm(f"{root}/{name}")
 
     def _files(self) -> list[Path]:
         """Those to be copied: manifests after what they name, the run's own last of all."""
@@ -122,9 +147,12 @@ class Mirror:
         return [str(path).split("/")[-2] for path in found]
 
     @contextlib.contextmanager
-    def _explained(self, what: str) -> Iterator[None]:
+    def explained(self, what: str) -> Iterator[None]:
+        """Turns what a store raises into UserError."""
         try:
             yield
+        except UserError:
+            raise
         # Each kind of store has errors of its own, and packages that may be missing.
         except Exception as problem:
             raise UserError(

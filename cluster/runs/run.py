@@ -30,6 +30,7 @@ from cluster.runs.checkpoints import Checkpoints, in_order, step_of
 from cluster.runs.driver import Driver, driver_lock
 from cluster.runs.lines import Lines
 from cluster.runs.mirror import Mirror, folder_of, url_of
+from cluster.runs.mirror_lease import MirrorLease, leased
 from cluster.runs.provenance import git_commit, versions
 
 RESUMABLE = ("train", "sft", "reward-model", "dpo")  # commands with --resume
@@ -152,11 +153,16 @@ class Run:
     # -- one driver at a time ---------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> Iterator[MirrorLease | None]:
         """One process drives a run. Raises UserError that names the one that does; the lock of a
-        dead process is taken over."""
+        dead process is taken over. Of a run at a URL, yields the hold on it."""
+        mirror = self.mirror
         with driver_lock(self.path):
-            yield
+            if mirror is None:
+                yield None
+                return
+            with leased(mirror) as lease:
+                yield lease
 
 
 def _has_inputs_only(path: Path) -> bool:
