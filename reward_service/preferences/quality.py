@@ -106,17 +106,17 @@ def gold_accuracy(judged: Iterable[Judged]) -> Share:
     return share_of(right, len(cases))
 
 
-def with_others(cast: Iterable[Vote]) -> dict[str, tuple[int, int]]:
-    """Annotator -> (votes equal to the others' majority, votes with such a majority). Votes of one
-    annotator are compared with those of the others on the same completions only."""
-    found: dict[str, tuple[int, int]] = {}
-    for unit in units_of(cast).values():
+def with_others(cast: Iterable[Vote]) -> dict[tuple[str, str], tuple[int, int]]:
+    """(item, annotator) -> (votes equal to the majority of the others on the same completions,
+    votes with such a majority)."""
+    found: dict[tuple[str, str], tuple[int, int]] = {}
+    for (item, _), unit in units_of(cast).items():
         for name, vote in unit.items():
             others = Counter(v.choice for who, v in unit.items() if who != name).most_common(2)
             if not others or (len(others) == 2 and others[0][1] == others[1][1]):
                 continue
-            same, total = found.get(name, (0, 0))
-            found[name] = (same + (vote.choice == others[0][0]), total + 1)
+            same, total = found.get((item, name), (0, 0))
+            found[item, name] = (same + (vote.choice == others[0][0]), total + 1)
     return found
 
 
@@ -148,7 +148,8 @@ def by_group(
         name = group_of(item, judgement)
         if name and judgement.is_label:
             groups.setdefault(name, []).append((item, judgement))
-    measured = {name: _measures(entries) for name, entries in sorted(groups.items())}
+    others = with_others(votes(judgement for _, judgement in judged))
+    measured = {name: _measures(entries, others) for name, entries in sorted(groups.items())}
     hits, cases = Counter[str](), Counter[str]()
     for measures in measured.values():
         for key, measure in measures.items():
@@ -171,14 +172,18 @@ def by_group(
     return table
 
 
-def _measures(entries: Sequence[Judged]) -> dict[str, Share]:
+def _measures(
+    entries: Sequence[Judged], others: Mapping[tuple[str, str], tuple[int, int]]
+) -> dict[str, Share]:
     judgements = [judgement for _, judgement in entries]
+    agreed = [others.get((j.item_id, j.annotator_id), (0, 0)) for j in judgements]
     ties = sum(judgement.choice in ("tie", "both_bad") for judgement in judgements)
     return {
         "prefers_first": position_bias(judgements),
         "prefers_longer": length_bias(entries),
         "undecided": share_of(ties, len(judgements)),
         "gold": gold_accuracy(entries),
+        "agrees_with_others": share_of(sum(a for a, _ in agreed), sum(n for _, n in agreed)),
     }
 
 
@@ -186,17 +191,25 @@ def drift(judged: Sequence[Judged]) -> dict[str, Any]:
     """The earlier half of the labels against the later one, by ``created_at``."""
     labels = sorted((e for e in judged if e[1].is_label), key=lambda e: e[1].created_at)
     half = len(labels) // 2
-    early, late = _measures(labels[:half]), _measures(labels[half:])
+    others = with_others(votes(judgement for _, judgement in judged))
+    early, late = _measures(labels[:half], others), _measures(labels[half:], others)
     tests = {
         key: difference_p(early[key].hits, early[key].n, late[key].hits, late[key].n)
         for key in early
     }
     known = [p for p in tests.values() if p is not None]
     return {
-        "early": {key: measure.share for key, measure in early.items()},
-        "late": {key: measure.share for key, measure in late.items()},
+        "early": _period(labels[:half], early),
+        "late": _period(labels[half:], late),
         "p": tests,
         "drifts": bool(known) and min(known) < 0.05 / len(known),
+    }
+
+
+def _period(entries: Sequence[Judged], measures: Mapping[str, Share]) -> dict[str, Any]:
+    return {
+        **{key: measure.share for key, measure in measures.items()},
+        "median_s": speed(judgement for _, judgement in entries)["median_s"],
     }
 
 
@@ -234,9 +247,6 @@ def _annotators(judged: Sequence[Judged], cast: Sequence[Vote]) -> dict[str, dic
         if len(unit) > 1
     }
     model = dawid_skene(labels)
-    others = with_others(cast)
     for name, row in table.items():
-        same, total = others.get(name, (0, 0))
-        row["agrees_with_others"] = same / total if total else None
         row["reliability"] = None if model is None else model.accuracy.get(name)
     return table

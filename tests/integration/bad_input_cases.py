@@ -496,11 +496,29 @@ DATA = {
     ),
     "import of other columns": imported('{"a": 1}', "of no known shape", "--skip-bad-rows"),
     "import of equal answers": imported(PAIR.replace("y", "x"), "the same completion"),
+    "half-written snapshot": Case(
+        lambda w, d: offline(w, d, "reward-model", half_written(d)),
+        ("labels-1", "is no whole snapshot", "snapshot.json is missing"),
+    ),
+    "snapshot of an empty store": Case(
+        lambda w, d: ["preferences", "snapshot", made_store(w, d), d / "labels-1"],
+        ("made.db", "no judgement is left for a snapshot"),
+    ),
+    "forgetting somebody unknown": Case(
+        lambda w, d: ["preferences", "forget", made_store(w, d), "--annotator", "nobody"],
+        ("made.db", "there is no annotator 'nobody'"),
+    ),
     "export to an unknown kind": Case(
         lambda w, d: ["preferences", "export", made_store(w, d), d / "x.docx"],
         ("x.docx", "no export to '.docx'"),
     ),
 }
+
+
+def half_written(folder: Path) -> Path:
+    (folder / "labels-1").mkdir()
+    (folder / "labels-1" / "train.parquet").write_bytes(b"PAR1")
+    return folder / "labels-1"
 
 
 def made_store(world: Any, folder: Path) -> Path:

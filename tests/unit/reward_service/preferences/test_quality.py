@@ -95,9 +95,9 @@ def test_gold_length_and_speed() -> None:
 
 def test_agreement_with_others_leaves_even_splits_out() -> None:
     labels = [label("i", who, choice) for who, choice in (("x", "a"), ("y", "a"), ("z", "b"))]
-    assert with_others(votes(labels)) == {"z": (0, 1)}
+    assert with_others(votes(labels)) == {("i", "z"): (0, 1)}
     pair = [label("i", "x", "a"), label("i", "y", "a"), label("alone", "x", "a")]
-    assert with_others(votes(pair)) == {"x": (1, 1), "y": (1, 1)}
+    assert with_others(votes(pair)) == {("i", "x"): (1, 1), ("i", "y"): (1, 1)}
 
 
 def test_a_group_that_judges_by_length_is_named() -> None:
@@ -138,6 +138,7 @@ def test_drift_is_seen_and_steadiness_is_not_drift() -> None:
     assert tired["late"]["prefers_first"] > 0.7
     assert not drift(days(0.5))["drifts"]
     assert not drift([])["drifts"]
+    assert drift([])["early"]["median_s"] is None
 
 
 def report() -> dict[str, Any]:
