@@ -148,7 +148,7 @@ def by_group(
         name = group_of(item, judgement)
         if name and judgement.is_label:
             groups.setdefault(name, []).append((item, judgement))
-    others = with_others(votes(judgement for _, judgement in judged))
+    others = with_others(votes(j for item, j in judged if item.gold is None))
     measured = {name: _measures(entries, others) for name, entries in sorted(groups.items())}
     hits, cases = Counter[str](), Counter[str]()
     for measures in measured.values():
@@ -175,12 +175,13 @@ def by_group(
 def _measures(
     entries: Sequence[Judged], others: Mapping[tuple[str, str], tuple[int, int]]
 ) -> dict[str, Share]:
-    judgements = [judgement for _, judgement in entries]
+    usual = [(item, judgement) for item, judgement in entries if item.gold is None]
+    judgements = [judgement for _, judgement in usual]
     agreed = [others.get((j.item_id, j.annotator_id), (0, 0)) for j in judgements]
     ties = sum(judgement.choice in ("tie", "both_bad") for judgement in judgements)
     return {
         "prefers_first": position_bias(judgements),
-        "prefers_longer": length_bias(entries),
+        "prefers_longer": length_bias(usual),
         "undecided": share_of(ties, len(judgements)),
         "gold": gold_accuracy(entries),
         "agrees_with_others": share_of(sum(a for a, _ in agreed), sum(n for _, n in agreed)),
@@ -191,7 +192,7 @@ def drift(judged: Sequence[Judged]) -> dict[str, Any]:
     """The earlier half of the labels against the later one, by ``created_at``."""
     labels = sorted((e for e in judged if e[1].is_label), key=lambda e: e[1].created_at)
     half = len(labels) // 2
-    others = with_others(votes(judgement for _, judgement in judged))
+    others = with_others(votes(j for item, j in judged if item.gold is None))
     early, late = _measures(labels[:half], others), _measures(labels[half:], others)
     tests = {
         key: difference_p(early[key].hits, early[key].n, late[key].hits, late[key].n)
