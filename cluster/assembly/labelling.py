@@ -66,7 +66,7 @@ def open_label_site(config: LabelConfig, say: Callable[[str], None]) -> LabelSit
         connections=CONNECTIONS,
     )
     if live is not None:
-        desk.live = live.status
+        desk.live = live
         live.start()
     return LabelSite(server, desk, f"{server.url}join/{people.invite('admin')}", live)
 

@@ -65,6 +65,7 @@ class LiveSampling:
         policy_directory(self._run)
         self._prompts = _prompts(config.live)
         self._stopping = threading.Event()
+        self._asked = threading.Event()
         self._told = "Live sampling has not begun."
         self._added = 0
         self._thread = threading.Thread(target=self._work, name="accord-live", daemon=True)
@@ -82,11 +83,16 @@ class LiveSampling:
         """One sentence for the pages."""
         return self._told
 
+    def ask(self) -> None:
+        """Somebody has nothing left, however many items are free for others."""
+        self._asked.set()
+
     def _work(self) -> None:
         while not self._stopping.is_set():
             wait = LOOK_EVERY_S
             try:
-                if self._free() < self._live.ahead:
+                if self._asked.is_set() or self._free() < self._live.ahead:
+                    self._asked.clear()
                     self.round()
             except Exception as problem:  # the pages go on without new items
                 wait = AFTER_FAILURE_S

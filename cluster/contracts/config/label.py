@@ -75,7 +75,7 @@ class LabelLiveConfig(Section):
     policy: str | None = Field(
         None,
         description="A run directory, also of a run in progress, or a model directory. Its newest "
-        "policy writes new completions whenever few items are left. none: only what is in the "
+        "policy writes new completions whenever items run out. none: only what is in the "
         "store is labelled.",
     )
     prompts: str | None = Field(

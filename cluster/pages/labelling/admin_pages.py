@@ -77,7 +77,7 @@ def _overview(
         labels=sum(one.is_label for _, one in judged),
         people=person_figures(people, judged, report),
         report=report,
-        live=desk.live() if desk.live is not None else "",
+        live=desk.live.status() if desk.live is not None else "",
         flags=[_flag(item, judgement) for item, judgement in flagged[:SHOWN]],
         invites=[_invite(one, now) for one in invites],
         link=link,

@@ -111,7 +111,10 @@ def _add_tasks(app: FastAPI, desk: Desk) -> None:
         item = desk.next_item(session.who)
         if item is not None:
             return _to(f"/task/{quote(item.id, safe='')}")
-        live = desk.live() if desk.live is not None else ""
+        live = ""
+        if desk.live is not None:
+            desk.live.ask()
+            live = desk.live.status()
         return page("label_done.html.j2", **_around(session), **_standing(desk, session), live=live)
 
     @app.get("/task/{item_id}")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Protocol
 
 from cluster.contracts.errors import UserError
 from cluster.pages.labelling.forms import (
@@ -46,6 +46,16 @@ class Gone(Exception):
 
 class Conflict(Exception):
     """The annotator has labelled the item in the meantime, in another tab."""
+
+
+class LiveSource(Protocol):
+    """Adds items while people label."""
+
+    def status(self) -> str:
+        """One sentence for the pages."""
+
+    def ask(self) -> None:
+        """Somebody has nothing left to label."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +98,7 @@ class Desk:
         self.labelling = labelling
         self.people = people
         self.rules = rules
-        self.live: Callable[[], str] | None = None  # says how live sampling goes, where it does
+        self.live: LiveSource | None = None
         self._clock: Callable[[], float] = labelling.clock
 
     # -- before the first item ---------------------------------------------------------------------

@@ -130,6 +130,19 @@ def test_the_thread_keeps_items_waiting_and_no_more(
     assert not live._thread.is_alive()
 
 
+def test_somebody_with_nothing_left_gets_more(
+    make: Make, writer: Writer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.assembly.live_labelling.LOOK_EVERY_S", 0.01)
+    live = make(ahead=1)
+    live.start()
+    until(lambda: live._labelling.progress().items == 3)
+    live.ask()
+    until(lambda: live._labelling.progress().items == 6)
+    live.stop()
+    assert len(writer.calls) == 2
+
+
 def test_a_failure_is_told_and_the_thread_goes_on(
     make: Make, writer: Writer, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -358,3 +358,20 @@ def test_gold_items_are_mixed_in_unmarked(open_site: Open, make_item: Callable[.
         path = visitor.label()
         kinds.append(site.item_at(path).gold is not None)
     assert kinds == [False, False, True, False, False, True, False, False, False]
+
+
+def test_live_sampling_is_asked_when_nothing_is_left(open_site: Open) -> None:
+    class Live:
+        asked = 0
+
+        def status(self) -> str:
+            return "New <completions> are coming."
+
+        def ask(self) -> None:
+            self.asked += 1
+
+    site = open_site(items=[])
+    site.desk.live = live = Live()
+    page = site.visitor("admin").get("/")
+    assert "New &lt;completions&gt; are coming." in page
+    assert live.asked > 0
