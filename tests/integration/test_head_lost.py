@@ -104,7 +104,7 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     token.chmod(0o600)
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    made = Head(Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp")))
+    made = Head(Path(tempfile.mkdtemp(prefix="ray-")))
     made.start()
     yield made
     made.end()
