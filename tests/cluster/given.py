@@ -4,6 +4,7 @@ modules beside them, a learnt reward model, a chat template. And `accord` on hos
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,14 +25,15 @@ LENGTHS = "def words(text):\n    return len(str(text).split())\n"
 WORDING = "POLITE = ('please', 'thanks')\n"
 
 
-def accord(lab: Lab, *words: str) -> subprocess.CompletedProcess[str]:
+def accord(lab: Lab, *words: str, folder: str = ".") -> subprocess.CompletedProcess[str]:
+    """``folder``: below /host, in which the command is given."""
     command = (sys.executable, ROOT / "launch.py", *words)
-    return lab.run(1, *command, timeout_s=280, ACCORD_NO_BOOTSTRAP="1")
+    return lab.run(1, "env", "-C", folder, *command, timeout_s=280, ACCORD_NO_BOOTSTRAP="1")
 
 
-def events(run: Path, kind: str) -> list[dict[str, Any]]:
+def events(run: Path, *kinds: str) -> list[dict[str, Any]]:
     lines = (run / "events.jsonl").read_text(encoding="utf-8").splitlines()
-    return [event for event in map(json.loads, lines) if event["kind"] == kind]
+    return [event for event in map(json.loads, lines) if event["kind"] in kinds]
 
 
 def write_inputs(folder: Path, **shape: int) -> None:
@@ -91,6 +93,35 @@ def write_reward_model(folder: Path, policy: Path) -> None:
             golden=(Golden(token_ids=tuple(ids), score=float(scored[0])),),
         ),
     )
+
+
+REWARD_MODEL = """
+[model]
+path = "model"
+chat_template = "chat.jinja"
+[data]
+path = "pairs.jsonl"
+[fit]
+max_steps = 4
+[run]
+dir = "/host/runs"
+name = "rm"
+[logging]
+tensorboard = false
+"""
+
+
+def train_reward_model(lab: Lab, folder: Path) -> None:
+    """In the place of the drawn one: by `accord reward-model` on host 1, which prefers polite
+    completions."""
+    asked = [f"how long does the battery last {i}" for i in range(64)]
+    pairs = [{"prompt": p, "chosen": "long, thanks", "rejected": "no"} for p in asked]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    (folder / "rm.toml").write_text(REWARD_MODEL)
+    done = accord(lab, "reward-model", "rm.toml", folder=folder.name)
+    assert done.returncode == 0, done.stdout + done.stderr
+    shutil.rmtree(folder / "reward_model")
+    shutil.copytree(lab.disk(1) / "runs" / "rm" / "reward_model", folder / "reward_model")
 
 
 CONFIG = """
