@@ -26,7 +26,7 @@ class Host:
     def __init__(self, driver: Driver, monkeypatch: pytest.MonkeyPatch, clock: float) -> None:
         self.time = clock
         self.meanwhile = lambda: None
-        mirror = Mirror("memory://runs/r", Path("/work/r"))
+        mirror = Mirror("memory://runs/r", Path("/disk/r"))
         with monkeypatch.context() as here:
             here.setattr(mirror_lease.Driver, "of_this_process", lambda: driver)
             self.lease = MirrorLease(mirror, lambda: self.time, self.wait)
@@ -74,7 +74,7 @@ def test_the_hold_of_a_dead_one_is_taken_over_and_one_that_lives_after_all_ends(
     second.lease.take()
     assert second.time - before > BEAT_S  # watched meanwhile
     first.lease.renew()
-    with pytest.raises(Fatal, match=r"process 82 on host beta drives .* stay in /work/r"):
+    with pytest.raises(Fatal, match=r"process 82 on host beta drives .* stay in /disk/r"):
         first.lease.require()
     first.lease.give_back()  # which is not its own any more
     second.lease.renew()
