@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -36,10 +37,19 @@ RAY = Path(sys.executable).with_name("ray")
 START = (
     *("--head", "--block", "--num-cpus=8", "--object-store-memory=100000000"),
     *("--include-dashboard=false", "--disable-usage-stats"),
-    *("--ray-client-server-port=0", "--dashboard-agent-listen-port=0"),  # any that is free
 )
 START_S = 120.0
 log = logging.getLogger(__name__)
+
+
+def own_ports() -> list[str]:
+    """Those that two clusters of one machine would both take."""
+    words = []
+    for name in ("ray-client-server-port", "dashboard-agent-listen-port"):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            words.append(f"--{name}={free.getsockname()[1]}")
+    return words
 
 
 @dataclass
@@ -55,7 +65,7 @@ class Head:
         out = self.folder / "head.log"
         with out.open("wb") as file:
             block = subprocess.Popen(
-                [RAY, "start", f"--port={port}", f"--temp-dir={self.folder}", *START],
+                [RAY, "start", f"--port={port}", f"--temp-dir={self.folder}", *START, *own_ports()],
                 stdout=file,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -105,10 +115,12 @@ def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Head]:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     made = Head(Path(tempfile.mkdtemp(prefix="ray-")))
-    made.start()
-    yield made
-    made.end()
-    shutil.rmtree(made.folder, ignore_errors=True)
+    try:
+        made.start()
+        yield made
+    finally:
+        made.end()
+        shutil.rmtree(made.folder, ignore_errors=True)
 
 
 # The second as when the head's machine were lost, but for the driver, which is on it.
