@@ -231,9 +231,9 @@ def in_command() -> bool:
 
 
 def end_command_after(seconds: float, text: str, code: int) -> None:
-    """Where this is the main thread of a command: end it by force if it has not ended by then. For
-    when something that its end has to call may never return."""
-    if in_command() and _command is not None:
+    """In the process of a command, from any thread: end it by force if it has not ended by then.
+    For when something that it has to call may never return."""
+    if _command is not None:
         timer = threading.Timer(seconds, _command.end_now, (text, code))
         timer.daemon = True
         timer.start()

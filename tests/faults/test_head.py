@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,43 @@ def test_09_the_head_is_lost_with_the_learner_and_the_newest_checkpoint_stays(
     head = Head()
     run = asyncio.run(watched(tmp_path, head, Saving(head, hangs=True), steps=100_000))
     assert run.checkpoints.newest_good().state.step == 4
+
+
+def test_09_the_loss_is_noticed_while_the_event_loop_waits_for_the_head_itself() -> None:
+    """As when a lost role is to be started again, which Ray does on its head."""
+    head, noticed, lost = Head(), threading.Event(), asyncio.Event()
+
+    async def scenario() -> None:
+        watch = HeadWatch(
+            head.answers, lost.set, lambda *_, **__: None, LOOK_S, DEADLINE_S, noticed.set
+        )
+        task = asyncio.ensure_future(watch.run())
+        await asyncio.sleep(0)
+        head.gone.set()
+        assert noticed.wait(20)  # on the event loop
+        assert not lost.is_set()
+        await asyncio.wait_for(task, 20)
+        assert lost.is_set()
+
+    asyncio.run(scenario())
+
+
+def test_09_a_watch_that_is_ended_looks_no_more() -> None:
+    head = Head()
+
+    async def scenario() -> None:
+        watch = HeadWatch(head.answers, lambda: None, lambda *_, **__: None, 0.001)
+        task = asyncio.ensure_future(watch.run())
+        while head.asked < 3:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    asyncio.run(scenario())
+    deadline = time.monotonic() + 20
+    while any(t.name == "accord-own-thread" for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_09_single_calls_without_an_answer_are_no_lost_head(tmp_path: Path) -> None:
