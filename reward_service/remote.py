@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,8 +30,11 @@ from cluster.machine.imports import quick_imports
 from cluster.machine.shipment import Shipment, known_as
 from reward_service.access import OPEN, Access
 from reward_service.client import RewardClient, Unreached
+from reward_service.log_follower import LogFollower, whole_lines
 from reward_service.source import ServiceInfo
 
+_OWN_LOG = "own"
+_LOG_TIMEOUT_S = 5.0
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -109,10 +113,13 @@ Begun = tuple[Any, ServicePlace]
 class RewardServiceHandle:
     """A service that starts or runs: its ``place`` to give to clients, ``address``, ``stop``."""
 
-    def __init__(self, begin: Callable[[], Begun]) -> None:
-        """``begin``: begins to start the service in a new process."""
+    def __init__(self, begin: Callable[[], Begun], log_file: Path | None = None) -> None:
+        """``begin``: begins to start the service in a new process. ``log_file``: takes what the
+        process prints, where it does not write there itself."""
         self._begin = begin
         self._actor, self.place = begin()
+        self._log_file = log_file
+        self._log = self._follow_log()
         self._answer: tuple[str, ServiceInfo] | None = None
 
     def wait(self) -> None:
@@ -120,6 +127,7 @@ class RewardServiceHandle:
         try:
             self._answer = self.place.wait()
         except BaseException:
+            self._end_log()
             ray.kill(self._actor)
             raise
 
@@ -134,8 +142,11 @@ class RewardServiceHandle:
 
     async def restart(self) -> None:
         """Another process in place of one that died. Raises as ``started``."""
+        if self._log is not None:
+            self._log.close()
         ray.kill(self._actor)
         self._actor, self.place = self._begin()
+        self._log = self._follow_log()
         await self.started()
 
     @property
@@ -172,10 +183,31 @@ class RewardServiceHandle:
         try:
             if self._answer is not None:  # one that is still starting has nothing to finish
                 ray.get(actor.stop.remote(), timeout=timeout_s)
+                self._end_log()
         except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
             pass  # dead or stuck: killed below either way
         finally:
+            if self._log is not None:
+                self._log.close()
             ray.kill(actor)
+
+    def _follow_log(self) -> LogFollower | None:
+        if self._log_file is None:
+            return None
+        actor = self._actor
+
+        def read(offset: int) -> bytes:
+            return bytes(ray.get(actor.printed.remote(offset), timeout=_LOG_TIMEOUT_S))
+
+        return LogFollower(read, self._log_file)
+
+    def _end_log(self) -> None:
+        """Its last lines tell most of how it ended."""
+        if self._log is not None:
+            self._log.close()
+            # A process that is gone tells nothing more.
+            with contextlib.suppress(ray.exceptions.RayError, OSError):
+                self._log.collect()
 
 
 def begin_reward_service(
@@ -197,23 +229,26 @@ def begin_reward_service(
     ``cores``: keep the process to them (Linux). ``reach``: listen on loopback, or on the node's
     address for workers on other machines (needs a token or client certificates). ``log_file``:
     takes what the process prints, such as a reward function's own output, and the traceback of one
-    that fails. ``files``: what it is sent of the files that the sources name.
+    that fails; within some seconds where it may be on another machine. ``files``: what it is sent
+    of the files that the sources name.
     """
     kind: Any = ray.remote(_RewardActor)
-    options = {"num_cpus": num_cpus, "resources": dict(cfg.resources), "max_concurrency": 3}
+    options = {"num_cpus": num_cpus, "resources": dict(cfg.resources), "max_concurrency": 4}
     if cfg.labels:
         options["label_selector"] = dict(cfg.labels)
 
+    log: str | None = None
+    if log_file is not None:
+        log = _OWN_LOG if reach == "cluster" else str(log_file.absolute())
+
     def begin() -> Begun:
-        actor = kind.options(**options, **names("reward")).remote(
-            tuple(cores), threads, str(log_file.absolute()) if log_file else None
-        )
+        actor = kind.options(**options, **names("reward")).remote(tuple(cores), threads, log)
         outcome = actor.start.remote(
             _with_paths(cfg, known_as), reach, access, remote, loaded(), files or Shipment()
         )
         return actor, ServicePlace([outcome], num_cpus, timeout_s)
 
-    return RewardServiceHandle(begin)
+    return RewardServiceHandle(begin, log_file if log == _OWN_LOG else None)
 
 
 def start_reward_service(cfg: RewardConfig, *args: Any, **keys: Any) -> RewardServiceHandle:
@@ -251,9 +286,15 @@ class RewardClients:
 
 
 class _RewardActor:
-    def __init__(self, cores: Sequence[int], threads: int, log_file: str | None) -> None:
-        if log_file is not None:
-            _write_to(log_file)
+    def __init__(self, cores: Sequence[int], threads: int, log: str | None) -> None:
+        """``log``: a file of this machine, or ``_OWN_LOG``: one that ``printed`` reads."""
+        self._log = -1
+        if log == _OWN_LOG:
+            self._log, path = tempfile.mkstemp(prefix="accord-reward-")
+            _write_to(path)
+            os.unlink(path)  # the open descriptors keep it; nothing is left when they are closed
+        elif log is not None:
+            _write_to(log)
         telemetry_off()
         # Before torch or grpc start their threads, which inherit both.
         for variable in THREAD_VARIABLES:
@@ -298,6 +339,9 @@ class _RewardActor:
 
     def stacks(self) -> str:
         return thread_stacks()
+
+    def printed(self, offset: int) -> bytes:
+        return whole_lines(self._log, offset)
 
     def stop(self) -> None:
         if self._server is not None:

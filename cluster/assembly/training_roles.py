@@ -68,8 +68,8 @@ def reward_role(
 ) -> Iterator[RewardRole]:
     """The reward service that was given, or one that begins to start here for the run.
 
-    What one started here prints goes to ``log_file``, on this machine; a BadReward raised within
-    then names the file, and a RewardsAway says how often the service's process has died.
+    What one started here prints goes to ``log_file``, from other machines, too; a BadReward raised
+    within then names the file, and a RewardsAway says how often the service's process has died.
 
     A service elsewhere gets the token in the variable ACCORD_REWARD_TOKEN. One started here answers
     to a token made for this run. It listens on loopback; on a cluster that was joined, where
@@ -100,7 +100,7 @@ def reward_role(
             reach="cluster" if joined else "machine",
             access=own,
             remote=sources_access(config.reward),
-            log_file=None if joined else log_file,
+            log_file=log_file,
             files=files.reward,
             timeout_s=START_S + room_s,
             names=names,

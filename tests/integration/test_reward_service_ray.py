@@ -16,6 +16,7 @@ from cluster.contracts.config.reward import (
     RulesSource,
 )
 from cluster.contracts.errors import UserError
+from reward_service.certificate import run_access
 from reward_service.client import RewardClient
 from reward_service.remote import start_reward_service
 from reward_service.source import ScoreItem
@@ -42,6 +43,7 @@ def test_it_serves_pinned_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "rewards.py").write_text(
         "import os\n"
         "def where(completions):\n"
+        "    print('asked for', *completions)\n"
         "    cores = set.union(*(os.sched_getaffinity(int(t))"
         " for t in os.listdir('/proc/self/task')))\n"
         "    threads = int(os.environ['OMP_NUM_THREADS'])\n"
@@ -49,16 +51,25 @@ def test_it_serves_pinned_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     )
     monkeypatch.chdir(tmp_path)  # the path below is relative to here, not to the actor's directory
     core = max(os.sched_getaffinity(0))
+    own, theirs = run_access(encrypted=False)
+    log = tmp_path / "logs" / "reward.log"
     handle = start_reward_service(
-        RewardConfig(sources=[FunctionSource(path="rewards.py:where")]), 1, (core,), timeout_s=60
+        RewardConfig(sources=[FunctionSource(path="rewards.py:where")]),
+        1,
+        (core,),
+        reach="cluster",  # as on another host: what it prints is fetched
+        access=own,
+        timeout_s=60,
+        log_file=log,
     )
     item = ScoreItem(id="a", messages=({"role": "user", "content": "q"},), response="r")
-    with RewardClient([handle.address], deadline_s=10) as client:
+    with RewardClient([handle.address], deadline_s=10, access=theirs) as client:
         assert client.connect().scorer_version == handle.info.scorer_version
         assert client.score_items([item])[0].value == 1000 + core
         handle.stop()
         handle.stop()
         assert client.healthy(1.0) == {handle.address: False}
+    assert log.read_text().endswith("asked for [{'role': 'assistant', 'content': 'r'}]\n")
 
 
 @pytest.mark.usefixtures("cluster")
