@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +89,14 @@ class Watched:
         return 0 < waiting == live["queue"]["in_flight"]
 
     def goes_on(self, steps: int = 3) -> None:
+        """Steps follow, and both workers serve again."""
         goal = self.step() + steps
         self.until(lambda: self.step() >= goal, f"step {goal}")
+        self.until(lambda: self.serving() == 2, "two workers to serve")
+
+    def serving(self) -> int:
+        live = json.loads((self.run / "live.json").read_text())
+        return sum(worker["status"] == "serving" for worker in live["workers"])
 
     def workers(self) -> list[psutil.Process]:
         def is_worker(process: psutil.Process) -> bool:
@@ -149,7 +156,7 @@ def test_a_run_with_vllm_survives_its_faults(world: Any, accord: Any) -> None:
     hung = seen.workers()[0]
     hung.send_signal(signal.SIGSTOP)  # 3
     seen.until_more("worker_lost", lost)
-    if hung.is_running():
+    with suppress(psutil.NoSuchProcess):
         hung.send_signal(signal.SIGCONT)
     seen.goes_on()
 
@@ -161,13 +168,13 @@ def test_a_run_with_vllm_survives_its_faults(world: Any, accord: Any) -> None:
     seen.goes_on()
     assert len(seen.events("worker_lost")) == lost, "completions wait for their scores"
 
-    for count in (1, 3, 1, 0, 2):  # 11
+    for count in (1, 2, 0, 2):  # 11
         scaled = accord.run("scale", seen.run, count, "--wait=200", timeout_s=240)
         assert scaled.process.returncode == 0, scaled.stderr
     seen.goes_on()
 
     command.process.send_signal(signal.SIGTERM)  # 19
-    assert command.wait(60) == 143, command.stderr
+    assert command.wait(120) == 143, command.stderr
     assert command.left() == []
     steps = audit_run(str(seen.run)).steps
     again = accord.run("train", "--resume", seen.run, f"batch.steps={steps + 3}", timeout_s=LONG_S)
