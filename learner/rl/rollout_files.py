@@ -28,6 +28,8 @@ class RolloutWriter:
     def __init__(self, directory: str | Path) -> None:
         self._directory = Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
+        for left in self._directory.glob(".step-*"):  # by a learner that was killed
+            left.unlink(missing_ok=True)
         # One thread: files come to be in the order of steps, so that a gap is a fault, not a delay.
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollout-writer")
         self._pending: Future[None] | None = None

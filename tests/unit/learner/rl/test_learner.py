@@ -22,6 +22,7 @@ from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput
 from learner.rl.learner import PPOLearner
 from learner.rl.publish import host_arrays
+from learner.rl.rollout_files import RolloutWriter
 
 OWN = {"learner": {"value_model": "own", "value_lr": 3e-3}}
 GROUPS = (0, 1, 2, 3)
@@ -289,6 +290,14 @@ def test_trained_groups_are_written_and_a_failed_write_surfaces(
     with pytest.raises(Fatal, match="cannot write rollouts"):
         learner.step(_step(2, tables[2]))
     learner.close()
+
+
+def test_what_a_killed_learner_was_writing_goes_when_the_next_one_starts(tmp_path: Path) -> None:
+    left, whole = tmp_path / ".step-000003.parquet.writing-77", tmp_path / "step-000002.parquet"
+    left.write_bytes(b"PAR1")
+    whole.write_bytes(b"PAR1")
+    RolloutWriter(tmp_path).close()
+    assert list(tmp_path.iterdir()) == [whole]
 
 
 def test_a_full_disk_costs_rollouts_and_no_training(
