@@ -14,7 +14,7 @@ from reward_service.preferences.store import PreferenceStore
 from tests.integration.conftest import write_rows
 
 GOOD, BAD = "hours", "broken"
-FIT = "rows_per_step = 8\nmax_steps = 25\neval_fraction = 0.25\nlr = 3e-3\nmax_tokens = 128"
+FIT = "rows_per_step = 8\nmax_steps = 14\neval_fraction = 0.25\nlr = 3e-3\nmax_tokens = 128"
 
 
 def hh_row(number: int) -> dict[str, str]:
@@ -42,7 +42,7 @@ def test_a_file_of_another_project_becomes_a_reward_model(
     make: Any, world: Any, accord_here: Any
 ) -> None:
     """One command from the file to held-out accuracy."""
-    data = write_rows(accord_here.folder / "rows.jsonl", [make(n) for n in range(48)])
+    data = write_rows(accord_here.folder / "rows.jsonl", [make(n) for n in range(40)])
     config = world.offline_toml(accord_here.folder / "c.toml", data, FIT)
     done = accord_here.run("reward-model", config)
     assert done.code == 0, done.err
@@ -109,7 +109,7 @@ def test_from_labels_to_a_model_and_forgetting_an_annotator(world: Any, accord_h
     )  # fmt: skip
     assert snapshot.code == 0, snapshot.err
     sha256 = json.loads(snapshot.out)["sha256"]
-    fit = FIT.replace("max_steps = 25", "max_steps = 2")
+    fit = FIT.replace("max_steps = 14", "max_steps = 2")
     config = world.offline_toml(folder / "c.toml", folder / "labels-1", fit)
     done = accord_here.run("reward-model", config)
     assert done.code == 0, done.err
@@ -140,7 +140,7 @@ def test_from_labels_to_a_model_and_forgetting_an_annotator(world: Any, accord_h
 def test_training_on_a_store_keeps_a_snapshot_in_the_run(world: Any, accord_here: Any) -> None:
     folder = accord_here.folder
     store = made_store(folder / "p.db")
-    fit = FIT.replace("max_steps = 25", "max_steps = 1")
+    fit = FIT.replace("max_steps = 14", "max_steps = 1")
     config = world.offline_toml(folder / "c.toml", folder / "p.db", fit)
     assert accord_here.run("dpo", config).code == 0
     manifest = json.loads((folder / "runs" / "r" / "manifest.json").read_text())
