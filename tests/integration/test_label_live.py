@@ -3,7 +3,6 @@ written, and the pages answer while it writes."""
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import signal
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -23,14 +23,17 @@ DEADLINE_S = 280.0
 
 
 @pytest.mark.timeout(600)
-def test_new_pairs_come_from_the_newest_policy(tmp_path: Path, repo_root: Path, tiny: Path) -> None:
+def test_new_pairs_come_from_the_newest_policy(tmp_path: Path, repo_root: Path, world: Any) -> None:
     run = tmp_path / "run"
-    shutil.copytree(tiny, run / "checkpoints" / "step-000003" / "policy")
-    prompts = tmp_path / "prompts.jsonl"
-    texts = [" ".join("abcdef"[n : n + 3]) for n in range(3)]
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    shutil.copytree(world.policy, run / "checkpoints" / "step-000003" / "policy")
     store = tmp_path / "preferences.db"
-    words = [str(store), "--policy", str(run), f"live.prompts={prompts}", "live.max_tokens=12"]
+    words = [
+        str(store),
+        "--policy",
+        str(run),
+        f"live.prompts={world.prompts}",
+        "live.max_tokens=12",
+    ]
     process = subprocess.Popen(
         [sys.executable, "launch.py", "label", *words, "live.ahead=1", "server.port=0"],
         cwd=repo_root,

@@ -71,7 +71,7 @@ def _overview(
     return page(
         "label_admin.html.j2",
         session=session,
-        store=str(desk.labelling.store.path),
+        store=desk.labelling.store.path.name,
         progress=desk.labelling.progress(),
         overlap=desk.labelling.overlap,
         labels=sum(one.is_label for _, one in judged),

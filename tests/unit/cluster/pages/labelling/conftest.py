@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -86,9 +87,17 @@ class Site:
     desk: Desk
     clock: Clock
     items: list[Item] = field(default_factory=list)
+    open_browsers: ExitStack = field(default_factory=ExitStack)
+
+    def browser(self) -> TestClient:
+        """One that nobody has signed in with."""
+        if not hasattr(self, "app"):
+            self.app = label_app(self.desk)
+        client = TestClient(self.app, base_url="http://127.0.0.1")
+        return self.open_browsers.enter_context(client)  # one event loop for all its requests
 
     def visitor(self, role: Any = "annotator", *, accepted: bool = True) -> Visitor:
-        client = TestClient(label_app(self.desk), base_url="http://127.0.0.1")
+        client = self.browser()
         visitor = Visitor(client)
         answer = client.post(f"/join/{self.desk.people.invite(role)}")
         assert answer.status_code == 200, answer.text
@@ -108,7 +117,9 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def open_site(tmp_path: Path, clock: Clock) -> Callable[..., Site]:
+def open_site(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Site]]:
+    made: list[Site] = []
+
     def make(
         items: Iterable[Item] | None = None, overlap: int = 1, gold_every: int = 10, **page: Any
     ) -> Site:
@@ -118,9 +129,12 @@ def open_site(tmp_path: Path, clock: Clock) -> Callable[..., Site]:
         labelling = Labelling(store, overlap=overlap, lease_s=900.0, clock=clock)
         people = People(store, clock=clock)
         rules = rules_of(LabelPageConfig(**page), people, gold_every)
-        return Site(store, Desk(labelling, people, rules), clock, chosen)
+        made.append(Site(store, Desk(labelling, people, rules), clock, chosen))
+        return made[-1]
 
-    return make
+    yield make
+    for site in made:
+        site.open_browsers.close()
 
 
 def pairs(count: int) -> list[Item]:

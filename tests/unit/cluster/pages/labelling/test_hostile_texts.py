@@ -7,8 +7,6 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from typing import Any
 
-import pytest
-
 from cluster.pages.labelling.text import LONGEST_MARKDOWN, as_html, as_written, difference
 
 PAYLOADS = [
@@ -32,8 +30,8 @@ PAYLOADS = [
     "<details open ontoggle=window.broken=1><summary>x</summary></details>",
     '[ref]: javascript:window.broken=1\n\n[ref] <http://evil.example/"onmouseover="broken=1>',
     "```html\n</code></pre><script>window.broken = 1</script>\n```",
-    "x" * 100_000,
-    "`" * 3000 + "[" * 3000 + "*" * 3000 + ">" * 300,
+    "x" * 30_000,
+    "`" * 500 + "[" * 500 + "*" * 500 + ">" * 50,
 ]
 OURS = {
     *("html", "head", "meta", "title", "link", "script", "body", "a", "header", "nav", "form"),
@@ -67,32 +65,37 @@ class Page(HTMLParser):
                 self.amiss.append(f"{tag} {name}={value}")
 
 
-@pytest.mark.parametrize("payload", PAYLOADS, ids=range(len(PAYLOADS)))
-def test_a_payload_is_shown_as_text(
-    open_site: Callable[..., Any], make_item: Callable[..., Any], payload: str
+def test_payloads_are_shown_as_text(
+    open_site: Callable[..., Any], make_item: Callable[..., Any]
 ) -> None:
-    site = open_site(items=[make_item(payload, (payload, payload + " other"))])
+    items = [make_item(payload, (payload, payload + " other")) for payload in PAYLOADS]
+    site = open_site(items=items)
     visitor = site.visitor()
-    path = visitor.task()
-    wanted = Page(visitor.get(path)).tags.count("script")
-    pages = [
-        visitor.get(path),
-        visitor.get(f"{path}?plain=true"),
-        visitor.send(path, action="compare:1-2"),
-        visitor.send(path, action="edit:1"),
-        visitor.send(path, 422, action="submit", rationale=payload[:4000]),
-        visitor.send(path, action="submit", choice="tie", rationale=payload[:4000]),
-        visitor.get("/history"),
-    ]
-    for html in pages:
-        page = Page(html)
-        assert page.amiss == []
-        assert set(page.tags) <= OURS
-        assert page.tags.count("script") == wanted == 2
-        assert page.tags.count("form") <= 3
-        assert "\u202e" not in re.sub(r"<textarea.*?</textarea>", "", html, flags=re.DOTALL)
-        assert "\x1b" not in re.sub(r"<textarea.*?</textarea>", "", html, flags=re.DOTALL)
-    assert site.store.judgements()[0].rationale == payload[:4000].strip()
+    for payload in PAYLOADS:
+        path = visitor.task()
+        assert site.item_at(path).messages[0]["content"] == payload
+        for html in (
+            visitor.get(path),
+            visitor.get(f"{path}?plain=true"),
+            visitor.send(path, action="compare:1-2"),
+            visitor.send(path, action="edit:1"),
+            visitor.send(path, 422, action="submit", rationale=payload[:4000]),
+        ):
+            check(html)
+        visitor.send(path, action="submit", choice="tie", rationale=payload[:4000])
+        assert site.store.judgements()[-1].rationale == payload[:4000].strip()
+    check(visitor.get("/history"))
+
+
+def check(html: str) -> None:
+    page = Page(html)
+    assert page.amiss == []
+    assert set(page.tags) <= OURS
+    assert page.tags.count("script") == 2  # those of our pages
+    assert page.tags.count("form") <= 3
+    fields_left_out = re.sub(r"<textarea.*?</textarea>", "", html, flags=re.DOTALL)
+    assert "\u202e" not in fields_left_out
+    assert "\x1b" not in fields_left_out
 
 
 def test_what_is_invisible_is_shown_by_its_code_point() -> None:
