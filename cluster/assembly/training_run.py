@@ -66,7 +66,11 @@ def train_on_ray(training: Training) -> None:
 
 def _serve_page(training: Training, tab: RayTab, ray_info: Mapping[str, Any]) -> None:
     """The run's page in Ray's dashboard, from now to the end of the run."""
-    session = training.session
+    session, cluster = training.session, training.config.cluster
+    if cluster.to_join is None and not cluster.dashboard:
+        session.reporter.say(
+            "Ray's dashboard with this run's page is off; `cluster.dashboard=true` starts it"
+        )
     board = LiveBoard(session.path, str(ray_info["session"]))
     server = tab.serve(board, ray_info["dashboard"])
     if server is not None:
