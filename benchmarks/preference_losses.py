@@ -1,34 +1,44 @@
-"""Every way to train on preferences without PPO, on the same data: which policy is better?
+"""Every way to learn from preferences without reinforcement learning, on the same data: which
+policy is better?
 
-    accord quickstart --name quickstart      # makes the task: SFT policy, pairs, reward model
-    python benchmarks/preference_losses.py runs/quickstart --out table.json
+    python benchmarks/preference_losses.py --out table.json                # all methods
+    python benchmarks/preference_losses.py --out table.json --methods kto  # one more, same table
 
-Each method is run with the command that a user types and judged by `accord evaluate` with the
-task's gold rule, on prompts that no training saw. KL and length are measured with one function for
-all methods. The table is printed and written as JSON, with each method's settings.
+The base is that of `staleness_curves.py`: the help-desk task of `accord quickstart` with a smaller
+model, on one core. Each method trains with the command that a user types (`accord dpo`,
+`accord sft`). Judged are completions for prompts that no training saw: by the task's gold rule
+against the starting policy (win rate), by their length, and by their KL to the starting policy.
+Completions come from the engine on transformers, so that nothing but this process is needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-GOLD = ROOT / "cluster" / "quickstart" / "helpdesk" / "gold.py"
-MAX_TOKENS = 112  # prompt and completion together, as in the quickstart
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from staleness_base import MAX_ANSWER_TOKENS, BaseSize, Sampler, ensure_base, prompts_of  # noqa: E402
+
+RUNNING = 200
+BEST_OF = 8
+MAX_TOKENS = 128  # prompt and completion together
+TIE_MARGIN = 0.01
 COLUMNS = (
     *("accuracy_before", "accuracy", "win_rate", "ci_low", "ci_high"),
-    *("length", "kl", "minutes"),
+    *("length", "kl", "cpu_minutes"),
 )
-
 FIT: dict[str, Any] = {
+    "fit.threads": 1,
     "fit.rows_per_step": 32,
     "fit.tokens_per_microbatch": 4096,
     "fit.max_tokens": MAX_TOKENS,
@@ -38,78 +48,76 @@ FIT: dict[str, Any] = {
     "fit.epochs": 2,
 }
 LOSSES: dict[str, dict[str, Any]] = {
-    "dpo": {"beta": 0.1, "fit.lr": 2e-4},
-    "ipo": {"beta": 0.1, "fit.lr": 2e-4},
-    "kto": {"beta": 0.1, "fit.lr": 4e-4},
-    "orpo": {"beta": 0.5, "fit.lr": 4e-4},
-    "simpo": {"beta": 2.0, "target_margin": 1.0, "nll_coef": 0.1, "fit.lr": 2e-4},
+    "dpo": {"beta": 0.1, "fit.lr": 3e-4},
+    "ipo": {"beta": 0.1, "fit.lr": 3e-4},
+    "kto": {"beta": 0.1, "fit.lr": 3e-4},
+    "orpo": {"beta": 1.0, "fit.lr": 3e-4},
+    "simpo": {"beta": 2.0, "target_margin": 1.0, "nll_coef": 0.1, "fit.lr": 3e-4},
 }
-BEST_OF = 8
+BEST_SFT = {"fit.lr": 3e-4}
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """A finished quickstart run, and where this benchmark works."""
+    """The base, and where this benchmark works."""
 
-    run: Path
+    base: Path
     work: Path
     seed: int
 
     @property
     def start(self) -> Path:
-        return self.run / "sft" / "policy"
-
-    def data(self, name: str) -> Path:
-        return self.run / "data" / name
+        return self.base / "policy"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("quickstart", type=Path, help="run directory of `accord quickstart`")
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--work", type=Path, default=Path("runs/preference_losses"))
     parser.add_argument("--out", type=Path, default=Path("preference_losses.json"))
-    parser.add_argument("--methods", default=",".join([*LOSSES, "best-of-n", "ppo"]))
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--methods", default=",".join([*LOSSES, "best-of-n"]))
+    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    base = ensure_base((given.work / "base").absolute(), BaseSize())
+    world = World(base, (given.work / f"seed{given.seed}").absolute(), given.seed)
     results = json.loads(given.out.read_text())["results"] if given.out.is_file() else []
-    for seed in range(given.seeds):
-        world = World(given.quickstart, given.work / f"seed{seed}", seed)
-        for method in given.methods.split(","):
-            results = [r for r in results if (r["method"], r["seed"]) != (method, seed)]
-            results.append(run_method(world, method))
-            content = {"task": "help desk", "best_of": BEST_OF, "fit": FIT, "results": results}
-            given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    for method in filter(None, given.methods.split(",")):
+        results = [r for r in results if (r["method"], r["seed"]) != (method, given.seed)]
+        results.append(run_method(world, method))
+        content = {
+            "task": "help desk, as in accord quickstart, with a smaller model",
+            "base": json.loads((base / "base.json").read_text()),
+            "fit": FIT,
+            "results": results,
+        }
+        given.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     print(table(results))
 
 
 def run_method(world: World, method: str) -> dict[str, Any]:
-    began = time.monotonic()
-    how: Callable[[World], tuple[Path, dict[str, Any]]] = {
-        "best-of-n": best_of_n,
-        "ppo": ppo_of_quickstart,
-    }.get(method, lambda world: preference_loss(world, method))
-    policy, found = how(world)
-    minutes = (time.monotonic() - began) / 60
-    return {
-        "method": method,
-        "seed": world.seed,
-        "minutes": round(minutes, 2),
-        **found,
-        **own_samples(world, policy),
-        **gold_win_rate(world, method, policy),
-    }
+    began = cpu_seconds()
+    policy, found = best_of_n(world) if method == "best-of-n" else preference_loss(world, method)
+    minutes = (cpu_seconds() - began) / 60
+    judged = judge(world, policy)
+    return {"method": method, "seed": world.seed, "cpu_minutes": minutes, **found, **judged}
+
+
+def cpu_seconds() -> float:
+    """Of this process and of all that it has waited for."""
+    times = os.times()
+    return float(sum(times[:4]))
 
 
 def preference_loss(world: World, loss: str) -> tuple[Path, dict[str, Any]]:
-    settings = {**FIT, **LOSSES[loss]}
+    settings = {"loss": loss, **FIT, **LOSSES[loss]}
     run = command(world, "dpo", f"examples/{loss}.toml", loss, {
-        "model.path": world.start, "data.path": world.data("pairs.jsonl"), "kl_samples": 0,
-        **settings,
+        "model.path": world.start, "data.path": world.base / "pairs.jsonl", **settings,
     })  # fmt: skip
     fit = json.loads((run / "fit.json").read_text())
     return run / "policy", {
         "settings": LOSSES[loss],
         "steps": fit["steps"],
+        "pairs": fit["rows"],
+        "pairs_held_out": fit["rows_held_out"],
         "accuracy_before": accuracy_before(run),
         "accuracy": fit["evaluation"]["eval/rewards/accuracies"],
     }
@@ -133,75 +141,103 @@ def accuracy_before(run: Path) -> float | None:
     evaluate = task.evaluation(held)
     assert evaluate is not None
     found = {metric.name: metric.value for metric in evaluate()}
-    return round(found["eval/rewards/accuracies"], 4)
+    return found["eval/rewards/accuracies"]
 
 
 def best_of_n(world: World) -> tuple[Path, dict[str, Any]]:
-    best = command(world, "best-of-n", "examples/best_of_n.toml", "best", {
-        "model.path": world.start,
-        "data.prompts": world.data("rl_prompts.jsonl"),
-        "reward.sources.0.path": world.run / "reward_model" / "reward_model",
+    """What `accord best-of-n` and `accord sft` do, with the engine on transformers."""
+    from cluster.assembly.best_of_n import Scored, write_best
+    from cluster.assembly.judging import scores_of
+    from cluster.contracts.config.best_of_n import BestOfNConfig
+    from cluster.contracts.records import Rollout
+
+    config = BestOfNConfig.model_validate({
+        "model": {"path": str(world.start)},
+        "data": {"prompts": str(world.base / "rl_prompts.jsonl")},
+        "reward": {"sources": [{"type": "model", "path": str(world.base / "reward_model")}]},
         "samples": BEST_OF,
     })  # fmt: skip
+    source = prompts_of(world.base, "rl")
+    prompts = [source.prompt(n) for n in range(len(source))]
+    sampler = Sampler(world.start, RUNNING)
+    done = sampler.answers(prompts, BEST_OF, "best", world.seed)
+    rollouts = [
+        Rollout(prompt=prompts[i // BEST_OF], completion=completion, sample_index=i % BEST_OF,
+                text=sampler.text(completion))
+        for i, completion in enumerate(done)
+    ]  # fmt: skip
+    scores = scores_of(config.reward, [(config.model, rollouts)])[0]
+    folder = world.work / "best"
+    folder.mkdir(parents=True, exist_ok=True)
+    scored = [Scored(*pair) for pair in zip(rollouts, scores, strict=True)]
+    figures = write_best(folder, scored, config)
     run = command(world, "sft", "examples/sft.toml", "best-sft", {
-        "model.path": world.start, "data.path": best / "best.jsonl", **FIT, "fit.lr": 1e-3,
+        "model.path": world.start, "data.path": folder / "best.jsonl", **FIT, **BEST_SFT,
     })  # fmt: skip
-    figures = json.loads((best / "best_of_n.json").read_text())
     steps = json.loads((run / "fit.json").read_text())["steps"]
-    return run / "policy", {"settings": {"fit.lr": 1e-3}, "steps": steps, "best_of_n": figures}
-
-
-def ppo_of_quickstart(world: World) -> tuple[Path, dict[str, Any]]:
-    """The quickstart's own PPO policy, for comparison; its minutes are those of its PPO stage."""
-    stages = json.loads((world.run / "stages.json").read_text())
-    seconds = next(stage["seconds"] for stage in stages if stage["name"] == "ppo")
-    return world.run / "policy", {"minutes": round(seconds / 60, 2)}
+    return run / "policy", {"settings": BEST_SFT, "steps": steps, "best_of_n": figures}
 
 
 def command(world: World, name: str, config: str, run: str, settings: dict[str, Any]) -> Path:
     """Run `accord NAME CONFIG KEY=VALUE...`; the run directory that it makes."""
     values = {**settings, "run.dir": world.work, "run.name": run, "run.seed": world.seed}
     words = [f"{key}={value}" for key, value in values.items()]
-    accord = [sys.executable, str(ROOT / "launch.py")]
-    subprocess.run([*accord, name, str(ROOT / config), *words, "--quiet"], check=True)
+    launch = [sys.executable, str(ROOT / "launch.py")]
+    subprocess.run([*launch, name, str(ROOT / config), *words, "--quiet"], check=True)
     return world.work / run
 
 
-def own_samples(world: World, policy: Path) -> dict[str, float]:
-    """On held-out prompts: KL to the SFT policy in nats per completion, and tokens."""
+def judge(world: World, policy: Path) -> dict[str, Any]:
+    """Gold win rate over the starting policy with its interval, length, KL, on held-out prompts."""
+    from learner.evaluation.win_rate import win_rate
+
+    source = prompts_of(world.base, "eval")
+    prompts = [source.prompt(n) for n in range(len(source))]
+    after, lengths = gold_scores(policy, prompts, world.seed)
+    before, lengths_before = gold_scores(world.start, prompts, world.seed)
+    pairs = list(zip(after, before, strict=True))
+    rate = win_rate(pairs, [p.id for p in prompts], tie_margin=TIE_MARGIN, seed=world.seed)
+    return {
+        **rate.as_record(),
+        "gold": statistics.fmean(after),
+        "gold_before": statistics.fmean(before),
+        "length": statistics.fmean(lengths),
+        "length_before": statistics.fmean(lengths_before),
+        **kl_to_start(world, policy, prompts),
+    }
+
+
+def gold_scores(policy: Path, prompts: Sequence[Any], seed: int) -> tuple[list[float], list[float]]:
+    """(gold score, tokens) of one completion per prompt."""
+    from cluster.quickstart.helpdesk.gold import gold
+
+    sampler = Sampler(policy, RUNNING)
+    done = sampler.answers(prompts, 1, "judge", seed)
+    columns: dict[str, list[Any]] = {
+        name: [prompt.metadata[name] for prompt in prompts] for name in ("kind", "product", "topic")
+    }
+    texts = [sampler.text(completion) for completion in done]
+    scores = gold(prompts=list(prompts), completions=texts, **columns)
+    return scores, [float(len(completion.token_ids)) for completion in done]
+
+
+def kl_to_start(world: World, policy: Path, prompts: Sequence[Any]) -> dict[str, float]:
+    """kl and kl_error in nats per completion."""
     import torch
 
-    from cluster.assembly.sampling import prompts_for
     from cluster.contracts.config.base import ModelConfig
     from cluster.contracts.config.offline import FitConfig
-    from cluster.contracts.config.rollout import DataConfig
     from learner.models.load import load_policy, load_tokenizer
     from learner.offline.own_samples import measure_own_samples
 
     start = ModelConfig(path=str(world.start), dtype="float32")
-    prompts = prompts_for(start, DataConfig(prompts=str(world.data("eval_prompts.jsonl"))), 0)
+    longest = max(len(prompt.token_ids) for prompt in prompts) + MAX_ANSWER_TOKENS
     found = measure_own_samples(
-        load_policy(replace_path(start, policy)), load_policy(start), load_tokenizer(start),
-        [prompt.token_ids for prompt in prompts], start, FitConfig(max_tokens=MAX_TOKENS),
-        seed=world.seed, device=torch.device("cpu"),
+        load_policy(ModelConfig(path=str(policy), dtype="float32")), load_policy(start),
+        load_tokenizer(start), [prompt.token_ids for prompt in prompts], start,
+        FitConfig(max_tokens=longest), seed=world.seed, device=torch.device("cpu"),
     )  # fmt: skip
-    return {name.removeprefix("eval/"): round(value, 3) for name, value in found.items()}
-
-
-def replace_path(model: Any, path: Path) -> Any:
-    return model.model_copy(update={"path": str(path)})
-
-
-def gold_win_rate(world: World, method: str, policy: Path) -> dict[str, Any]:
-    run = command(world, "evaluate", "examples/evaluate.toml", f"{method}-gold", {
-        "policy.path": policy, "baseline.path": world.start,
-        "data.prompts": world.data("eval_prompts.jsonl"),
-        "judge.sources.0.path": f"{GOLD}:gold", "judge.sources.0.name": "gold",
-        "tie_margin": 0.01, "rollout.gpus": 0,
-    })  # fmt: skip
-    record = json.loads((run / "evaluation.json").read_text())
-    names = ("win_rate", "ci_low", "ci_high", "mean_score_policy", "mean_score_baseline")
-    return {name: round(record[name], 4) for name in names}
+    return {"kl": found["eval/kl"], "kl_error": found["eval/kl_error"]}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
@@ -216,5 +252,4 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main()

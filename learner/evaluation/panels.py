@@ -16,6 +16,7 @@ from markupsafe import Markup
 from learner.evaluation import charts, frontier
 from learner.evaluation.event_rows import notable
 from learner.evaluation.lines import ends, series
+from learner.evaluation.reward_panel import reward_figures
 from learner.evaluation.run_files import Row, number
 from learner.evaluation.samples import Sample, TextStats, text_stats
 
@@ -84,6 +85,7 @@ def summary(
             figures[f"{key}_{who}"] = number(evaluation, f"{key}_{who}")
     for key in ("accuracy", "ece", "loss"):
         figures[f"reward_model_{key}"] = number(reward_model, key)
+    figures |= {f"reward_model_{k}": value for k, value in reward_figures(reward_model).items()}
     for key, metric in (
         ("staleness_mean", "async/staleness_mean"),
         ("overlap", "perf/overlap_frac"),

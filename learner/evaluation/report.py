@@ -19,6 +19,7 @@ from learner.evaluation.curves import curves
 from learner.evaluation.event_rows import described, event_counts, notable
 from learner.evaluation.lines import window
 from learner.evaluation.page import plain, render
+from learner.evaluation.reward_panel import reward_rows, slices
 from learner.evaluation.run_files import Row, RunFiles, number, write_atomic
 from learner.evaluation.samples import Sample, choose, read_samples
 from learner.evaluation.verdict import alarms, verdict, warnings
@@ -78,6 +79,8 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "pairs": _pairs(evaluation),
         "reward_model": reward_model,
         "reliability_chart": panels.reliability_panel(reward_model or {}),
+        "reward_rows": reward_rows(reward_model or {}),
+        "reward_slices": slices(reward_model or {}),
         "preferences": preferences,
         "stages": stages,
         "chosen": choose(samples, random_count=3, seed=0),

@@ -550,3 +550,22 @@ def test_a_reward_source_may_have_any_name() -> None:
     drawn = "".join(map(str, curves.curves(rows)))
     assert "Reward source ⟨U+0001⟩&lt;b&gt;&amp;$, mean" in drawn
     assert "⟨U+D800⟩⟨U+202E⟩" in drawn
+
+
+def test_the_report_tells_what_a_reward_model_likes(run_dir: Path) -> None:
+    figures = {
+        "accuracy": 0.8,
+        "length": {"correlation": 0.42, "accuracy_chosen_shorter": None},
+        "ensemble": {"members": 3, "disagreement": 0.2},
+        "slices": {"<b>refunds": {"pairs": 12, "accuracy": 0.75}, "odd": 3},
+        "drift": "no",
+    }
+    (run_dir / "reward_model.json").write_text(json.dumps(figures))
+    report = write_report(run_dir).read_text()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    assert summary["reward_model_length_correlation"] == 0.42
+    assert summary["reward_model_ensemble_members"] == 3
+    assert "reward_model_length_accuracy_chosen_shorter" not in summary
+    assert "correlation of score and length" in report
+    assert "&lt;b&gt;refunds" in report
+    assert "<b>refunds" not in report
