@@ -5,7 +5,7 @@ policy is better?
     python benchmarks/preference_losses.py --out table.json --methods kto  # one more, same table
 
 The base is that of `staleness_curves.py`: the help-desk task of `accord quickstart` with a smaller
-model, on one core. Each method trains with the command that a user types (`accord dpo`,
+model and less data, on one core. Each method trains with the command that a user types (`accord dpo`,
 `accord sft`). Judged are completions for prompts that no training saw: by the task's gold rule
 against the starting policy (win rate), by their length, and by their KL to the starting policy.
 Completions come from the engine on transformers, so that nothing but this process is needed.
@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from staleness_base import MAX_ANSWER_TOKENS, BaseSize, Sampler, ensure_base, prompts_of  # noqa: E402
 
+SIZE = BaseSize(demonstrations=10000, preference_prompts=900, rl_prompts=400, eval_prompts=200)
 RUNNING = 200
 BEST_OF = 8
 MAX_TOKENS = 128  # prompt and completion together
@@ -77,7 +78,7 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join([*LOSSES, "best-of-n"]))
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    base = ensure_base((given.work / "base").absolute(), BaseSize())
+    base = ensure_base((given.work / "base").absolute(), SIZE)
     world = World(base, (given.work / f"seed{given.seed}").absolute(), given.seed)
     results = json.loads(given.out.read_text())["results"] if given.out.is_file() else []
     for method in filter(None, given.methods.split(",")):

@@ -82,7 +82,7 @@ def test_every_loss_starts_where_it_should_and_learns(
 
 
 def test_kto_learns_from_single_completions_and_from_pairs_beside_them(
-    tiny_policy: Path, tmp_path: Path
+    tiny_policy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = [single(i) for i in range(90)] + [pair(i) for i in range(90, 120)]
     config = config_of(tiny_policy, file_of(tmp_path, rows), loss="kto", kl_samples=0)
@@ -93,6 +93,13 @@ def test_kto_learns_from_single_completions_and_from_pairs_beside_them(
     assert last["eval/rewards/chosen"] > 0 > last["eval/rewards/rejected"]
     assert last["eval/kto/kl"] >= 0
     assert summary["rows"] + summary["rows_held_out"] == 120
+    asked: list[int] = []
+    monkeypatch.setattr(
+        DpoTask, "measure_reference_point", lambda task, rows: asked.append(len(rows))
+    )
+    short = config.fit.model_copy(update={"max_steps": 2, "eval_fraction": 0.0})
+    train_dpo(config.model_copy(update={"fit": short}), tmp_path / "short")
+    assert asked == [16, 16]  # once per step, with all its rows, which are several microbatches
     with pytest.raises(UserError, match=r"line 1: judges a single completion") as refused:
         train_dpo(config_of(tiny_policy, config.data.path, loss="simpo"), tmp_path / "other")
     assert "loss='kto'" in str(refused.value.fix)
