@@ -42,7 +42,9 @@ def reward_figures(reward_model: Row) -> dict[str, float]:
     found: dict[str, float] = {}
     for section, keys in FIGURES.items():
         record = reward_model.get(section)
-        for key in keys if isinstance(record, dict) else ():
+        if not isinstance(record, dict):
+            continue
+        for key in keys:
             value = number(record, key)
             if value is not None:
                 found[f"{section}_{key}"] = value
