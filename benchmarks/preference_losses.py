@@ -6,8 +6,8 @@ policy is better?
 
 The base is that of `staleness_curves.py`: the help-desk task of `accord quickstart` with a smaller
 model and less data, on one core. Each method trains with the command that a user types (`accord
-dpo`, `accord sft`). Judged are completions for prompts that no training saw: by the task's gold rule
-against the starting policy (win rate), by their length, and by their KL to the starting policy.
+dpo`, `accord sft`). Judged are completions for prompts that no training saw: by the task's gold
+rule against the starting policy (win rate), by their length, and by their KL to that policy.
 Completions come from the engine on transformers, so that nothing but this process is needed.
 """
 
