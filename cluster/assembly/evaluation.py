@@ -13,6 +13,7 @@ from cluster.assembly.ai_judge import make_asker
 from cluster.assembly.auto.resolve import resolve_evaluation
 from cluster.assembly.judging import scores_of
 from cluster.assembly.model_facts import read_model_facts
+from cluster.assembly.red_team import check_safety, red_team_line, red_team_report
 from cluster.assembly.rewards import check_rewards
 from cluster.assembly.run_session import run_session
 from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
@@ -59,6 +60,8 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
         record = judge_and_write(config, after, before, run.path)
     write_report(run.path)
     reporter.say(headline(record))
+    if config.safety is not None:
+        reporter.say(red_team_line(record["safety"]))
     if record["judge_was_reward"]:
         reporter.say(
             f"the judge ({', '.join(record['judge_was_reward'])}) is what the policy was trained "
@@ -190,6 +193,8 @@ def judge_and_write(
     controlled = length_controlled(outcomes(pairs, config.tie_margin), differences)
     if controlled is not None:
         record["length_controlled_win_rate"] = controlled.rate
+    if config.safety is not None:
+        record["safety"] = red_team_report(config.safety, {"baseline": before, "policy": after})
     write_json(directory / "evaluation.json", record)
     write_samples(
         directory / "samples.jsonl",
@@ -207,6 +212,8 @@ def _check_judge(config: EvaluateConfig, prompts: Sequence[Prompt]) -> None:
         check_rewards(config.judge, prompts)
     if config.ai_judge is not None:
         make_asker(config.ai_judge, config.cluster).close()
+    if config.safety is not None:
+        check_safety(config.safety)
 
 
 def _judged(

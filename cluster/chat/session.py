@@ -8,6 +8,7 @@ from contextlib import nullcontext
 
 from cluster.chat.conversation import Conversation
 from cluster.chat.line_editing import line_editing
+from cluster.chat.safe_voice import SafeVoice, load_safety
 from cluster.chat.voice import ChatSettings, LocalVoice, Score, Show, Voice, reward_scorer
 from cluster.contracts.errors import AccordError
 from cluster.machine.signals import signals_given_up
@@ -220,9 +221,11 @@ def chat_loop(
     settings: ChatSettings,
     seed: int,
     reward: str | None = None,
+    safety: str | None = None,
     remember: bool = True,
 ) -> None:
-    """Talk to ``model``, or to it and ``before`` side by side, at the terminal or from a pipe."""
+    """Talk to ``model``, or to it and ``before`` side by side, at the terminal or from a pipe.
+    ``safety``: a file with the keys of the safety layer."""
     import torch
 
     from cluster.machine.torch_state import prepare_torch
@@ -230,7 +233,10 @@ def chat_loop(
     prepare_torch()
     score = reward_scorer(reward) if reward is not None else None
     named = {"model": model} if before is None else {"before": before, "after": model}
-    voices = [LocalVoice(name, path) for name, path in named.items()]
+    layer = load_safety(safety) if safety is not None else None
+    voices: list[Voice] = [LocalVoice(name, path) for name, path in named.items()]
+    if layer is not None:
+        voices = [SafeVoice(voice, layer) for voice in voices]
     torch.manual_seed(seed)
     interactive = sys.stdin.isatty() and sys.stdout.isatty()
     session = ChatSession(

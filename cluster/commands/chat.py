@@ -21,6 +21,14 @@ def chat(
     reward: Annotated[
         str | None, typer.Option(help="A reward model that scores each answer.", **_MODEL)
     ] = None,
+    safety: Annotated[
+        str | None,
+        typer.Option(
+            help="TOML file with the keys of the safety layer. Answers are checked before they "
+            "are shown.",
+            metavar="FILE",
+        ),
+    ] = None,
     history: Annotated[
         bool,
         typer.Option(help="Whether the model sees earlier turns."),
@@ -54,5 +62,6 @@ def chat(
         settings=ChatSettings(max_tokens=max_tokens, temperature=temperature),
         seed=seed,
         reward=reward,
+        safety=safety,
         remember=history,
     )

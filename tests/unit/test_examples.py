@@ -33,7 +33,7 @@ OTHERS: dict[str, type[Section]] = {
     "best_of_n": BestOfNConfig,
     "ai_label": AiLabelConfig,
     "constitution": ConstitutionConfig,
-    **dict.fromkeys(("evaluate", "evaluate_ai"), EvaluateConfig),
+    **dict.fromkeys(("evaluate", "evaluate_ai", "red_team"), EvaluateConfig),
     "label": LabelConfig,
     "snapshot": PreferencesConfig,
 }

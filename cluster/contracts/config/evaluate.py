@@ -14,6 +14,7 @@ from cluster.contracts.config.base import (
 from cluster.contracts.config.judge import HELPFUL, JudgeConfig
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
+from cluster.contracts.config.safety import SafetyConfig
 
 
 class EvaluateConfig(Section):
@@ -36,6 +37,11 @@ class EvaluateConfig(Section):
     )
     criteria: str = Field(
         HELPFUL, min_length=1, description="What the AI judge is told to prefer, in plain words."
+    )
+    safety: SafetyConfig | None = Field(
+        None,
+        description="Report how often the completions of both are harmful or refuse, by these "
+        "rules and this classifier; for prompts that try to provoke harm.",
     )
     samples: int = Field(1, ge=1, description="Completions per prompt.")
     max_prompts: int | None = Field(

@@ -16,6 +16,7 @@ from cluster.contracts.config.base import (
     resources,
 )
 from cluster.contracts.config.judge import JudgeConfig
+from cluster.contracts.config.safety import SafetyConfig
 from cluster.contracts.registry import REWARD_KINDS, RewardKind
 
 
@@ -137,7 +138,26 @@ class JudgeSource(JudgeConfig):
         return self
 
 
-for _section in (RewardModelSource, FunctionSource, RulesSource, GrpcSource, JudgeSource):
+class SafetySource(SafetyConfig):
+    type: Literal["safety"] = Field(
+        "safety",
+        description="The safety layer. The reward is 0, less the penalties of all hits; a veto "
+        "gets `veto_score`.",
+    )
+    weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
+    name: str = Field("safety", description="Name in metrics and reports.")
+    at_least: float | None = _constraint()
+
+
+BUILT_IN = (
+    RewardModelSource,
+    FunctionSource,
+    RulesSource,
+    GrpcSource,
+    JudgeSource,
+    SafetySource,
+)
+for _section in BUILT_IN:
     REWARD_KINDS.add_built_in(_section.model_fields["type"].default, RewardKind())
 
 
@@ -185,6 +205,7 @@ RewardSource = Annotated[
     | Annotated[RulesSource, Tag("rules")]
     | Annotated[GrpcSource, Tag("grpc")]
     | Annotated[JudgeSource, Tag("judge")]
+    | Annotated[SafetySource, Tag("safety")]
     | Annotated[PluginSource, Tag("plugin")],
     Discriminator(
         _kind,
