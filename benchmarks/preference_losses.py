@@ -117,7 +117,7 @@ def preference_loss(world: World, loss: str) -> tuple[Path, dict[str, Any]]:
     return run / "policy", {
         "settings": LOSSES[loss],
         "steps": fit["steps"],
-        "pairs": fit["rows"],
+        "pairs_trained": fit["rows"],
         "pairs_held_out": fit["rows_held_out"],
         "accuracy_before": accuracy_before(run),
         "accuracy": fit["evaluation"]["eval/rewards/accuracies"],
