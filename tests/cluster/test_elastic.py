@@ -31,10 +31,12 @@ def test_a_missing_token_is_told_at_once(world: World) -> None:
 
 def test_a_job_leaves_a_checkpoint_when_it_is_stopped_and_goes_on(world: World) -> None:
     """The job's driver finds its cluster by itself, and writes where it is told to."""
+    patient = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
     command = f"{sys.executable} {ROOT}/launch.py"
     job = ("job", "submit", "--address=http://127.0.0.1:8265", "--no-wait", "--submission-id=j")
     train = f"{command} train /host/train.toml run.dir=/host/runs run.name=j"
-    done = world.lab.run(1, RAY, *job, "--", *train.split(), ACCORD_NO_BOOTSTRAP="1")
+    options = (*job, f"--runtime-env-json={patient}", "--")
+    done = world.lab.run(1, RAY, *options, *train.split(), ACCORD_NO_BOOTSTRAP="1")
     assert done.returncode == 0, done.stdout + done.stderr
     try:
         try:
