@@ -16,6 +16,7 @@ MOST_CORES = 16  # of one worker: decoding waits for memory, which more cores do
 SMALL_LEARNER_CORES = 8
 MANY_CORES = 4  # beside the workers; with fewer, the other processes share the learner's
 OBJECT_STORE_LEAST_MB = 256
+DASHBOARD_CORES = 4  # on two, it delayed the first step by a seventh (docs/operate.md)
 VERSIONS = 3  # of the weights, on their way at once at most
 
 
@@ -121,11 +122,21 @@ def choose_cluster(choices: Choices[Any], model: ModelFacts | None) -> None:
         other = "not used: the cluster was started by somebody else"
         choices.settle("cluster.num_cpus", None, other)
         choices.settle("cluster.object_store_mb", OBJECT_STORE_LEAST_MB, other)
+        choices.settle("cluster.dashboard", False, other)
         return
     slots = max(8, machine.cores, math.ceil(asked))
     why = f"one per core ({machine.cores}), at least 8, room for all roles"
     choices.settle("cluster.num_cpus", slots, why)
     choices.settle("cluster.object_store_mb", *_object_store(rollout, machine, model))
+    choices.settle("cluster.dashboard", *_dashboard(machine, trains=learner is not None))
+
+
+def _dashboard(machine: Machine, *, trains: bool) -> tuple[bool, str]:
+    if not trains:
+        return False, "only a training run has a page in it"
+    if machine.cores < DASHBOARD_CORES:
+        return False, f"its ten processes would delay the start on {counted(machine.cores, 'core')}"
+    return True, f"{machine.cores} cores, at least {DASHBOARD_CORES}"
 
 
 def _pinned(config: Any, machine: Machine, joined: bool) -> tuple[bool, str]:

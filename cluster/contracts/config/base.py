@@ -202,8 +202,9 @@ class ClusterConfig(Section):
         ge=80,
         description="Object store of a cluster that Accord starts, in MiB.",
     )
-    dashboard: bool = Field(
+    dashboard: bool = auto(
         False,
+        rule="on for `accord train` with at least 4 cores",
         description="Start Ray's dashboard with a cluster that Accord starts. Its Metrics tab and "
         "its Overview show the run while it goes on.",
     )

@@ -77,6 +77,7 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
             "cluster.pin_cores": True,
             "cluster.num_cpus": 8,
             "cluster.object_store_mb": 256,
+            "cluster.dashboard": False,
         },
     ),
     (
@@ -124,7 +125,12 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
         SERVER,
         QUICKSTART,
         (),
-        {"rollout.cpus": 1.0, "learner.cpus": 8.0, "cluster.num_cpus": 64},
+        {
+            "rollout.cpus": 1.0,
+            "learner.cpus": 8.0,
+            "cluster.num_cpus": 64,
+            "cluster.dashboard": True,
+        },
     ),
     (
         "half a billion on a large server: a worker's limit, the learner has the rest",
@@ -295,6 +301,7 @@ def test_a_value_that_was_set_is_never_changed(key: str) -> None:
         "rollout.gpus": 0.75,
         "learner.gpus": 0.75,
         "cluster.pin_cores": True,
+        "cluster.dashboard": False,
         "cluster.object_store_mb": 99,
     }.get(key, 9)
     text = str(chosen).lower() if isinstance(chosen, bool) else str(chosen)
