@@ -133,7 +133,7 @@ def test_a_run_with_vllm_survives_its_faults(world: Any, accord: Any) -> None:
         cluster="object_store_mb = 120",
     )
     reward = f'[reward]\noutage_s = 600\naddress = "{service.address}"\n'
-    config.write_text(f'plugins = ["faults.py"]\n{reward}{config.read_text()}')
+    config.write_text(f'plugins = ["{folder}/faults.py"]\n{reward}{config.read_text()}')
     command = accord.start("train", config)
     seen = Watched(folder / "runs" / "r", command)
 
