@@ -6,9 +6,10 @@ from cluster.commands.options import Config, Overrides, Quiet, load, print_path,
 
 
 def ai_label(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Have an AI judge compare completions, into a preference store.
+    """Have an AI judge compare completions.
 
-    Each pair is shown in both orders. The report says how far the judge agrees with people.
+    The judgements go into a preference store. Each pair is shown in both orders. The report says
+    how far the judge agrees with people.
 
     Example: `accord ai-label examples/ai_label.toml judge.model=NAME`
     """

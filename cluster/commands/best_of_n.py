@@ -6,9 +6,9 @@ from cluster.commands.options import Config, Overrides, Quiet, load, print_path,
 
 
 def best_of_n(config: Config, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Sample several completions per prompt and keep the best by the config's rewards.
+    """Sample completions per prompt and keep the best-rewarded.
 
-    The run's best.jsonl holds demonstrations for `accord sft`.
+    The config's rewards score them. The run's best.jsonl holds demonstrations for `accord sft`.
 
     Example: `accord best-of-n examples/best_of_n.toml samples=16 run.name=best`
 

@@ -13,7 +13,7 @@ def dpo(
     resume: Resume = None,
     quiet: Quiet = False,
 ) -> None:
-    """Train a policy directly on preferences: DPO, IPO, KTO, ORPO, SimPO.
+    """Train a policy on preferences: DPO, IPO, KTO, ORPO or SimPO.
 
     A row holds a prompt, the chosen and the rejected completion. For KTO it may also hold one
     completion with a label. No reward model is needed.

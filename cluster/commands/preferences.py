@@ -14,7 +14,7 @@ from cluster.commands.options import Json, Overrides
 preferences = typer.Typer(
     name="preferences",
     no_args_is_help=True,
-    help="Import, export, check, snapshot and forget judgements of completions.",
+    help="Import, export, check, snapshot and forget judgements.",
 )
 Store = Annotated[Path, typer.Argument(help="A preference store (*.db).")]
 Split = Annotated[str, typer.Option(help="Split of a snapshot or data set.")]
@@ -47,7 +47,9 @@ def import_rows(
         ),
     ] = False,
 ) -> None:
-    """Read judged completions into a store. All rows are imported, or none.
+    """Read judged completions into a store.
+
+    All rows are imported, or none.
 
     Example: `accord preferences import pairs.jsonl preferences.db`
     """
@@ -73,7 +75,7 @@ def export(
         bool, typer.Option("--drop-annotators", help="Leave out who judged.")
     ] = False,
 ) -> None:
-    """Write a store as prompt/chosen/rejected rows, the shape of TRL.
+    """Write a store as prompt, chosen and rejected, as TRL reads.
 
     The command leaves out ties and pairs in which both completions are bad, and counts them.
 
@@ -90,7 +92,9 @@ def export(
 
 @preferences.command("stats")
 def stats(store: Store) -> None:
-    """Print counts and quality: agreement, control items, biases, speed, groups, drift.
+    """Print counts and the quality of the judgements.
+
+    The report covers agreement, control items, biases, speed, groups and drift.
 
     Example: `accord preferences stats runs/q/preferences.db`
     """
@@ -112,7 +116,7 @@ def snapshot(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write the judgements into Parquet files that never change, for training.
+    """Write the judgements into Parquet files that never change.
 
     If a quality gate of the config is not passed, the command writes nothing and exits with 1.
 
@@ -151,7 +155,7 @@ def forget_records(
         typer.Option(help="Folder with run directories, to name the models. Default: runs."),
     ] = None,
 ) -> None:
-    """Delete an annotator, a record or a prompt from a store for good.
+    """Delete an annotator, a record or a prompt for good.
 
     The command names the snapshots and models that had learnt from it. Delete these yourself.
 
@@ -178,7 +182,9 @@ def audit(
         typer.Option("--personal-data", help="Look for personal data as well, by patterns."),
     ] = False,
 ) -> None:
-    """Check that a store and its snapshots are whole. Exit code 1 if they are not.
+    """Check that a store and its snapshots are whole.
+
+    The exit code is 1 if they are not.
 
     Example: `accord preferences audit preferences.db --personal-data`
     """
@@ -209,8 +215,9 @@ def duplicates(
         float, typer.Option(min=0.5, max=1.0, help="Similarity from which prompts are alike.")
     ] = 0.8,
 ) -> None:
-    """Find items and prompts that are there twice, and prompts kept for evaluation. Exit code 1
-    where prompts for evaluation are found.
+    """Find duplicates, and prompts that are kept for evaluation.
+
+    The exit code is 1 if prompts for evaluation are found.
 
     Example: `accord preferences duplicates preferences.db --against eval_prompts.jsonl`
     """

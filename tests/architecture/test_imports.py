@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -94,6 +95,7 @@ def breaches_of_doors(path: str, tree: ast.AST) -> list[str]:
     ]
 
 
+@functools.cache
 def parsed() -> list[tuple[str, ast.Module]]:
     return [(relative(path), ast.parse(path.read_text(encoding="utf-8"))) for path in sources()]
 

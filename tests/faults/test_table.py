@@ -94,7 +94,9 @@ SOAK = (
     "tests/cluster/test_soak.py"
     "::test_a_run_survives_random_faults_and_every_prompt_is_accounted_for"
 )
-HOSTS = "tests/cluster/test_elastic.py::test_real_engines_on_hosts_that_are_killed_and_cut"
+HOSTS = (
+    "tests/cluster/test_lost_hosts.py::test_a_run_outlives_scaling_a_killed_host_and_a_cut_network"
+)
 SCALED = "tests/cluster/test_elastic.py::test_a_run_is_scaled_drained_and_loses_a_host"
 
 REAL: dict[int, tuple[str, ...]] = {
