@@ -52,8 +52,8 @@ def test_every_socket_of_a_head_and_of_a_joined_host_is_listed() -> None:
         wait_until(lambda: metrics.is_file() or process.poll() is not None, 300, "a step")
         assert process.poll() is None, log.read_text()
         found = {host: listening(lab, host) for host in (1, 2)}
-    for host, role in ((1, "launch.py"), (2, "ray::_RewardActor"), (2, "raylet")):
-        assert role in {one.process for one in found[host]}, found[host]
+        for host, role in ((1, "launch.py"), (2, "ray::_RewardActor"), (2, "raylet")):
+            assert role in {one.process for one in found[host]}, found[host]
         own = lab.address(1)
         agents = [one for one in found[1] if one.process in AGENTS and str(one.host) == own]
         answers = {one: answer_without_token(lab, one) for one in agents}
