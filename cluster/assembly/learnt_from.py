@@ -7,19 +7,17 @@ import ast
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cluster.assembly.prepare import Prepared
 from cluster.contracts.config.reward import FunctionSource, RewardConfig, RewardModelSource
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.durable import digest_of
 from cluster.contracts.errors import UserError
 from cluster.contracts.plugins import loaded
 from cluster.contracts.records import Prompt
+from cluster.runs.artefacts import artefact_hash
 
 KEY = "learnt_from"  # of the run's manifest
-_READERS = 8  # files are hashed side by side
 
 
 def learnt_from(prepared: Prepared) -> dict[str, str]:
@@ -75,7 +73,7 @@ def rewards_digests(config: RewardConfig) -> dict[str, str]:
     found = {}
     for source in config.sources:
         if isinstance(source, RewardModelSource):
-            found[f"reward {source.name}"] = files_digest(Path(source.path))
+            found[f"reward {source.name}"] = artefact_hash(Path(source.path))
         elif isinstance(source, FunctionSource):
             file = Path(source.path.rpartition(":")[0] or source.path).expanduser()
             if not file.suffix:  # a pickled function has no name behind a colon
@@ -84,30 +82,15 @@ def rewards_digests(config: RewardConfig) -> dict[str, str]:
     return found
 
 
-def files_digest(path: Path) -> str:
-    """Of a file, or of the files in a directory and below, hidden ones left out."""
-    if path.is_file():
-        return digest_of(path, path.name).sha256
-    files = sorted(
-        file
-        for file in path.rglob("*")
-        if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)
-    )
-    with ThreadPoolExecutor(_READERS) as readers:
-        names = (file.relative_to(path).as_posix() for file in files)
-        rows = list(readers.map(digest_of, files, names))
-    return _text_digest(json.dumps([[row.name, row.sha256] for row in rows]))
-
-
 def _model_digest(path: str, revision: str | None) -> str:
     folder = Path(path).expanduser()
-    return files_digest(folder) if folder.is_dir() else f"{path}@{revision or 'newest'}"
+    return artefact_hash(folder) if folder.is_dir() else f"{path}@{revision or 'newest'}"
 
 
 def _code_digest(file: Path) -> str:
     """Of a Python file and the modules beside it that it imports, also through each other."""
     if file.suffix != ".py":
-        return files_digest(file)
+        return artefact_hash(file)
     folder, found, waiting = file.parent, dict[str, str](), [file]
     while waiting:
         path = waiting.pop()
