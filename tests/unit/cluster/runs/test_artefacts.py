@@ -62,5 +62,5 @@ def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_nothing_has_no_hash(tmp_path: Path) -> None:
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError):
         artefact_hash(tmp_path / "gone")
