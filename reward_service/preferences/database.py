@@ -65,7 +65,7 @@ class Database:
             db.execute("PRAGMA journal_mode = WAL")
         with self.reading() as db:
             ready = db.execute("PRAGMA user_version").fetchone()[0] == schema.SCHEMA_VERSION
-            ready = ready and _has_table(db, "judgements")
+            ready = ready and schema.has_table(db, "judgements")
         if not ready:
             with self.writing() as db:
                 self._prepare(db)
@@ -73,11 +73,11 @@ class Database:
     def _prepare(self, db: sqlite3.Connection) -> None:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         empty = db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0] == 0
-        if version == schema.SCHEMA_VERSION and _has_table(db, "judgements"):
+        if version == schema.SCHEMA_VERSION and schema.has_table(db, "judgements"):
             return  # another process was faster
         if version == 0 and empty:
             schema.create(db)
-        elif not (_has_table(db, "labels") and schema.migrate(db, version)):
+        elif not schema.migrate(db, version):
             raise UserError(
                 f"not a preference store of this version of Accord (schema {version}, "
                 f"expected {schema.SCHEMA_VERSION})",
@@ -137,8 +137,3 @@ class Database:
             found = [row[0] for row in db.execute("PRAGMA integrity_check")]
             found += [f"foreign key of {row[0]}" for row in db.execute("PRAGMA foreign_key_check")]
         return [line for line in found if line != "ok"]
-
-
-def _has_table(db: sqlite3.Connection, name: str) -> bool:
-    query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
-    return db.execute(query, (name,)).fetchone() is not None

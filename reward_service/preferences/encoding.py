@@ -8,11 +8,18 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from reward_service.preferences.records import Candidate, Gold, Item, Judgement, prompt_hash
+from reward_service.preferences.records import (
+    Candidate,
+    ChosenBy,
+    Gold,
+    Item,
+    Judgement,
+    prompt_hash,
+)
 
 ITEM_COLUMNS = (
     "id", "prompt_hash", "messages", "completions", "topic", "gold", "source", "license",
-    "created_at",
+    "created_at", "chosen_by",
 )  # fmt: skip
 JUDGEMENT_COLUMNS = (
     "id", "item_id", "annotator_id", "answer", "ranks", "strength", "demonstration", "reason",
@@ -27,6 +34,7 @@ def item_row(item: Item) -> tuple[Any, ...]:
         completions_text(item.completions), item.topic,
         json_text(asdict(item.gold)) if item.gold is not None else None,
         item.source, item.license, item.created_at,
+        json_text(asdict(item.chosen_by)) if item.chosen_by is not None else None,
     )  # fmt: skip
 
 
@@ -36,6 +44,7 @@ def completions_text(completions: Iterable[Candidate]) -> str:
 
 def item_from(row: sqlite3.Row) -> Item:
     gold = json.loads(row["gold"]) if row["gold"] is not None else None
+    chosen_by = json.loads(row["chosen_by"]) if row["chosen_by"] is not None else None
     return Item(
         id=row["id"],
         messages=tuple(json.loads(row["messages"])),
@@ -45,6 +54,7 @@ def item_from(row: sqlite3.Row) -> Item:
         source=row["source"],
         license=row["license"],
         created_at=row["created_at"],
+        chosen_by=None if chosen_by is None else ChosenBy(**chosen_by),
     )
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from reward_service.preferences.store import PreferenceStore
 Judged = tuple[Item, Judgement]
 
 # Columns without a fixed shape, which in Parquet are JSON text.
-LOOSE = frozenset({"criteria", "judge", "sampling_chosen", "sampling_rejected"})
+LOOSE = frozenset({"criteria", "judge", "sampling_chosen", "sampling_rejected", "chosen_by"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +133,7 @@ def item_columns(item: Item) -> dict[str, Any]:
         "source": item.source,
         "license": item.license,
         "item_created_at": item.created_at,
+        "chosen_by": None if item.chosen_by is None else asdict(item.chosen_by),
     }
 
 

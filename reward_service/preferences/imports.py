@@ -21,6 +21,7 @@ from cluster.contracts.rows.judged import JudgedShape, judged_shape
 from cluster.contracts.rows.reader import LeftOut, read_rows
 from reward_service.preferences.records import (
     Candidate,
+    ChosenBy,
     Item,
     Judgement,
     derived_id,
@@ -117,6 +118,7 @@ def _item(
     )
     if columns.get("choice") and len(texts) == 2:
         order = _order_by_choice(columns, order)
+    chosen_by = _plain_json(columns.get("chosen_by"))
     item = Item(
         id=columns.get("item_id") or derived_id(row.messages, *(texts[place] for place in order)),
         messages=row.messages,
@@ -125,6 +127,7 @@ def _item(
         source=_text(columns, "source") or source,
         license=_text(columns, "license") or license,
         created_at=_text(columns, "item_created_at") or _text(columns, "created_at"),
+        chosen_by=ChosenBy(**chosen_by) if chosen_by else None,
     )
     return item, order
 
@@ -199,13 +202,18 @@ def _plain_json(value: Any) -> Any:
 
 
 def _as_stored(stored: Iterable[Item], new: Mapping[str, Item]) -> dict[str, Item]:
-    """Rows without a date get now, or the date they were given when they were imported before."""
-    dates = {item.id: item.created_at for item in stored}
+    """Rows without a date get now, or the date they were given when they were imported before; of
+    an item that is stored with why it is asked, this is kept."""
+    known = {item.id: item for item in stored}
     now = utc_now()
-    return {
-        key: item if item.created_at else replace(item, created_at=dates.get(key, now))
-        for key, item in new.items()
-    }
+
+    def as_stored(item: Item) -> Item:
+        before = known.get(item.id)
+        date = item.created_at or (before.created_at if before else now)
+        chosen_by = item.chosen_by or (before.chosen_by if before else None)
+        return replace(item, created_at=date, chosen_by=chosen_by)
+
+    return {key: as_stored(item) for key, item in new.items()}
 
 
 def _dated(judgement: Judgement, known: Judgement | None) -> Judgement:

@@ -49,12 +49,29 @@ class Gold:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ChosenBy:
+    """Why an item is asked: the ``strategy`` that chose it and the ``value`` of its measure
+    (``choice`` has both). ``judgements``: how many annotators are to judge it, at the least."""
+
+    strategy: str
+    value: float | None = None
+    judgements: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.strategy or self.judgements < 1:
+            raise ValueError("an item that was chosen needs a strategy and a judgement")
+        if self.value is not None and not math.isfinite(self.value):
+            raise ValueError(f"the item's value is {self.value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
     """One to four completions of one prompt. With one, an annotator can only edit it.
 
     ``source`` says where the item came from (a run, a file), ``license`` under what terms.
     ``topic``: any name by which judgements are compared by group. ``gold``: the known answer of a
-    control item. Raises ValueError for what is no item.
+    control item. ``chosen_by``: why it is asked; None where nobody chose it. Raises ValueError for
+    what is no item.
     """
 
     id: str
@@ -65,6 +82,7 @@ class Item:
     created_at: str  # ISO 8601, UTC
     topic: str = ""
     gold: Gold | None = None
+    chosen_by: ChosenBy | None = None
 
     def __post_init__(self) -> None:
         if not self.id or not self.messages:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from reward_service.preferences.encoding import completions_text
 from reward_service.preferences.records import Candidate
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 # The triggers refuse every change of items and judgements. Only ``forget`` may delete: within its
 # transaction the table ``forgetting`` has a row.
@@ -17,7 +17,7 @@ SCHEMA = """
 CREATE TABLE items (
   seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, prompt_hash TEXT NOT NULL,
   messages TEXT NOT NULL, completions TEXT NOT NULL, topic TEXT NOT NULL, gold TEXT,
-  source TEXT NOT NULL, license TEXT NOT NULL, created_at TEXT NOT NULL
+  source TEXT NOT NULL, license TEXT NOT NULL, created_at TEXT NOT NULL, chosen_by TEXT
 ) STRICT;
 CREATE INDEX items_by_prompt ON items (prompt_hash);
 CREATE TABLE judgements (
@@ -118,6 +118,9 @@ DROP TABLE labels_1;
 DROP TABLE items_1;
 """
 
+# Version 2 did not know why an item is asked.
+FROM_2 = "ALTER TABLE items ADD COLUMN chosen_by TEXT;"
+
 
 def create(db: sqlite3.Connection) -> None:
     """Make the tables in an empty database. Within the caller's transaction."""
@@ -127,11 +130,19 @@ def create(db: sqlite3.Connection) -> None:
 def migrate(db: sqlite3.Connection, version: int) -> bool:
     """Bring tables of an older ``version`` up to this one, within the caller's transaction. False
     where there is no way from it."""
-    if version != 1:
+    if version == 1 and has_table(db, "labels"):
+        db.create_function("pair", 6, _pair, deterministic=True)
+        _run(db, FROM_1.replace("{schema}", SCHEMA))
+    elif version == 2 and has_table(db, "judgements"):
+        _run(db, FROM_2)
+    else:
         return False
-    db.create_function("pair", 6, _pair, deterministic=True)
-    _run(db, FROM_1.replace("{schema}", SCHEMA))
     return True
+
+
+def has_table(db: sqlite3.Connection, name: str) -> bool:
+    query = "SELECT 1 FROM sqlite_master WHERE type = 'table' AND name = ?"
+    return db.execute(query, (name,)).fetchone() is not None
 
 
 def _pair(*sides: str | None) -> str:

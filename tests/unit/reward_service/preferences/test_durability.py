@@ -9,12 +9,13 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.contracts.errors import UserError
-from reward_service.preferences.records import Candidate, Item, Judgement, prompt_hash
+from reward_service.preferences.records import Candidate, ChosenBy, Item, Judgement, prompt_hash
 from reward_service.preferences.store import PreferenceStore
 from tests.preference_records import WHEN, record
 
@@ -187,3 +188,17 @@ def test_a_store_of_the_first_schema_is_brought_up_to_date(tmp_path: Path) -> No
     with sqlite3.connect(store.path) as db, pytest.raises(sqlite3.IntegrityError, match="append"):
         db.execute("DELETE FROM judgements")
     assert PreferenceStore(store.path).database.damage() == []
+
+
+def test_a_store_of_the_second_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    item, judgement = record(0)
+    PreferenceStore(tmp_path / "p.db").add([item], [judgement])
+    with sqlite3.connect(tmp_path / "p.db") as db:
+        db.execute("ALTER TABLE items DROP COLUMN chosen_by")
+        db.execute("PRAGMA user_version = 2")
+    store = PreferenceStore(tmp_path / "p.db")
+    assert store.items() == [item]
+    assert store.judgements() == [judgement]
+    chosen = replace(item, id="next", chosen_by=ChosenBy(strategy="uncertainty", value=0.9))
+    assert store.add_items([chosen]) == 1
+    assert store.item("next") == chosen
