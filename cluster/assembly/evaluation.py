@@ -48,7 +48,12 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
         "evaluate",
         config,
         seed=config.run.seed,
-        parents={"policy": config.policy.path, "baseline": config.baseline.path},
+        parents={
+            "policy": config.policy.path,
+            "baseline": config.baseline.path,
+            "prompts": config.data.prompts,
+            **config.run.parents,
+        },
     )
     with run_session(run, reporter), reporter.stage("evaluation"):
         with ray_cluster(config.cluster) as ray_info:

@@ -61,6 +61,12 @@ def _config(kind: type[C], run: Run, overrides: Sequence[str]) -> C:
     config = load_config(kind, file, overrides)
     free = ("logging", "fit.threads", "fit.checkpoint_every", "fit.eval_every")
     refuse_changes(load_config(kind, file), config, str(run.path), free)
+    if changed := run.changed_parents(config):
+        raise UserError(
+            f"not what the run began with: {', '.join(changed)}; the content has changed since",
+            where=str(run.path),
+            fix="put it back as it was, or start a new run",
+        )
     return config
 
 
@@ -75,12 +81,18 @@ def run_sft(
     config = resolve_fit(config, this_machine())
     from learner.offline.sft import train_sft
 
-    return _run(
-        "sft", "SFT", config, reporter, resumed,
-        lambda run, progress, stop: train_sft(
-            config, run.path, progress, stop, telling(run, reporter)
-        ), callbacks,
-    )  # fmt: skip
+    def train(run: Run, progress: OnStep, stop: Callable[[], bool]) -> Path:
+        _note_snapshot(config.data.path, run)
+        return train_sft(config, run.path, progress, stop, telling(run, reporter))
+
+    return _run("sft", "SFT", config, reporter, resumed, train, callbacks)
+
+
+def _note_snapshot(path: str, run: Run) -> None:
+    from cluster.contracts.rows.folders import is_snapshot, read_snapshot
+
+    if is_snapshot(Path(path)):
+        run.update_manifest(snapshot=str(read_snapshot(Path(path))["sha256"]))
 
 
 def with_pairs(config: P, run: Run) -> P:

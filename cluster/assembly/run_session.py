@@ -20,6 +20,7 @@ from cluster.contracts.protocols import Sink
 from cluster.contracts.records import RunState
 from cluster.loop.timeline import Timeline
 from cluster.machine.signals import last_words, signal_handlers_kept
+from cluster.runs.artefacts import output_hashes
 from cluster.runs.console import Reporter
 from cluster.runs.control import forget_pause_and_stop
 from cluster.runs.event_words import words_for
@@ -167,7 +168,17 @@ def _status_kept(session: RunSession, *, fresh: bool) -> Iterator[None]:
             with suppress(OSError):  # on a full disk; without it, the run is shown as dead
                 run.update_manifest(status="failed")
         raise
-    run.update_manifest(status=session.outcome)
+    run.update_manifest(status=session.outcome, outputs=_outputs(session))
+
+
+def _outputs(session: RunSession) -> dict[str, str]:
+    """A disk that does not give back what was just written costs the run its record, no more."""
+    try:
+        return output_hashes(session.path)
+    except OSError as problem:
+        session.event("outputs_not_hashed", cause=str(problem))
+        session.reporter.say(f"manifest.json has no hashes of what the run produced: {problem}")
+        return {}
 
 
 def how_to_continue(run: Run) -> str:

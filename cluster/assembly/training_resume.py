@@ -20,6 +20,7 @@ from cluster.assembly.run_session import (
     run_status,
 )
 from cluster.assembly.training_record import READING, Training, start_of
+from cluster.assembly.training_roles import parents
 from cluster.assembly.training_run import publish_policy, train_on_ray, write_run_report
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
@@ -74,6 +75,7 @@ def resume_training(
             f"version {state.version}, from {origin}"
             + (f" and the rollouts of the {again} steps since" if again else "")
         )
+        run.update_manifest(parents=parents(config))  # files may have moved
         cores = core_plan(config, own_cores())
         training = Training(
             prepared=prepared,

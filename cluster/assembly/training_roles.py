@@ -14,7 +14,7 @@ from cluster.assembly.prepare import Prepared, context_length
 from cluster.assembly.reward_replicas import RewardReplicas, RewardRole
 from cluster.assembly.shipping import RoleFiles
 from cluster.contracts.actor_names import Names, unnamed
-from cluster.contracts.config.reward import RewardModelSource
+from cluster.contracts.config.reward import FunctionSource, RewardModelSource
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import BadReward, RewardsAway
 from cluster.contracts.plugins import loaded
@@ -134,11 +134,16 @@ def _died(deaths: Sequence[str], log_file: Path) -> str:
 
 
 def parents(config: TrainConfig) -> dict[str, str]:
-    """Lineage: which models this run grew from."""
-    found = {"policy": config.model.path, **config.run.parents}
+    """Lineage: which models, prompts and rewards this run grew from."""
+    found = {"policy": config.model.path, "prompts": config.data.prompts, **config.run.parents}
+    reference = config.learner.reference_path
+    if reference not in (None, config.model.path):
+        found["reference"] = str(reference)
     if config.reward.address:
         return found  # The service's sources score; the config's are not used.
     for source in config.reward.sources:
         if isinstance(source, RewardModelSource):
             found[f"reward/{source.name}"] = source.path
+        elif isinstance(source, FunctionSource):
+            found[f"reward/{source.name}"] = source.path.rpartition(":")[0] or source.path
     return found

@@ -26,6 +26,7 @@ from cluster.contracts.config.file import dump_toml
 from cluster.contracts.durable import FileDigest, write_json, write_text
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState
+from cluster.runs.artefacts import changed_roles, parent_hashes, revisions_in
 from cluster.runs.checkpoints import Checkpoints, in_order, step_of
 from cluster.runs.driver import Driver, driver_lock
 from cluster.runs.lines import Lines
@@ -87,6 +88,7 @@ class Run:
         manifest = manifest if url is None else {**manifest, "mirror": url}
         write_text(path / "config.toml", dump_toml(config))
         write_json(path / "manifest.json", _manifest(command, label, manifest))
+        run.hash_parents(config)
         return run
 
     @staticmethod
@@ -132,6 +134,28 @@ class Run:
         write_text(self.path / "config.toml", dump_toml(config))
         self.event("resumed", **detail)
         self.update_manifest(status="running")
+        self.hash_parents(config)
+
+    def hash_parents(self, config: BaseModel) -> None:
+        """Note in the manifest what the parents are by content, where it is not noted yet. A parent
+        that changed between two parts of a run is an event."""
+        before, now = self._parents(config)
+        if not now:
+            return
+        if changed := changed_roles(before, now):
+            self.event("parents_changed", now={role: now[role] for role in changed})
+        known = {role: value for role, value in before.items() if value is not None}
+        self.update_manifest(parent_hashes={**now, **known})
+
+    def changed_parents(self, config: BaseModel) -> list[str]:
+        """Roles of the parents that are not what they were when the run began."""
+        return changed_roles(*self._parents(config))
+
+    def _parents(self, config: BaseModel) -> tuple[dict[str, str | None], dict[str, str | None]]:
+        """Role -> hash, as the manifest has it and as it is now."""
+        manifest = json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+        now = parent_hashes(manifest.get("parents", {}), revisions_in(config.model_dump()))
+        return manifest.get("parent_hashes", {}), now
 
     async def begin_checkpoint(self, step: int, nbytes: int = 0) -> Path:
         return await asyncio.to_thread(self.checkpoints.begin, step, nbytes)

@@ -12,6 +12,7 @@ import pytest
 from cluster.assembly.run_session import RunSession, how_to_continue, run_session
 from cluster.contracts.config.offline import SftConfig
 from cluster.contracts.errors import Fatal, UserError
+from cluster.runs.artefacts import artefact_hash
 from cluster.runs.console import Reporter
 from cluster.runs.control import ask, read_wishes
 from cluster.runs.driver import LOCK
@@ -145,3 +146,14 @@ def test_a_resume_forgets_the_stop_that_ended_the_run_and_a_start_keeps_one(run:
     held(run, resumed=config())
     after = read_wishes(run.path)
     assert (after.stop, after.workers) == (False, 3)
+
+
+def test_what_a_run_produced_is_in_the_manifest_by_its_hash(run: Run) -> None:
+    with run_session(run, Reporter(quiet=True)) as session:
+        (session.path / "policy").mkdir()
+        (session.path / "policy" / "model.safetensors").write_bytes(b"weights")
+        (session.path / "evaluation.json").write_text("{}")
+    outputs = json.loads((run.path / "manifest.json").read_text())["outputs"]
+    assert outputs == {
+        name: artefact_hash(run.path / name) for name in ("policy", "evaluation.json")
+    }

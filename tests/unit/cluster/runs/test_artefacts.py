@@ -64,3 +64,23 @@ def test_a_settled_file_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_nothing_has_no_hash(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         artefact_hash(tmp_path / "gone")
+
+
+def test_parents_are_known_by_content_hub_models_by_their_commit(tmp_path: Path) -> None:
+    run = tmp_path / "sft"
+    policy = model(run / "policy")
+    (run / "manifest.json").write_text("{}")
+    (tmp_path / "labels.db").write_bytes(b"a store grows")
+    parents = {
+        "model": "org/small",
+        "sft": str(run),
+        "data": str(tmp_path / "labels.db"),
+        "elsewhere": "/nowhere/on/this/host",
+    }
+    config = {"model": {"path": "org/small", "revision": "c0ffee"}}
+    assert artefacts.parent_hashes(parents, artefacts.revisions_in(config)) == {
+        "model": "org/small@c0ffee",
+        "sft": artefact_hash(policy),
+        "data": None,
+        "elsewhere": None,
+    }

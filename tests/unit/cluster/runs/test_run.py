@@ -7,6 +7,7 @@ import pytest
 from pydantic import BaseModel
 
 from cluster.contracts.errors import UserError
+from cluster.runs.artefacts import artefact_hash
 from cluster.runs.run import Run
 from cluster.runs.status import read_status
 
@@ -32,3 +33,18 @@ def test_what_was_asked_for_on_a_resume_holds_for_the_next(tmp_path: Path) -> No
     assert (run.path / "config.toml").read_text() == "seed = 5\n"
     assert read_status(run)["events"] == {"resumed": 1}
     assert json.loads((run.path / "manifest.json").read_text())["status"] == "running"
+
+
+def test_the_manifest_has_the_hash_of_each_parent_from_the_begin(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    parents = {"data": str(rows), "model": "org/model"}
+    run = Run.create(str(tmp_path), "r", "sft", Settings(), parents=parents)
+    begun = json.loads((run.path / "manifest.json").read_text())["parent_hashes"]
+    assert begun == {"data": artefact_hash(rows), "model": None}
+    assert run.changed_parents(Settings()) == []
+    rows.write_text("{}\n{}\n")
+    assert run.changed_parents(Settings()) == ["data"]
+    run.resume(Settings())
+    assert json.loads((run.path / "manifest.json").read_text())["parent_hashes"] == begun
+    assert read_status(run)["events"] == {"resumed": 1, "parents_changed": 1}
