@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing import Any, Literal
 from cluster.contracts.errors import UserError
 from reward_service.preferences.records import prompt_hash, utc_now
 from reward_service.preferences.store import PreferenceStore
+from reward_service.preferences.trained_models import models_trained_on
 
 Kind = Literal["annotator", "record", "prompt"]
 
@@ -90,50 +91,6 @@ def tombstones(store: PreferenceStore) -> list[Tombstone]:
         )
         for row in rows
     ]
-
-
-def models_trained_on(snapshots: Iterable[str], runs: Iterable[Path]) -> list[str]:
-    """Run directories below ``runs`` whose manifest names one of the snapshots, and those whose
-    manifest names such a run as a parent, and so on."""
-    manifests = {
-        path.parent.resolve(): manifest
-        for folder in runs
-        for path in sorted(folder.rglob("manifest.json"))
-        if (manifest := _manifest(path)) is not None
-    }
-    wanted = set(snapshots)
-    found = {run for run, parents in manifests.items() if wanted & set(parents.values())}
-    while True:
-        more = {
-            run
-            for run, parents in manifests.items()
-            if run not in found
-            and any(parent and _lies_in(parent, found) for parent in parents.values())
-        }
-        if not more:
-            return sorted(str(run) for run in found)
-        found |= more
-
-
-def _manifest(path: Path) -> dict[str, str] | None:
-    """The parents and the snapshot that a run's manifest names; None for another file of this
-    name."""
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        parents = {**manifest["parents"], "snapshot": manifest.get("snapshot", "")}
-        return {str(role): str(parent) for role, parent in parents.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _lies_in(parent: str, runs: Iterable[Path]) -> bool:
-    if not parent:
-        return False
-    try:
-        path = Path(parent).resolve()
-    except (OSError, ValueError):
-        return False
-    return any(path.is_relative_to(run) for run in runs)
 
 
 def _which(db: sqlite3.Connection, kind: Kind, which: str) -> tuple[list[str], list[str]]:

@@ -34,7 +34,7 @@ from reward_service.preferences.export import (
     prompt_cell,
     write_parquet,
 )
-from reward_service.preferences.records import prompt_hash, utc_now
+from reward_service.preferences.records import Candidate, prompt_hash, utc_now
 from reward_service.preferences.store import PreferenceStore
 
 PAIR_COLUMNS = ("prompt", "chosen", "rejected")
@@ -213,6 +213,10 @@ def _manifest(
             "annotators": len({judgement.annotator_id for _, judgement in kept}),
             "sources": dict(Counter(judgement.source for _, judgement in kept)),
             "guidelines": dict(Counter(judgement.guideline_version for _, judgement in kept)),
+            "consents": dict(Counter(judgement.consent for _, judgement in kept)),
+            "licenses": dict(Counter(item.license for item, _ in kept)),
+            "origins": dict(Counter(item.source for item, _ in kept)),
+            "writers": dict(Counter(_writer(c) for item, _ in kept for c in item.completions)),
             "left_out": dict(left_out),
         },
         "gates": [dict(gate) for gate in gates],
@@ -221,6 +225,12 @@ def _manifest(
             for f in files
         ],
     }
+
+
+def _writer(candidate: Candidate) -> str:
+    """Which policy wrote a completion: its run and version, as far as they are known."""
+    known = [part for part in (candidate.run, candidate.policy_version) if part]
+    return " ".join(known) or "not known"
 
 
 def last_snapshot(store: PreferenceStore) -> str | None:
