@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from cluster.contracts.config.ai_label import AiLabelConfig
 from cluster.contracts.config.base import AUTO, auto_rule
 from cluster.contracts.config.best_of_n import BestOfNConfig
+from cluster.contracts.config.choice import ChoiceConfig
 from cluster.contracts.config.commented import FIRST_KEYS, commented_toml, sections_of
 from cluster.contracts.config.constitution import ConstitutionConfig
 from cluster.contracts.config.evaluate import EvaluateConfig
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "accord constitution": ConstitutionConfig,
     "accord evaluate": EvaluateConfig,
     "accord label": LabelConfig,
+    "accord preferences choose": ChoiceConfig,
     "accord preferences snapshot": PreferencesConfig,
 }
 HEAD = """# Configuration

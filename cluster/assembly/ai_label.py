@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.ai_judge import asking, by_letter, identity_of, make_asker, spent_line
-from cluster.assembly.judged_items import add_items_of
+from cluster.assembly.choosing import chosen_items
+from cluster.assembly.judged_items import add_items_of, new_items
 from cluster.assembly.run_session import run_session
 from cluster.contracts.config.ai_label import AiLabelConfig
 from cluster.contracts.durable import write_json
@@ -85,7 +86,7 @@ def run_ai_label(config: AiLabelConfig, reporter: Reporter) -> Path:
     """Returns the run directory: ai_label.json (figures). The judgements are in the store."""
     asker = make_asker(config.judge, config.cluster)
     store = PreferenceStore(config.store)
-    items = add_items_of(config.data.path, config.data.split, store)[: config.max_items]
+    items = _items(config, store)[: config.max_items]
     run = Run.create(
         config.run.dir,
         config.run.name,
@@ -103,6 +104,15 @@ def run_ai_label(config: AiLabelConfig, reporter: Reporter) -> Path:
         reporter.say(headline(figures))
         reporter.say(spent_line(asker.spent))
     return run.path
+
+
+def _items(config: AiLabelConfig, store: PreferenceStore) -> list[Item]:
+    data = config.data
+    if config.choice is None:
+        return add_items_of(data.path, data.split, store)
+    items = chosen_items(data.path, config.choice, seed=config.run.seed, split=data.split)
+    store.add_items(new_items(store, items))
+    return items
 
 
 def headline(figures: dict[str, Any]) -> str:

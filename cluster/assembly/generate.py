@@ -18,6 +18,7 @@ from cluster.contracts.records import Rollout
 from cluster.machine.cores import own_cores
 from cluster.machine.ray_session import ray_cluster
 from cluster.runs.console import Reporter
+from cluster.runs.policies import version_of
 from cluster.runs.run import require_writable
 
 
@@ -33,7 +34,8 @@ def generate_to_file(
     reporter: Reporter,
     limits: Mapping[str, Any] | None = None,
 ) -> None:
-    """One JSON line per completion: prompt, completion, finish_reason, tokens.
+    """One JSON line per completion: prompt, completion, finish_reason, tokens, and which policy
+    wrote it.
 
     limits: as in `generate_completions`.
     """
@@ -42,7 +44,10 @@ def generate_to_file(
         model, prompts, samples=samples, max_tokens=max_tokens, temperature=temperature,
         seed=seed, reporter=reporter, limits=limits,
     )  # fmt: skip
-    write_text(out, "".join(json.dumps(answer_row(a), ensure_ascii=False) + "\n" for a in answers))
+    local = Path(model).is_dir()
+    written_by = {"run": model, "policy_version": version_of(model)} if local else {"run": model}
+    rows = [json.dumps({**answer_row(a), **written_by}, ensure_ascii=False) for a in answers]
+    write_text(out, "".join(f"{row}\n" for row in rows))
 
 
 def generate_completions(

@@ -25,7 +25,7 @@ def add_items_of(path: str, split: str, store: PreferenceStore) -> list[Item]:
         items = _of_store(Path(path), store)
     elif _is_sampled(path, split):
         items = read_items(path, completions=2, license=UNKNOWN, created_at=utc_now()).items
-        store.add_items(_new(store, items))
+        store.add_items(new_items(store, items))
     else:
         read = read_preferences(path, split=split)
         add_preferences(store, read)
@@ -45,10 +45,10 @@ def _is_sampled(path: str, split: str) -> bool:
         first = next(iter(raw_rows(path, split))).columns()
     except (BadRow, StopIteration):
         return False  # the reader of comparisons says what is wrong with it
-    return "completion" in first and "chosen" not in first
+    return bool({"completion", "completion_a"} & set(first)) and "chosen" not in first
 
 
-def _new(store: PreferenceStore, items: Sequence[Item]) -> list[Item]:
+def new_items(store: PreferenceStore, items: Sequence[Item]) -> list[Item]:
     """Those that are not in the store yet: a second run has another date for the same content."""
     there = {item.id for item in store.items()}
     return [item for item in items if item.id not in there]

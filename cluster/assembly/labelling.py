@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.assembly.choosing import check_choice, choice_told, chosen_items
 from cluster.assembly.live_labelling import LiveSampling, add_new
-from cluster.contracts.config.label import LabelConfig, LabelDataConfig
+from cluster.contracts.config.label import LabelConfig
 from cluster.contracts.errors import UserError
 from cluster.pages.access import Access, names_of
 from cluster.pages.labelling.desk import Desk
@@ -40,7 +41,7 @@ class LabelSite:
 def open_label_site(config: LabelConfig, say: Callable[[str], None]) -> LabelSite:
     """Raises UserError for a file, a store or an address that cannot be used; then nothing was
     added."""
-    new = _read(config.data, say)  # first: a bad file leaves no new store behind
+    new = _read(config, say)  # first: a bad file leaves no new store behind
     store = PreferenceStore(config.store)
     labelling = Labelling(
         store, overlap=config.data.overlap, lease_s=config.data.lease_minutes * 60
@@ -71,9 +72,16 @@ def open_label_site(config: LabelConfig, say: Callable[[str], None]) -> LabelSit
     return LabelSite(server, desk, f"{server.url}join/{people.invite('admin')}", live)
 
 
-def _read(data: LabelDataConfig, say: Callable[[str], None]) -> list[Item]:
-    now, found = utc_now(), []
+def _read(config: LabelConfig, say: Callable[[str], None]) -> list[Item]:
+    data, now, found = config.data, utc_now(), []
+    if config.choice is not None:
+        check_choice(config.choice)
     for path in data.files:
+        if config.choice is not None:
+            chosen = chosen_items(path, config.choice, seed=config.live.seed, license=data.license)
+            say(f"{Path(path).name}: {choice_told(chosen)}")
+            found += chosen
+            continue
         read = read_items(path, completions=data.completions, license=data.license, created_at=now)
         if read.too_few:
             say(f"{Path(path).name}: {read.too_few} prompts have too few different completions")

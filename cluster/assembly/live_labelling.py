@@ -1,8 +1,10 @@
 """`accord label --policy RUN`: new completions from the newest policy while people label.
 
 Whenever few items are left, a round begins: `accord generate` runs as a child process, with the
-real engine, and what it wrote becomes items. A round that fails is told and tried again later; the
-pages go on. Each round looks for the newest policy, so the completions follow a run in progress.
+real engine, and what it wrote becomes items. With ``choice``, these are the pairs that `accord
+preferences choose` takes, in a second child process, which loads the reward model. A round that
+fails is told and tried again later; the pages go on. Each round looks for the newest policy, so the
+completions follow a run in progress.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.chat import is_text
+from cluster.contracts.config.choice import ChoiceConfig
 from cluster.contracts.config.file import read_toml
 from cluster.contracts.config.label import LabelConfig, LabelLiveConfig
 from cluster.contracts.errors import AccordError, UserError
@@ -27,8 +30,7 @@ from cluster.contracts.rows.messages import Messages
 from cluster.contracts.rows.reader import read_rows
 from cluster.contracts.rows.shapes import prompt_shape
 from cluster.pages.labelling.items import read_items
-from cluster.runs.checkpoints import step_of
-from cluster.runs.policies import policy_directory
+from cluster.runs.policies import policy_directory, version_of
 from reward_service.preferences.labelling import Labelling
 from reward_service.preferences.records import Item, prompt_hash, utc_now
 from reward_service.preferences.store import PreferenceStore
@@ -36,9 +38,10 @@ from reward_service.preferences.store import PreferenceStore
 LOOK_EVERY_S = 2.0
 AFTER_FAILURE_S = 30.0
 STOP_S = 20.0
+CHOSEN_FROM = 4  # completions per prompt, where pairs of them are chosen
 LAST_WORDS = 300  # characters of what a failed child said
 
-Generate = Callable[[Sequence[str]], None]
+Accord = Callable[[Sequence[str]], None]
 """Runs `accord` with these words to its end. Raises AccordError where it fails."""
 
 
@@ -51,17 +54,19 @@ class LiveSampling:
         config: LabelConfig,
         labelling: Labelling,
         say: Callable[[str], None],
-        generate: Generate | None = None,
+        accord: Accord | None = None,
     ) -> None:
         assert config.live.policy is not None
         self._live = config.live
         self._run = config.live.policy
         self._completions = config.data.completions
+        self._choice = config.choice
+        self._samples = config.live.samples or (CHOSEN_FROM if config.choice else self._completions)
         self._license = config.data.license
         self._labelling = labelling
         self._say = say
         self._child = _Child()
-        self._generate = generate or self._child.run
+        self._accord = accord or self._child.run
         policy_directory(self._run)
         self._prompts = _prompts(config.live)
         self._stopping = threading.Event()
@@ -107,7 +112,7 @@ class LiveSampling:
     def round(self) -> int:
         """One round, whatever is waiting; how many items it added."""
         policy = policy_directory(self._run)
-        version = _version(policy)
+        version = version_of(policy)
         self._told = f"Live sampling: {version} of {self._run} is writing new completions."
         store = self._labelling.store
         known = Counter(prompt_hash(item.messages) for item in store.items())
@@ -116,9 +121,10 @@ class LiveSampling:
         with tempfile.TemporaryDirectory() as folder:
             prompts, out = Path(folder) / "prompts.jsonl", Path(folder) / "completions.jsonl"
             prompts.write_text("".join(_prompt_row(one) for one in chosen), encoding="utf-8")
-            self._generate(
-                generate_words(policy, prompts, out, self._completions, seed, self._live)
-            )
+            self._accord(generate_words(policy, prompts, out, self._samples, seed, self._live))
+            if self._choice is not None:
+                every, out = out, Path(folder) / "items.jsonl"
+                self._accord(choose_words(every, out, seed, self._choice))
             read = read_items(
                 str(out),
                 completions=self._completions,
@@ -191,6 +197,15 @@ def generate_words(
     ]
 
 
+def choose_words(completions: Path, out: Path, seed: int, choice: ChoiceConfig) -> list[str]:
+    """The command line that chooses pairs of a round's completions."""
+    keys = choice.model_dump(exclude_defaults=True)
+    return [
+        *("preferences", "choose", str(completions), "--out", str(out), "--seed", str(seed)),
+        *(f"{key}={value}" for key, value in keys.items()),
+    ]
+
+
 def next_prompts(
     prompts: Sequence[Messages], known: Mapping[str, int], count: int, seed: int
 ) -> list[Messages]:
@@ -226,12 +241,6 @@ def _prompts_of_run(run: Path) -> str:
             fix="name a file of prompts: live.prompts=prompts.jsonl",
         )
     return path
-
-
-def _version(policy: str) -> str:
-    """`step 40` for the policy of a checkpoint; `the final policy` for a run's result."""
-    folder = Path(policy).parent.name
-    return f"step {step_of(folder)}" if folder.startswith("step-") else "the final policy"
 
 
 def _prompt_row(messages: Messages) -> str:

@@ -106,6 +106,46 @@ def stats(store: Store) -> None:
     result(json.dumps(found, indent=2, ensure_ascii=False))
 
 
+@preferences.command("choose")
+def choose(
+    completions: Annotated[
+        str,
+        typer.Argument(
+            help="Several completions per prompt, as `accord generate --samples 4` writes them, in "
+            "JSONL, JSON, CSV, TSV or Parquet."
+        ),
+    ],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="JSONL file to write.")] = Path(
+        "items.jsonl"
+    ),
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with the keys of the choice.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of what is chosen at random.")] = 0,
+    split: Split = "train",
+) -> None:
+    """Choose the pairs of completions that are worth a judgement.
+
+    The file has one pair per row, the most wanted first. `accord label` and `accord ai-label` read
+    it, and the preference store keeps why each pair was chosen.
+
+    Example: `accord preferences choose completions.jsonl strategy=diversity count=200`
+
+    Example: `accord preferences choose completions.jsonl --config examples/choice.toml`
+    """
+    from cluster.assembly.choosing import choice_told, chosen_items, write_items
+    from cluster.contracts.config.choice import ChoiceConfig
+    from cluster.contracts.config.file import load_config
+    from cluster.runs.console import Reporter, result
+
+    settings = load_config(ChoiceConfig, str(config) if config else None, overrides or [])
+    items = chosen_items(completions, settings, seed=seed, split=split)
+    write_items(items, out)
+    Reporter().say(choice_told(items))
+    result(str(out))
+
+
 @preferences.command("snapshot")
 def snapshot(
     store: Store,

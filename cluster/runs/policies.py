@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.contracts.errors import UserError
-from cluster.runs.checkpoints import in_order
+from cluster.runs.checkpoints import in_order, step_of
 
 
 def policy_directory(path: str) -> str:
@@ -24,3 +24,9 @@ def policy_directory(path: str) -> str:
             fix="wait for its first checkpoint, or give a run of sft, dpo, train or quickstart",
         )
     return path
+
+
+def version_of(policy: str) -> str:
+    """`step 40` for the policy of a checkpoint; `the final policy` for a run's result."""
+    folder = Path(policy).parent.name
+    return f"step {step_of(folder)}" if folder.startswith("step-") else "the final policy"

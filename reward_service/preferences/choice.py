@@ -18,7 +18,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -181,9 +181,7 @@ def _measure(
         return lambda group, a, b: 0.0
     if config.strategy == "newest":
         ages = _ages(groups)
-        return lambda group, a, b: min(
-            ages[groups[group].completions[one].policy_version] for one in (a, b)
-        )
+        return lambda group, a, b: min(ages[group][a], ages[group][b])
     _check_scores(groups, config, scores)
     assert scores is not None
     measure = disagreement if config.strategy == "disagreement" else uncertainty
@@ -219,19 +217,21 @@ def _check_scores(
         )
 
 
-def _ages(groups: Sequence[CompletionGroup]) -> Mapping[str | None, float]:
-    """Policy version -> its place, 0 for the oldest. Versions are ordered by the numbers in their
-    names, as of "round 2 step 40"; "final" comes after all numbers, no version before all."""
-    versions = {c.policy_version for group in groups for c in group.completions}
+def _ages(groups: Sequence[CompletionGroup]) -> list[list[float]]:
+    """Of each completion the place of its policy, 0 for the oldest. Policies are ordered by the
+    numbers in the names of run and version, as of "round-2, step 40"; "final" comes after all
+    numbers, a completion of no known policy before all others."""
+    keys = [[_version_key(completion) for completion in group.completions] for group in groups]
+    places = {key: float(n) for n, key in enumerate(sorted({key for own in keys for key in own}))}
+    return [[places[key] for key in own] for own in keys]
 
-    def key(version: str | None) -> tuple[float, ...]:
-        if version is None:
-            return (-1.0,)
-        found = re.findall(r"\d+|\bfinal\b", version)
-        return tuple(math.inf if part == "final" else float(part) for part in found)
 
-    places = {one: n for n, one in enumerate(sorted({key(version) for version in versions}))}
-    return {version: float(places[key(version)]) for version in versions}
+def _version_key(completion: Candidate) -> tuple[float, ...]:
+    if completion.run is None and completion.policy_version is None:
+        return (-1.0,)
+    name = f"{completion.run or ''} {completion.policy_version or ''}"
+    parts = re.findall(r"\d+|\bfinal\b", name)
+    return tuple(math.inf if part == "final" else float(part) for part in parts)
 
 
 # -- pairs of completions of two prompts -----------------------------------------------------------
@@ -261,9 +261,12 @@ def _mismatched_pairs(
         among = alike[rng.choice(names)] if names and turn % 2 == 0 else range(len(groups))
         other = rng.choice([number for number in among if number != own_number])
         first = _next_of(unused, own_number, groups, rng)
-        second = rng.choice(_places(groups, other))
-        chosen.append(ChosenPair(first=first, second=second, strategy=MISMATCHED))
-    return [pair for pair in chosen if _text(groups, pair.first) != _text(groups, pair.second)]
+        text = _text(groups, first)
+        different = [p for p in _places(groups, other) if _text(groups, p) != text]
+        if different:
+            second = rng.choice(different)
+            chosen.append(ChosenPair(first=first, second=second, strategy=MISMATCHED))
+    return chosen
 
 
 def _unused(

@@ -23,18 +23,22 @@ class LeaseLost(UserError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """``done``: items with at least ``overlap`` labels. ``leased``: items somebody has now."""
+    """``done``: items with as many labels as are wanted. ``leased``: items somebody has now."""
 
     items: int
     done: int
     leased: int
 
 
+# How many annotators label an item: more than :overlap where it was chosen for more.
+_WANTED = """
+  max(:overlap, coalesce(json_extract(items.chosen_by, '$.judgements'), 1))
+"""
 _LABELS = f"{IN_FORCE} AND answer IN ('ranking', 'all_bad', 'demonstration')"
-# Others than :who have labelled or reserved the item :overlap times. Control items (gold) are for
-# everybody.
+# Others than :who have labelled or reserved the item as often as it is wanted. Control items (gold)
+# are for everybody.
 _TAKEN = f"""
-  items.gold IS NULL AND :overlap <= (SELECT COUNT(*) FROM (
+  items.gold IS NULL AND {_WANTED} <= (SELECT COUNT(*) FROM (
     SELECT annotator_id FROM judgements
       WHERE judgements.item_id = items.id AND annotator_id <> :who AND {_LABELS}
     UNION SELECT annotator_id FROM leases
@@ -62,7 +66,8 @@ class Labelling:
         lease_s: float = LEASE_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``overlap``: how many annotators label each item. ``lease_s``: seconds for which an item
+        """``overlap``: how many annotators label each item; ``chosen_by.judgements`` of an item may
+        ask for more. ``lease_s``: seconds for which an item
         is reserved for who was given it."""
         self.store = store
         self.overlap = overlap
@@ -182,16 +187,18 @@ class Labelling:
     def progress(self) -> Progress:
         query = f"""
           SELECT (SELECT COUNT(*) FROM items),
-            (SELECT COUNT(*) FROM (SELECT item_id FROM judgements WHERE {_LABELS}
-              GROUP BY item_id HAVING COUNT(*) >= ?)),
-            (SELECT COUNT(DISTINCT item_id) FROM leases WHERE expires_at > ?)
+            (SELECT COUNT(*) FROM items WHERE {_WANTED} <= (SELECT COUNT(*) FROM judgements
+              WHERE judgements.item_id = items.id AND {_LABELS})),
+            (SELECT COUNT(DISTINCT item_id) FROM leases WHERE expires_at > :now)
         """
-        items, done, leased = self._one(query, self.overlap, self.clock())
+        items, done, leased = self._one(query, {"overlap": self.overlap, "now": self.clock()})
         return Progress(items=items, done=done, leased=leased)
 
     def _values(self, annotator_id: str) -> dict[str, Any]:
         return {"who": annotator_id, "overlap": self.overlap, "now": self.clock()}
 
     def _one(self, query: str, *values: Any) -> Any:
+        """``values``: in their order, or one mapping by name."""
+        named = values[0] if values and isinstance(values[0], Mapping) else values
         with self.store.database.reading() as db:
-            return db.execute(query, values).fetchone()
+            return db.execute(query, named).fetchone()

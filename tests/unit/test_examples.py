@@ -14,6 +14,7 @@ from cluster.assembly.model_facts import ModelFacts
 from cluster.contracts.config.ai_label import AiLabelConfig
 from cluster.contracts.config.base import Section
 from cluster.contracts.config.best_of_n import BestOfNConfig
+from cluster.contracts.config.choice import ChoiceConfig
 from cluster.contracts.config.constitution import ConstitutionConfig
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import load_config
@@ -36,6 +37,7 @@ OTHERS: dict[str, type[Section]] = {
     **dict.fromkeys(("evaluate", "evaluate_ai", "red_team"), EvaluateConfig),
     "label": LabelConfig,
     "snapshot": PreferencesConfig,
+    "choice": ChoiceConfig,
 }
 LAPTOP = Machine(cores=2, memory_mb=16_384, shared_memory_mb=8192)
 ONE_GPU = Machine(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.contracts.config.base import ClusterConfig, RunConfig, Section
+from cluster.contracts.config.choice import ChoiceConfig
 from cluster.contracts.config.judge import HELPFUL, JudgeConfig
 
 
@@ -17,7 +18,10 @@ class JudgedData(Section):
 
 
 class AiLabelConfig(Section):
-    """`accord ai-label`: comparisons of completions by an AI judge, into a preference store."""
+    """`accord ai-label`: comparisons of completions by an AI judge, into a preference store.
+
+    choice: of all pairs of completions in the file only the chosen ones are judged, in this order.
+    """
 
     run: RunConfig = RunConfig()
     data: JudgedData
@@ -32,4 +36,14 @@ class AiLabelConfig(Section):
     max_items: int | None = Field(
         None, ge=1, description="Judge only the first so many items. none: all."
     )
+    choice: ChoiceConfig | None = None
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _items_of_a_store_were_chosen(self) -> AiLabelConfig:
+        if self.choice is not None and self.data.path.endswith(".db"):
+            raise ValueError(
+                "choice is of completions in a file, and data.path is a store, whose items were "
+                "chosen before: leave choice out"
+            )
+        return self

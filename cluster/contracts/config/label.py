@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cluster.contracts.config.base import Section
+from cluster.contracts.config.choice import ChoiceConfig
 
 
 class LabelDataConfig(Section):
@@ -84,6 +85,13 @@ class LabelLiveConfig(Section):
     ahead: int = Field(
         20, ge=1, description="New completions are sampled when fewer items than this are free."
     )
+    samples: int | None = Field(
+        None,
+        ge=1,
+        le=64,
+        description="Completions per prompt that are sampled. With `choice`, pairs are chosen "
+        "among them. none: as many as an item has, or 4 with `choice`.",
+    )
     prompts_per_round: int = Field(
         16, ge=1, description="Prompts that are sampled at once. The engine starts for each round."
     )
@@ -102,12 +110,23 @@ class LabelServerConfig(Section):
 
 
 class LabelConfig(Section):
-    """`accord label`: pages on which people compare, rank and edit completions."""
+    """`accord label`: pages on which people compare, rank and edit completions.
+
+    choice: of all pairs of completions in the files, and of those that are sampled while people
+    label, only the chosen ones become items, and annotators get them in this order.
+    """
 
     store: str = Field(
         description="Preference store (`*.db`) that the labels go into. Made if it does not exist."
     )
     data: LabelDataConfig = LabelDataConfig()
+    choice: ChoiceConfig | None = None
     page: LabelPageConfig = LabelPageConfig()
     live: LabelLiveConfig = LabelLiveConfig()
     server: LabelServerConfig = LabelServerConfig()
+
+    @model_validator(mode="after")
+    def _pairs_are_chosen(self) -> LabelConfig:
+        if self.choice is not None and self.data.completions != 2:
+            raise ValueError("choice is of pairs: leave it out, or set data.completions = 2")
+        return self

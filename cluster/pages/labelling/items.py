@@ -5,12 +5,16 @@ prompt + completion_a + completion_b (to completion_d)
 prompt + chosen + rejected: a pair; which one was chosen is forgotten
 prompt + completion: one per row, as `accord generate` writes them; rows of one prompt are put
 together
+
+A row with as many completions as an item has becomes an item of its own, with what its
+`chosen_by` says (`accord preferences choose`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,11 @@ from cluster.contracts.rows.files import BadRow, Columns, Place, kind_of
 from cluster.contracts.rows.messages import Messages, read_messages
 from cluster.contracts.rows.reader import LeftOut, read_rows
 from cluster.contracts.rows.shapes import comparison_shape
+from reward_service.preferences.choice import CompletionGroup
 from reward_service.preferences.records import (
     LETTERS,
     Candidate,
+    ChosenBy,
     Gold,
     Item,
     derived_id,
@@ -40,11 +46,26 @@ SHAPES = (
 class _Prompt:
     messages: Messages
     topic: str = ""
+    alike: tuple[str, ...] = ()
     candidates: dict[str, Candidate] = field(default_factory=dict)  # by text: none twice
 
     def add(self, new: Iterable[Candidate]) -> None:
         for candidate in new:
             self.candidates.setdefault(candidate.text, candidate)
+
+
+class _Prompts:
+    """The prompts of a file, with all completions of their rows."""
+
+    def __init__(self) -> None:
+        self._by_hash: dict[str, _Prompt] = {}
+
+    def of(self, messages: Messages, columns: Columns) -> _Prompt:
+        made = _Prompt(messages, _topic(columns), _alike(columns))
+        return self._by_hash.setdefault(prompt_hash(messages), made)
+
+    def __iter__(self) -> Iterator[_Prompt]:
+        return iter(self._by_hash.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +80,47 @@ class ReadItems:
 def read_items(path: str, *, completions: int, license: str, created_at: str) -> ReadItems:
     """Items of ``completions`` completions each. A prompt with more of them becomes several items.
     Raises UserError naming file and row."""
-    prompts: dict[str, _Prompt] = {}
+    prompts = _Prompts()
+    items: list[Item] = []
 
     def make(place: Place, columns: Columns) -> None:
         messages, candidates = _candidates(columns)
-        found = prompts.setdefault(prompt_hash(messages), _Prompt(messages, _topic(columns)))
-        found.add(candidates)
+        if 1 < completions == len({candidate.text for candidate in candidates}) == len(candidates):
+            prompt = _Prompt(messages, _topic(columns))
+            item = _item(prompt, candidates, path, license, created_at)
+            items.append(replace(item, chosen_by=_chosen_by(columns)))
+        else:
+            prompts.of(messages, columns).add(candidates)
 
     read = read_rows(path, "train", make)
-    items, too_few = [], 0
-    for prompt in prompts.values():
+    too_few = 0
+    for prompt in prompts:
         all_of_it = list(prompt.candidates.values())
         groups = [all_of_it[at : at + completions] for at in range(0, len(all_of_it), completions)]
         whole = [group for group in groups if len(group) == completions]
         too_few += not whole
         items += [_item(prompt, group, path, license, created_at) for group in whole]
-    return ReadItems(items, too_few, read.left_out)
+    return ReadItems(list({item.id: item for item in items}.values()), too_few, read.left_out)
+
+
+def read_groups(path: str, split: str = "train") -> list[CompletionGroup]:
+    """All completions of each prompt, to choose from. Raises UserError naming file and row."""
+    prompts = _Prompts()
+
+    def make(place: Place, columns: Columns) -> None:
+        messages, candidates = _candidates(columns)
+        prompts.of(messages, columns).add(candidates)
+
+    read_rows(path, split, make)
+    return [
+        CompletionGroup(
+            messages=prompt.messages,
+            completions=tuple(prompt.candidates.values()),
+            topic=prompt.topic,
+            alike=prompt.alike,
+        )
+        for prompt in prompts
+    ]
 
 
 def read_gold(path: str, *, license: str, created_at: str) -> list[Item]:
@@ -178,3 +224,19 @@ def _topic(columns: Columns) -> str:
     metadata = columns.get("metadata")
     found = columns.get("topic") or (metadata.get("topic") if isinstance(metadata, dict) else None)
     return found if isinstance(found, str) else ""
+
+
+def _alike(columns: Columns) -> tuple[str, ...]:
+    """The texts in a row's metadata, by which prompts have something in common."""
+    metadata = columns.get("metadata")
+    named = metadata.items() if isinstance(metadata, Mapping) else ()
+    return tuple(f"{name}/{value}" for name, value in named if isinstance(value, str) and value)
+
+
+def _chosen_by(columns: Columns) -> ChosenBy | None:
+    value = columns.get("chosen_by")
+    try:
+        fields = json.loads(value) if isinstance(value, str) and value else value
+        return ChosenBy(**fields) if fields else None
+    except (TypeError, ValueError) as problem:
+        raise BadRow(f"column 'chosen_by' holds no strategy and value: {problem}") from None

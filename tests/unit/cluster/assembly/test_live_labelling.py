@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from cluster.assembly.live_labelling import LiveSampling, _Child, next_prompts
+from cluster.commands import preferences as command
 from cluster.contracts.config.label import LabelConfig
 from cluster.contracts.errors import AccordError, UserError
 from reward_service.preferences.labelling import Labelling
@@ -18,10 +20,11 @@ from reward_service.preferences.records import prompt_hash
 from reward_service.preferences.store import PreferenceStore
 
 Make = Callable[..., LiveSampling]
+preferences = get_command(command.preferences)
 
 
 class Writer:
-    """Stands for `accord generate`."""
+    """Stands for `accord generate`; `accord preferences choose` is the real one."""
 
     def __init__(self) -> None:
         self.calls: list[Sequence[str]] = []
@@ -31,6 +34,9 @@ class Writer:
         self.calls.append(words)
         if self.broken:
             raise AccordError(self.broken)
+        if words[0] == "preferences":
+            preferences(list(words[1:]), standalone_mode=False)
+            return
         given = {name: words[at + 1] for at, name in enumerate(words) if name.startswith("--")}
         prompts = [json.loads(line) for line in Path(words[2]).read_text().splitlines()]
         rows = [
@@ -65,7 +71,8 @@ def said() -> list[str]:
 def make(run: Path, tmp_path: Path, writer: Writer, said: list[str]) -> Make:
     def made(**live: Any) -> LiveSampling:
         live = {"policy": str(run), "prompts_per_round": 3, "ahead": 4, **live}
-        config = LabelConfig.model_validate({"store": "p.db", "live": live})
+        choice = live.pop("choice", None)
+        config = LabelConfig.model_validate({"store": "p.db", "live": live, "choice": choice})
         store = PreferenceStore(tmp_path / "p.db")
         return LiveSampling(config, Labelling(store), said.append, writer)
 
@@ -91,6 +98,18 @@ def test_a_round_adds_items_of_the_newest_policy(run: Path, make: Make, writer: 
     first = live._labelling.next_item("somebody")
     assert first is not None
     assert first.completions[0].policy_version == "step 10"
+
+
+def test_a_round_asks_only_about_the_chosen_pairs(make: Make, writer: Writer) -> None:
+    live = make(choice={"strategy": "diversity", "count": 2, "mismatched": 0.5})
+    assert live.round() == 2
+    assert writer.calls[0][writer.calls[0].index("--samples") + 1] == "4"
+    items = live._labelling.store.items()
+    reasons = [item.chosen_by.strategy for item in items if item.chosen_by]
+    assert sorted(reasons) == ["diversity", "mismatched"]
+    assert {c.policy_version for item in items for c in item.completions} == {"step 9"}
+    first = live._labelling.next_item("somebody")
+    assert first == items[0], "in the order they were chosen"
 
 
 def test_every_prompt_has_its_turn(make: Make) -> None:
@@ -164,7 +183,7 @@ def test_a_policy_that_repeats_itself_is_an_error(make: Make, tmp_path: Path) ->
         rows = [{"prompt": "q0", "completion": "always this"}] * 2
         Path(words[4]).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-    live._generate = same
+    live._accord = same
     with pytest.raises(UserError, match="same completion"):
         live.round()
 

@@ -8,7 +8,14 @@ import pytest
 from cluster.contracts.errors import UserError
 from reward_service.preferences.labelling import Labelling, LeaseLost, Progress
 from reward_service.preferences.people import Annotator, InviteRefused, People
-from reward_service.preferences.records import Candidate, Gold, Item, Judgement, withdrawal
+from reward_service.preferences.records import (
+    Candidate,
+    ChosenBy,
+    Gold,
+    Item,
+    Judgement,
+    withdrawal,
+)
 from reward_service.preferences.store import PreferenceStore
 
 WHEN = "2026-01-02T03:04:05+00:00"
@@ -76,6 +83,19 @@ def test_two_annotators_never_hold_one_item(labelling: Labelling) -> None:
     assert labelling.submit(judged("i1", "ann"))
     assert [given(labelling, who) for who in ("ann", "cem")] == [None, None]
     assert labelling.progress() == Progress(items=2, done=1, leased=1)
+
+
+def test_an_item_that_was_chosen_for_two_annotators_goes_to_two(
+    labelling: Labelling, store: PreferenceStore
+) -> None:
+    store.add_items([replace(item("twice"), chosen_by=ChosenBy(strategy="random", judgements=2))])
+    assert [given(labelling, who) for who in ("ann", "bob", "cem")] == ["i1", "i2", "twice"]
+    for who, which in (("ann", "i1"), ("bob", "i2"), ("cem", "twice")):
+        labelling.submit(judged(which, who))
+    assert labelling.progress() == Progress(items=3, done=2, leased=0)
+    assert [given(labelling, who) for who in ("ann", "bob", "cem")] == ["twice", None, None]
+    labelling.submit(judged("twice", "ann"))
+    assert labelling.progress() == Progress(items=3, done=3, leased=0)
 
 
 def test_an_item_that_was_not_answered_goes_to_the_next(labelling: Labelling, clock: Clock) -> None:

@@ -10,6 +10,7 @@ import pytest
 
 from cluster.contracts.errors import UserError
 from cluster.pages.labelling.items import read_gold, read_items
+from reward_service.preferences.records import ChosenBy
 
 
 def written(path: Path, *rows: dict[str, Any]) -> str:
@@ -112,3 +113,23 @@ def test_gold_knows_its_answer(tmp_path: Path) -> None:
     same = {"prompt": "q", "chosen": "x", "rejected": "x"}
     with pytest.raises(UserError, match="the same completion"):
         read_gold(written(tmp_path / "h.jsonl", same), license="", created_at="")
+
+
+def test_a_row_that_says_why_it_was_chosen_stays_an_item(tmp_path: Path) -> None:
+    """Also where pairs of one prompt share a completion."""
+    reason = {"strategy": "uncertainty", "value": 0.9, "judgements": 2}
+    rows = [
+        {"prompt": "q", "completion_a": a, "completion_b": b, "chosen_by": reason}
+        for a, b in ("xy", "yz", "zx", "xy")
+    ]
+    items = items_of(written(tmp_path / "i.jsonl", *rows)).items
+    assert [sorted(c.text for c in item.completions) for item in items] == [
+        ["x", "y"],
+        ["y", "z"],
+        ["x", "z"],
+    ]
+    assert {item.chosen_by for item in items} == {ChosenBy(**reason)}
+    rows[1]["chosen_by"] = {"value": 0.9}
+    with pytest.raises(UserError, match="'chosen_by' holds no strategy") as problem:
+        items_of(written(tmp_path / "i.jsonl", *rows))
+    assert "line 2" in str(problem.value)
