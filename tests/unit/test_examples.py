@@ -39,6 +39,14 @@ OTHERS: dict[str, type[Section]] = {
     "snapshot": PreferencesConfig,
     "choice": ChoiceConfig,
 }
+NOTHING_TO_RESOLVE = (
+    BestOfNConfig,
+    LabelConfig,
+    PreferencesConfig,
+    ChoiceConfig,
+    AiLabelConfig,
+    ConstitutionConfig,
+)
 LAPTOP = Machine(cores=2, memory_mb=16_384, shared_memory_mb=8192)
 ONE_GPU = Machine(
     cores=16, memory_mb=131_072, shared_memory_mb=65_536, gpus=1, gpu_memory_mb=81_559
@@ -67,9 +75,7 @@ def test_every_example_resolves(example: Path, model: ModelFacts, machine: Machi
         assert model is SMALL or longest <= (model.context or 0)
     elif isinstance(config, EvaluateConfig):
         assert resolve_evaluation(config, machine, model).config.rollout.max_running >= 1
-    elif not isinstance(
-        config, BestOfNConfig | LabelConfig | PreferencesConfig | AiLabelConfig | ConstitutionConfig
-    ):
+    elif not isinstance(config, NOTHING_TO_RESOLVE):
         assert resolve_fit(config, machine) is not None
 
 
