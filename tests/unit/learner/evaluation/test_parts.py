@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +101,39 @@ def test_the_fit_recovers_alpha_beta_and_the_peak() -> None:
     assert rising is not None
     assert rising.peak is None
     assert frontier.fit([frontier.Point(0, 1.0, 1.0)]) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "law", "peak"),
+    [
+        ("best-of-n", lambda d: d * (1.2 - 0.5 * d), 1.2),
+        ("rl", lambda d: d * (1.2 - 0.5 * math.log(d)), math.exp(1.4)),
+    ],
+)
+def test_both_laws_of_centred_scores(
+    method: frontier.Method, law: Callable[[float], float], peak: float
+) -> None:
+    distances = [0.1, 0.5, 1.0, 2.0, 4.0]
+    exact = [frontier.Point(i, d, law(d)) for i, d in enumerate(distances)]
+    found = frontier.fit(exact, method, start=0.0)
+    assert found is not None
+    assert (found.start, found.alpha, found.beta) == pytest.approx((0, 1.2, 0.5))
+    assert (found.r_squared, found.peak) == pytest.approx((1, peak))
+    assert [found.score(d) for d in [0.0, *distances]] == pytest.approx([0.0, *map(law, distances)])
+
+
+def test_r_squared_is_the_share_of_the_variance_that_the_law_explains() -> None:
+    """Scores 0, 1, 0, 1, 0 at 1 to 5: the best parabola through (0, 0), by hand."""
+    found = frontier.fit(
+        [frontier.Point(i, float(i), float(i % 2 == 0)) for i in range(1, 6)],
+        "best-of-n",
+        start=0.0,
+    )
+    assert found is not None
+    # Normal equations: 55 a - 225 b = 6, 225 a - 979 b = 20; spread 6/5, squares 2 - 6 a + 20 b.
+    a, b = (6 * 979 - 225 * 20) / (55 * 979 - 225**2), (6 * 225 - 55 * 20) / (55 * 979 - 225**2)
+    assert (found.alpha, found.beta) == pytest.approx((a, b))
+    assert found.r_squared == pytest.approx(1 - (2 - 6 * a + 20 * b) / 1.2)
 
 
 def sample(name: str, before: float | None, after: float | None) -> Sample:
