@@ -118,7 +118,7 @@ class RewardTask:
         """[M, K] raw scores of each row's completions."""
         scores = self.score_all([side for row in rows for side in row.ranked])
         ends = np.cumsum([len(row.ranked) for row in rows])
-        return np.split(scores, ends[:-1])
+        return np.split(scores, ends[:-1]) if rows else []
 
     def evaluate(self, rows: Sequence[RewardRow]) -> list[Metric]:
         """rm/{loss,accuracy,margin,ece,...} of all pairs that the rows order."""

@@ -101,6 +101,18 @@ def test_reward_model_learns_what_is_separable(reward_dir: Path) -> None:
     assert artifact.normalise(artifact.centre_mean + 2 * artifact.centre_std) == pytest.approx(2)
 
 
+def test_every_pair_can_be_trained_on(tiny_policy: Path, tmp_path: Path) -> None:
+    config = RewardModelConfig(
+        model=model(tiny_policy),
+        data=PairsConfig(path=pairs_file(tmp_path, 6)),
+        fit=FAST.model_copy(update={"eval_fraction": 0.0, "max_steps": 1}),
+    )
+    reward = train_reward_model(config, tmp_path / "run")
+    assert (reward / FILE).is_file()
+    assert json.loads((tmp_path / "run" / "fit.json").read_text())["rows_held_out"] == 0
+    assert json.loads((tmp_path / "run" / "figures.json").read_text()) == {}
+
+
 @torch.no_grad()
 def test_padding_does_not_move_scores_and_transformers_agrees(reward_dir: Path) -> None:
     scorer, artifact = load_reward_model(reward_dir)
