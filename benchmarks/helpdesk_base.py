@@ -1,4 +1,4 @@
-"""What all runs of `staleness_curves.py` start from: one fine-tuned policy, one reward model.
+"""What the benchmarks on the help-desk task start from: one fine-tuned policy, one reward model.
 
 The help-desk task of `accord quickstart` with a smaller model, made by the same functions; the
 answers come from the engine on transformers, so that nothing but this process is needed.

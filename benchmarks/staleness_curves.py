@@ -26,15 +26,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from staleness_base import (  # noqa: E402
+from helpdesk_base import (  # noqa: E402
     MAX_ANSWER_TOKENS,
     BaseSize,
     Sampler,
     ensure_base,
     prompts_of,
 )
+from record import commit  # noqa: E402
 from staleness_summary import (  # noqa: E402
-    commit,
     statements,
     summarise,
     table,

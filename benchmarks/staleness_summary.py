@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -13,7 +12,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from record import cpu_model
+
 LAST = 2
 """Evaluations at the end of a run that its final numbers are the mean of."""
 MEASURES = ("objective", "gold", "reward", "kl")
@@ -132,7 +132,7 @@ def write_results(
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers")},
         },
-        "hardware": {"cpu": _cpu(), "cores": os.cpu_count(), "threads": 1},
+        "hardware": {"cpu": cpu_model(), "cores": os.cpu_count(), "threads": 1},
         "regime": regime,
         "summary": summary,
         "runs": [{k: v for k, v in record.items() if k != "regime"} for record in records],
@@ -146,22 +146,6 @@ def _compact(content: Mapping[str, Any]) -> str:
     runs = ",\n    ".join(json.dumps(run) for run in content["runs"])
     head = json.dumps({**content, "runs": []}, indent=2)
     return head.replace('"runs": []', f'"runs": [\n    {runs}\n  ]')
-
-
-def commit() -> str:
-    """The commit checked out where this file lies, for the record of a run."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-        timeout=10, check=False,
-    )  # fmt: skip
-    return done.stdout.strip() or "unknown"
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.processor()
 
 
 def write_plot(path: Path, records: Sequence[Mapping[str, Any]], regime: Mapping[str, Any]) -> None:
