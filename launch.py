@@ -28,7 +28,7 @@ from cluster.machine.signals import TRY_AGAIN, WORDS, CommandSignals, command_si
 
 COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     "Start": ("quickstart", "init", "doctor"),
-    "Train": ("sft", "reward_model", "dpo", "train"),
+    "Train": ("sft", "reward_model", "dpo", "train", "pipeline"),
     "Sample and judge": (
         *("generate", "best_of_n", "ai_label", "constitution", "evaluate", "chat"),
         *("label", "preferences", "serve_reward"),

@@ -154,8 +154,9 @@ def judges_trained_with(config: EvaluateConfig) -> list[str]:
 def _rewards_of(policy: Path) -> list[Mapping[str, Any]]:
     """``reward.sources`` of the training run that ``policy`` (or a checkpoint's) belongs to."""
     for folder in list(policy.absolute().parents)[:3]:
-        if (folder / "manifest.json").is_file():  # a run; the quickstart's holds runs of its own
-            configs = [folder / "config.toml", *folder.glob("*/config.toml")]
+        if (folder / "manifest.json").is_file():  # a run; a pipeline's holds runs of its own
+            inner = (p for place in ("*", "round-*/*") for p in folder.glob(f"{place}/config.toml"))
+            configs = [folder / "config.toml", *inner]
             trees = [read_toml(str(file)) for file in configs if file.is_file()]
             return [
                 source for tree in trees for source in tree.get("reward", {}).get("sources", [])

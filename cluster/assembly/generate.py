@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from cluster.contracts.config.base import ClusterConfig, ModelConfig
 from cluster.contracts.config.file import check_config
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 from cluster.contracts.durable import write_text
-from cluster.contracts.records import Rollout
+from cluster.contracts.records import Prompt, Rollout
 from cluster.machine.cores import own_cores
 from cluster.machine.ray_session import ray_cluster
 from cluster.runs.console import Reporter
@@ -75,17 +75,30 @@ def generate_completions(
         RolloutConfig, {**sampling, "workers": max(1, len(own_cores()))}, where="command line"
     )
     ready = prompts_for(config, data, seed, max_tokens=max_tokens, say=reporter.say)
+    return sample_prompts(config, ready, rollout, samples, seed, ClusterConfig(), reporter)
+
+
+def sample_prompts(
+    model: ModelConfig,
+    prompts: Sequence[Prompt],
+    rollout: RolloutConfig,
+    samples: int,
+    seed: int,
+    cluster: ClusterConfig,
+    reporter: Reporter,
+) -> list[Rollout]:
+    """``samples`` completions of each prompt, in order, by workers on Ray."""
     job = Sampling(
-        model=config,
-        prompts=ready,
+        model=model,
+        prompts=prompts,
         samples=samples,
         rollout=rollout,
-        max_prompt_tokens=max(len(p.token_ids) for p in ready),
+        max_prompt_tokens=max(len(p.token_ids) for p in prompts),
         seed=seed,
     )
     with (
-        ray_cluster(ClusterConfig()) as ray_info,
-        sampled_models([config], ray_info) as files,
-        reporter.stage(f"{len(ready)} prompts"),
+        ray_cluster(cluster) as ray_info,
+        sampled_models([model], ray_info) as files,
+        reporter.stage(f"{samples} completions for each of {len(prompts)} prompts"),
     ):
         return sample_in_cluster([replace(job, files=files[0])])[0]

@@ -183,7 +183,9 @@ def _outputs(session: RunSession) -> dict[str, str]:
 
 def how_to_continue(run: Run) -> str:
     """For who has interrupted a run: what is kept, and the command that goes on from there."""
-    command = str(manifest_of(run)["command"])
+    command = made_by(run)
+    if command in ("pipeline", "quickstart"):
+        return f"to continue: accord resume {run.path}"
     if command not in RESUMABLE:
         return f"what was finished is kept in {run.path}"
     step = run.newest_checkpoint()
@@ -194,14 +196,19 @@ def how_to_continue(run: Run) -> str:
 def open_run(path: str, command: str) -> Run:
     """The run to be continued. Raises UserError when another command made it."""
     run = Run.open(path)
-    made_by = manifest_of(run)["command"]
-    if made_by != command:
+    maker = made_by(run)
+    if maker != command:
         raise UserError(
-            f"is a run of `accord {made_by}`, not of `accord {command}`",
+            f"is a run of `accord {maker}`, not of `accord {command}`",
             where=path,
             fix=f"give a run directory that `accord {command}` made",
         )
     return run
+
+
+def made_by(run: Run) -> str:
+    """The command that made a run."""
+    return str(manifest_of(run)["command"])
 
 
 def run_status(run: Run) -> str:
@@ -241,5 +248,7 @@ def manifest_of(run: Run) -> dict[str, Any]:
 
 
 def _has_results(run: Run) -> bool:
-    metrics = run.path / "metrics.jsonl"
+    metrics, stages = run.path / "metrics.jsonl", run.path / "pipeline.json"
+    if stages.is_file():
+        return '"status": "finished"' in stages.read_text(encoding="utf-8")
     return (run.path / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from cluster.commands.options import RunDirectory
+from cluster.commands.options import Overrides, Quiet, RunDirectory
 
 
-def resume(run: RunDirectory) -> None:
-    """Go on with a run that was paused with `accord pause`.
+def resume(run: RunDirectory, overrides: Overrides = None, quiet: Quiet = False) -> None:
+    """Go on with a run that was paused with `accord pause`, or with a pipeline that was stopped.
 
-    A run that has ended is continued with `accord train --resume RUN`.
+    A training run that has ended is continued with `accord train --resume RUN`.
 
     Example: `accord resume runs/my-run`
+
+    Example: `accord resume runs/my-rounds choice.count=40`
     """
+    from cluster.commands.pipeline import go_on
+    from cluster.contracts.errors import UserError
+    from cluster.pipeline.pipeline import is_pipeline
     from cluster.runs.console import result
     from cluster.runs.steer import unpause
 
+    if is_pipeline(str(run)):
+        go_on(str(run), overrides or [], quiet)
+        return
+    if overrides:
+        raise UserError(
+            "a paused run goes on with the settings that it has",
+            where="command line",
+            fix="stop it, and give them to `accord train --resume`",
+        )
     result(unpause(run, 5.0))

@@ -26,6 +26,9 @@ PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 LEFTOVERS_S = 2.0
 LOOPBACK = "127.0.0.1"
 
+_held: list[dict[str, Any]] = []
+"""What the ``ray_cluster`` that this process is in yields; empty outside of one."""
+
 
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
@@ -34,16 +37,24 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     software: what every host has to run, None where there is only this one.
 
     A cluster started here listens on loopback only, asks for Ray's token, and is shut down at the
-    end; one that was joined is left running. Raises UserError for one whose hosts run other
-    software.
+    end; one that was joined is left running. Within another ``ray_cluster`` of this process it is
+    that one's cluster, whatever ``config`` says, so that commands in a row start Ray once. Raises
+    UserError for one whose hosts run other software.
     """
+    if _held:
+        yield dict(_held[-1])
+        return
     _environment()
     started = config.to_join is None
     if started:
         prepare_token()
     with _leftovers_ended() if started else nullcontext(), _joined(config) as info:
         software = None if started else require_same_everywhere()
-        yield info | {"started": started, "software": software}
+        _held.append(info | {"started": started, "software": software})
+        try:
+            yield dict(_held[-1])
+        finally:
+            _held.pop()
 
 
 @contextmanager

@@ -89,11 +89,16 @@ class RunOverview:
 
 def find_runs(directory: Path) -> list[Path]:
     """Run directories in ``directory``, newest last, each before those inside it (the stages of a
-    quickstart)."""
+    pipeline)."""
     outer = [p.parent for p in directory.glob("*/manifest.json")]
     outer.sort(key=lambda path: (_created(_manifest(path)) or 0.0, path.name))
-    inner = {run: sorted(p.parent for p in run.glob("*/manifest.json")) for run in outer}
-    return [path for run in outer for path in (run, *inner[run])]
+    return [path for run in outer for path in (run, *_stages(run))]
+
+
+def _stages(run: Path) -> list[Path]:
+    """Runs inside a run: of a pipeline, in the order in which they began."""
+    found = [p.parent for place in ("*", "round-*/*") for p in run.glob(f"{place}/manifest.json")]
+    return sorted(found, key=lambda path: (_created(_manifest(path)) or 0.0, str(path)))
 
 
 def overview(path: Path, name: str | None = None, *, sized: bool = True) -> RunOverview:

@@ -34,7 +34,7 @@ from cluster.runs.mirror import Mirror, folder_of, url_of
 from cluster.runs.mirror_lease import MirrorLease, leased
 from cluster.runs.provenance import git_commit, versions
 
-RESUMABLE = ("train", "sft", "reward-model", "dpo")  # commands with --resume
+RESUMABLE = ("train", "sft", "reward-model", "dpo", "pipeline")  # commands with --resume
 LEDGER = "ledger.jsonl"
 INPUTS = "inputs"  # objects of the Python session that started the run, written as files
 

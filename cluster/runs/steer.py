@@ -70,7 +70,7 @@ def require_running(path: Path) -> Run:
         raise UserError(
             f"is a run of `accord {command}`; only runs of `accord train` can be steered",
             where=str(path),
-            fix="give the directory of a training run (in a quickstart: RUN/ppo)",
+            fix="give the directory of a training run (in a pipeline: RUN/round-1/policy)",
         )
     if state != "running":
         how = ENDED.get(state, f"it is {state}")

@@ -192,7 +192,7 @@ class _Loaded:
 
 
 def _from_file(source: FunctionSource) -> _Loaded:
-    file, label, name = _split(source)
+    file, label, name = _split(source.path, f"reward source {source.name!r}, key 'path'")
     function = _plain(_pick(_load(file, source.path), name, source.path), source.path)
     digest = hashlib.sha256(file.read_bytes())
     digest.update(f"\0{name}".encode())
@@ -214,19 +214,26 @@ def _plain(function: Callable[..., Any], where: str) -> Callable[..., Any]:
     return function
 
 
-def _split(source: FunctionSource) -> tuple[Path, str, str]:
-    file, colon, function_name = source.path.rpartition(":")
+def user_function(path: str, where: str) -> Callable[..., Any]:
+    """The function that ``FILE.py:FUNCTION`` names. Raises UserError, at ``where``, for a path of
+    another form or without a file, a file that cannot be loaded, a name that is not in it."""
+    file, _, name = _split(path, where)
+    return _pick(_load(file, path), name, path)
+
+
+def _split(given: str, where: str) -> tuple[Path, str, str]:
+    file, colon, function_name = given.rpartition(":")
     if not colon or not file.endswith(".py") or not function_name.isidentifier():
         raise UserError(
-            f"{source.path!r} is not of the form file.py:function",
-            where=f"reward source {source.name!r}, key 'path'",
+            f"{given!r} is not of the form file.py:function",
+            where=where,
             fix='for example: path = "rewards.py:helpful"',
         )
     path = Path(file).expanduser().absolute()
     if not path.is_file():
         raise UserError(
             f"there is no file {path}",
-            where=f"reward source {source.name!r}, key 'path'",
+            where=where,
             fix="a relative path starts from the directory the command is run in",
         )
     return path, f"{file}:{function_name}", function_name

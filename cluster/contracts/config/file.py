@@ -86,12 +86,26 @@ def check_config(model: type[C], tree: Mapping[str, Any], *, where: str) -> C:
     try:
         return model.model_validate(tree)
     except ValidationError as problem:
-        lines = [_explain(model, error) for error in problem.errors()]
+        lines = _lines(model, problem)
         raise UserError(
             "; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines),
             where=where,
             fix="correct the keys named above; `accord plan CONFIG` prints every value in force",
         ) from None
+
+
+def problems_of(model: type[BaseModel], tree: Mapping[str, Any], *, prefix: str) -> list[str]:
+    """What ``check_config`` would say of a tree that is a section of another config, each line with
+    its keys behind ``prefix``; nothing where it is valid."""
+    try:
+        model.model_validate(tree)
+    except ValidationError as problem:
+        return _lines(model, problem, prefix)
+    return []
+
+
+def _lines(model: type[BaseModel], problem: ValidationError, prefix: str = "") -> list[str]:
+    return [_explain(model, error, prefix) for error in problem.errors()]
 
 
 def apply_overrides(
@@ -163,15 +177,15 @@ def _value(text: str) -> Any:
         return None if text == "none" else text
 
 
-def _explain(model: type[BaseModel], error: Any) -> str:
+def _explain(model: type[BaseModel], error: Any, prefix: str = "") -> str:
     place = [
         part for part in error["loc"] if isinstance(part, int) or not part.startswith("function-")
     ]
-    key = ".".join(str(part) for part in place)
+    key = prefix + ".".join(str(part) for part in place)
     if error["type"] == "extra_forbidden":
         names = list(_fields_at(model, place[:-1]))
         near = difflib.get_close_matches(str(place[-1]), names, n=1, cutoff=0.5)
-        parent = ".".join(str(p) for p in place[:-1])
+        parent = key.rpartition(".")[0]
         hint = (
             f"did you mean {parent + '.' if parent else ''}{near[0]}?"
             if near
@@ -181,7 +195,9 @@ def _explain(model: type[BaseModel], error: Any) -> str:
     if error["type"] == "missing":
         return f"missing key {key}"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key} = {error['input']!r}: {message}" if key else message
+    if isinstance(error["input"], Mapping | BaseModel):  # between keys of a section
+        return f"{key}: {message}" if place else f"{prefix}{message}"
+    return f"{key} = {error['input']!r}: {message}" if place else f"{prefix}{message}"
 
 
 def _fields_at(model: Any, place: Sequence[int | str]) -> Mapping[str, Any]:

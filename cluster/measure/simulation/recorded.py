@@ -75,7 +75,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         raise UserError(
             f"has {len(rows)} learner steps with rollouts: too few to tell what they take",
             where=str(path),
-            fix="give the directory of a longer training run (of a quickstart: RUN/ppo)",
+            fix="give the directory of a longer training run (of a pipeline: RUN/round-1/policy)",
         )
     return kept
 

@@ -1,0 +1,117 @@
+"""The completions of a round: sampled, written to files, and read from there as candidates."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from cluster.assembly.generate import sample_prompts
+from cluster.assembly.sampling import answer_row, prompts_for
+from cluster.contracts.chat import is_text
+from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.config.pipeline import PipelineConfig, SampleConfig
+from cluster.contracts.durable import write_text
+from cluster.contracts.records import Prompt
+from cluster.contracts.rows.messages import read_messages
+from cluster.pipeline.rounds import Round
+from cluster.runs.console import Reporter
+from reward_service.preferences.choice import CompletionGroup
+from reward_service.preferences.records import Candidate, prompt_hash
+
+PROMPTS = "prompts.jsonl"
+COMPLETIONS = "completions.jsonl"
+
+
+def sample_round(
+    config: PipelineConfig, at: Round, model: ModelConfig, folder: Path, reporter: Reporter
+) -> dict[str, int]:
+    """Write the round's prompts and their completions; returns how many there are."""
+    from learner.models.hub import pinned
+
+    sample, seed = config.sample, config.run.seed + at.number - 1
+    model, rollout = pinned(model), sample.rollout
+    everything = prompts_for(
+        model, sample.data, config.run.seed, max_tokens=rollout.max_tokens, say=reporter.say
+    )
+    prompts = prompts_of_round(everything, sample, at.number)
+    write_text(folder / PROMPTS, _lines(_prompt_row(prompt) for prompt in prompts))
+    rollouts = sample_prompts(
+        model, prompts, rollout, sample.samples, seed, config.cluster, reporter
+    )
+    wrote = {
+        "run": at.record.folder.name,
+        "policy_version": version_of(at),
+        "sampling": {
+            "temperature": rollout.temperature, "max_tokens": rollout.max_tokens, "seed": seed
+        },
+    }  # fmt: skip
+    rows = ({**answer_row(rollout), **wrote} for rollout in rollouts)
+    write_text(folder / COMPLETIONS, _lines(rows))
+    return {"prompts": len(prompts), "completions": len(rollouts)}
+
+
+def version_of(at: Round) -> str:
+    """Of the policy that writes the round's completions: the round that made it."""
+    return "round 0" if at.before == at.start else Path(at.before).parents[1].name.replace("-", " ")
+
+
+def prompts_of_round(prompts: Sequence[Prompt], sample: SampleConfig, number: int) -> list[Prompt]:
+    """Each round takes the next ones, and begins again after the last."""
+    count = min(sample.prompts_per_round or len(prompts), len(prompts))
+    first = (number - 1) * count
+    return [prompts[(first + n) % len(prompts)] for n in range(count)]
+
+
+def groups_in(folder: Path, sample: SampleConfig) -> list[CompletionGroup]:
+    """The completions that ``sample_round`` wrote, by prompt."""
+    rows = rows_in(folder)
+    groups = [rows[at : at + sample.samples] for at in range(0, len(rows), sample.samples)]
+    return [_group(group, sample) for group in groups]
+
+
+def rows_in(folder: Path) -> list[dict[str, Any]]:
+    text = (folder / COMPLETIONS).read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def metadata_in(folder: Path) -> dict[str, Mapping[str, Any]]:
+    """Hash of a prompt -> the columns of its row."""
+    return {
+        prompt_hash(read_messages(row["prompt"], "prompt")): row["metadata"]
+        for row in rows_in(folder)
+    }
+
+
+def text_of(row: Mapping[str, Any]) -> str:
+    said = row["completion"]
+    return said if isinstance(said, str) else str(said[-1]["content"])
+
+
+def _group(rows: Sequence[Mapping[str, Any]], sample: SampleConfig) -> CompletionGroup:
+    metadata: Mapping[str, Any] = rows[0]["metadata"]
+    return CompletionGroup(
+        messages=read_messages(rows[0]["prompt"], "prompt"),
+        completions=tuple(
+            Candidate(
+                text=text_of(row),
+                policy_version=row["policy_version"],
+                run=row["run"],
+                sampling=row["sampling"],
+            )
+            for row in rows
+        ),
+        topic=str(metadata.get("topic") or ""),
+        alike=tuple(f"{name}/{metadata[name]}" for name in sample.alike if metadata.get(name)),
+    )
+
+
+def _prompt_row(prompt: Prompt) -> dict[str, Any]:
+    text = is_text(prompt.messages)
+    shown = prompt.messages[0]["content"] if text else [dict(m) for m in prompt.messages]
+    return {"prompt": shown, "metadata": dict(prompt.metadata)}
+
+
+def _lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
