@@ -23,6 +23,7 @@ from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import read_toml, toml_value
 from cluster.contracts.config.label import LabelConfig
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
+from cluster.contracts.config.pipeline import PipelineConfig
 from cluster.contracts.config.preferences import PreferencesConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.registry import REWARD_KINDS, Registry
@@ -41,6 +42,7 @@ COMMANDS: dict[str, type[BaseModel]] = {
     "accord label": LabelConfig,
     "accord preferences choose": ChoiceConfig,
     "accord preferences snapshot": PreferencesConfig,
+    "accord pipeline": PipelineConfig,
 }
 HEAD = """# Configuration
 
@@ -185,6 +187,8 @@ def _type(kind: Any) -> str:
         if parts[-1] is Ellipsis:
             return f"list of {_type(parts[0])}"
         return f"list of {len(parts)} {_type(parts[0])}"
+    if kind == dict[str, Any]:
+        return "sections"
     if origin is not None:
         return f"{origin.__name__} of {', '.join(_type(a) for a in get_args(kind))}"
     return "none" if kind is type(None) else getattr(kind, "__name__", str(kind))

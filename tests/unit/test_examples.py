@@ -20,6 +20,7 @@ from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.label import LabelConfig
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
+from cluster.contracts.config.pipeline import PipelineConfig
 from cluster.contracts.config.preferences import PreferencesConfig
 from cluster.contracts.config.reward import FunctionSource
 from cluster.contracts.config.train import TrainConfig
@@ -31,6 +32,7 @@ OTHERS: dict[str, type[Section]] = {
     "sft": SftConfig,
     **dict.fromkeys(("dpo", "ipo", "kto", "orpo", "simpo"), DpoConfig),
     **dict.fromkeys(("reward_model", "reward_ensemble"), RewardModelConfig),
+    **dict.fromkeys(("pipeline", "my_clicks"), PipelineConfig),
     "best_of_n": BestOfNConfig,
     "ai_label": AiLabelConfig,
     "constitution": ConstitutionConfig,
@@ -46,6 +48,7 @@ NOTHING_TO_RESOLVE = (
     ChoiceConfig,
     AiLabelConfig,
     ConstitutionConfig,
+    PipelineConfig,
 )
 LAPTOP = Machine(cores=2, memory_mb=16_384, shared_memory_mb=8192)
 ONE_GPU = Machine(

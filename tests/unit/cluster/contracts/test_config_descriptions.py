@@ -11,9 +11,10 @@ from pydantic import BaseModel
 from cluster.contracts.config.base import Section
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
+from cluster.contracts.config.pipeline import PipelineConfig
 from cluster.contracts.config.train import TrainConfig
 
-CONFIGS = (TrainConfig, SftConfig, RewardModelConfig, DpoConfig, EvaluateConfig)
+CONFIGS = (TrainConfig, SftConfig, RewardModelConfig, DpoConfig, EvaluateConfig, PipelineConfig)
 
 
 def sections_of(kind: Any) -> list[type[BaseModel]]:
