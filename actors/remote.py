@@ -30,7 +30,9 @@ from cluster.contracts.errors import AccordError, MachineLost, Retryable, Unexpe
 from cluster.contracts.plugins import PluginFile, install
 from cluster.contracts.protocols import Scorer
 from cluster.contracts.records import (
+    AS_TRAINED,
     Assignment,
+    Draw,
     Harvest,
     Prompt,
     Rollout,
@@ -173,8 +175,10 @@ class RolloutActor:
     def load_weights(self, manifest: WeightManifest) -> SwapReport:
         return self._worker.load_weights(manifest)
 
-    def sample(self, prompts: Sequence[Prompt], samples: int, timeout_s: float) -> list[Rollout]:
-        return self._worker.sample(prompts, samples, timeout_s)
+    def sample(
+        self, prompts: Sequence[Prompt], samples: int, timeout_s: float, draw: Draw
+    ) -> list[Rollout]:
+        return self._worker.sample(prompts, samples, timeout_s, draw)
 
     def stacks(self) -> str:
         return thread_stacks()
@@ -235,9 +239,9 @@ class RayRolloutWorker:
         return await self._get(self._actor.load_weights.remote(manifest), limit, what)
 
     async def sample(
-        self, prompts: Sequence[Prompt], samples: int, timeout_s: float
+        self, prompts: Sequence[Prompt], samples: int, timeout_s: float, draw: Draw = AS_TRAINED
     ) -> list[Rollout]:
-        ref = self._actor.sample.remote(list(prompts), samples, timeout_s)
+        ref = self._actor.sample.remote(list(prompts), samples, timeout_s, draw)
         return await self._get(ref, timeout_s + self._call_s, f"answer {len(prompts)} prompts")
 
     async def stacks(self) -> str:

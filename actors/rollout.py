@@ -8,6 +8,7 @@ load_weights: fetch, verify, stage ──▶ swap ──▶ canary ──▶ pro
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import queue
@@ -20,11 +21,13 @@ from actors.canary import CanaryCheck
 from actors.engine_thread import EngineThread
 from actors.scoring import Decode, FinishedGroup, GroupScorer, rollouts_of
 from actors.settings import derive_seed
-from cluster.contracts.errors import Fatal, Late, Retryable, UserError
+from cluster.contracts.errors import AccordError, Fatal, Late, Retryable, UserError
 from cluster.contracts.protocols import Engine, Scorer
 from cluster.contracts.records import (
+    AS_TRAINED,
     Assignment,
     Completion,
+    Draw,
     GroupMeta,
     Harvest,
     Prompt,
@@ -141,37 +144,62 @@ class RolloutWorker:
                     fresh.append(assignment)
         self._begin(fresh, self._scoring.put)
 
-    def sample(self, prompts: Sequence[Prompt], samples: int, timeout_s: float) -> list[Rollout]:
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        samples: int,
+        timeout_s: float,
+        draw: Draw = AS_TRAINED,
+    ) -> list[Rollout]:
         """All samples of all prompts, unscored, in order; for evaluation and for people to compare.
+        ``draw``: how they are sampled.
 
-        Raises UserError for a prompt the engine cannot take, Retryable past the deadline.
+        Raises UserError for a prompt the engine cannot take, Retryable past the deadline; what is
+        unfinished then is dropped.
         """
         done: queue.SimpleQueue[FinishedGroup] = queue.SimpleQueue()
         asked = [
             Assignment(group_id=place, prompt=prompt, samples=samples)
             for place, prompt in enumerate(prompts)
         ]
-        self._begin(asked, done.put)
+        self._begin(asked, done.put, draw)
         deadline = time.monotonic() + timeout_s
         groups: dict[int, FinishedGroup] = {}
-        while len(groups) < len(prompts):
-            with self._news:
-                self._raise_failure()
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise Retryable(
-                    f"{len(prompts) - len(groups)} of {len(prompts)} prompts had no answer "
-                    f"within {timeout_s:.0f} s"
-                )
-            try:
-                group = done.get(timeout=min(left, 0.5))
-            except queue.Empty:
-                continue
-            if group.problem is not None:
-                raise group.problem
-            groups[group.assignment.group_id] = group
+        try:
+            # As with a harvest, nothing is handed out between a swap and its proof.
+            while len(groups) < len(prompts) or self._unproven:
+                with self._news:
+                    self._raise_failure()
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise Retryable(
+                        f"{len(prompts) - len(groups)} of {len(prompts)} prompts had no answer "
+                        f"within {timeout_s:.0f} s"
+                    )
+                try:
+                    group = done.get(timeout=min(left, 0.5))
+                except queue.Empty:
+                    continue
+                if group.problem is not None:
+                    raise group.problem
+                groups[group.assignment.group_id] = group
+        except AccordError:
+            self._drop(done.put)
+            raise
         in_order = [groups[place] for place in range(len(prompts))]
         return [rollout for answer in rollouts_of(in_order, self._decode) for rollout in answer]
+
+    def _drop(self, deliver: Callable[[FinishedGroup], None]) -> None:
+        """Have the engine forget what was to be delivered there: nobody waits for it any more."""
+
+        def drop(engine: Engine) -> None:
+            gone = [i for i, group in self._open.items() if group.deliver == deliver]
+            engine.abort(gone)
+            for request_id in gone:
+                del self._open[request_id]
+
+        with contextlib.suppress(AccordError):  # the engine's thread has ended
+            self._thread.post(drop).add_done_callback(self._surface)
 
     def harvest(self, timeout_s: float) -> Harvest:
         """Groups finished since the last call; waits for the first, at most ``timeout_s``.
@@ -217,7 +245,10 @@ class RolloutWorker:
         }
 
     def _begin(
-        self, assignments: Sequence[Assignment], deliver: Callable[[FinishedGroup], None]
+        self,
+        assignments: Sequence[Assignment],
+        deliver: Callable[[FinishedGroup], None],
+        draw: Draw = AS_TRAINED,
     ) -> None:
         """All in one command: which of them decode together, and with it the last bits of their
         log-probabilities, never depends on when the engine's thread looked."""
@@ -225,7 +256,7 @@ class RolloutWorker:
 
         def add(engine: Engine) -> None:
             for number, assignment in numbered:
-                self._add(engine, number, assignment, deliver)
+                self._add(engine, number, assignment, deliver, draw)
 
         if numbered:
             self._thread.post(add).add_done_callback(self._surface)
@@ -236,13 +267,17 @@ class RolloutWorker:
         number: int,
         assignment: Assignment,
         deliver: Callable[[FinishedGroup], None],
+        draw: Draw,
     ) -> None:
         open_group = _Open(assignment, deliver)
         ids = [f"{number}/{sample}" for sample in range(assignment.samples)]
         try:
             for sample, request_id in enumerate(ids):
                 engine.submit(
-                    request_id, assignment.prompt.token_ids, self._seed(assignment, sample)
+                    request_id,
+                    assignment.prompt.token_ids,
+                    self._seed(assignment, sample, draw),
+                    draw.temperature,
                 )
         except UserError as problem:
             engine.abort(ids)
@@ -255,14 +290,18 @@ class RolloutWorker:
         if problem is not None:
             self._fail(problem)
 
-    def _seed(self, assignment: Assignment, sample: int) -> int | None:
+    def _seed(self, assignment: Assignment, sample: int, draw: Draw) -> int | None:
+        if draw.seed is not None:
+            return derive_seed(draw.seed, "drawn", assignment.prompt.id, sample)
         seed = self._settings.request_seed
         if seed is None:
             return None
         return derive_seed(seed, "sample", assignment.group_id, assignment.prompt.id, sample)
 
     def _sample_done(self, request_id: str, completion: Completion) -> None:
-        group = self._open.pop(request_id)
+        group = self._open.pop(request_id, None)
+        if group is None:
+            return  # dropped, after the engine had finished it
         group.completions[int(request_id.rpartition("/")[2])] = completion
         if len(group.completions) == group.assignment.samples:
             generated = time.perf_counter()

@@ -6,13 +6,18 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from cluster.contracts.errors import EngineFailure
+from cluster.contracts.errors import EngineFailure, Retryable
 from cluster.contracts.records import (
+    AS_TRAINED,
     Assignment,
+    Completion,
+    Draw,
     GroupMeta,
     Harvest,
     Prompt,
+    Rollout,
     SwapReport,
+    VersionSpan,
     WeightManifest,
 )
 from cluster.loop.pool import WorkerPool
@@ -33,6 +38,9 @@ class Worker:
         self.start_problem: Exception | None = None
         self.load_problem: Exception | None = None
         self.poison: set[str] = set()  # ids of prompts that kill the engine
+        self.sample_s, self.sample_times = 1.0, 1  # seconds; how often each completion is given
+        self.sample_problem: Exception | None = None
+        self.sampled: list[list[str]] = []  # ids of the prompts of each call of ``sample``
         self.stats: dict[str, float] = {}
         self.given: list[Assignment] = []
         self.loaded: list[int] = []
@@ -62,6 +70,24 @@ class Worker:
         self.loaded.append(manifest.version)
         seconds = dict.fromkeys(("fetch_s", "verify_s", "stage_s", "pause_s", "prove_s"), 0.0)
         return SwapReport(version=manifest.version, canary_logp_diff=0.0, **seconds)
+
+    async def sample(
+        self, prompts: Sequence[Prompt], samples: int, timeout_s: float, draw: Draw = AS_TRAINED
+    ) -> list[Rollout]:
+        assert self.loaded, "asked before it had weights"
+        version = self.loaded[-1]
+        self.sampled.append([prompt.id for prompt in prompts])
+        try:
+            await asyncio.wait_for(asyncio.sleep(self.sample_s), timeout_s)
+        except TimeoutError:
+            raise Retryable(f"{self.name} did not answer within {timeout_s:.0f} s") from None
+        if self.sample_problem is not None:
+            raise self.sample_problem
+        if self.lost is not None:
+            raise self.lost
+        return [
+            written(prompt, sample, version) for prompt in prompts for sample in range(samples)
+        ] * self.sample_times
 
     async def harvest(self, timeout_s: float) -> Harvest:
         if self.hangs:
@@ -145,6 +171,17 @@ class World:
     def finished(self) -> list[int]:
         taken = self.pool.take_finished()
         return [meta.group_id for _, metas in taken for meta in metas]
+
+
+def written(prompt: Prompt, sample: int, version: int) -> Rollout:
+    """A completion of two tokens by the policy of ``version``."""
+    completion = Completion(
+        token_ids=(1, 2),
+        logprobs=(-1.0, -1.0),
+        versions=(VersionSpan(version=version, start=0, end=2),),
+        finish_reason="stop",
+    )
+    return Rollout(prompt=prompt, completion=completion, sample_index=sample, text=prompt.id)
 
 
 def prompt_of(group: int) -> Prompt:

@@ -23,6 +23,7 @@ from cluster.contracts.records import (
     WeightManifest,
 )
 from cluster.loop.controller import Controller
+from cluster.loop.evaluations import EvaluationRole
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import LoopSettings, PoolSettings
 from cluster.loop.timeline import Timeline
@@ -177,6 +178,7 @@ class Training:
         workers: int,
         bound: int,
         checkpoint_every: int = 2,
+        evaluation: EvaluationRole | None = None,
         **pool: Any,
     ) -> None:
         self.books, self._change = books, change
@@ -210,6 +212,7 @@ class Training:
             state=state,
             wishes=lambda: self.wishes,
             cpu_s=lambda: 0.0,
+            evaluation=evaluation,
         )
         self.running = asyncio.ensure_future(self.controller.run())
 

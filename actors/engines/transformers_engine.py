@@ -53,6 +53,7 @@ class _Row:
     request_id: str
     prompt: tuple[int, ...]
     generator: torch.Generator
+    temperature: float
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     starts: list[tuple[int, int]] = field(default_factory=list)  # (version, first token)
@@ -88,12 +89,19 @@ class TransformersEngine:
         self._cache: DynamicCache | None = None
         self._mask = torch.zeros(0, 0, dtype=torch.long)
 
-    def submit(self, request_id: str, prompt_ids: Sequence[int], seed: int | None) -> None:
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        seed: int | None,
+        temperature: float | None = None,
+    ) -> None:
         """Queue one sample. Raises UserError when the prompt cannot be answered."""
         prompt = tuple(prompt_ids)
         check_prompt(prompt, self._settings, self._vocab)
         own = self._generator if seed is None else torch.Generator().manual_seed(seed)
-        self._waiting.append(_Row(request_id, prompt, own))
+        warmth = self._settings.temperature if temperature is None else temperature
+        self._waiting.append(_Row(request_id, prompt, own, warmth))
 
     def abort(self, request_ids: Sequence[str]) -> None:
         gone = set(request_ids)
@@ -124,7 +132,7 @@ class TransformersEngine:
             self._cache = None
         if not self._rows:
             return []
-        logits = self._forward() / self._settings.temperature
+        logits = self._forward() / torch.tensor([[row.temperature] for row in self._rows])
         kept = None
         if self._limits.any:
             kept = self._limits.apply(logits, [len(row.tokens) for row in self._rows])

@@ -19,6 +19,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import vllm
@@ -37,6 +38,13 @@ from cluster.contracts.errors import EngineFailure, Retryable, UserError
 from cluster.contracts.records import Completion, VersionSpan
 
 PROBE_TIMEOUT_S = 120.0  # a failed step can leave vLLM's request unfinished for ever
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    prompt: tuple[int, ...]
+    seed: int | None
+    temperature: float
 
 
 class VllmEngine:
@@ -66,8 +74,8 @@ class VllmEngine:
         )
         self._own_starts: dict[str, list[tuple[int, int]]] = {}
         self._own_counts: dict[str, int] = {}
-        self._waiting: deque[tuple[str, tuple[int, ...], int | None]] = deque()
-        self._running: dict[str, tuple[tuple[int, ...], int | None]] = {}
+        self._waiting: deque[tuple[str, _Request]] = deque()
+        self._running: dict[str, _Request] = {}
         self._early: list[tuple[str, Completion]] = []  # finished while a canary ran
         self._cached_tokens = 0
         self._probes = 0
@@ -88,11 +96,18 @@ class VllmEngine:
 
     # -- requests ---------------------------------------------------------------------------------
 
-    def submit(self, request_id: str, prompt_ids: Sequence[int], seed: int | None) -> None:
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        seed: int | None,
+        temperature: float | None = None,
+    ) -> None:
         """Queue one sample. Raises UserError when the prompt cannot be answered."""
         prompt = tuple(prompt_ids)
         check_prompt(prompt, self._settings, self._vocab)
-        self._waiting.append((request_id, prompt, seed))
+        warmth = self._settings.temperature if temperature is None else temperature
+        self._waiting.append((request_id, _Request(prompt, seed, warmth)))
 
     def step(self) -> list[tuple[str, Completion]]:
         # Requests wait here, not in vLLM: one that has not begun takes no mark of a version yet.
@@ -115,27 +130,27 @@ class VllmEngine:
     def unfinished(self) -> int:
         return len(self._waiting) + len(self._running) + len(self._early)
 
-    def _begin(self, request_id: str, prompt: tuple[int, ...], seed: int | None) -> None:
+    def _begin(self, request_id: str, request: _Request) -> None:
         # The salt is part of a cached block's key: blocks of other weights are never found.
         self._llm.add_request(
             request_id,
-            {"prompt_token_ids": list(prompt), "cache_salt": str(self.version)},
-            self._sampling(request_id, seed),
+            {"prompt_token_ids": list(request.prompt), "cache_salt": str(self.version)},
+            self._sampling(request_id, request),
         )
-        self._running[request_id] = (prompt, seed)
+        self._running[request_id] = request
 
-    def _sampling(self, request_id: str, seed: int | None) -> SamplingParams:
+    def _sampling(self, request_id: str, request: _Request) -> SamplingParams:
         settings = self._settings
         kind = RequestOutputKind.FINAL_ONLY
         if not self._native_versions:
             kind = RequestOutputKind.CUMULATIVE
         return SamplingParams(
-            temperature=settings.temperature,
+            temperature=request.temperature,
             max_tokens=settings.max_tokens,
             min_tokens=settings.min_tokens,
             stop_token_ids=list(settings.stop_token_ids),
             ignore_eos=True,  # the stop ids above are all there are
-            seed=seed,
+            seed=request.seed,
             logprobs=0,
             flat_logprobs=True,
             stop=list(settings.stop),
@@ -292,7 +307,7 @@ class VllmEngine:
             for request in scheduler.requests.values()
             if request.num_output_tokens
         }
-        unbegun = [(i, *rest) for i, rest in self._running.items() if i not in begun]
+        unbegun = [(i, request) for i, request in self._running.items() if i not in begun]
         self.abort([item[0] for item in unbegun])
         self._waiting.extendleft(reversed(unbegun))
 

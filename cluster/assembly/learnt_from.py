@@ -29,6 +29,11 @@ def learnt_from(prepared: Prepared) -> dict[str, str]:
         revision = config.learner.reference_revision
         found["reference model"] = _model_digest(config.learner.reference_path, revision)
     found |= rewards_digests(config.reward)
+    if prepared.held_out:  # scores of one run are to be comparable
+        found["evaluation prompts"] = prompts_digest(prepared.held_out)
+    if config.evaluation.judge is not None:
+        judge = rewards_digests(config.evaluation.judge)
+        found |= {what.replace("reward", "judge", 1): digest for what, digest in judge.items()}
     for plugin in loaded():
         found[f"plugin {Path(plugin.path).name}"] = _text_digest(plugin.text)
     return found
@@ -45,6 +50,7 @@ def refuse_other_origins(
     if other:
         places = {
             "prompts": config.data.prompts,
+            "evaluation prompts": config.evaluation.prompts,
             "model": config.model.path,
             "reference model": str(config.learner.reference_path),
         }

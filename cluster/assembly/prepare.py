@@ -10,6 +10,7 @@ from cluster.assembly.rewards import check_rewards
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import UserError
+from cluster.contracts.records import Prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,8 @@ class Prepared:
     tokenizer: Any
     stop_ids: tuple[int, ...]
     tokenizer_fingerprint: str
+    held_out: tuple[Prompt, ...] = ()  # to evaluate the policy with while it trains
+    leaked: int = 0  # prompts left out of these, because the policy trains on them
 
 
 def prepare(config: TrainConfig) -> Prepared:
@@ -36,13 +39,42 @@ def prepare(config: TrainConfig) -> Prepared:
     room = prompt_room(config.model, config.rollout.max_tokens)
     prompts = load_prompts(config.data, tokenizer, config.run.seed, room)
     check_rewards(config.reward, prompts.all())
+    held_out, leaked = _held_out(config, prompts, tokenizer, room)
     return Prepared(
         config=config,
         prompts=prompts,
         tokenizer=tokenizer,
         stop_ids=stop_token_ids(config.model.path, tokenizer, config.model.revision),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+        held_out=held_out,
+        leaked=leaked,
     )
+
+
+def _held_out(
+    config: TrainConfig, training: Any, tokenizer: Any, room: int | None
+) -> tuple[tuple[Prompt, ...], int]:
+    """The prompts of `[evaluation]`, and how many of them were left out as training prompts. Raises
+    UserError for ones that cannot be read, or a judge that cannot be used."""
+    from actors.prompts import load_prompts
+
+    evaluation = config.evaluation
+    if not evaluation.prompts:
+        return (), 0
+    where = {"prompts": evaluation.prompts, "split": evaluation.split, "shuffle": False}
+    found = load_prompts(config.data.model_copy(update=where), tokenizer, config.run.seed, room)
+    trained = {prompt.token_ids for prompt in training.all()}
+    apart = [prompt for prompt in found.all() if prompt.token_ids not in trained]
+    if not apart:
+        raise UserError(
+            f"all {len(found)} prompts are training prompts, too",
+            where=f"evaluation.prompts = {evaluation.prompts}",
+            fix="give prompts that are not in data.prompts",
+        )
+    held_out = tuple(apart[: evaluation.max_prompts])
+    if evaluation.judge is not None:
+        check_rewards(evaluation.judge, held_out)
+    return held_out, len(found) - len(apart)
 
 
 def with_pinned_models(config: TrainConfig) -> TrainConfig:

@@ -19,6 +19,9 @@ FREE_ON_RESUME = (
     "rollout.request_timeout_s",
     *("rollout.max_running", "rollout.kv_cache_mb", "rollout.gpu_memory_fraction"),
     *("rollout.block_size", "rollout.tensor_parallel"),
+    # When the policy is evaluated, and what follows; what with and by whom stays the same.
+    *("evaluation.every", "evaluation.timeout_s", "evaluation.keep_best", "evaluation.result"),
+    *("evaluation.patience", "evaluation.min_improvement"),
     # How a step is computed: the gradient is the same up to the order of its sums.
     *("learner.processes", "learner.sharding", "learner.tokens_per_microbatch"),
     *("learner.packing", "learner.activation_memory_mb", "learner.gradient_checkpointing"),
@@ -29,7 +32,7 @@ FREE_ON_RESUME = (
 )
 """Sections, and ``section.key``, that do not change what is learnt."""
 
-MOVABLE = ("data.prompts", "model.path", "learner.reference_path")
+MOVABLE = ("data.prompts", "evaluation.prompts", "model.path", "learner.reference_path")
 """Free where the run has noted what was there: `learnt_from` compares the content."""
 
 

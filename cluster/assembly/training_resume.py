@@ -21,7 +21,7 @@ from cluster.assembly.run_session import (
 )
 from cluster.assembly.training_record import READING, Training, start_of
 from cluster.assembly.training_roles import parents
-from cluster.assembly.training_run import publish_policy, train_on_ray, write_run_report
+from cluster.assembly.training_run import publish_result, train_on_ray, write_run_report
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.train import TrainConfig
@@ -31,6 +31,7 @@ from cluster.contracts.records import RunState
 from cluster.machine.cores import core_plan, own_cores
 from cluster.runs.checkpoints import Found
 from cluster.runs.console import Reporter
+from cluster.runs.evaluations import evaluations_of
 from cluster.runs.rollout_parts import check_parts
 from cluster.runs.run import Run
 from cluster.runs.start_log import StartLog
@@ -57,7 +58,7 @@ def resume_training(
         refuse_other_horizon(before, config, path)
         config = resolve_here(config).config  # a run of an older release lacks newer keys
         resumed = run.checkpoints.newest_good() if run.newest_checkpoint() is not None else None
-        if resumed is not None and resumed.state.step >= config.batch.steps:
+        if resumed is not None and _nothing_left(run, resumed, config):
             return _publish_only(run, resumed, config, start, reporter)
         prepared = prepare(config)
         refuse_other_origins(origins, learnt_from(prepared), config, run.path)
@@ -103,6 +104,14 @@ def _set_aside_damaged(session: RunSession, resumed: Found | None, config: Train
             session.reporter.say(line)
 
 
+def _nothing_left(run: Run, found: Found, config: TrainConfig) -> bool:
+    """Whether all steps are done, and the last one is evaluated."""
+    step = found.state.step
+    evaluated = any(row.step == step for row in evaluations_of(run.path))
+    lacks_evaluation = config.evaluation.every > 0 and step > 0 and not evaluated
+    return step >= config.batch.steps and not lacks_evaluation
+
+
 def _publish_only(
     run: Run, found: Found, config: TrainConfig, start: StartLog, reporter: Reporter
 ) -> Path:
@@ -118,8 +127,8 @@ def _publish_only(
     detail = {"step": step, "checkpoint": found.path.name, "trained_again": 0}
     with run_session(run, reporter, start=start, resumed=config, **detail) as session:
         _set_aside_damaged(session, found, config)
-        reporter.say(f"all {step} steps are done; policy/ is made from {found.path.name}")
-        publish_policy(found.path / "policy", run.path / "policy")
+        reporter.say(f"all {step} steps are done; policy/ is made from the checkpoints")
+        publish_result(session, config, found)
     write_run_report(session)
     return run.path
 

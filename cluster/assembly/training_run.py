@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.catch_up import NOTHING_SINCE, forget_since
+from cluster.assembly.evaluating import evaluation_role
 from cluster.assembly.head_watch import raise_if_head_lost
 from cluster.assembly.learner_role import learner_role
 from cluster.assembly.learnt_from import KEY, learnt_from
@@ -24,7 +25,7 @@ from cluster.assembly.run_session import RunSession, how_to_continue
 from cluster.assembly.shipping import RoleFiles, role_files
 from cluster.assembly.training_record import Training
 from cluster.assembly.training_roles import reward_role, worker_factory
-from cluster.assembly.training_sinks import add_sinks, tell_prompts
+from cluster.assembly.training_sinks import add_sinks, tell_evaluation, tell_prompts
 from cluster.assembly.training_watches import RunningRoles, Watches, live_feed, watched
 from cluster.contracts.actor_names import ActorNames
 from cluster.contracts.config.train import TrainConfig
@@ -39,7 +40,9 @@ from cluster.machine.event_loop import StopSwitch, run_coroutine
 from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import require_resources
 from cluster.pages.ray_tab import LiveBoard
+from cluster.runs.checkpoints import Found, step_of, verify_checkpoint
 from cluster.runs.control import ControlFile
+from cluster.runs.evaluations import best_of
 from cluster.runs.quarantine import quarantined
 
 
@@ -101,6 +104,7 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
     if not training.resumed:
         session.run.update_manifest(**{KEY: learnt_from(training.prepared)})
         tell_prompts(training.prepared.prompts, session)
+        tell_evaluation(training.prepared, session)
     stop = StopSwitch()
     listeners = Listeners(
         training.callbacks,
@@ -133,8 +137,7 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
         raise listeners.problem
     if session.outcome == "stopped" and session.run.newest_checkpoint() is None:
         return  # stopped before its first step: there is nothing to publish
-    final = session.run.checkpoints.newest_good()
-    publish_policy(final.path / "policy", session.path / "policy")
+    publish_result(session, config, session.run.checkpoints.newest_good())
 
 
 def _drive_through_rollbacks(training: Training, given: Given) -> None:
@@ -221,6 +224,7 @@ def _put_together(training: Training, given: Given, sinks: list[Sink]) -> Runnin
         state=training.state,
         saved=training.resumed.state.step if training.resumed else 0,
         wishes=ControlFile(session.path, session.event),
+        evaluation=evaluation_role(training.prepared, session.path, given.rewards.clients),
     )
     feed = live_feed(training, controller, pool, learner, clock)
     sinks.append(feed)
@@ -242,7 +246,9 @@ def _tell_stop(
     session, step = training.session, controller.step
     if watches.reward.done():
         watches.reward.result()
-    if listeners.stopped:
+    if controller.stopped_early is not None:
+        session.reporter.tell(f"early stop after step {step}: {controller.stopped_early}")
+    elif listeners.stopped:
         session.event("stopped_by_callback", step=step)
     elif controller.stopped_as_asked and step < training.config.batch.steps:
         session.event("stopped", step=step)
@@ -268,6 +274,33 @@ def algorithm_title(config: TrainConfig) -> str:
     algorithm = config.algorithm
     name = "PPO" if algorithm.advantage == "gae" else algorithm.advantage.upper()
     return name if algorithm.loss == "ppo" else f"{name} with loss {algorithm.loss}"
+
+
+def publish_result(session: RunSession, config: TrainConfig, newest: Found) -> None:
+    """Make ``policy/`` of the newest checkpoint, or of the best one where the config says so."""
+    chosen = newest.path
+    if config.evaluation.result == "best":
+        chosen = _best_checkpoint(session, newest.path)
+        step = step_of(chosen.name)
+        session.event("policy_published", checkpoint=chosen.name, step=step, result="best")
+        session.reporter.say(f"policy/ is that of step {step}, the best of the evaluations")
+    publish_policy(chosen / "policy", session.path / "policy")
+
+
+def _best_checkpoint(session: RunSession, newest: Path) -> Path:
+    best = best_of(session.path)
+    if best is None:
+        session.reporter.say("no evaluation has named a best step, so the newest one counts as it")
+        return newest
+    path = session.path / best.checkpoint
+    if (problem := verify_checkpoint(path)) is None:
+        return path
+    raise UserError(
+        f"the best policy cannot be published: {best.checkpoint}: {problem}",
+        where=str(session.path),
+        fix=f"accord train --resume {session.path} evaluation.result=last publishes that of "
+        f"{newest.name}",
+    )
 
 
 def publish_policy(source: Path, target: Path) -> None:

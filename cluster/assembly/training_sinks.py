@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from cluster.assembly.prepare import Prepared
 from cluster.assembly.run_session import RunSession
 from cluster.assembly.training_record import Training
 from cluster.machine.core_sharing import SideBalance
@@ -29,6 +30,26 @@ def add_sinks(training: Training) -> None:
         session.sinks.append(SampleSink(config.logging, session.path, session.reporter))
     if training.cores.crowded and hasattr(os, "sched_setaffinity"):
         session.sinks.append(SideBalance(training.cores))
+
+
+def tell_evaluation(prepared: Prepared, session: RunSession) -> None:
+    """Says how the policy will be evaluated while it trains."""
+    config = prepared.config.evaluation
+    if not config.every:
+        return
+    judged = "by the run's own reward"
+    if config.judge is not None:
+        judged = "by " + ", ".join(source.name for source in config.judge.sources)
+    session.reporter.say(
+        f"evaluation every {config.every} steps with {len(prepared.held_out)} held-out prompts of "
+        f"{config.prompts}, judged {judged}"
+    )
+    if prepared.leaked:
+        session.event("evaluation_prompts_leaked", left_out=prepared.leaked, file=config.prompts)
+        session.reporter.say(
+            f"left out {prepared.leaked} of its prompts: they are also in "
+            f"{prepared.config.data.prompts}"
+        )
 
 
 def tell_prompts(prompts: Any, session: RunSession) -> None:

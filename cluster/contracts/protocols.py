@@ -8,8 +8,10 @@ from typing import Any, Protocol
 
 from cluster.contracts.durable import FileDigest
 from cluster.contracts.records import (
+    AS_TRAINED,
     Assignment,
     Completion,
+    Draw,
     Harvest,
     Prompt,
     Rollout,
@@ -31,7 +33,15 @@ class Engine(Protocol):
 
     name: str  # "vllm" or "transformers", with the version
 
-    def submit(self, request_id: str, prompt_ids: Sequence[int], seed: int | None) -> None: ...
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        seed: int | None,
+        temperature: float | None = None,
+    ) -> None:
+        """``temperature`` None: that of the engine's settings."""
+        ...
 
     def step(self) -> list[tuple[str, Completion]]:
         """One decode step for everything running; returns what finished."""
@@ -94,6 +104,13 @@ class WorkerHandle(Protocol):
     async def harvest(self, timeout_s: float) -> Harvest: ...
 
     async def load_weights(self, manifest: WeightManifest) -> SwapReport: ...
+
+    async def sample(
+        self, prompts: Sequence[Prompt], samples: int, timeout_s: float, draw: Draw = AS_TRAINED
+    ) -> list[Rollout]:
+        """All samples of all prompts, in order, unscored, beside what it generates for training.
+        Raises Retryable past the deadline."""
+        ...
 
     async def stop(self) -> None: ...
 

@@ -121,6 +121,22 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Draw:
+    """How completions are sampled that nothing is trained on.
+
+    ``temperature`` None: that of the engine. ``seed``: when set, each completion's randomness
+    depends on it, its prompt and its place alone, not on who samples it or what was sampled before;
+    so it leaves the randomness of training as it is.
+    """
+
+    temperature: float | None = None
+    seed: int | None = None
+
+
+AS_TRAINED = Draw()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rollout:
     """One sampled answer to one prompt. ``text`` is for people and reward functions."""
 

@@ -7,7 +7,15 @@ from collections.abc import Awaitable, Iterator
 from typing import Any, Literal
 
 Name = Literal[
-    "look around", "watch", "step", "snapshot", "save", "broadcast", "successor", "resize"
+    "look around",
+    "watch",
+    "step",
+    "snapshot",
+    "save",
+    "broadcast",
+    "successor",
+    "resize",
+    "evaluation",
 ]
 BACKGROUND: frozenset[Name] = frozenset({"look around", "watch"})
 """Of a run that rests, nothing else is under way."""

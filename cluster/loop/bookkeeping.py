@@ -50,10 +50,15 @@ class Bookkeeping:
             {row["group"]: row for row in state.dropped} if state else {}
         )
         self._rollouts_disk = Outage()
+        self._noted: dict[str, float] = {}
         self.began = 0.0
 
     def loop_began(self) -> None:
         self.accounts = Accounts(self._settings, self._pool, self._clock.now, self._cpu_s)
+
+    def note(self, numbers: Mapping[str, float]) -> None:
+        """Take them into the next line of metrics."""
+        self._noted |= numbers
 
     def broadcast_ended(self, reports: Iterable[SwapReport], seconds: float) -> None:
         self.accounts.broadcast_ended(reports, seconds)
@@ -120,6 +125,8 @@ class Bookkeeping:
             sink_errors=self._sinks.errors,
         )
         numbers = values(result.metrics) | self.accounts.numbers(result, now, standing)
+        noted, self._noted = self._noted, {}
+        numbers |= noted
         # JSON has no NaN; a number that could not be measured is left out.
         numbers = {name: v for name, v in numbers.items() if math.isfinite(v)}
         self._steering.step_ended(numbers, now=now, wanted=self._pool.wanted)

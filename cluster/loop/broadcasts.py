@@ -15,18 +15,21 @@ from cluster.loop.staleness import AdmissionLedger
 
 class Broadcasts:
     """``send``: brings every serving worker to a version. ``ended``: is told the reports of all
-    workers and the seconds that the slowest took. Its end raises what the ledger holds."""
+    workers and the seconds that the slowest took. Its end raises what the ledger holds.
+    ``held_back``: whether workers are to keep the weights they have for now."""
 
     def __init__(
         self,
         send: Callable[[WeightManifest], Awaitable[list[SwapReport]]],
         ended: Callable[[Iterable[SwapReport], float], None],
         ledger: AdmissionLedger,
+        held_back: Callable[[], bool],
         loop: LoopContext,
     ) -> None:
         self._send = send
         self._ended = ended
         self._ledger = ledger
+        self._held_back = held_back
         self._activities = loop.activities
         self._clock = loop.clock
         self._timeline = loop.timeline
@@ -41,7 +44,8 @@ class Broadcasts:
         self._next = None
 
     def start(self) -> None:
-        if self._next is not None and "broadcast" not in self._activities:
+        idle = "broadcast" not in self._activities
+        if self._next is not None and idle and not self._held_back():
             manifest, self._next = self._next, None
             self._activities.begin("broadcast", self._broadcast(manifest))
 

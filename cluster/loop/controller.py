@@ -21,6 +21,9 @@
                          a checkpoint is due
     a broadcast          the one before                        the slowest to take it, or its loss
     a swap in a worker   the token under way                   the engine, some milliseconds later
+    an evaluation        its weights at all workers            the broadcast's end; with bound 0
+                                                               also the last group of its step
+    the first step       the evaluation of the start           the judge, or its ``timeout_s``
     a stop               the step under way, a little          the learner, or ``stop_grace_s``
     a pause's end        a person (`accord resume`)            the wish, read each second
     a lost learner       another one, from what is on disk     its start, or ``max_restarts``
@@ -30,9 +33,9 @@ only workers that answer or are given up, and admission only a broadcast. With `
 waiting is the whole of it (train, send, generate, train ...); every step of bound lets generation
 run one step ahead.
 
-At most one each goes on of: a learner step, the writing of a checkpoint, a broadcast. The loop
-starts whatever can start and wakes when anything ends. It holds metadata only: rollouts and weights
-go from role to role.
+At most one each goes on of: a learner step, the writing of a checkpoint, a broadcast, an
+evaluation (``evaluations`` says what it holds up). The loop starts whatever can start and wakes
+when anything ends. It holds metadata only: rollouts and weights go from role to role.
 """
 
 from __future__ import annotations
@@ -44,14 +47,16 @@ from typing import Any
 
 from cluster.contracts.crash_points import passing
 from cluster.contracts.errors import AccordError, LearnerLost, Resumable
+from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
-from cluster.contracts.records import Assignment, RunState, WeightManifest
+from cluster.contracts.records import Assignment, RunState, StepResult, WeightManifest
 from cluster.loop.activities import Name
 from cluster.loop.autoscale import Autoscaler
 from cluster.loop.bookkeeping import Bookkeeping
 from cluster.loop.broadcasts import Broadcasts
 from cluster.loop.context import LoopContext
 from cluster.loop.ending import Ending
+from cluster.loop.evaluations import EvaluationRole, Evaluations
 from cluster.loop.learner_steps import LearnerSteps
 from cluster.loop.learner_supervisor import LearnerSupervisor
 from cluster.loop.live import LoopFacts, Wait, Waits
@@ -83,9 +88,11 @@ class Controller:
         wishes: Callable[[], Wishes] = Wishes,
         cpu_s: Callable[[], float] = time.thread_time,
         saved: int | None = None,
+        evaluation: EvaluationRole | None = None,
     ) -> None:
         """``cpu_s``: CPU seconds of the loop's thread. ``saved``: step of the newest checkpoint,
-        where ``state`` is of a later one."""
+        where ``state`` is of a later one. ``evaluation``: how the policy is evaluated while it
+        trains; None: it is not."""
         self._settings = settings
         self._prompts = prompts
         self._pool = pool
@@ -109,9 +116,18 @@ class Controller:
         books = self._books = Bookkeeping(
             prompts, pool, sinks, self._buffer, self._steering, state, cpu_s, loop
         )
-        self._broadcasts = Broadcasts(pool.broadcast, books.broadcast_ended, self._ledger, loop)
         saved = first if saved is None else saved
         self._saving = Saving(self._learner, lambda: books.state(self.step), saved, loop)
+        evaluations = self._evaluations = Evaluations(
+            evaluation, pool, self._ledger, self._saving, self._ending, books.note, loop, first
+        )
+        self._broadcasts = Broadcasts(
+            pool.broadcast,
+            books.broadcast_ended,
+            self._ledger,
+            lambda: evaluations.holds_weights,
+            loop,
+        )
         self._steps = LearnerSteps(
             prompts,
             pool,
@@ -121,7 +137,7 @@ class Controller:
             self._broadcasts,
             self._saving,
             loop,
-            after_each=self._look,
+            after_each=self._step_ended,
         )
         self._started = False
         self._waits: Waits | None = None  # while the loop runs
@@ -155,6 +171,11 @@ class Controller:
     def stopped_as_asked(self) -> bool:
         """Whether the run ended because `accord stop` asked for it, and in no hurry."""
         return self._steering.stop and not self._ending.hurried.is_set()
+
+    @property
+    def stopped_early(self) -> str | None:
+        """Why the evaluations have ended the run before its last step; None: they have not."""
+        return self._evaluations.stopped
 
     # -- from the start to the end ----------------------------------------------------------------
 
@@ -229,16 +250,27 @@ class Controller:
     async def _train_to_the_end(self, waits: Waits) -> None:
         """Until the last step is done, by a learner that still stands there, or a stop."""
         while not self._ending.asked.is_set():
-            if self.step >= self._settings.steps and not self._learner.being_replaced(self.step):
+            if self.step >= self._settings.steps and not self._must_go_on():
                 return
             # Each of these does nothing when it cannot start; none of them waits.
             self._admit()
             self._saving.start()
             if not self._steering.paused:
-                self._steps.start()
+                if not self._step_waits():
+                    self._steps.start()
+                self._evaluations.start()
             self._broadcasts.start()
             waits.turn(self._clock.now(), self._waits_for())
             await self._one_event_or_the_end()
+
+    def _must_go_on(self) -> bool:
+        """Whether there is something left to do after the last step."""
+        return self._learner.being_replaced(self.step) or self._evaluations.open
+
+    def _step_waits(self) -> bool:
+        """Whether the next step, if not one that a new learner does once more, has to wait."""
+        held = self._saving.holds_step or self._evaluations.holds_first_step
+        return held and not self._learner.being_replaced(self.step)
 
     async def _one_event_or_the_end(self) -> None:
         try:
@@ -289,6 +321,7 @@ class Controller:
     def _after(self, name: Name, task: asyncio.Task[Any]) -> None:
         problem = task.exception()
         if isinstance(problem, LearnerLost):
+            self._saving.due |= name in ("snapshot", "save")
             self._steps.learner_lost(problem)
         elif name == "step":
             self._steps.after(task)
@@ -300,8 +333,14 @@ class Controller:
             self._saving.written(task)
         elif name == "successor":
             self._steps.learner_succeeded(task.result())
+        elif name == "evaluation":
+            self._evaluations.after(task, self.step)
         else:
             task.result()  # raises what went wrong: nothing that fails here may go unnoticed
+
+    def _step_ended(self, result: StepResult) -> None:
+        self._look()
+        self._evaluations.step_ended(self.step, values(result.metrics))
 
     # -- what is asked of the run -----------------------------------------------------------------
 

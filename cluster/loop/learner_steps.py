@@ -35,7 +35,7 @@ class Workers(Protocol):
 
 
 class LearnerSteps:
-    """``after_each``: called when the books of a step are closed."""
+    """``after_each``: called with its result when the books of a step are closed."""
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class LearnerSteps:
         broadcasts: Broadcasts,
         saving: Saving,
         loop: LoopContext,
-        after_each: Callable[[], None],
+        after_each: Callable[[StepResult], None],
     ) -> None:
         self._settings = loop.settings
         self._prompts = prompts
@@ -115,7 +115,7 @@ class LearnerSteps:
         self._broadcasts.start()
         self._books.write_metrics(result, now)
         passing("driver.after_metrics")
-        self._after_each()
+        self._after_each(result)
         self._saving.step_ended(self.done, now)
         self._books.accounts.next_window(now, waiting_since=self._clock.now())
 

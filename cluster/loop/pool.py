@@ -26,6 +26,7 @@ from cluster.contracts.errors import (
 from cluster.contracts.live import WorkerStatus
 from cluster.contracts.protocols import Clock, WorkerHandle
 from cluster.contracts.records import Assignment, GroupMeta, Harvest, SwapReport, WeightManifest
+from cluster.loop.beside import Sampled, Wanted, sample_beside
 from cluster.loop.departures import Departures
 from cluster.loop.dispatch import Dispatch
 from cluster.loop.harvesting import Harvesting
@@ -200,6 +201,10 @@ class WorkerPool:
         if away := next((a for a in answers if isinstance(a, WeightsAway)), None):
             raise away
         return [report for report in answers if isinstance(report, SwapReport)]
+
+    async def sample(self, wanted: Wanted) -> Sampled:
+        """Completions that nothing is trained on, from the serving workers beside their groups."""
+        return await sample_beside(self._members, wanted, self.wanted)
 
     async def stop(self) -> None:
         self._shortage.stop()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ from cluster.contracts.errors import LearnerLost, NotSaved, Resumable
 from cluster.contracts.records import RunState
 from cluster.loop.context import LoopContext
 from cluster.loop.learner_supervisor import LearnerSupervisor
+
+EVERY_ONE = 1 << 30  # checkpoints that are kept
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +25,27 @@ class Snapshot:
     nbytes: int
     began: float
     copied: float
+
+
+@dataclass(slots=True)
+class Wanted:
+    """A checkpoint of one step that an evaluation needs. ``known``: whether it is ``there``."""
+
+    step: int
+    copied: bool = False
+    there: bool = False
+    known: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def settle(self, *, there: bool) -> None:
+        self.copied, self.there = True, there
+        self.known.set()
+
+    def copied_at(self, step: int) -> None:
+        """The learner's state is being copied at ``step``. Where the copy made at the wanted step
+        was lost with the learner, and the run has gone on since, there is no other."""
+        self.copied = True
+        if step != self.step and not self.known.is_set():
+            self.settle(there=False)
 
 
 class Saving:
@@ -46,6 +69,7 @@ class Saving:
         self.due = False
         self.abandoned = False  # the learner is busy: the last state cannot be had
         self._since = 0.0  # when the loop or the newest snapshot began
+        self._wanted: Wanted | None = None
 
     def loop_began(self, now: float) -> None:
         self._since = now
@@ -57,6 +81,32 @@ class Saving:
             or step == self._settings.steps
             or (every_s is not None and now - self._since >= every_s)
         )
+
+    def want(self, step: int) -> None:
+        """Of this very step, the newest one, there is to be a checkpoint: an evaluation may find it
+        the best. Until ``decided`` none is deleted."""
+        self._wanted = Wanted(step)
+        if self.saved == step:
+            self._wanted.settle(there=True)
+        else:
+            self.due = True
+
+    @property
+    def holds_step(self) -> bool:
+        """Whether the learner must not go on before its state is copied."""
+        return self._wanted is not None and not self._wanted.copied
+
+    async def kept(self) -> bool:
+        """Whether the wanted checkpoint is there; waits until that is known."""
+        wanted = self._wanted
+        if wanted is None:
+            return False
+        await wanted.known.wait()
+        return wanted.there
+
+    def decided(self) -> None:
+        """Whether the wanted checkpoint is the best is known."""
+        self._wanted = None
 
     def start(self) -> None:
         """Begin what is due, once the learner is between two steps and nothing is being saved."""
@@ -101,12 +151,27 @@ class Saving:
         """The only part of a checkpoint that a step has to wait for."""
         state, began = self._state(), self._clock.now()
         self._since = began
+        if self._wanted is not None:
+            self._wanted.copied_at(state.step)
         nbytes = await self._learner.snapshot()
         copied = self._clock.now()
         self._timeline.span("learner", "copy state", began, copied)
         return Snapshot(state=state, nbytes=nbytes, began=began, copied=copied)
 
     async def _write(self, snapshot: Snapshot) -> Path:
+        try:
+            path = await self._commit(snapshot)
+        except NotSaved:
+            self._settle(snapshot.state.step, there=False)
+            raise
+        self._settle(snapshot.state.step, there=True)
+        return path
+
+    def _settle(self, step: int, *, there: bool) -> None:
+        if self._wanted is not None and self._wanted.step == step:
+            self._wanted.settle(there=there)
+
+    async def _commit(self, snapshot: Snapshot) -> Path:
         """Beside the loop: hashing and copying many gigabytes takes minutes."""
         state, nbytes = snapshot.state, snapshot.nbytes
         # Written beside and renamed last: an interrupt leaves the checkpoint before it whole.
@@ -117,7 +182,7 @@ class Saving:
             await self._run.abandon_checkpoint(staging)
             raise
         passing("driver.mid_save")
-        keep = self._settings.keep_checkpoints
+        keep = self._settings.keep_checkpoints if self._wanted is None else EVERY_ONE
         path = await self._run.commit_checkpoint(staging, files, state, keep)
         self.saved = state.step
         ended = self._clock.now()

@@ -25,6 +25,7 @@ from cluster.contracts.crash_points import passing
 from cluster.contracts.durable import FileDigest, digest_of, json_text, sync, write_json, write_text
 from cluster.contracts.errors import NotSaved, UserError
 from cluster.contracts.records import RunState
+from cluster.runs.evaluations import best_of
 
 MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
@@ -137,10 +138,12 @@ class Checkpoints:
 
     def _keep_newest(self, keep: int, newest: Path | None = None) -> None:
         """Delete all but the ``keep`` newest good ones, of which ``newest`` is the first. Damaged
-        ones are not counted; they stay, unless they are older than all that are kept."""
+        ones are not counted; they stay, unless they are older than all that are kept. The one that
+        best.json names is never deleted, nor counted."""
         good = [newest] if newest is not None else []
+        best = best_of(self.folder.parent)
         for path in reversed(self.complete()):
-            if path in good:
+            if path in good or (best is not None and path == self.path_of(best.step)):
                 continue
             if len(good) >= keep:
                 shutil.rmtree(path, ignore_errors=True)

@@ -88,6 +88,21 @@ def _checkpoint_failed(detail: Detail) -> str:
     )
 
 
+def _evaluated(detail: Detail) -> str:
+    step = detail["step"]
+    if detail["problem"] is not None:
+        return f"evaluation of step {step}: no scores; training goes on: {detail['problem']}"
+    parts = [f"score {detail['score']:+.4g} ({detail['judge']})"]
+    if detail["win_rate"] is not None:
+        interval = f"{detail['ci_low']:.0%} to {detail['ci_high']:.0%}"
+        parts.append(f"win rate against the start {detail['win_rate']:.0%} ({interval})")
+    if detail["kl"] is not None:
+        parts.append(f"KL {detail['kl']:.3g}")
+    parts.append(f"{detail['length']:.0f} tokens")
+    parts += ["the best so far"] * bool(detail["best"])
+    return f"evaluation of step {step}: {', '.join(parts)}"
+
+
 _WORDS: Mapping[str, Callable[[Detail], str | None]] = {
     "worker_serving": _worker_serving,
     "worker_lost": _worker,
@@ -106,4 +121,5 @@ _WORDS: Mapping[str, Callable[[Detail], str | None]] = {
     "sink_recovered": _sink_recovered,
     "learner_out_of_memory": _learner_out_of_memory,
     "checkpoint_failed": _checkpoint_failed,
+    "evaluated": _evaluated,
 }

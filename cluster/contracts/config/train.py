@@ -15,6 +15,7 @@ from cluster.contracts.config.base import (
     Section,
 )
 from cluster.contracts.config.checks import train_problems
+from cluster.contracts.config.evaluation import EvaluationConfig
 from cluster.contracts.config.learner import CheckpointConfig, LearnerConfig, WeightsConfig
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
@@ -39,6 +40,7 @@ class TrainConfig(Section):
     learner: LearnerConfig = LearnerConfig()
     weights: WeightsConfig = WeightsConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
     alarms: AlarmsConfig = AlarmsConfig()
     cluster: ClusterConfig = ClusterConfig()

@@ -17,11 +17,15 @@ from statistics import median
 from typing import Any
 
 from cluster.contracts.durable import FileDigest
+from cluster.contracts.errors import Retryable
 from cluster.contracts.records import (
+    AS_TRAINED,
     Assignment,
+    Draw,
     GroupMeta,
     Harvest,
     Prompt,
+    Rollout,
     RunState,
     StepInput,
     StepResult,
@@ -111,6 +115,11 @@ class _Worker:
             prove_s=0.0,
             canary_logp_diff=0.0,
         )
+
+    async def sample(
+        self, prompts: Sequence[Prompt], samples: int, timeout_s: float, draw: Draw = AS_TRAINED
+    ) -> list[Rollout]:
+        raise Retryable("this worker writes no completions")
 
     async def stop(self) -> None: ...
 

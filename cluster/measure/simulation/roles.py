@@ -16,11 +16,14 @@ from typing import Any
 from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import Retryable
 from cluster.contracts.records import (
+    AS_TRAINED,
     Assignment,
     Canary,
+    Draw,
     GroupMeta,
     Harvest,
     Prompt,
+    Rollout,
     RunState,
     StepInput,
     StepResult,
@@ -145,6 +148,11 @@ class SimulatedWorker:
             payload=traces,
             stats={"generated_tokens": self._finished_tokens, "busy_s": self._busy()},
         )
+
+    async def sample(
+        self, prompts: Sequence[Prompt], samples: int, timeout_s: float, draw: Draw = AS_TRAINED
+    ) -> list[Rollout]:
+        raise Retryable("a simulated worker writes no completions")
 
     async def load_weights(self, manifest: WeightManifest) -> SwapReport:
         self._refuse_if_dead()

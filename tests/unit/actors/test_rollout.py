@@ -28,6 +28,7 @@ from cluster.contracts.records import (
     Assignment,
     Canary,
     Completion,
+    Draw,
     GroupMeta,
     Prompt,
     Rollout,
@@ -56,6 +57,7 @@ class ScriptedEngine:
         self.log: list[str] = []
         self.threads: set[int] = set()
         self.seeds: dict[str, int | None] = {}
+        self.temperatures: dict[str, float | None] = {}
         self.steps_at_canary: threading.Semaphore | None = None
         self.canary_shift = 0.0
         self.break_step = ""
@@ -70,8 +72,15 @@ class ScriptedEngine:
         self.staged = (-1, 0.0)
         self.closed = False
 
-    def submit(self, request_id: str, prompt_ids: Sequence[int], seed: int | None) -> None:
+    def submit(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        seed: int | None,
+        temperature: float | None = None,
+    ) -> None:
         self.threads.add(threading.get_ident())
+        self.temperatures[request_id] = temperature
         if prompt_ids[0] > 90:
             raise UserError("too long")
         self.seeds[request_id] = seed
@@ -700,3 +709,27 @@ def test_stop_ends_every_thread_and_closes_the_engine() -> None:
     bench.worker.stop()
     assert bench.engine.closed
     wait_until(lambda: threading.active_count() == before)
+
+
+def test_completions_drawn_beside_training_have_their_own_seed_and_temperature(
+    bench: Bench,
+) -> None:
+    draw = Draw(temperature=0.5, seed=7)
+    for _ in range(2):
+        drawn = bench.worker.sample([prompt(3)], 2, WAIT_S, draw)
+        assert [rollout.sample_index for rollout in drawn] == [0, 1]
+    seeds = [bench.engine.seeds[name] for name in sorted(bench.engine.seeds)]
+    assert seeds[:2] == seeds[2:]  # the same at every step
+    assert None not in seeds
+    assert len(set(seeds)) == 2
+    assert set(bench.engine.temperatures.values()) == {0.5}
+
+
+def test_what_nobody_waits_for_any_more_is_dropped(bench: Bench) -> None:
+    bench.engine.steps = threading.Semaphore(0)  # it never gets on
+    with pytest.raises(Retryable, match="had no answer"):
+        bench.worker.sample([prompt(3)], 2, timeout_s=0.05)
+    deadline = time.monotonic() + WAIT_S
+    while bench.engine.unfinished and time.monotonic() < deadline:
+        time.sleep(0.005)
+    assert bench.engine.unfinished == 0

@@ -40,7 +40,9 @@ def prepared_of(folder: Path, texts: tuple[str, ...] = ("a", "b")) -> Any:
         for i, t in enumerate(texts)
     ]
     return SimpleNamespace(
-        config=config_of(folder), prompts=SimpleNamespace(all=lambda: tuple(prompts))
+        config=config_of(folder),
+        prompts=SimpleNamespace(all=lambda: tuple(prompts)),
+        held_out=(),
     )
 
 
