@@ -109,8 +109,9 @@ class Bookkeeping:
             refused=self._buffer.refused,
         )
 
-    def write_metrics(self, result: StepResult, now: float) -> None:
-        """The numbers of the step that ended at ``now``, to every sink."""
+    def write_metrics(self, result: StepResult, now: float, lead_s: float) -> None:
+        """The numbers of the step that ended at ``now``, to every sink. ``lead_s``: how long before
+        their step groups are admitted at present."""
         step = result.step + 1
         self._note_rollouts(step, result.not_written)
         if (tokens := result.smaller_microbatches) is not None:
@@ -121,6 +122,7 @@ class Bookkeeping:
             refused_tokens=self._buffer.refused_tokens,
             dropped=len(self._dropped),
             held=self._ledger.held,
+            lead_s=lead_s,
             elapsed_s=self.elapsed_s(now),
             sink_errors=self._sinks.errors,
         )

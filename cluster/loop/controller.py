@@ -14,6 +14,7 @@
     what waits           for                                   who frees it
     ───────────────────  ────────────────────────────────────  ────────────────────────────────────
     a group to come      room: admitted < (held + bound + 1)P  the broadcast's end: held is raised
+                         that its step is near (pacing.py)     a timer
     an admitted group    a serving worker                      a worker that joins or comes back
     a finished group     the other groups of its step          the last of them (or its failure)
     learner step s       its groups; never for a broadcast     the slowest group of s
@@ -45,12 +46,12 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from cluster.contracts.crash_points import passing
 from cluster.contracts.errors import AccordError, LearnerLost, Resumable
 from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
-from cluster.contracts.records import Assignment, RunState, StepResult, WeightManifest
+from cluster.contracts.records import RunState, StepResult, WeightManifest
 from cluster.loop.activities import Name
+from cluster.loop.admission import Admission
 from cluster.loop.autoscale import Autoscaler
 from cluster.loop.bookkeeping import Bookkeeping
 from cluster.loop.broadcasts import Broadcasts
@@ -60,6 +61,7 @@ from cluster.loop.evaluations import EvaluationRole, Evaluations
 from cluster.loop.learner_steps import LearnerSteps
 from cluster.loop.learner_supervisor import LearnerSupervisor
 from cluster.loop.live import LoopFacts, Wait, Waits
+from cluster.loop.pacing import Pacer
 from cluster.loop.pool import WorkerPool
 from cluster.loop.saving import Saving
 from cluster.loop.settings import LoopSettings
@@ -94,7 +96,6 @@ class Controller:
         where ``state`` is of a later one. ``evaluation``: how the policy is evaluated while it
         trains; None: it is not."""
         self._settings = settings
-        self._prompts = prompts
         self._pool = pool
         self._run = run
         self._clock = clock
@@ -128,6 +129,8 @@ class Controller:
             lambda: evaluations.holds_weights,
             loop,
         )
+        pacer = Pacer(settings.staleness_lead, next_step=first)
+        self._admission = Admission(prompts, pool, self._buffer, pacer, loop)
         self._steps = LearnerSteps(
             prompts,
             pool,
@@ -136,6 +139,7 @@ class Controller:
             books,
             self._broadcasts,
             self._saving,
+            pacer,
             loop,
             after_each=self._step_ended,
         )
@@ -245,6 +249,7 @@ class Controller:
                 except LearnerLost as problem:  # another one brings the last state back
                     self._steps.learner_lost(problem)
         finally:
+            self._admission.cancel()
             await self._activities.cancel()
 
     async def _train_to_the_end(self, waits: Waits) -> None:
@@ -253,7 +258,8 @@ class Controller:
             if self.step >= self._settings.steps and not self._must_go_on():
                 return
             # Each of these does nothing when it cannot start; none of them waits.
-            self._admit()
+            if not self._steering.paused:
+                self._admission.admit()
             self._saving.start()
             if not self._steering.paused:
                 if not self._step_waits():
@@ -295,26 +301,13 @@ class Controller:
 
     # -- what is begun, and what ends -------------------------------------------------------------
 
-    def _admit(self) -> None:
-        if self._steering.paused:
-            return
-        ids = self._ledger.admit(self._ledger.room())
-        if ids:
-            samples = self._settings.samples_per_prompt
-            self._pool.submit(
-                [
-                    Assignment(group_id=i, prompt=self._prompts.prompt(i), samples=samples)
-                    for i in ids
-                ]
-            )
-            passing("driver.after_admit")
-
     async def _one_event(self) -> None:
         """Wait until something ends, then take all that has. Costs the same with any number of
         workers: nothing is asked of those that have no news."""
         await self._activities.news()
         for harvest, groups in self._pool.take_finished():
             self._buffer.add(harvest, groups)
+        self._admission.note_complete_steps()
         for name, task in self._activities.take_ended():
             self._after(name, task)
 

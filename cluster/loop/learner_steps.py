@@ -16,6 +16,7 @@ from cluster.loop.bookkeeping import Bookkeeping
 from cluster.loop.broadcasts import Broadcasts
 from cluster.loop.context import LoopContext
 from cluster.loop.learner_supervisor import LearnerSupervisor
+from cluster.loop.pacing import Pacer
 from cluster.loop.saving import Saving
 from cluster.loop.staleness import GroupBuffer, require_fresh
 
@@ -46,6 +47,7 @@ class LearnerSteps:
         books: Bookkeeping,
         broadcasts: Broadcasts,
         saving: Saving,
+        pacer: Pacer,
         loop: LoopContext,
         after_each: Callable[[StepResult], None],
     ) -> None:
@@ -57,6 +59,7 @@ class LearnerSteps:
         self._books = books
         self._broadcasts = broadcasts
         self._saving = saving
+        self._pacer = pacer
         self._run = loop.run
         self._activities = loop.activities
         self._clock = loop.clock
@@ -83,7 +86,9 @@ class LearnerSteps:
         # The ledger's promise, checked on what really came.
         require_fresh(batch.step, metas, self._settings.staleness_bound)
         self._taken = metas
-        self._books.accounts.step_begins(self._clock.now())
+        now = self._clock.now()
+        self._books.accounts.step_begins(now)
+        self._pacer.step_began(now)
         self._learner.ask(batch, self._workers.sent_version)
 
     def after(self, task: asyncio.Task[Any]) -> None:
@@ -110,10 +115,11 @@ class LearnerSteps:
         self._attempts = 0
         self._learner.published = result.version
         self._books.step_ended(result, self._taken, now)
+        self._pacer.step_ended(now)
         # First of all: workers fetch while the numbers are written.
         self._broadcasts.queue(result.manifest)
         self._broadcasts.start()
-        self._books.write_metrics(result, now)
+        self._books.write_metrics(result, now, self._pacer.lead_s)
         passing("driver.after_metrics")
         self._after_each(result)
         self._saving.step_ended(self.done, now)
@@ -131,6 +137,7 @@ class LearnerSteps:
         # The same ids under a higher attempt, so that a late answer to the first one is refused.
         lost = self._buffer.give_back(self.done, self._taken)
         self._books.accounts.step_lost(self._clock.now(), lost)
+        self._pacer.step_failed()
         self._learner.becomes("waiting")
         self._run.event("step_retried", step=self.done, groups=len(lost), cause=str(problem))
         self._workers.submit(
@@ -162,6 +169,7 @@ class LearnerSteps:
         self._broadcasts.forget()
         self._workers.weights_lost()
         self._workers.faults["learner"] += 1
+        self._pacer.step_failed()
         self._learner.replace(problem, self.done)
 
     def learner_succeeded(self, manifest: WeightManifest) -> None:
@@ -196,4 +204,4 @@ class LearnerSteps:
         result, now = task.result(), self._clock.now()
         self.done = result.step + 1
         self._books.step_ended(result, self._taken, now)
-        self._books.write_metrics(result, now)
+        self._books.write_metrics(result, now, self._pacer.lead_s)

@@ -63,6 +63,7 @@ class Standing:
     refused_tokens: int
     dropped: int
     held: int  # the version every serving worker holds
+    lead_s: float  # how long before its expected start a step's groups are admitted
     elapsed_s: float
     sink_errors: int
 
@@ -139,6 +140,7 @@ class Accounts:
             "async/policy_version": result.version,
             "async/refused": standing.refused,
             "async/dropped": standing.dropped,
+            "async/lead_s": standing.lead_s,
             "workers/alive": serving,
             "workers/wanted": pool.wanted,
             "workers/restarts": pool.restarts,

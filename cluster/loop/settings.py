@@ -13,6 +13,7 @@ class LoopSettings:
     prompts_per_step: int
     samples_per_prompt: int
     staleness_bound: int
+    staleness_lead: int | None = None  # steps ahead that groups are admitted; None: as measured
     workers: int
     checkpoint_every: int
     keep_checkpoints: int
@@ -41,6 +42,7 @@ def loop_settings(config: TrainConfig) -> LoopSettings:
         prompts_per_step=config.batch.prompts_per_step,
         samples_per_prompt=config.batch.samples_per_prompt,
         staleness_bound=config.staleness.bound,
+        staleness_lead=None if config.staleness.lead == "auto" else config.staleness.lead,
         workers=config.rollout.workers,
         checkpoint_every=config.checkpoint.every,
         checkpoint_every_s=config.checkpoint.every_s,

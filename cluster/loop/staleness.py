@@ -110,6 +110,10 @@ class GroupBuffer:
         """Group ids the next step still waits for."""
         return [g for g in self.ledger.groups_of(self.next_step) if g not in self._ready]
 
+    def is_complete(self, step: int) -> bool:
+        """Whether all groups of a step that was not taken yet are there."""
+        return self._arrived.get(step, 0) >= self.ledger.prompts_per_step
+
     def lacking(self) -> int:
         """How many groups the next step still waits for; costs the same always."""
         return self.ledger.prompts_per_step - self._arrived.get(self.next_step, 0)
@@ -117,7 +121,7 @@ class GroupBuffer:
     def take(self) -> tuple[StepInput, list[GroupMeta]] | None:
         """The next step's groups once all have come in, else None. Failed groups are in the list
         of metas but not in the input. Asking in vain costs nothing: arrivals are counted."""
-        if self._arrived.get(self.next_step, 0) < self.ledger.prompts_per_step:
+        if not self.is_complete(self.next_step):
             return None
         del self._arrived[self.next_step]
         entries = [self._ready.pop(g) for g in self.ledger.groups_of(self.next_step)]

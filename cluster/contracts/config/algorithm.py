@@ -30,6 +30,12 @@ class StalenessConfig(Section):
         description="Most learner steps between sampling a token and training on it. 0: "
         "synchronous.",
     )
+    lead: Annotated[int, Field(ge=0)] | Literal["auto"] = Field(
+        "auto",
+        description="How many learner steps ahead of its own step a group is admitted, at most "
+        "`staleness.bound`. auto: as late as the measured times allow, so that completions are as "
+        "fresh as they can be without the learner waiting.",
+    )
     correction: Literal[
         "none", "decoupled", "token-tis", "sequence-tis", "token-mask", "sequence-mask"
     ] = Field(

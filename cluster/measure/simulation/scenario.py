@@ -23,10 +23,11 @@ class Scenario:
     lognormal answer lengths, which are cut at max_tokens. lengths: recorded ones to draw from
     instead. speed_cv: of a worker's speed. stragglers: share of workers that are straggler_factor
     times slower. churn_per_hour: share of the workers lost in an hour, each back restart_s later
-    with weights to load. learn_*_s: the learner's time is their sum. publish_s: from the end of
-    the learner's computing until the weights can be fetched, the learner standing still. fetch_s:
-    fetching and verifying beside generation, pause_s: the swap, with generation standing still.
-    score_s: from an answer's end until its group can be handed over.
+    with weights to load. learn_*_s: the learner's time is their sum. lead: steps ahead
+    that groups are admitted; -1: as measured. publish_s: from the end of the learner's computing
+    until the weights can be fetched, the learner standing still. fetch_s: fetching and verifying
+    beside generation, pause_s: the swap, with generation standing still. score_s: from an answer's
+    end until its group can be handed over.
     """
 
     workers: int = 4096
@@ -44,6 +45,7 @@ class Scenario:
     prompts_per_step: int = 16_384
     samples_per_prompt: int = 16
     bound: int = 8
+    lead: int = -1
     learn_step_s: float = 0.0
     learn_sample_s: float = 0.0
     learn_token_s: float = 0.0

@@ -81,6 +81,7 @@ async def _run(
             prompts_per_step=scenario.prompts_per_step,
             samples_per_prompt=scenario.samples_per_prompt,
             staleness_bound=scenario.bound,
+            staleness_lead=None if scenario.lead < 0 else scenario.lead,
             workers=scenario.workers,
             checkpoint_every=1_000_000_000,
             keep_checkpoints=1,

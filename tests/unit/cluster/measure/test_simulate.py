@@ -83,7 +83,7 @@ def test_generation_bound_pipeline_runs_at_the_speed_of_its_slots() -> None:
 
 
 def test_learner_bound_pipeline_runs_at_the_speed_of_the_learner() -> None:
-    scenario = SMALL.with_learner_share(2.0)
+    scenario = replace(SMALL, lead=SMALL.bound).with_learner_share(2.0)
     figures = simulate(scenario).figures
     assert figures.step_s == pytest.approx(scenario.learn_s(), rel=0.02)
     assert figures.learner_busy > 0.99
