@@ -70,10 +70,11 @@ def resolve_training(
 def resolve_evaluation(
     config: EvaluateConfig, machine: Machine, policy: ModelFacts | None
 ) -> Resolved[EvaluateConfig]:
-    """Two policies are sampled side by side, each by its own workers."""
+    """Two policies at a time are sampled side by side, each by its own workers."""
     choices = Choices(config, machine)
     for side in ("policy", "baseline"):
-        choices.settle(f"{side}.dtype", "float32", "not used: the engine's is rollout.dtype")
+        if getattr(config, side) is not None:
+            choices.settle(f"{side}.dtype", "float32", "not used: the engine's is rollout.dtype")
     choose_gpus_alone(choices, 2 * config.rollout.workers)
     load = Load(
         engines=2 * config.rollout.workers,

@@ -1,6 +1,7 @@
 """What a row says, recognised by its columns: a prompt, a demonstration, or a comparison.
 
-    prompts          prompt; messages; conversations (ShareGPT); input; chosen
+    prompts          prompt; messages; conversations (ShareGPT); input; chosen; a question of a
+                     standard evaluation set (``question_sets``)
     demonstrations   messages; conversations; prompt + completion; text; chosen + rejected
     comparisons      prompt + chosen + rejected; chosen + rejected that begin alike
 
@@ -31,6 +32,7 @@ from cluster.contracts.rows.messages import (
     read_messages,
     without_reply,
 )
+from cluster.contracts.rows.question_sets import question_of
 
 PROMPT_COLUMNS = ("prompt", "messages", "conversations", "input", "chosen")
 WHOLE_CONVERSATIONS = ("messages", "conversations", "chosen")
@@ -77,6 +79,10 @@ class ComparisonShape:
 
 def prompt_shape(columns: Columns, key: str = "") -> PromptShape:
     """The prompt in column ``key``, or (empty) in the first column that may hold one."""
+    question = None if key else question_of(columns)
+    if question is not None:
+        metadata = _metadata(columns, set(question.used)) | question.metadata()
+        return PromptShape(({"role": "user", "content": question.turns[0]},), metadata)
     column = key or next((c for c in PROMPT_COLUMNS if columns.get(c) is not None), "")
     if not column or columns.get(column) is None:
         wanted = f"column {key!r}" if key else f"column {listed(PROMPT_COLUMNS)}"
