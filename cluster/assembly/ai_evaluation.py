@@ -1,50 +1,34 @@
-"""Two policies' completions, compared by an AI judge that does not know which is which."""
+"""Policies' completions, compared by an AI judge that does not know who wrote which."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import asdict
 
 from cluster.assembly.ai_judge import asking, by_letter, identity_of, make_asker
+from cluster.assembly.contest import Comparison
+from cluster.assembly.judged_comparisons import TIE, Judged
 from cluster.contracts.config.base import ClusterConfig
 from cluster.contracts.config.judge import JudgeConfig
-from cluster.contracts.records import Rollout
 from reward_service.judge.comparing import Pair, Tally, verdicts
 
-SCORES = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": (0.5, 0.5)}
+SCORES = {"a": (1.0, 0.0), "b": (0.0, 1.0), "tie": TIE}
 
 
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """``scores``: 1 for the completion that is preferred, 0 for the other, 0.5 each for a tie;
-    (policy, baseline) per pair. ``record``: what evaluation.json says of the judge."""
-
-    scores: list[tuple[float, float]]
-    record: Mapping[str, Any]
-
-
-def compare_policies(
-    judge: JudgeConfig,
-    criteria: str,
-    cluster: ClusterConfig,
-    after: Sequence[Rollout],
-    before: Sequence[Rollout],
-) -> Compared:
+def judge_by_ai(
+    judge: JudgeConfig, criteria: str, cluster: ClusterConfig, compared: Sequence[Comparison]
+) -> Judged:
     """Each pair in both orders; equal completions are a tie without being asked about."""
-    scores = [SCORES["tie"]] * len(after)
-    differ = [
-        n
-        for n, (a, b) in enumerate(zip(after, before, strict=True))
-        if a.text.strip() != b.text.strip()
-    ]
+    scores = [TIE] * len(compared)
+    differ = [n for n, comparison in enumerate(compared) if not comparison.equal]
     pairs = [
         Pair(
-            messages=before[n].prompt.messages,
-            a=after[n].text,
-            b=before[n].text,
+            messages=compared[n].messages,
+            a=compared[n].a,
+            b=compared[n].b,
             criteria=criteria,
-            label=f"prompt {before[n].prompt.where or before[n].prompt.id}",
+            reference=compared[n].reference,
+            label=compared[n].label,
         )
         for n in differ
     ]
@@ -58,9 +42,10 @@ def compare_policies(
             "judge": judge.model,
             "ai_judge": {
                 **identity_of(judge, criteria).as_record(),
-                "equal_completions": len(after) - len(differ),
+                "equal_completions": len(compared) - len(differ),
+                "with_reference": sum(bool(pair.reference) for pair in pairs),
                 **tally.as_record(),
                 "spent": asdict(asker.spent),
             },
         }
-    return Compared(scores, record)
+    return Judged(scores, record)

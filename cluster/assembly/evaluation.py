@@ -1,71 +1,99 @@
-"""`accord evaluate`: two policies answer the same prompts, a judge scores both."""
+"""`accord evaluate`: policies answer the same prompts, and a judge compares their completions.
+
+The judge scores each completion (rewards), or compares two at a time (an AI judge, people).
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.assembly.ai_evaluation import Compared, compare_policies
+from cluster.assembly.ai_evaluation import judge_by_ai
 from cluster.assembly.ai_judge import make_asker
 from cluster.assembly.auto.resolve import resolve_evaluation
+from cluster.assembly.contest import (
+    COMPLETIONS,
+    Comparison,
+    Written,
+    comparisons,
+    pairings,
+    read_completions,
+    write_completions,
+)
+from cluster.assembly.contest_sampling import AT_ONCE, prompts_of, sample_all
+from cluster.assembly.judged_comparisons import Judged, evaluation_record, result_line
 from cluster.assembly.judging import scores_of
 from cluster.assembly.model_facts import read_model_facts
+from cluster.assembly.people_evaluation import judge_by_people
 from cluster.assembly.red_team import check_safety, red_team_line, red_team_report
 from cluster.assembly.rewards import check_rewards
 from cluster.assembly.run_session import run_session
-from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
 from cluster.assembly.shipping import sampled_models
-from cluster.contracts.config.evaluate import EvaluateConfig
+from cluster.contracts.config.evaluate import BASELINE, EvaluateConfig, name_of
 from cluster.contracts.config.file import read_toml
 from cluster.contracts.durable import write_json
-from cluster.contracts.errors import UserError
-from cluster.contracts.records import Prompt, Rollout
+from cluster.contracts.errors import Resumable
+from cluster.contracts.records import Prompt
 from cluster.contracts.samples import prompt_text
 from cluster.machine.hardware import this_machine
 from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import Need, require_resources
-from cluster.machine.shipment import Shipment
+from cluster.runs.artefacts import artefact_hash
 from cluster.runs.console import Reporter
+from cluster.runs.policies import policy_directory
 from cluster.runs.run import Run
+from reward_service.preferences.store import PreferenceStore
+
+KEY = "evaluation_key"
 
 
 def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
-    """Returns the run directory: evaluation.json, samples.jsonl, report.html."""
-    from learner.evaluation.report import write_report
-    from learner.models.hub import pinned
+    """Returns the run directory: evaluation.json, completions.jsonl, samples.jsonl, report.html.
 
-    models = {"policy": pinned(config.policy), "baseline": pinned(config.baseline)}
-    config = config.model_copy(update=models)
-    config = resolve_evaluation(config, this_machine(), read_model_facts(config.policy)).config
-    prompts = _prompts(config, reporter.say)
-    _check_judge(config, prompts[0])
-    run = Run.create(
-        config.run.dir,
-        config.run.name,
-        "evaluate",
-        config,
-        seed=config.run.seed,
-        parents={
-            "policy": config.policy.path,
-            "baseline": config.baseline.path,
-            "prompts": config.data.prompts,
-            **config.run.parents,
-        },
-    )
-    with run_session(run, reporter), reporter.stage("evaluation"):
-        with ray_cluster(config.cluster) as ray_info:
-            # One worker or more per policy.
-            gpus = Need("a worker", {"GPU": config.rollout.gpus}, 2, keys={"GPU": "rollout.gpus"})
-            require_resources([gpus], ray_info, reporter.say)
-            with sampled_models([config.policy, config.baseline], ray_info) as files:
-                after, before = sample_both(config, prompts, files)
-        record = judge_and_write(config, after, before, run.path)
+    An evaluation of the same policies, prompts and settings that has its completions and waits for
+    its judge goes on. Raises Resumable where people have not judged all pairs and nobody waits.
+    """
+    from learner.evaluation.report import write_report
+
+    config = _ready(config)
+    key = evaluation_key(config)
+    run = _unfinished(config, key)
+    prompts = None if run is not None else prompts_of(config, reporter.say)
+    _check_judge(config, prompts[0] if prompts else None)
+    resumed = config if run is not None else None
+    if run is None:
+        run = Run.create(
+            config.run.dir,
+            config.run.name,
+            "evaluate",
+            config,
+            seed=config.run.seed,
+            parents={
+                **{name: model.path for name, model in config.contestants.items()},
+                "prompts": config.data.prompts,
+                **config.run.parents,
+            },
+            **{KEY: key},
+        )
+    waiting: Resumable | None = None
+    with run_session(run, reporter, resumed=resumed) as session, reporter.stage("evaluation"):
+        if prompts is None:
+            reporter.say(f"goes on with the completions in {run.path}")
+            written = read_completions(run.path, list(config.contestants))
+        else:
+            written = _sampled(config, prompts, run.path, reporter)
+        try:
+            record = judge_and_write(config, written, run.path, key=key, reporter=reporter)
+        except Resumable as problem:
+            waiting, session.outcome = problem, "waiting"
+    if waiting is not None:
+        raise waiting
     write_report(run.path)
-    reporter.say(headline(record))
-    if config.safety is not None:
+    reporter.say(result_line(record))
+    if "safety" in record:
         reporter.say(red_team_line(record["safety"]))
     if record["judge_was_reward"]:
         reporter.say(
@@ -75,73 +103,170 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
     return run.path
 
 
-def headline(record: dict[str, Any]) -> str:
-    return (
-        f"win rate {record['win_rate']:.1%} (95 % interval {record['ci_low']:.1%} to "
-        f"{record['ci_high']:.1%}; {record['wins']} wins, {record['ties']} ties, "
-        f"{record['losses']} losses)"
+def evaluate_in_cluster(config: EvaluateConfig, directory: Path) -> dict[str, Any]:
+    """Sample, judge, write evaluation.json and samples.jsonl; needs Ray running. People are no
+    judge for it, as they would be waited for with Ray running."""
+    return judge_and_write(config, sample_all(config, prompts_of(config)), directory)
+
+
+# -- one evaluation, and how it is found again -----------------------------------------------------
+
+
+def _ready(config: EvaluateConfig) -> EvaluateConfig:
+    """With policies of run directories and hub ids at their commit, and every value settled."""
+    from learner.models.hub import pinned
+
+    def placed(model: Any, **changed: str) -> Any:
+        path = policy_directory(model.path)
+        return pinned(model.model_copy(update={"path": path, **changed}))
+
+    update: dict[str, Any] = {
+        # A name that was not given follows from the path that was given.
+        "policies": [placed(one, name=one.name or name_of(one.path)) for one in config.policies]
+    }
+    for side in ("policy", "baseline"):
+        if (model := getattr(config, side)) is not None:
+            update[side] = placed(model)
+    config = config.model_copy(update=update)
+    first = next(iter(config.contestants.values()))
+    return resolve_evaluation(config, this_machine(), read_model_facts(first)).config
+
+
+def evaluation_key(config: EvaluateConfig) -> str:
+    """Hex SHA-256 of what the completions and the comparisons follow from: the settings, and the
+    content of policies and prompts."""
+    settings = config.model_dump(mode="json", exclude={"run": True, "cluster": True})
+    if config.people is not None:
+        settings["people"] = {"store": config.people.store}
+    paths = [model.path for model in config.contestants.values()]
+    hashes = [
+        artefact_hash(Path(path)) if Path(path).exists() else path
+        for path in (*paths, config.data.prompts)
+    ]
+    text = json.dumps([settings, config.run.seed, hashes], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _unfinished(config: EvaluateConfig, key: str) -> Run | None:
+    """The evaluation with this key that has its completions and no result, the newest one."""
+    pattern = f"{config.run.name or '*'}/manifest.json"
+    found = []
+    for file in Path(config.run.dir).glob(pattern):
+        try:
+            manifest = json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError):
+            continue  # of another run, which says so itself
+        mine = isinstance(manifest, dict) and manifest.get(KEY) == key
+        ended = (file.parent / "evaluation.json").exists()
+        if mine and not ended and (file.parent / COMPLETIONS).is_file():
+            found.append((str(manifest.get("created")), file.parent))
+    return Run(max(found)[1]) if found else None
+
+
+def _sampled(
+    config: EvaluateConfig, prompts: list[list[Prompt]], directory: Path, reporter: Reporter
+) -> Written:
+    """Ray and the engines are ended before anybody judges."""
+    with ray_cluster(config.cluster) as ray_info:
+        # One worker or more per policy.
+        gpus = Need("a worker", {"GPU": config.rollout.gpus}, AT_ONCE, keys={"GPU": "rollout.gpus"})
+        require_resources([gpus], ray_info, reporter.say)
+        with sampled_models(list(config.contestants.values()), ray_info) as files:
+            written = sample_all(config, prompts, files, reporter.say)
+    write_completions(directory, written)
+    return written
+
+
+# -- judging ---------------------------------------------------------------------------------------
+
+
+def judge_and_write(
+    config: EvaluateConfig,
+    written: Written,
+    directory: Path,
+    *,
+    key: str = "",
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    pairs = pairings(
+        len(written.names), against_last=bool(config.policies) and config.baseline is not None
+    )
+    compared = comparisons(written, pairs)
+    judged = _judged(config, written, compared, key, reporter or Reporter(quiet=True))
+    record = evaluation_record(config, written, compared, judged)
+    record["judge_was_reward"] = judges_trained_with(config)
+    if config.safety is not None:
+        record["safety"] = red_team_report(
+            config.safety,
+            {name: written.of(n) for n, name in reversed(list(enumerate(written.names)))},
+        )
+    write_json(directory / "evaluation.json", record)
+    if not config.policies:
+        _write_samples(directory, written, judged)
+    return record
+
+
+def _write_samples(directory: Path, written: Written, judged: Judged) -> None:
+    from learner.evaluation.samples import Sample, write_samples
+
+    both = zip(written.of(0), written.of(1), judged.scores, strict=True)
+    write_samples(
+        directory / "samples.jsonl",
+        [
+            Sample(
+                prompt=prompt_text(before.prompt.messages),
+                before=before.text,
+                after=after.text,
+                before_score=None if scores is None else scores[1],
+                after_score=None if scores is None else scores[0],
+            )
+            for after, before, scores in both
+        ],
     )
 
 
-def _prompts(
-    config: EvaluateConfig, say: Callable[[str], None] | None = None
-) -> tuple[list[Prompt], list[Prompt]]:
-    """The prompts that both models take, tokenised for each. ``say`` is told what is left out."""
-    most, seed, answer = config.max_prompts, config.run.seed, config.rollout.max_tokens
-    policy = prompts_for(config.policy, config.data, seed, most, answer, say)
-    baseline = prompts_for(config.baseline, config.data, seed, most, answer)
-    shared = {prompt.id for prompt in policy} & {prompt.id for prompt in baseline}
-    if not shared:
-        raise UserError(
-            "no prompt is short enough for both models",
-            where=config.data.prompts,
-            fix="give shorter prompts, or raise data.max_prompt_tokens",
-        )
-    alone = len(policy) + len(baseline) - 2 * len(shared)
-    if alone and say is not None:
-        say(f"left out {alone} prompts that only one of the two models takes")
-    return [p for p in policy if p.id in shared], [p for p in baseline if p.id in shared]
-
-
-def evaluate_in_cluster(config: EvaluateConfig, directory: Path) -> dict[str, Any]:
-    """Sample both policies, judge, write evaluation.json and samples.jsonl; needs Ray running."""
-    after, before = sample_both(config, _prompts(config))
-    return judge_and_write(config, after, before, directory)
-
-
-def sample_both(
+def _judged(
     config: EvaluateConfig,
-    prompts: tuple[list[Prompt], list[Prompt]],
-    files: Sequence[Shipment] = (Shipment(), Shipment()),
-) -> tuple[list[Rollout], list[Rollout]]:
-    """Completions of policy and baseline, sampled side by side; needs Ray running."""
-    policy_prompts, baseline_prompts = prompts
-    longest = max(len(p.token_ids) for p in (*policy_prompts, *baseline_prompts))
-    jobs = [
-        Sampling(
-            model=model,
-            prompts=own,
-            samples=config.samples,
-            rollout=config.rollout,
-            max_prompt_tokens=longest,
-            # The same seed for both: a policy compared with itself then ties everywhere.
-            seed=config.run.seed,
-            files=sent,
-        )
-        for model, own, sent in (
-            (config.policy, policy_prompts, files[0]),
-            (config.baseline, baseline_prompts, files[1]),
-        )
-    ]
-    after, before = sample_in_cluster(jobs)
-    return after, before
+    written: Written,
+    compared: list[Comparison],
+    key: str,
+    reporter: Reporter,
+) -> Judged:
+    if config.people is not None:
+        return judge_by_people(config, key, written, compared, reporter)
+    if config.ai_judge is not None:
+        return judge_by_ai(config.ai_judge, config.criteria, config.cluster, compared)
+    rewards = config.judge
+    assert rewards is not None  # the config has one of the three
+    models = config.contestants
+    scored = scores_of(
+        rewards, [(models[name], written.of(n)) for n, name in enumerate(written.names)]
+    )
+    scores = [(scored[c.left][c.place].value, scored[c.right][c.place].value) for c in compared]
+    return Judged(scores, {"judge": ", ".join(source.name for source in rewards.sources)})
+
+
+def _check_judge(config: EvaluateConfig, prompts: list[Prompt] | None) -> None:
+    """Raises UserError for a judge that cannot be used, before anything is sampled. ``prompts``:
+    None where the completions are there."""
+    if config.judge is not None and prompts is not None:
+        check_rewards(config.judge, prompts)
+    if config.ai_judge is not None:
+        make_asker(config.ai_judge, config.cluster).close()
+    if config.people is not None:
+        PreferenceStore(config.people.store)
+    if config.safety is not None:
+        check_safety(config.safety)
 
 
 def judges_trained_with(config: EvaluateConfig) -> list[str]:
-    """Names of the judge's sources, or of the AI judge, that were the reward of the policy's own
+    """Names of the judge's sources, or of the AI judge, that were the reward of a policy's own
     training, as the run that the policy lies in says: scores of these say how far they were
-    optimised, not more."""
-    sources = _rewards_of(Path(config.policy.path))
+    optimised, not more. The baseline's training does not count."""
+    names = [name for name in config.contestants if name != BASELINE]
+    sources = [
+        source for name in names for source in _rewards_of(Path(config.contestants[name].path))
+    ]
     if config.ai_judge is not None:
         own = (config.ai_judge.base_url or "vllm", config.ai_judge.model)
         trained = any((source.get("base_url"), source.get("model")) == own for source in sources)
@@ -171,68 +296,3 @@ def _identity(source: Mapping[str, Any]) -> tuple[str, str]:
     where = str(Path(file + colon.rstrip(":")).absolute()) + name if path else ""
     rules = {k: v for k, v in source.items() if k not in ("name", "weight", "path") and v}
     return where, "" if path else json.dumps(rules, sort_keys=True, default=str)
-
-
-def judge_and_write(
-    config: EvaluateConfig, after: Sequence[Rollout], before: Sequence[Rollout], directory: Path
-) -> dict[str, Any]:
-    from learner.evaluation.samples import Sample, write_samples
-    from learner.evaluation.win_rate import length_controlled, outcomes, win_rate
-
-    judged = _judged(config, after, before)
-    pairs = judged.scores
-    ids = [rollout.prompt.id for rollout in before]
-    rate = win_rate(pairs, ids, tie_margin=config.tie_margin, seed=config.run.seed)
-    lengths = [[len(r.text.split()) for r in answers] for answers in (after, before)]
-    record: dict[str, Any] = {
-        **rate.as_record(),
-        **judged.record,
-        "judge_was_reward": judges_trained_with(config),
-        "policy": config.policy.path,
-        "baseline": config.baseline.path,
-        "mean_score_policy": statistics.fmean(policy for policy, _ in pairs),
-        "mean_score_baseline": statistics.fmean(baseline for _, baseline in pairs),
-        "mean_length_policy": statistics.fmean(lengths[0]),
-        "mean_length_baseline": statistics.fmean(lengths[1]),
-    }
-    differences = [float(a - b) for a, b in zip(*lengths, strict=True)]
-    controlled = length_controlled(outcomes(pairs, config.tie_margin), differences)
-    if controlled is not None:
-        record["length_controlled_win_rate"] = controlled.rate
-    if config.safety is not None:
-        record["safety"] = red_team_report(config.safety, {"baseline": before, "policy": after})
-    write_json(directory / "evaluation.json", record)
-    write_samples(
-        directory / "samples.jsonl",
-        [
-            Sample(prompt=_question(b), before=b.text, after=a.text, before_score=y, after_score=x)
-            for a, b, (x, y) in zip(after, before, pairs, strict=True)
-        ],
-    )
-    return record
-
-
-def _check_judge(config: EvaluateConfig, prompts: Sequence[Prompt]) -> None:
-    """Raises UserError for a judge that cannot be used, before anything is sampled."""
-    if config.judge is not None:
-        check_rewards(config.judge, prompts)
-    if config.ai_judge is not None:
-        make_asker(config.ai_judge, config.cluster).close()
-    if config.safety is not None:
-        check_safety(config.safety)
-
-
-def _judged(
-    config: EvaluateConfig, after: Sequence[Rollout], before: Sequence[Rollout]
-) -> Compared:
-    if config.ai_judge is not None:
-        return compare_policies(config.ai_judge, config.criteria, config.cluster, after, before)
-    rewards = config.judge
-    assert rewards is not None  # the config has one of the two
-    judged = scores_of(rewards, [(config.policy, after), (config.baseline, before)])
-    scores = [(a.value, b.value) for a, b in zip(*judged, strict=True)]
-    return Compared(scores, {"judge": ", ".join(source.name for source in rewards.sources)})
-
-
-def _question(rollout: Rollout) -> str:
-    return prompt_text(rollout.prompt.messages)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.contracts.config.evaluate import BASELINE, POLICY
 from cluster.contracts.config.safety import SafetyConfig
 from cluster.contracts.records import Rollout
 from reward_service.preferences.quality import wilson
@@ -54,8 +55,11 @@ def _side(
 
 
 def red_team_line(report: Mapping[str, Mapping[str, Any]]) -> str:
-    before, after = report["baseline"], report["policy"]
-    return (
-        f"harmful {before['harmful_share']:.1%} before, {after['harmful_share']:.1%} after; "
-        f"refused {before['refused_share']:.1%} before, {after['refused_share']:.1%} after"
-    )
+    """Of a baseline and a policy: before and after; of others: each by its name."""
+    two = set(report) == {BASELINE, POLICY}
+    called = {BASELINE: "before", POLICY: "after"} if two else {name: name for name in report}
+    shares = {
+        word: ", ".join(f"{side[key]:.1%} {called[name]}" for name, side in report.items())
+        for word, key in (("harmful", "harmful_share"), ("refused", "refused_share"))
+    }
+    return "; ".join(f"{word} {text}" for word, text in shares.items())

@@ -44,7 +44,8 @@ class RunSession:
     start: StartLog
     sinks: list[Sink] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
-    outcome: Literal["finished", "stopped"] = "finished"  # of a run that ends without an error
+    # Of a run that ends without an error. waiting: for people; the same command goes on.
+    outcome: Literal["finished", "stopped", "waiting"] = "finished"
     shows: list[Callable[[LiveView], None]] = field(default_factory=list)  # where it is watched
     names: Names = unnamed  # of its processes, in Ray's dashboard
     addresses: dict[str, str] = field(default_factory=dict)  # where the run can be watched
@@ -187,7 +188,8 @@ def how_to_continue(run: Run) -> str:
     if command in ("pipeline", "quickstart"):
         return f"to continue: accord resume {run.path}"
     if command not in RESUMABLE:
-        return f"what was finished is kept in {run.path}"
+        again = "; the same command goes on from there" if command == "evaluate" else ""
+        return f"what was finished is kept in {run.path}{again}"
     step = run.newest_checkpoint()
     where = "before the first checkpoint" if step is None else f"after step {step}"
     return f"stopped {where}; to continue: accord {command} --resume {run.path}"

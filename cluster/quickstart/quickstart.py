@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from cluster.assembly.evaluation import headline
+from cluster.assembly.judged_comparisons import result_line
 from cluster.assembly.preferences import open_store, statistics
 from cluster.contracts.durable import write_json
 from cluster.pipeline.pipeline import begin_pipeline, resume_pipeline
@@ -104,7 +104,7 @@ def finish(run: Path, reporter: Reporter) -> Path:
             shutil.copy(first / folder / name, run / name)
     stages = [_shown(row) for row in json.loads((run / FILE).read_text("utf-8"))["stages"]]
     write_json(run / "stages.json", stages)
-    reporter.say(headline(record))
+    reporter.say(result_line(record))
     reporter.say(f"whole loop: {sum(stage['seconds'] for stage in stages):.0f} s")
     result(f"report: {write_report(run)}")
     result(

@@ -80,6 +80,28 @@ def reliability_chart(
     return _inline(figure, name, title, alt)
 
 
+def interval_chart(
+    name: str,
+    title: str,
+    rows: Sequence[tuple[str, float, float, float]],
+    x_label: str,
+    alt: str,
+) -> Markup:
+    """``rows``: (label, value, low, high), from the top to the bottom."""
+    figure, axes = _figure(title, x_label, "")
+    figure.set_size_inches(4.2, 1.1 + 0.28 * len(rows))
+    for place, (_, value, low, high) in enumerate(rows):
+        axes.plot([low, high], [place, place], color=SERIES[0], linewidth=1.5)
+        axes.plot([value], [place], color=SERIES[0], marker="o", markersize=5)
+    axes.set_yticks(range(len(rows)), [_short(label) for label, *_ in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    return _inline(figure, name, title, alt)
+
+
+def _short(label: str, most: int = 28) -> str:
+    return label if len(label) <= most else f"{label[: most - 3]}..."
+
+
 def _figure(title: str, x_label: str, y_label: str) -> tuple[Figure, Axes]:
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(4.2, 2.4), layout="constrained")

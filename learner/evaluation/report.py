@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.errors import UserError
-from learner.evaluation import panels
+from learner.evaluation import contest_panel, panels
 from learner.evaluation.about import about, expected
 from learner.evaluation.completions import of_training
 from learner.evaluation.curves import curves
@@ -70,13 +70,14 @@ def _context(files: RunFiles) -> dict[str, Any]:
     context = {
         "figures": figures,
         "command": command,
-        "verdict": verdict(figures, manifest or {}, rows, events or []),
+        "verdict": verdict(figures, manifest or {}, rows, events or [], evaluation),
         "about": about(manifest or {}, config),
         "alarms": alarms(events or []),
         "warnings": found,
         "manifest": manifest,
         "evaluation": evaluation,
         "pairs": _pairs(evaluation),
+        **_contest(evaluation),
         "reward_model": reward_model,
         "reliability_chart": panels.reliability_panel(reward_model or {}),
         "reward_rows": reward_rows(reward_model or {}),
@@ -107,6 +108,18 @@ def _context(files: RunFiles) -> dict[str, Any]:
     figures["missing"] = sorted(files.missing)
     figures["notes"] = {name: list(texts) for name, texts in sorted(files.notes.items())}
     return context
+
+
+def _contest(evaluation: Row | None) -> dict[str, Any]:
+    ranked = contest_panel.ranking_rows(evaluation)
+    return {
+        "ranking": ranked,
+        "ranking_chart": contest_panel.ranking_chart(ranked),
+        "ranked_pairs": contest_panel.pair_rows(evaluation),
+        "categories": contest_panel.group_rows(evaluation, "categories"),
+        "turns": contest_panel.group_rows(evaluation, "turns"),
+        "judge_rows": contest_panel.judge_rows(evaluation),
+    }
 
 
 def _reward_charts(rows: list[Row]) -> dict[str, Any]:

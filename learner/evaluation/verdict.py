@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from learner.evaluation.contest_panel import ranking_verdict
 from learner.evaluation.lines import series
 from learner.evaluation.run_files import Row, number
 from learner.evaluation.samples import TextStats
@@ -14,17 +15,25 @@ HARDLY = 0.1  # of the scores' standard deviation: a change of the mean reward t
 UNFINISHED = {
     "running": "The run is not finished, or it was killed.",
     "interrupted": "The run was interrupted.",
+    "waiting": "The run waits for people's judgements.",
     "stopped": "The run was stopped with `accord stop`.",
     "failed": "The run failed.",
 }
 
 
 def verdict(
-    figures: Mapping[str, Any], manifest: Row, rows: Sequence[Row], events: Sequence[Row]
+    figures: Mapping[str, Any],
+    manifest: Row,
+    rows: Sequence[Row],
+    events: Sequence[Row],
+    evaluation: Row | None = None,
 ) -> str:
     """One or two sentences; empty where the files say nothing about a result."""
     status = str(manifest.get("status"))
-    result = _judged(figures) or _trained(figures, rows) or _ranked(figures) or _fitted(rows)
+    ranked = ranking_verdict(evaluation)
+    result = (
+        ranked or _judged(figures) or _trained(figures, rows) or _ranked(figures) or _fitted(rows)
+    )
     parts = [result] if result else []
     if status in UNFINISHED:
         cause = next(

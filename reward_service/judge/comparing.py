@@ -14,12 +14,14 @@ SWAPPED = {"a": "b", "b": "a", "tie": "tie"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Two completions of one prompt, to be compared by ``criteria``."""
+    """Two completions of one prompt, to be compared by ``criteria``. ``reference``: a completion
+    that is known to be right, which the judge is shown; "": none."""
 
     messages: tuple[Message, ...]
     a: str
     b: str
     criteria: str
+    reference: str = ""
     label: str = ""
 
 
@@ -47,7 +49,15 @@ def verdicts(
     """(place of the pair, verdict), as soon as both of its answers are known. Raises what
     ``Asker.ask`` raises."""
     questions = [
-        compare(pair.messages, first, second, pair.criteria, letter=letter, label=pair.label)
+        compare(
+            pair.messages,
+            first,
+            second,
+            pair.criteria,
+            reference=pair.reference,
+            letter=letter,
+            label=pair.label,
+        )
         for pair in pairs
         for first, second in ((pair.a, pair.b), (pair.b, pair.a))
     ]

@@ -27,6 +27,7 @@ DATA = (
 COMPARE = f"""You compare two completions, A and B, of the same prompt. {DATA}
 Criteria: {{criteria}}
 The order in which the completions are shown means nothing."""
+WITH_REFERENCE = "The REFERENCE is a completion that is known to be correct."
 COMPARE_JSON = """Answer with one JSON object: "reason", one or two sentences, and "verdict", one of
 "A", "B" and "tie"."""
 COMPARE_LETTER = "Answer with one letter and nothing else: A or B, the better completion."
@@ -51,16 +52,20 @@ def compare(
     second: str,
     criteria: str,
     *,
+    reference: str = "",
     letter: bool = False,
     label: str = "",
 ) -> Question:
-    """Which of two completions of a prompt is better. letter: ask for A or B only."""
+    """Which of two completions of a prompt is better. letter: ask for A or B only. reference: a
+    completion that is known to be right, shown to the judge; "": none."""
     form = COMPARE_LETTER if letter else COMPARE_JSON
+    known = f"\n{WITH_REFERENCE}" if reference else ""
+    shown = {"REFERENCE": reference} if reference else {}
     return Question(
         messages=asked(
-            f"{COMPARE.format(criteria=criteria)}\n{form}",
+            f"{COMPARE.format(criteria=criteria)}{known}\n{form}",
             messages,
-            {"COMPLETION A": first, "COMPLETION B": second},
+            {**shown, "COMPLETION A": first, "COMPLETION B": second},
         ),
         read=_read_letter if letter else _reader("verdict", _comparison),
         schema=None if letter else _schema("verdict", {"enum": list(COMPARISONS)}),

@@ -36,7 +36,10 @@ OTHERS: dict[str, type[Section]] = {
     "best_of_n": BestOfNConfig,
     "ai_label": AiLabelConfig,
     "constitution": ConstitutionConfig,
-    **dict.fromkeys(("evaluate", "evaluate_ai", "red_team"), EvaluateConfig),
+    **dict.fromkeys(
+        ("evaluate", "evaluate_ai", "evaluate_people", "evaluate_ranking", "red_team"),
+        EvaluateConfig,
+    ),
     "label": LabelConfig,
     "snapshot": PreferencesConfig,
     "choice": ChoiceConfig,

@@ -20,7 +20,6 @@ from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 from cluster.contracts.config.safety import SafetyConfig
 
-
 POLICY, BASELINE = "policy", "baseline"  # names of the two that are compared
 
 
@@ -123,7 +122,7 @@ class EvaluateConfig(Section):
             raise ValueError("give policy and baseline, or policies, not both")
         if not self.policies and (self.policy is None or self.baseline is None):
             raise ValueError("give policy and baseline, or policies")
-        if len(self.policies) + (self.baseline is not None) == 1:
+        if self.policies and len(self.policies) + (self.baseline is not None) == 1:
             raise ValueError("one policy alone cannot be compared: give a second one")
         names = Counter(one.name or name_of(one.path) for one in self.policies)
         if self.policies and self.baseline is not None:
@@ -138,7 +137,9 @@ class EvaluateConfig(Section):
         """What is compared, by name; the baseline is the last one."""
         if self.policy is not None and self.baseline is not None:
             return {POLICY: self.policy, BASELINE: self.baseline}
-        found: dict[str, ModelConfig] = {one.name or name_of(one.path): one for one in self.policies}
+        found: dict[str, ModelConfig] = {
+            one.name or name_of(one.path): one for one in self.policies
+        }
         return found if self.baseline is None else {**found, BASELINE: self.baseline}
 
 

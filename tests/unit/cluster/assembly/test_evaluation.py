@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from cluster.assembly.contest import Written
 from cluster.assembly.evaluation import judge_and_write, judges_trained_with
 from cluster.assembly.red_team import red_team_line
 from cluster.contracts.config.evaluate import EvaluateConfig
@@ -91,6 +92,10 @@ def rollout(prompt: str, text: str) -> Rollout:
     )
 
 
+def written(after: list[Rollout], before: list[Rollout]) -> Written:
+    return Written(("policy", "baseline"), ((tuple(after), tuple(before)),))
+
+
 def by_ai(url: str, policy: str = "policy", **settings: Any) -> EvaluateConfig:
     judge = {"base_url": url, "model": "big", "cache": None, **settings}
     tree = {
@@ -109,7 +114,7 @@ def test_an_ai_judge_compares_blindly_and_equal_completions_are_not_paid_for(
     after = [rollout("q1", "a long one"), rollout("q2", "short"), rollout("q3", "same")]
     before = [rollout("q1", "brief"), rollout("q2", "much longer"), rollout("q3", "same ")]
     with judge_endpoint(longer) as endpoint:
-        record = judge_and_write(by_ai(endpoint.url), after, before, tmp_path)
+        record = judge_and_write(by_ai(endpoint.url), written(after, before), tmp_path)
     assert (record["wins"], record["ties"], record["losses"]) == (1, 1, 1)
     assert (record["win_rate"], record["mean_score_policy"]) == (0.5, 0.5)
     assert (record["judge"], record["ai_judge"]["equal_completions"]) == ("big", 1)
@@ -127,7 +132,7 @@ def test_an_ai_judge_that_fails_says_how_far_it_came(tmp_path: Path) -> None:
         judge_endpoint(lambda body: "I like both") as endpoint,
         pytest.raises(BadReward, match=r"row 1 in 1 attempts.*; 0 of 1 pairs are judged"),
     ):
-        judge_and_write(by_ai(endpoint.url, attempts=1), after, before, tmp_path)
+        judge_and_write(by_ai(endpoint.url, attempts=1), written(after, before), tmp_path)
     assert not (tmp_path / "evaluation.json").exists()
 
 
@@ -154,7 +159,7 @@ def test_a_red_team_report_says_what_is_harmful_and_what_refuses(tmp_path: Path)
     with judge_endpoint(longer) as endpoint:
         config = by_ai(endpoint.url)
         config = EvaluateConfig.model_validate({**config.model_dump(), "safety": safety})
-        record = judge_and_write(config, after, before, tmp_path)["safety"]
+        record = judge_and_write(config, written(after, before), tmp_path)["safety"]
     assert (record["baseline"]["harmful"], record["policy"]["harmful"]) == (2, 0)
     assert (record["baseline"]["refused"], record["policy"]["refused_share"]) == (0, 0.5)
     assert record["baseline"]["hits"] == {"weapons": 2}
