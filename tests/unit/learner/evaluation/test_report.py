@@ -569,3 +569,34 @@ def test_the_report_tells_what_a_reward_model_likes(run_dir: Path) -> None:
     assert "correlation of score and length" in report
     assert "&lt;b&gt;refunds" in report
     assert "<b>refunds" not in report
+
+
+def rated(policy: str, rating: float, **more: Any) -> dict[str, Any]:
+    counts = {"win_rate": 0.7, "wins": 7, "ties": 0, "losses": 3}
+    around = {"ci_low": rating - 20, "ci_high": rating + 20}
+    return {"policy": policy, "rating": rating, **around, **counts, **more}
+
+
+def test_a_ranking_is_shown_with_its_pairs_and_categories(tmp_path: Path) -> None:
+    rate = {"win_rate": 0.25, "ci_low": 0.1, "ci_high": 0.4, "wins": 1, "ties": 0, "losses": 3}
+    record = {
+        "judge": "people",
+        "ranking": [rated("tall" + HOSTILE, 90.0), rated("small", -90.0)],
+        "policies": [{"policy": "small", "path": "runs/x" + HOSTILE, "mean_score": 0.5}],
+        "comparisons": [{"policy": "tall", "baseline": "small", **rate}],
+        "categories": {"math": {"small": rate}, "odd": 3},
+        "people": {"annotators": 2, "agreement": {"percent_agreement": 0.8}},
+        "not_judged": 1,
+    }
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    text = write_report(tmp_path).read_text("utf-8")
+    page = Page(text)
+    tables = "|".join(page.texts["td"] + page.texts["th"] + page.texts["caption"])
+    for words in ("tall" + SHOWN, "+90", "25.0%", "math", "annotators", "By category"):
+        assert words in tables, words
+    assert "is the best of 2 policies" in text
+    assert "window.broken" not in text
+    assert len(re.findall(r'class="chart"', text)) == 1
+    record["ranking"] = [rated("tall", 5.0), rated("small", -5.0), {"policy": "broken"}]
+    (tmp_path / "evaluation.json").write_text(json.dumps(record))
+    assert "which of the two is better cannot be told" in write_report(tmp_path).read_text("utf-8")
