@@ -44,7 +44,10 @@ def open_label_site(config: LabelConfig, say: Callable[[str], None]) -> LabelSit
     new = _read(config, say)  # first: a bad file leaves no new store behind
     store = PreferenceStore(config.store)
     labelling = Labelling(
-        store, overlap=config.data.overlap, lease_s=config.data.lease_minutes * 60
+        store,
+        overlap=config.data.overlap,
+        overlap_share=config.data.overlap_share,
+        lease_s=config.data.lease_minutes * 60,
     )
     people = People(store)
     desk = Desk(labelling, people, rules_of(config.page, people, config.data.gold_every))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 from cluster.contracts.errors import UserError
 from reward_service.preferences.encoding import item_from, json_text, judgement_from
-from reward_service.preferences.records import Item, Judgement
+from reward_service.preferences.records import Item, Judgement, text_hash, withdrawal
 from reward_service.preferences.store import CURRENT, IN_FORCE, PreferenceStore
 
 LEASE_S = 15 * 60.0
@@ -30,9 +31,9 @@ class Progress:
     leased: int
 
 
-# How many annotators label an item: more than :overlap where it was chosen for more.
+# How many annotators label an item: more than the overlap where it was chosen for more.
 _WANTED = """
-  max(:overlap, coalesce(json_extract(items.chosen_by, '$.judgements'), 1))
+  max(wanted(items.id), coalesce(json_extract(items.chosen_by, '$.judgements'), 1))
 """
 _LABELS = f"{IN_FORCE} AND answer IN ('ranking', 'all_bad', 'demonstration')"
 # Others than :who have labelled or reserved the item as often as it is wanted. Control items (gold)
@@ -54,6 +55,11 @@ _HELD = """
 """
 
 
+def share_place(item_id: str) -> float:
+    """A number from 0 to 1 that follows from the id alone."""
+    return int(text_hash(f"overlap {item_id}")[:12], 16) / 16**12
+
+
 class Labelling:
     """The part of the store that a labelling page uses. Thread-safe, several processes may use
     it."""
@@ -63,16 +69,31 @@ class Labelling:
         store: PreferenceStore,
         *,
         overlap: int = 1,
+        overlap_share: float = 1.0,
         lease_s: float = LEASE_S,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``overlap``: how many annotators label each item; ``chosen_by.judgements`` of an item may
-        ask for more. ``lease_s``: seconds for which an item
-        is reserved for who was given it."""
+        """``overlap``: how many annotators label an item; of a share ``overlap_share`` of the
+        items, the others are labelled by one. ``chosen_by.judgements`` of an item may ask for more.
+        ``lease_s``: seconds for which an item is reserved for who was given it."""
         self.store = store
         self.overlap = overlap
+        self.overlap_share = overlap_share
         self.lease_s = lease_s
         self.clock = clock
+
+    def wanted(self, item_id: str) -> int:
+        """How many annotators label the item. Which items belong to the share follows from a hash
+        of their ids, so that it is the same in every process and for every annotator."""
+        if self.overlap == 1 or self.overlap_share == 1:
+            return self.overlap
+        return self.overlap if share_place(item_id) < self.overlap_share else 1
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        with self.store.database.writing() as db:
+            db.create_function("wanted", 1, self.wanted, deterministic=True)
+            yield db
 
     def prioritise(self, priorities: Mapping[str, float]) -> None:
         """Item id -> priority. Items with a higher one are given out first; without one it is 0."""
@@ -86,10 +107,10 @@ class Labelling:
     def next_item(self, annotator_id: str, *, gold: bool | None = None) -> Item | None:
         """The item that the annotator has now, else the next free one, reserved for ``lease_s``
         seconds; None when nothing is left for this annotator. No item is reserved for more than
-        ``overlap`` annotators, less those who have labelled it. ``gold``: of the free ones only
+        ``wanted`` annotators, less those who have labelled it. ``gold``: of the free ones only
         control items, or none of them; None: any."""
         values = {**self._values(annotator_id), "gold": gold}
-        with self.store.database.writing() as db:
+        with self._writing() as db:
             row = db.execute(
                 "SELECT items.* FROM items LEFT JOIN priorities ON priorities.item_id = items.id "
                 f"WHERE NOT ({_ANSWERED}) AND NOT ({_TAKEN}) "
@@ -106,7 +127,7 @@ class Labelling:
         """As ``next_item``, for one item: a page that was opened again, or a label taken back.
         False where others have the item, or the annotator has judged it."""
         values = {**self._values(annotator_id), "item": item_id}
-        with self.store.database.writing() as db:
+        with self._writing() as db:
             free = f"NOT ({_ANSWERED}) AND NOT ({_TAKEN})"
             row = db.execute(f"SELECT id FROM items WHERE id = :item AND {free}", values).fetchone()
             if row is not None:
@@ -126,7 +147,7 @@ class Labelling:
         out, the judgement still counts unless others have taken the item: then LeaseLost. Raises
         what ``add_judgement`` raises."""
         key = {"item": judgement.item_id, **self._values(judgement.annotator_id)}
-        with self.store.database.writing() as db:
+        with self._writing() as db:
             query = "SELECT * FROM judgements WHERE id = ?"
             known = db.execute(query, (judgement.id,)).fetchone()
             if known is not None:  # sent again: a later clock does not make it another answer
@@ -184,21 +205,33 @@ class Labelling:
         row = self._one(query, annotator_id, item_id)
         return None if row is None else judgement_from(row)
 
+    def put_back(self, judgement_id: str, admin: str, new_id: str, now: str) -> bool:
+        """An admin takes back somebody's skip or flag: the item is to be labelled again, also by
+        that annotator. The record of both stays. False where it is not in force any more."""
+        found = self.store.judgement(judgement_id)
+        if found is None or found.answer not in ("skip", "flag"):
+            return False
+        current = self.current(found.annotator_id, found.item_id)
+        if current is None or current.id != judgement_id:
+            return False
+        taken_back = withdrawal(found, new_id, now)
+        return self.store.add_judgement(replace(taken_back, rationale=f"put back by {admin}"))
+
     def progress(self) -> Progress:
         query = f"""
           SELECT (SELECT COUNT(*) FROM items),
             (SELECT COUNT(*) FROM items WHERE {_WANTED} <= (SELECT COUNT(*) FROM judgements
               WHERE judgements.item_id = items.id AND {_LABELS})),
-            (SELECT COUNT(DISTINCT item_id) FROM leases WHERE expires_at > :now)
+            (SELECT COUNT(DISTINCT item_id) FROM leases WHERE expires_at > ?)
         """
-        items, done, leased = self._one(query, {"overlap": self.overlap, "now": self.clock()})
+        with self.store.database.reading() as db:
+            db.create_function("wanted", 1, self.wanted, deterministic=True)
+            items, done, leased = db.execute(query, (self.clock(),)).fetchone()
         return Progress(items=items, done=done, leased=leased)
 
     def _values(self, annotator_id: str) -> dict[str, Any]:
-        return {"who": annotator_id, "overlap": self.overlap, "now": self.clock()}
+        return {"who": annotator_id, "now": self.clock()}
 
     def _one(self, query: str, *values: Any) -> Any:
-        """``values``: in their order, or one mapping by name."""
-        named = values[0] if values and isinstance(values[0], Mapping) else values
         with self.store.database.reading() as db:
-            return db.execute(query, named).fetchone()
+            return db.execute(query, values).fetchone()

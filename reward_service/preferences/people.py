@@ -16,6 +16,7 @@ from cluster.contracts.errors import UserError
 from reward_service.preferences.records import text_hash, utc_now
 from reward_service.preferences.store import PreferenceStore
 
+WITHDRAWN = 0.0  # a time at which no link ends by itself
 Role = Literal["admin", "annotator"]
 DocumentKind = Literal["guideline", "consent", "warning"]
 
@@ -37,12 +38,18 @@ class Document:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Invite:
-    """A one-time link, without its secret. ``used_by``: the annotator it made; "": not used."""
+    """A one-time link, without its secret. ``id``: the hash of the secret. ``used_by``: the
+    annotator it made; "": not used. ``expires_at`` 0: it was withdrawn."""
 
+    id: str
     role: Role
     team: str
     expires_at: float  # seconds since 1970
     used_by: str
+
+    @property
+    def withdrawn(self) -> bool:
+        return self.expires_at == WITHDRAWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,6 +133,8 @@ class People:
                 why = "is not known here"
             elif row["used_at"] is not None:
                 why = "has been used already"
+            elif row["expires_at"] == WITHDRAWN:
+                why = "was withdrawn"
             elif row["expires_at"] <= self.clock():
                 why = "is too old"
             if why is not None:
@@ -140,12 +149,22 @@ class People:
             )
         return made
 
+    def withdraw_invite(self, invite_id: str) -> bool:
+        """Nobody can use the link any more. False for one that is unknown or used already."""
+        with self.store.database.writing() as db:
+            changed = db.execute(
+                "UPDATE invites SET expires_at = ? WHERE token_sha256 = ? AND used_at IS NULL",
+                (WITHDRAWN, invite_id),
+            )
+            return changed.rowcount > 0
+
     def invites(self) -> list[Invite]:
         """Those made last come first."""
         with self.store.database.reading() as db:
             rows = db.execute("SELECT * FROM invites ORDER BY rowid DESC").fetchall()
         return [
             Invite(
+                id=row["token_sha256"],
                 role=row["role"],
                 team=row["team"],
                 expires_at=row["expires_at"],

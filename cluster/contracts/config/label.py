@@ -38,6 +38,13 @@ class LabelDataConfig(Section):
     overlap: int = Field(
         1, ge=1, le=20, description="How many annotators label an item, each of them once."
     )
+    overlap_share: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of the items that `overlap` annotators label; the others are labelled "
+        "by one. A hash of the item decides.",
+    )
     lease_minutes: float = Field(
         15.0,
         gt=0,

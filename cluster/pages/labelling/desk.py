@@ -217,6 +217,11 @@ class Desk:
             self.labelling.store.add_judgement(withdrawal(found, new_id, self._now()))
         return found.item_id
 
+    def put_back(self, judgement_id: str, admin: str) -> bool:
+        """An admin takes back a skip or a flag. False where it is not in force any more."""
+        new_id = derived_id("put back", judgement_id)
+        return self.labelling.put_back(judgement_id, admin, new_id, self._now())
+
     def last(self, who: str) -> tuple[Judgement, str] | None:
         """The newest judgement, and what it says."""
         recent = self.labelling.history(who, 1)

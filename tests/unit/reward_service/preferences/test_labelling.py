@@ -231,3 +231,30 @@ def test_texts_have_versions_and_agreement_is_kept(store: PreferenceStore) -> No
     assert people.has_agreed("ann", "c1")
     assert not people.has_agreed("ann", "c2")
     assert replace(first, version="2") != second
+
+
+def test_a_share_of_the_items_is_labelled_by_several(store: PreferenceStore, clock: Clock) -> None:
+    store.add_items([item(f"x{n}") for n in range(48)])
+    half = Labelling(store, overlap=2, overlap_share=0.3, clock=clock)
+    several = {one.id for one in store.items() if half.wanted(one.id) == 2}
+    assert 5 < len(several) < 30
+    for who in ("ann", "bob", "cem"):
+        while (name := given(half, who)) is not None:
+            half.submit(judged(name, who))
+    labels = [one.item_id for one in store.judgements()]
+    assert {name for name in labels if labels.count(name) == 2} == several
+    assert len(labels) == 50 + len(several)
+    assert half.progress() == Progress(items=50, done=50, leased=0)
+
+
+def test_only_a_skip_or_a_flag_is_put_back(labelling: Labelling, store: PreferenceStore) -> None:
+    given(labelling, "ann")
+    skipped = judged("i1", "ann", answer="skip", ranks=())
+    labelling.submit(skipped)
+    assert labelling.put_back(skipped.id, "admin-1", "w", "2027-01-01T00:00:00+00:00")
+    assert not labelling.put_back(skipped.id, "admin-1", "w2", "2027-01-01T00:00:00+00:00")
+    assert given(labelling, "ann") == "i1"
+    label = judged("i2", "bob")
+    labelling.submit(label)
+    assert not labelling.put_back(label.id, "admin-1", "w3", "2027-01-01T00:00:00+00:00")
+    assert [one.answer for one in store.judgements()] == ["ranking"]

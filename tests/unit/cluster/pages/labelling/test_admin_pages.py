@@ -105,3 +105,55 @@ def test_the_report_of_a_large_store_is_kept_for_a_while(monkeypatch: pytest.Mon
     assert [reports.of([n], [])["of"] for n in range(3)] == [[0], [0], [0]]
     moment[0] += 40.0
     assert reports.of([4], [])["of"] == [4]
+
+
+def test_an_open_invitation_is_withdrawn(open_site: Open) -> None:
+    site = open_site()
+    admin = site.visitor("admin")
+    page = admin.send("/admin/invite", role="annotator")
+    (link,) = re.findall(r"http://127\.0\.0\.1/join/([\w-]+)", page)
+    assert len(re.findall(r"Withdraw invitation", page)) == 1  # the admin's own one is used
+    admin.send("/admin/withdraw")
+    told = text_of(admin.get("/admin"))
+    assert "annotator withdrawn" in told
+    refused = site.browser().post(f"/join/{link}")
+    assert (refused.status_code, "was withdrawn" in refused.text) == (410, True)
+    used = next(one for one in site.desk.people.invites() if one.used_by)
+    csrf = re.findall(r'name="csrf" value="(\w+)"', admin.get("/admin"))[0]
+    answer = admin.client.post("/admin/withdraw", data={"csrf": csrf, "invite": used.id})
+    assert answer.status_code == 410
+    annotator = site.visitor()
+    own = annotator.get("/history")
+    csrf = re.findall(r'name="csrf" value="(\w+)"', own)[0]
+    data = {"csrf": csrf, "invite": used.id}
+    assert annotator.client.post("/admin/withdraw", data=data).status_code == 403
+
+
+def test_what_was_set_aside_is_looked_at_and_put_back(
+    open_site: Open, make_item: Callable[..., Any]
+) -> None:
+    site = open_site(items=[make_item("<b>odd</b>", ("**one**", "two"))])
+    admin, annotator = site.visitor("admin", accepted=False), site.visitor()
+    path = annotator.task()
+    annotator.send(path, action="skip", **{"skip-reason": "knowledge"})
+    annotator.get("/")
+    assert annotator.at == "/"  # nothing is left
+    told = admin.get("/admin")
+    assert "I lack the knowledge" in told
+    assert "&lt;b&gt;odd&lt;/b&gt;" in told
+    item = admin.get(f"/admin/item/{site.items[0].id}")
+    assert "<strong>one</strong>" in item
+    assert "skipped" in text_of(item)
+    assert "**one**" in admin.get(f"/admin/item/{site.items[0].id}?plain=true")
+    admin.send("/admin/put-back")
+    assert annotator.task() == path
+    annotator.send(path, action="submit", choice="tie")
+    history = site.store.judgements(history=True)
+    assert [one.answer for one in history] == ["skip", "withdrawn", "ranking"]
+    assert history[1].rationale.startswith("put back by admin-")
+    csrf = re.findall(r'name="csrf" value="(\w+)"', admin.get("/admin"))[0]
+    for judgement in (history[0].id, history[2].id, "none"):  # a label is not put back by others
+        data = {"csrf": csrf, "judgement": judgement}
+        assert admin.client.post("/admin/put-back", data=data).status_code == 410
+    assert admin.client.get("/admin/item/none").status_code == 410
+    assert annotator.client.get(f"/admin/item/{site.items[0].id}").status_code == 403
