@@ -7,25 +7,28 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster.assembly.ai_label import run_ai_label
+from cluster.assembly.choosing import choice_told, chosen_items
 from cluster.assembly.labelling import open_label_site
 from cluster.assembly.live_labelling import add_new
 from cluster.contracts.config.ai_label import AiLabelConfig, JudgedData
 from cluster.contracts.config.choice import ChoiceConfig
 from cluster.contracts.config.label import LabelConfig
 from cluster.contracts.config.pipeline import PipelineConfig
+from cluster.contracts.durable import json_text, write_text
 from cluster.pipeline.rounds import Round, Waiting
-from cluster.pipeline.sampling import groups_in, metadata_in
+from cluster.pipeline.sampling import COMPLETIONS, metadata_in
 from cluster.pipeline.simulated import Annotate, simulated_judgements
 from cluster.runs.console import Reporter, Stage, result
 from reward_service.preferences.agreement import krippendorff_alpha, units_of, votes
-from reward_service.preferences.choice import choose_pairs, item_of
 from reward_service.preferences.records import Item, Judgement, prompt_hash, utc_now
 from reward_service.preferences.store import PreferenceStore
 
+CHOSEN = "choice.json"  # in the folder of the round: by what its pairs were chosen
 LOOK_EVERY_S = 1.0
 GRACE_S = 5.0  # after the last label, for the annotator's next page and for taking it back
 
@@ -41,20 +44,22 @@ class RoundLabels:
         self._store = PreferenceStore(store)
         self._reporter = reporter
 
-    def add_items(self) -> int:
-        """Chooses the pairs and adds those that are not there yet; how many. Which are chosen
-        follows from the completions, [choice] and the seed, so a second call adds none, and adds
-        more after `choice.count` was raised."""
-        groups = groups_in(self._folder, self._config.sample)
-        choice, now = self._choice(), utc_now()
-        items = [
-            item_of(
-                groups, pair, source=self._source, license=self._config.label.data.license,
-                created_at=now,
-            )
-            for pair in choose_pairs(groups, choice, self._config.run.seed + self._at.number - 1)
-        ]  # fmt: skip
-        return add_new(self._store, items)
+    def add_items(self) -> None:
+        """Chooses the pairs and adds those that are not there yet, once for each [choice] that is
+        asked for: after `choice.count` was raised, there are more."""
+        choice = choice_of_round(self._config, self._at)
+        asked, done = json_text(choice.model_dump()), self._at.path(CHOSEN)
+        if done.is_file() and done.read_text(encoding="utf-8") == asked:
+            return
+        items = chosen_items(
+            str(self._folder / COMPLETIONS),
+            choice,
+            seed=self._config.run.seed + self._at.number - 1,
+            license=self._config.label.data.license,
+        )
+        self._reporter.say(choice_told(items))
+        add_new(self._store, (replace(item, source=self._source) for item in items))
+        write_text(done, asked)
 
     def collect(self, waiting: Waiting) -> dict[str, Any]:
         """Returns, when every item of the round is judged, what is known of the labels."""
@@ -147,8 +152,11 @@ class RoundLabels:
         """Items of the round that too few annotators have answered. A skip and a flag are answers:
         an item that nobody can judge holds up nothing."""
         answers = Counter(entry.item_id for entry in self._store.judgements())
-        overlap = self._config.label.data.overlap
-        return sum(answers[item.id] < overlap for item in self._items())
+        return sum(answers[item.id] < self._wanted(item) for item in self._items())
+
+    def _wanted(self, item: Item) -> int:
+        asked = 1 if item.chosen_by is None else item.chosen_by.judgements
+        return max(self._config.label.data.overlap, asked)
 
     def _figures(self) -> dict[str, Any]:
         own = {item.id for item in self._items()}
@@ -163,5 +171,14 @@ class RoundLabels:
             "alpha": krippendorff_alpha(units),
         }
 
-    def _choice(self) -> ChoiceConfig:
-        return self._config.choice
+
+def choice_of_round(config: PipelineConfig, at: Round) -> ChoiceConfig:
+    """Rewards to choose by are those of the round before, unless [choice] names a reward model. The
+    first round has none: there, pairs are chosen at random."""
+    choice = config.choice
+    if not choice.needs_scores or choice.reward_model is not None:
+        return choice
+    if at.number == 1:
+        return choice.model_copy(update={"strategy": "random"})
+    before = at.record.folder / f"round-{at.number - 1}" / "reward_model" / "reward_model"
+    return choice.model_copy(update={"reward_model": str(before)})

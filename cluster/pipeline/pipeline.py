@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.assembly.choosing import check_choice
 from cluster.assembly.run_session import made_by, refuse_changes, run_session
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.pipeline import PipelineConfig
@@ -144,6 +145,8 @@ def _may_wait(path: str) -> None:
 
 def _check(config: PipelineConfig) -> None:
     """What can be known before the first stage: a mistake should not show hours later."""
+    if config.reward_model is None or config.choice.reward_model is not None:
+        check_choice(config.choice)  # else the reward models of earlier rounds are asked
     if config.label.annotate is not None:
         Annotate(config.label.annotate)
 

@@ -17,8 +17,7 @@ from cluster.contracts.records import Prompt
 from cluster.contracts.rows.messages import read_messages
 from cluster.pipeline.rounds import Round
 from cluster.runs.console import Reporter
-from reward_service.preferences.choice import CompletionGroup
-from reward_service.preferences.records import Candidate, prompt_hash
+from reward_service.preferences.records import prompt_hash
 
 PROMPTS = "prompts.jsonl"
 COMPLETIONS = "completions.jsonl"
@@ -64,13 +63,6 @@ def prompts_of_round(prompts: Sequence[Prompt], sample: SampleConfig, number: in
     return [prompts[(first + n) % len(prompts)] for n in range(count)]
 
 
-def groups_in(folder: Path, sample: SampleConfig) -> list[CompletionGroup]:
-    """The completions that ``sample_round`` wrote, by prompt."""
-    rows = rows_in(folder)
-    groups = [rows[at : at + sample.samples] for at in range(0, len(rows), sample.samples)]
-    return [_group(group, sample) for group in groups]
-
-
 def rows_in(folder: Path) -> list[dict[str, Any]]:
     text = (folder / COMPLETIONS).read_text(encoding="utf-8")
     return [json.loads(line) for line in text.split("\n") if line]
@@ -82,29 +74,6 @@ def metadata_in(folder: Path) -> dict[str, Mapping[str, Any]]:
         prompt_hash(read_messages(row["prompt"], "prompt")): row["metadata"]
         for row in rows_in(folder)
     }
-
-
-def text_of(row: Mapping[str, Any]) -> str:
-    said = row["completion"]
-    return said if isinstance(said, str) else str(said[-1]["content"])
-
-
-def _group(rows: Sequence[Mapping[str, Any]], sample: SampleConfig) -> CompletionGroup:
-    metadata: Mapping[str, Any] = rows[0]["metadata"]
-    return CompletionGroup(
-        messages=read_messages(rows[0]["prompt"], "prompt"),
-        completions=tuple(
-            Candidate(
-                text=text_of(row),
-                policy_version=row["policy_version"],
-                run=row["run"],
-                sampling=row["sampling"],
-            )
-            for row in rows
-        ),
-        topic=str(metadata.get("topic") or ""),
-        alike=tuple(f"{name}/{metadata[name]}" for name in sample.alike if metadata.get(name)),
-    )
 
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def quickstart(
         pipeline_config(settings, directory, name),
         reporter,
         command="quickstart",
-        prepare=lambda run: _make_data(run, reporter),
+        prepare=lambda run: make_data(run, reporter),
         manifest={SETTINGS: settings.model_dump()},
     )
     return finish(run, reporter)
@@ -47,11 +47,11 @@ def quickstart(
 
 def resume_quickstart(path: str, overrides: list[str], reporter: Reporter) -> Path:
     """Go on with a quickstart that was stopped."""
-    run = resume_pipeline(path, overrides, reporter, prepare=lambda run: _make_data(run, reporter))
+    run = resume_pipeline(path, overrides, reporter, prepare=lambda run: make_data(run, reporter))
     return finish(run, reporter)
 
 
-def _make_data(run: Run, reporter: Reporter) -> None:
+def make_data(run: Run, reporter: Reporter) -> None:
     """Demonstrations, prompts, a tokenizer and a model with random weights, unless they are there:
     the model comes last, and appears whole."""
     from cluster.quickstart.helpdesk import demonstrations, files, questions

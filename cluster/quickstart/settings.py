@@ -97,7 +97,6 @@ def _labels(run: Path) -> dict[str, Any]:
         "sample": {
             "data": _prompts(run, "preference"),
             "samples": 6,
-            "alike": ["topic", "product"],
             "rollout": {"max_tokens": MAX_TOKENS, "workers": 2, "gpus": 0},
         },
         "choice": {"pairs_per_prompt": 4, "mismatched": 0.5, "overlap_share": 0.2},

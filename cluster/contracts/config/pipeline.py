@@ -109,11 +109,6 @@ class SampleConfig(Section):
         description="Prompts of a round. Each round takes the next ones of the file; after the "
         "last one it begins again. none: all.",
     )
-    alike: list[str] = Field(
-        default_factory=list,
-        description="Columns of the prompts. For `choice.mismatched`, half of the foreign "
-        "completions are of a prompt that has one of these values in common.",
-    )
     rollout: RolloutConfig = RolloutConfig()
 
 
