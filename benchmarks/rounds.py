@@ -118,9 +118,10 @@ def shown(row: dict[str, Any]) -> str:
         "{win_rate:.3f} ({ci_low:.3f} to {ci_high:.3f})".format(**row[name])
         for name in ("against_start", "against_before")
     ]
+    promoted = "promoted" if row["promoted"] else "not promoted"
     return (
         f"round {row['round']}: {row['labels']} labels; gold win rate {rates[0]} against the "
-        f"start, {rates[1]} against the policy before; {'' if row['promoted'] else 'not '}promoted; "
+        f"start, {rates[1]} against the policy before; {promoted}; "
         f"{sum(row['seconds'].values()):.0f} s"
     )
 

@@ -6,7 +6,9 @@ from cluster.commands.options import Overrides, Quiet, RunDirectory
 
 
 def resume(run: RunDirectory, overrides: Overrides = None, quiet: Quiet = False) -> None:
-    """Go on with a run that was paused with `accord pause`, or with a pipeline that was stopped.
+    """Go on with a paused run, or with a pipeline that stopped.
+
+    A run is paused with `accord pause`.
 
     A training run that has ended is continued with `accord train --resume RUN`.
 

@@ -24,6 +24,7 @@ from cluster.pipeline.simulated import Annotate
 from cluster.pipeline.work import Work
 from cluster.runs.console import Reporter
 from cluster.runs.run import Run
+from reward_service.sources.function import user_function
 
 FREE = ("rounds", "choice", "label", "snapshot", "quality", "promote", "cluster")
 """Sections that may change when a pipeline goes on: they decide about stages to come."""
@@ -125,6 +126,7 @@ def _drive(
     with run_session(run, reporter, resumed=config if resumed else None) as session:
         if prepare is not None:
             prepare(run)
+        check_inputs(config)
         record = PipelineRecord(run.path, config.rounds)
         work = Work(config, run, reporter, partial(_may_wait, str(run.path)))
         try:
@@ -149,6 +151,38 @@ def _check(config: PipelineConfig) -> None:
         check_choice(config.choice)  # else the reward models of earlier rounds are asked
     if config.label.annotate is not None:
         Annotate(config.label.annotate)
+
+
+FILES = (
+    *("sft.data.path", "sample.data.prompts", "train.data.prompts"),
+    *("best_of_n.data.prompts", "evaluate.data.prompts"),
+)
+FUNCTIONS = ("train.reward.sources", "best_of_n.reward.sources", "evaluate.judge.sources")
+
+
+def check_inputs(config: PipelineConfig) -> None:
+    """Raise UserError for a file or a function that a later stage would miss. Whether each row can
+    be read, the stage says."""
+    tree = config.model_dump()
+    for key in FILES:
+        path = at(tree, key)
+        if isinstance(path, str) and ":" not in path and not Path(path).exists():
+            raise UserError(
+                f"there is no file {path}",
+                where=key,
+                fix="a relative path starts from the directory the command is run in",
+            )
+    for key in FUNCTIONS:
+        for number, source in enumerate(at(tree, key) or []):
+            if source.get("type") == "function":
+                user_function(source["path"], f"{key}.{number}.path")
+
+
+def at(tree: Any, key: str) -> Any:
+    """What a dotted key names; None where it is not there."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
 
 
 def closing_lines(run: Path) -> list[str]:
