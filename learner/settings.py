@@ -33,6 +33,7 @@ class LearnerSettings:
     run_dir: where `rollouts/` is written; None with `save_rollouts` off.
     resume_from: directory of a checkpoint written by `save`, or None.
     replay: rollouts files of the steps since, or parcels of them, to be trained again.
+    reference_for_monitors: only because a monitor may raise the KL coefficient from 0.
     plugins: to be installed in the learner's process before anything else.
     host: address at which workers reach this process; NODE_HOST: that of its Ray node.
     files: what the learner is sent of the models and files that the paths name.
@@ -53,6 +54,7 @@ class LearnerSettings:
     save_rollouts: bool = False
     resume_from: str | None = None
     replay: tuple[Any, ...] = ()
+    reference_for_monitors: bool = False
     host: str = "127.0.0.1"
     plugins: tuple[PluginFile, ...] = ()
     files: Shipment = field(default_factory=Shipment)
@@ -83,6 +85,7 @@ def learner_settings(
         save_rollouts=config.logging.save_rollouts and run_dir is not None,
         resume_from=resume_from,
         replay=replay,
+        reference_for_monitors=config.monitors.moves_kl and config.algorithm.kl.coef == 0,
         plugins=loaded(),
         files=files or Shipment(),
         # A cluster that was joined may have its workers on other machines.

@@ -56,6 +56,8 @@ def replay_run(path: str, verify: bool, steps: int | None, reporter: Reporter) -
             done = replay_steps(
                 settings,
                 recorded,
+                state.rollbacks,
+                until=wanted,
                 verify=verify,
                 on_step=lambda step, so_far: stage.update(step + 1, _numbers(so_far)),
             )
@@ -110,8 +112,11 @@ def _recorded_steps(
     expected = settings_digest(learner_settings(config, canary_prompt=(0,), run_dir=None))
     dropped = {int(row["group"]) for row in state.dropped}
     per_step = config.batch.prompts_per_step
+    given_up = {int(row["step"]) for row in state.rollbacks}
     steps = []
     for step in range(wanted):
+        if step in given_up:  # the run went back: nothing was trained on
+            continue
         found = recorded(folder / f"step-{step:06d}.parquet", step)
         if found.record.settings != expected:
             raise UserError(

@@ -7,7 +7,7 @@ from cluster.contracts.errors import UserError
 
 FREE_ON_RESUME = (
     # Whole sections: what is shown and kept, and where things run.
-    *("logging", "alarms", "cluster", "checkpoint", "weights"),
+    *("logging", "monitors", "cluster", "checkpoint", "weights"),
     # Addresses, deadlines and places of the rewards; what scores stays the same.
     *("reward.address", "reward.tls", "reward.deadline_s", "reward.outage_s", "reward.max_batch"),
     *("reward.max_wait_ms", "reward.replicas", "reward.cpus", "reward.resources", "reward.labels"),

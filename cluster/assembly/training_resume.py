@@ -98,7 +98,9 @@ def _set_aside_damaged(session: RunSession, resumed: Found | None, config: Train
     for damaged, problem in passed_over.items():
         session.reporter.say(f"passed over {damaged.name}, which is damaged: {problem}")
     if config.logging.save_rollouts:
-        parts = check_parts(session.path, resumed.state.step if resumed else 0)
+        state = resumed.state if resumed else start_of(0)
+        given_up = {int(row["step"]) for row in state.rollbacks}
+        parts = check_parts(session.path, state.step, given_up)
         if line := parts.line():
             session.event("rollouts_absent", steps=parts.absent, torn=parts.torn)
             session.reporter.say(line)

@@ -13,6 +13,7 @@ from typing import Any
 
 from cluster.assembly.catch_up import NOTHING_SINCE, forget_since
 from cluster.assembly.evaluating import evaluation_role
+from cluster.assembly.going_back import go_back
 from cluster.assembly.head_watch import raise_if_head_lost
 from cluster.assembly.learner_role import learner_role
 from cluster.assembly.learnt_from import KEY, learnt_from
@@ -25,13 +26,14 @@ from cluster.assembly.run_session import RunSession, how_to_continue
 from cluster.assembly.shipping import RoleFiles, role_files
 from cluster.assembly.training_record import Training
 from cluster.assembly.training_roles import reward_role, worker_factory
-from cluster.assembly.training_sinks import add_sinks, tell_evaluation, tell_prompts
+from cluster.assembly.training_sinks import Monitors, add_sinks, tell_evaluation, tell_prompts
 from cluster.assembly.training_watches import RunningRoles, Watches, live_feed, watched
 from cluster.contracts.actor_names import ActorNames
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import AccordError, RewardsAway, RolledBack, UserError
 from cluster.contracts.protocols import Sink
 from cluster.loop.controller import Controller
+from cluster.loop.ending import GoesBack
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import loop_settings, pool_settings
 from cluster.loop.traces import Traces
@@ -55,6 +57,7 @@ class Given:
     listeners: Listeners
     stop: StopSwitch
     traces: Traces | None
+    monitors: Monitors
 
 
 def train_on_ray(training: Training) -> None:
@@ -113,7 +116,7 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
         first_step=training.first_step,
         request_stop=stop.ask,
     )
-    add_sinks(training)
+    monitors = add_sinks(training)
     try:
         log_file = session.path / "logs" / "reward.log"
         with (
@@ -126,7 +129,12 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
                     "input_packed", role_and_path=place, bytes=parcel.size, sha256=parcel.digest
                 )
             given = Given(
-                rewards=rewards, files=files, listeners=listeners, stop=stop, traces=traces
+                rewards=rewards,
+                files=files,
+                listeners=listeners,
+                stop=stop,
+                traces=traces,
+                monitors=monitors,
             )
             _drive_through_rollbacks(training, given)
     except RewardsAway as problem:
@@ -137,15 +145,22 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
         raise listeners.problem
     if session.outcome == "stopped" and session.run.newest_checkpoint() is None:
         return  # stopped before its first step: there is nothing to publish
-    publish_result(session, config, session.run.checkpoints.newest_good())
+    newest = session.run.checkpoints.newest_good()
+    publish_result(session, config, newest, monitors.actions.result)
 
 
 def _drive_through_rollbacks(training: Training, given: Given) -> None:
-    limit, session = training.config.learner.max_restarts, training.session
-    for _ in range(limit):
+    left, session = training.config.learner.max_restarts, training.session
+    while True:
         try:
             return run_coroutine(_drive(training, given), given.stop)
+        except GoesBack as wish:
+            monitors = given.monitors
+            training = go_back(training, wish.abandoned, monitors.actions, monitors.sink)
         except RolledBack as problem:
+            if not left:
+                raise
+            left -= 1
             resumed = None
             with contextlib.suppress(UserError):  # no checkpoint yet: from the start
                 resumed = session.run.checkpoints.newest_good()
@@ -153,7 +168,6 @@ def _drive_through_rollbacks(training: Training, given: Given) -> None:
             lost = forget_since(session.run, step)
             session.event("rolled_back", step=step, steps_lost=lost, cause=str(problem))
             training = replace(training, resumed=resumed, since=NOTHING_SINCE)
-    run_coroutine(_drive(training, given), given.stop)
 
 
 async def _drive(training: Training, given: Given) -> None:
@@ -225,6 +239,7 @@ def _put_together(training: Training, given: Given, sinks: list[Sink]) -> Runnin
         saved=training.resumed.state.step if training.resumed else 0,
         wishes=ControlFile(session.path, session.event),
         evaluation=evaluation_role(training.prepared, session.path, given.rewards.clients),
+        monitors=given.monitors.actions,
     )
     feed = live_feed(training, controller, pool, learner, clock)
     sinks.append(feed)
@@ -276,10 +291,17 @@ def algorithm_title(config: TrainConfig) -> str:
     return name if algorithm.loss == "ppo" else f"{name} with loss {algorithm.loss}"
 
 
-def publish_result(session: RunSession, config: TrainConfig, newest: Found) -> None:
-    """Make ``policy/`` of the newest checkpoint, or of the best one where the config says so."""
+def publish_result(
+    session: RunSession, config: TrainConfig, newest: Found, monitored: Path | None = None
+) -> None:
+    """Make ``policy/`` of the newest checkpoint, of the best one where the config says so, or of
+    the one (``monitored``) that a monitor has chosen when it stopped the run."""
     chosen = newest.path
-    if config.evaluation.result == "best":
+    if monitored is not None and verify_checkpoint(monitored) is None:
+        chosen = monitored
+        step = step_of(chosen.name)
+        session.event("policy_published", checkpoint=chosen.name, step=step, result="monitor")
+    elif config.evaluation.result == "best":
         chosen = _best_checkpoint(session, newest.path)
         step = step_of(chosen.name)
         session.event("policy_published", checkpoint=chosen.name, step=step, result="best")

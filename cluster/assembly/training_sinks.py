@@ -3,33 +3,61 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.assembly.prepare import Prepared
 from cluster.assembly.run_session import RunSession
 from cluster.assembly.training_record import Training
 from cluster.machine.core_sharing import SideBalance
-from cluster.runs.alarm_sink import AlarmSink
+from cluster.runs.monitor_actions import MonitorActions
+from cluster.runs.monitor_sink import MonitorSink
 from cluster.runs.sample_sink import SampleSink
 from cluster.runs.sinks import make_sinks
 
 
-def add_sinks(training: Training) -> None:
+@dataclass(frozen=True, slots=True)
+class Monitors:
+    """What watches a run, and what it does to it."""
+
+    sink: MonitorSink
+    actions: MonitorActions
+
+
+def add_sinks(training: Training) -> Monitors:
     config, session = training.config, training.session
     session.sinks += make_sinks(config.logging, session.path, on_ray=True)
-    session.sinks.append(
-        AlarmSink(
-            config.alarms,
-            session.run,
-            session.reporter,
-            samples_per_prompt=config.batch.samples_per_prompt,
-            first=training.first_step,
-        )
-    )
+    monitors = _monitors(training)
+    session.sinks.append(monitors.sink)
     if config.logging.samples_every and not session.reporter.quiet:
         session.sinks.append(SampleSink(config.logging, session.path, session.reporter))
     if training.cores.crowded and hasattr(os, "sched_setaffinity"):
         session.sinks.append(SideBalance(training.cores))
+    return monitors
+
+
+def _monitors(training: Training) -> Monitors:
+    config, session, state = training.config, training.session, training.state
+    rollbacks = [int(row["step"]) for row in state.rollbacks] if state else []
+    actions = MonitorActions(
+        config.monitors,
+        session.path,
+        steps=config.batch.steps,
+        rollbacks=len(rollbacks),
+        coefficient=config.algorithm.kl.coef,
+    )
+    sink = MonitorSink(
+        config.monitors,
+        session.run,
+        session.reporter,
+        actions,
+        samples_per_prompt=config.batch.samples_per_prompt,
+        first=training.first_step,
+        rollbacks=rollbacks,
+    )
+    if line := config.monitors.acting_line():
+        session.reporter.say(line)
+    return Monitors(sink, actions)
 
 
 def tell_evaluation(prepared: Prepared, session: RunSession) -> None:

@@ -298,12 +298,14 @@ class StepInput:
     learner selects by ``group_ids`` and orders by them: a step never depends on arrival order.
     ``sending``: the version that workers hold or are being sent when the step is asked for; they
     may still ask for its weights, and for those the step starts from, but for no others.
+    ``kl_coef``: the KL coefficient from this step on, where a monitor changes it.
     """
 
     step: int
     group_ids: tuple[int, ...]
     payloads: tuple[Any, ...]
     sending: int | None = None
+    kl_coef: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -327,7 +329,9 @@ class StepResult:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunState:
     """The controller's part of a checkpoint. Group ids below ``next_group`` of finished steps are
-    trained; on resume, admission continues from ``step * prompts_per_step``."""
+    trained; on resume, admission continues from ``step * prompts_per_step``. ``rollbacks``: a row
+    for each time that a monitor made the run go back, with the ``step`` that was given up for it
+    and the step ``to`` whose weights came back."""
 
     step: int
     version: int
@@ -335,3 +339,4 @@ class RunState:
     prompts_total: int
     dropped: Sequence[Mapping[str, Any]] = ()
     elapsed_s: float = 0.0
+    rollbacks: Sequence[Mapping[str, Any]] = ()

@@ -49,6 +49,7 @@ class Bookkeeping:
         self._dropped: dict[int, Mapping[str, Any]] = (
             {row["group"]: row for row in state.dropped} if state else {}
         )
+        self._rollbacks = state.rollbacks if state else ()
         self._rollouts_disk = Outage()
         self._noted: dict[str, float] = {}
         self.began = 0.0
@@ -77,6 +78,7 @@ class Bookkeeping:
             prompts_total=len(self._prompts),
             dropped=tuple(self._dropped.values()),
             elapsed_s=self.elapsed_s(self._clock.now()),
+            rollbacks=self._rollbacks,
         )
 
     def step_taken(self, metas: Sequence[GroupMeta]) -> None:

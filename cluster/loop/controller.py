@@ -44,8 +44,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from cluster.contracts.config.monitors import MonitorsConfig
 from cluster.contracts.errors import AccordError, LearnerLost, Resumable
 from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
@@ -56,7 +58,7 @@ from cluster.loop.autoscale import Autoscaler
 from cluster.loop.bookkeeping import Bookkeeping
 from cluster.loop.broadcasts import Broadcasts
 from cluster.loop.context import LoopContext
-from cluster.loop.ending import Ending
+from cluster.loop.ending import Abandoned, Ending, GoesBack
 from cluster.loop.evaluations import EvaluationRole, Evaluations
 from cluster.loop.learner_steps import LearnerSteps
 from cluster.loop.learner_supervisor import LearnerSupervisor
@@ -69,6 +71,7 @@ from cluster.loop.staleness import AdmissionLedger, GroupBuffer
 from cluster.loop.steering import Steering
 from cluster.loop.timeline import Timeline
 from cluster.runs.control import Wishes
+from cluster.runs.monitor_actions import MonitorActions
 
 LOOK_AROUND_S = 1.0  # how often it is looked what people want of the run
 
@@ -91,10 +94,11 @@ class Controller:
         cpu_s: Callable[[], float] = time.thread_time,
         saved: int | None = None,
         evaluation: EvaluationRole | None = None,
+        monitors: MonitorActions | None = None,
     ) -> None:
         """``cpu_s``: CPU seconds of the loop's thread. ``saved``: step of the newest checkpoint,
         where ``state`` is of a later one. ``evaluation``: how the policy is evaluated while it
-        trains; None: it is not."""
+        trains; None: it is not. ``monitors``: what they want done to the run."""
         self._settings = settings
         self._pool = pool
         self._run = run
@@ -131,6 +135,7 @@ class Controller:
         )
         pacer = Pacer(settings.staleness_lead, next_step=first)
         self._admission = Admission(prompts, pool, self._buffer, pacer, loop)
+        self._monitors = monitors or MonitorActions(MonitorsConfig(enabled=False), Path())
         self._steps = LearnerSteps(
             prompts,
             pool,
@@ -142,6 +147,7 @@ class Controller:
             pacer,
             loop,
             after_each=self._step_ended,
+            monitors=self._monitors,
         )
         self._started = False
         self._waits: Waits | None = None  # while the loop runs
@@ -284,6 +290,9 @@ class Controller:
         except Resumable:  # what was learnt is sound, so it is kept
             await self._finish()
             raise
+        except GoesBack:
+            await self._saving.settle()
+            raise
 
     async def _finish(self) -> None:
         await self._steps.finish(self._ending.hurried)
@@ -333,7 +342,15 @@ class Controller:
 
     def _step_ended(self, result: StepResult) -> None:
         self._look()
+        self._go_back_if_wanted()
         self._evaluations.step_ended(self.step, values(result.metrics))
+
+    def _go_back_if_wanted(self) -> None:
+        wanted = self._monitors.go_back
+        if wanted is not None and not self._steering.stop:
+            state = self._books.state(self.step)
+            admitted, refused = self._ledger.admitted, self._buffer.refused
+            raise GoesBack(wanted.alarm, Abandoned(state=state, admitted=admitted, refused=refused))
 
     # -- what is asked of the run -----------------------------------------------------------------
 

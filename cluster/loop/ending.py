@@ -3,8 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
-from cluster.contracts.errors import Resumable
+from cluster.contracts.errors import AccordError, Resumable
+from cluster.contracts.records import RunState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abandoned:
+    """What a run was at when it was told to go back. ``admitted``: groups that workers were asked
+    for. ``refused``: results that came too late."""
+
+    state: RunState
+    admitted: int
+    refused: int
+
+
+class GoesBack(AccordError):
+    """A monitor has the run go on from an earlier checkpoint: this loop ends, another one begins.
+    Nothing that was sampled and not trained on is of use."""
+
+    def __init__(self, cause: str, abandoned: Abandoned) -> None:
+        super().__init__(cause)
+        self.abandoned = abandoned
 
 
 class Ending:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 from cluster.contracts.crash_points import passing
@@ -19,6 +20,7 @@ from cluster.loop.learner_supervisor import LearnerSupervisor
 from cluster.loop.pacing import Pacer
 from cluster.loop.saving import Saving
 from cluster.loop.staleness import GroupBuffer, require_fresh
+from cluster.runs.monitor_actions import MonitorActions
 
 
 class Workers(Protocol):
@@ -50,6 +52,7 @@ class LearnerSteps:
         pacer: Pacer,
         loop: LoopContext,
         after_each: Callable[[StepResult], None],
+        monitors: MonitorActions,
     ) -> None:
         self._settings = loop.settings
         self._prompts = prompts
@@ -64,6 +67,7 @@ class LearnerSteps:
         self._activities = loop.activities
         self._clock = loop.clock
         self._after_each = after_each
+        self._monitors = monitors
         self._taken: list[GroupMeta] = []  # groups of the step under way
         self._attempts = 0  # of it
         self.done = buffer.next_step  # steps finished
@@ -89,6 +93,7 @@ class LearnerSteps:
         now = self._clock.now()
         self._books.accounts.step_begins(now)
         self._pacer.step_began(now)
+        batch = replace(batch, kl_coef=self._monitors.kl_coef)
         self._learner.ask(batch, self._workers.sent_version)
 
     def after(self, task: asyncio.Task[Any]) -> None:
@@ -113,6 +118,7 @@ class LearnerSteps:
         self._learner.becomes("waiting")
         self.done = result.step + 1
         self._attempts = 0
+        self._monitors.next_step_trained()
         self._learner.published = result.version
         self._books.step_ended(result, self._taken, now)
         self._pacer.step_ended(now)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,6 +126,13 @@ class Saving:
             self._run.event("checkpoint_failed", step=self._state().step, cause=str(problem))
         else:
             task.result()  # raises any other problem
+
+    async def settle(self) -> None:
+        """Wait for the checkpoint under way; begin none."""
+        if (task := self._activities.take("save")) is not None:
+            await asyncio.wait([task])
+            with contextlib.suppress(LearnerLost):
+                self.written(task)
 
     async def finish(self, *, stopped: bool) -> None:
         """At the end: wait for the checkpoint under way, and write the newest state. Raises

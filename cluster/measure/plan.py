@@ -149,10 +149,16 @@ def derived(config: TrainConfig, model: ModelFacts | None) -> dict[str, Any]:
         "staleness bound that keeps generation and training busy": -(-slots // samples) + 1,
         "optimiser steps per learner step": config.learner.epochs * config.learner.minibatches,
         "threads and cores": cores.describe(),
+        "monitors that act": _acting(config),
         "asynchronous scheduling of vLLM": "off: a token that is under way at a swap would be "
         "recorded under the wrong version",
         **({} if model is None else sizes(config, model, this_machine())),
     }
+
+
+def _acting(config: TrainConfig) -> str:
+    acting = [f"{name} ({action})" for name, action in config.monitors.acting.items()]
+    return ", ".join(acting) or "none, they only warn"
 
 
 def sizes(config: TrainConfig, model: ModelFacts, machine: Machine) -> dict[str, str]:

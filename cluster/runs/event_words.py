@@ -39,6 +39,13 @@ def _rolled_back(detail: Detail) -> str:
     return f"the run goes back to step {step}, its newest checkpoint: {cause}"
 
 
+def _gone_back(detail: Detail) -> str:
+    return (
+        f"the run goes on at step {detail['step']} with the weights of {detail['checkpoint']}, "
+        f"as {detail['alarm']} asks; {detail['dropped']} groups are dropped"
+    )
+
+
 def _stalled(detail: Detail) -> str:
     where = detail.get("file") or f"no file could be written ({detail.get('cause')})"
     idle_s, waits_for = detail["idle_s"], detail["waits_for"]
@@ -112,6 +119,7 @@ _WORDS: Mapping[str, Callable[[Detail], str | None]] = {
     "reward_service_lost": _started_again("reward service"),
     "learner_replaced": _learner_replaced,
     "rolled_back": _rolled_back,
+    "gone_back": _gone_back,
     "stalled": _stalled,
     "workers_missing": _workers_missing,
     "prompt_set_aside": _prompt_set_aside,

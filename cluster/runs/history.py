@@ -93,7 +93,7 @@ class History:
     def _alarm(self, event: Row) -> None:
         name = str(event.get("alarm", "?"))
         self._alarms.pop(name, None)
-        if event.get("change") == "start":
+        if event.get("change") in ("start", "again"):
             self._alarms[name] = str(event.get("text", name))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,9 +29,10 @@ class Parts:
         )
 
 
-def check_parts(run_dir: Path, before: int) -> Parts:
+def check_parts(run_dir: Path, before: int, without: Container[int] = ()) -> Parts:
     """Look at the rollouts of the steps ``before`` the one at which the run goes on: a torn file is
     renamed, so that no reader meets it, and what a killed process was writing is removed.
+    ``without``: steps that trained on nothing, as the run went back at them.
 
     Only the end of each file is read, where a torn one differs; `accord replay` reads all.
     """
@@ -41,8 +42,11 @@ def check_parts(run_dir: Path, before: int) -> Parts:
     torn = [path for path in sorted(folder.glob("step-*.parquet")) if not _readable(path)]
     for path in torn:
         shutil.move(path, path.with_name(f"damaged-{path.name}"))
-    names: Iterable[str] = (f"step-{step:06d}.parquet" for step in range(before))
-    absent = (step for step, name in enumerate(names) if not (folder / name).is_file())
+    absent = (
+        step
+        for step in range(before)
+        if step not in without and not (folder / f"step-{step:06d}.parquet").is_file()
+    )
     return Parts(tuple(path.name for path in torn), tuple(absent))
 
 

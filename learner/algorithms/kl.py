@@ -63,7 +63,7 @@ KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 class FixedKL:
-    """A KL coefficient that never changes. It is configuration, so there is no state to keep."""
+    """A KL coefficient that the KL does not change; a monitor of the run may set another one."""
 
     def __init__(self, coef: float) -> None:
         """Raises ValueError for a negative or non-finite coefficient."""
@@ -73,12 +73,15 @@ class FixedKL:
         """Does nothing; takes what `AdaptiveKL.update` takes."""
 
     def state_dict(self) -> dict[str, float]:
-        """Empty."""
-        return {}
+        """The current coefficient, a plain float."""
+        return {"fixed_coef": self.coef}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Raises ValueError if the state comes from another controller."""
-        _require_keys(self, state, set())
+        """Raises ValueError if the state comes from another controller. An empty one is of a
+        checkpoint from when the coefficient could not change."""
+        if state:
+            _require_keys(self, state, {"fixed_coef"})
+            self.coef = _checked_coef(state["fixed_coef"])
 
 
 class AdaptiveKL:

@@ -110,6 +110,8 @@ def alarms(events: Sequence[Row]) -> list[str]:
         if event.get("change") == "start":
             open_at[name] = place
             found[place] = [step, None, str(event.get("text", name))]
+        elif event.get("change") == "again" and name in open_at:
+            found[open_at[name]][2] += f" At step {step:.0f}: {event.get('text')}"
         elif name in open_at:
             found[open_at.pop(name)][1] = step
     return [f"{_span(first, last)}: {text}" for first, last, text in found.values()]

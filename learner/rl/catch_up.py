@@ -63,7 +63,14 @@ def catch_up(learner: PPOLearner, files: Sequence[str]) -> None:
             raise RolledBack(f"step {record.step} was not trained from these weights")
         groups = tuple(sorted(set(table.column("group_id").to_pylist())))
         try:
-            learner.step(StepInput(step=record.step, group_ids=groups, payloads=(table,)))
+            learner.step(
+                StepInput(
+                    step=record.step,
+                    group_ids=groups,
+                    payloads=(table,),
+                    kl_coef=record.kl_coef,
+                )
+            )
         except AccordError as problem:
             raise RolledBack(f"step {record.step} cannot be trained again: {problem}") from problem
         if learner.publishes and learner.digest != record.after:

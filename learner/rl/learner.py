@@ -116,6 +116,8 @@ class PPOLearner:
         # that can be asked for the same step again.
         tables = [_as_table(payload) for payload in batch.payloads]
         rollouts = read_batch(tables, batch.group_ids, settings.batch.samples_per_prompt)
+        if batch.kl_coef is not None:
+            state.kl.coef = batch.kl_coef
         plan = StepPlan(
             step=batch.step, kl_coef=state.kl.coef, value_only=self._value_only(batch.step)
         )
@@ -142,7 +144,7 @@ class PPOLearner:
         manifest = self._publish(retained={batch.step, batch.sending})
         metrics.append(last("time/publish", time.perf_counter() - publish_began))
         if self._writer is not None:
-            record = step_record(settings, batch.step, before, manifest)
+            record = step_record(settings, batch, before, manifest)
             # Only after publishing: a step whose weights nobody has got leaves no rollouts file.
             self._writer.write(batch.step, attach(rollouts.table, record))
         # After publishing: what a step costs includes its weights.
@@ -214,6 +216,10 @@ class PPOLearner:
     def publish_to(self, publisher: Publisher) -> None:
         """Publish the weights of now to another publisher, and those of each step from now on."""
         self._publisher = publisher
+        self._publish()
+
+    def publish_again(self) -> None:
+        """Publish the weights of now, which are others than before."""
         self._publish()
 
     def _value_only(self, step: int) -> bool:

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.contracts.config.safety import refuses
 from cluster.contracts.metrics import Metric, largest, last, mean, smallest
 from learner.algorithms.importance import effective_sample_size
 from learner.algorithms.value_loss import explained_variance
 from learner.rl.experience import Experience, Proximal
-from learner.rl.rollouts import Array, RolloutBatch
+from learner.rl.rollouts import Array, Ragged, RolloutBatch
 
 
 def experience_metrics(
@@ -114,12 +115,36 @@ def _mean_std(name: str, numbers: Array) -> list[Metric]:
 
 def _completions(batch: RolloutBatch) -> list[Metric]:
     lengths, cut = batch.response_ids.lengths, float(batch.truncated.sum())
+    repeated, sequences = repeated_sequences(batch.response_ids)
+    refusals = sum(map(refuses, batch.table.column("text").to_pylist()))
     return [
         mean("completions/mean_length", float(lengths.sum()), len(batch)),
         largest("completions/max_length", float(lengths.max())),
         mean("completions/clipped_ratio", cut, len(batch)),
         mean("completions/eos_rate", len(batch) - cut, len(batch)),
+        mean("completions/refusal_rate", refusals, len(batch)),
+        # Of completions shorter than four tokens there is nothing to say.
+        *([mean("completions/repeated_frac", repeated, sequences)] if sequences else []),
     ]
+
+
+def repeated_sequences(ids: Ragged, size: int = 4) -> tuple[int, int]:
+    """How many sequences of `size` tokens have occurred before in their row, and how many there
+    are."""
+    starts = len(ids.values) - size + 1
+    if starts < 1:
+        return 0, 0
+    row = np.repeat(np.arange(len(ids.lengths)), ids.lengths)
+    within = row[:starts] == row[size - 1 :]
+    # Hashes instead of the tokens: one number per sequence sorts quickly, and 64 bits do not meet.
+    values, mixed = ids.values.astype(np.uint64), np.zeros(starts, np.uint64)
+    for place in range(size):
+        mixed = (mixed ^ values[place : place + starts]) * np.uint64(0x9E3779B97F4A7C15)
+        mixed ^= mixed >> np.uint64(29)
+    mixed, row = mixed[within], row[:starts][within]
+    order = np.lexsort((mixed, row))
+    same = (mixed[order][1:] == mixed[order][:-1]) & (row[order][1:] == row[order][:-1])
+    return int(same.sum()), len(mixed)
 
 
 def _staleness(experience: Experience, proximal: Proximal) -> list[Metric]:

@@ -114,8 +114,10 @@ def _device(learner: LearnerConfig) -> torch.device:
 
 
 def _wants_reference(settings: LearnerSettings) -> bool:
-    """Without a KL to pay for, only somebody who names a reference wants it measured."""
-    return settings.algorithm.kl.coef > 0 or settings.learner.reference_path is not None
+    """Without a KL to pay for, now or once a monitor says so, only somebody who names a reference
+    wants it measured."""
+    named = settings.learner.reference_path is not None
+    return settings.algorithm.kl.coef > 0 or named or settings.reference_for_monitors
 
 
 def _reference(settings: LearnerSettings, policy: Any) -> Any:

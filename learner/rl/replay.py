@@ -7,8 +7,10 @@ the weights before it and of its rollouts.
 from __future__ import annotations
 
 import dataclasses
+import shutil
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from learner.rl.catch_up import Digests
 from learner.rl.learner import PPOLearner
 from learner.rl.step_record import Differs, RecordedStep, weights_digest
 from learner.settings import LearnerSettings
+from learner.trainer_file import TRAINER, moved_on
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,11 +44,14 @@ class Replayed:
 def replay_steps(
     settings: LearnerSettings,
     steps: Sequence[RecordedStep],
+    rollbacks: Sequence[Mapping[str, Any]] = (),
     *,
+    until: int,
     verify: bool,
     on_step: Callable[[int, Replayed], None] = lambda step, so_far: None,
 ) -> Replayed:
-    """Train on `steps`, from the starting model on, each with the threads it had.
+    """Train on `steps`, from the starting model on, each with the threads it had, until `until`
+    steps are done. At those of `rollbacks` (`RunState`) it goes back as the run did.
 
     Raises UserError when the model is not the one the run started from; Differs, with `verify`,
     naming the first step whose weights are not those of the run; Fatal, naming the file, for
@@ -57,7 +63,7 @@ def replay_steps(
         publisher=Digests(first.device_sums),
         threads=first.threads,
     )
-    threads = first.threads
+    threads, past = first.threads, _Past(rollbacks)
     # Before the first step: with another model every step would differ, and none would say why.
     if weights_digest(learner.start()) != first.before:
         raise UserError(
@@ -65,9 +71,13 @@ def replay_steps(
             where=settings.model.path,
             fix="put the model back as it was when the run was started",
         )
-    done = Replayed()
+    done, by_number = Replayed(), {step.record.step: step for step in steps}
     try:
-        for step in steps:
+        for number in range(until):
+            past.remember(learner)
+            if past.go_back(learner, number):
+                continue
+            step = by_number[number]
             record = step.record
             # Sums over other numbers of threads have other last bits; a run that was resumed on
             # another machine may have changed them.
@@ -80,15 +90,49 @@ def replay_steps(
             _one(learner, step, done, verify)
             on_step(record.step, done)
     finally:
+        past.close()
         learner.close()
     done.policy = learner.state.networks.policy
     return done
 
 
+class _Past:
+    """The states that the run went back to, in a folder of their own."""
+
+    def __init__(self, rollbacks: Sequence[Mapping[str, Any]]) -> None:
+        self._rollbacks = {int(row["step"]): row for row in rollbacks}
+        self._wanted = {int(row["to"]) for row in rollbacks}
+        self._folder = Path(tempfile.mkdtemp(prefix="accord-replay-")) if rollbacks else Path()
+
+    def remember(self, learner: PPOLearner) -> None:
+        """The learner's state, where the run will go back to it."""
+        version = learner.state.version
+        if version in self._wanted:
+            learner.save(self._folder / str(version))
+
+    def go_back(self, learner: PPOLearner, step: int) -> bool:
+        """Whether the run went back in place of this step; then the learner does, too."""
+        row = self._rollbacks.get(step)
+        if row is None:
+            return False
+        folder = self._folder / str(row["to"])
+        trainer = folder / TRAINER
+        moved_on(trainer, trainer, version=step + 1, kl_coef=float(row["kl_coef"]))
+        learner.restore(folder)
+        learner.publish_again()
+        return True
+
+    def close(self) -> None:
+        if self._rollbacks:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
 def _one(learner: PPOLearner, step: RecordedStep, done: Replayed, verify: bool) -> None:
     record = step.record
     table = _rows(step)
-    wanted = StepInput(step=record.step, group_ids=step.group_ids, payloads=(table,))
+    wanted = StepInput(
+        step=record.step, group_ids=step.group_ids, payloads=(table,), kl_coef=record.kl_coef
+    )
     began = time.perf_counter()
     try:
         result = learner.step(wanted)

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 
 from cluster.contracts.errors import Fatal
-from cluster.contracts.records import WeightManifest
+from cluster.contracts.records import StepInput, WeightManifest
 from learner.settings import LearnerSettings
 
 KEY = b"accord.step"
@@ -40,6 +40,7 @@ class StepRecord:
     total_steps: `batch.steps` in force, which the learning rate's schedule ends at. threads: of
     torch, as sums over several threads have other last bits. device_sums: the checksums behind
     the digests are those of transports that stay on a device. settings: see `settings_digest`.
+    kl_coef: the KL coefficient that a monitor set before the step.
     """
 
     step: int
@@ -49,6 +50,7 @@ class StepRecord:
     threads: int
     device_sums: bool
     settings: str
+    kl_coef: float | None = None
 
 
 class Differs(Fatal):
@@ -66,19 +68,20 @@ class RecordedStep:
 
 
 def step_record(
-    settings: LearnerSettings, step: int, before: str, after: WeightManifest
+    settings: LearnerSettings, batch: StepInput, before: str, after: WeightManifest
 ) -> StepRecord:
     """The record of the step that led from the weights with digest `before` to those of `after`."""
     import torch  # not for those who only read records
 
     return StepRecord(
-        step=step,
+        step=batch.step,
         before=before,
         after=weights_digest(after),
         total_steps=settings.batch.steps,
         threads=torch.get_num_threads(),
         device_sums=after.tensors[0].checksum.startswith("mix64:"),
         settings=settings_digest(settings),
+        kl_coef=batch.kl_coef,
     )
 
 
@@ -102,6 +105,8 @@ def settings_digest(settings: LearnerSettings) -> str:
                 values[key] = value
         content[name] = values
     content |= {name: getattr(settings, name) for name in _VALUES}
+    if settings.reference_for_monitors:  # measured in passes that may move the last bits
+        content["reference_for_monitors"] = True
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

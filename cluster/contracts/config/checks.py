@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
 from cluster.contracts.config.learner import LearnerConfig
+from cluster.contracts.config.monitors import MonitorsConfig
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import RolloutConfig
 from cluster.contracts.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
@@ -19,6 +20,7 @@ def train_problems(
     learner: LearnerConfig,
     rollout: RolloutConfig,
     reward: RewardConfig,
+    monitors: MonitorsConfig,
 ) -> list[str]:
     """Every cross-section problem, so that the user sees all of them at once."""
     found = []
@@ -39,7 +41,8 @@ def train_problems(
         )
     if algorithm.kl.place == "reward" and algorithm.kl.estimator != "k1":
         found.append("algorithm.kl.estimator must be 'k1' in the reward (an unbiased penalty)")
-    if algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1" and algorithm.kl.coef > 0:
+    weighed = algorithm.kl.coef > 0 or monitors.moves_kl
+    if algorithm.kl.place == "loss" and algorithm.kl.estimator == "k1" and weighed:
         found.append(
             "algorithm.kl.estimator = 'k1' has no useful gradient in the loss: use 'k3+' or 'k2'"
         )
@@ -53,6 +56,12 @@ def train_problems(
     names = [source.name for source in reward.sources]
     if len(set(names)) != len(names):
         found.append(f"reward.sources have the same name twice ({names}): give each a `name`")
+    if monitors.second_judge and monitors.second_judge not in names:
+        found.append(
+            f"monitors.second_judge = {monitors.second_judge!r} is none of reward.sources "
+            f"({', '.join(map(str, names))}): give one of these names, or add the source with "
+            "weight = 0"
+        )
     return found
 
 

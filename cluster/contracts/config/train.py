@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, model_validator
 
-from cluster.contracts.config.alarms import AlarmsConfig
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
 from cluster.contracts.config.base import (
     ClusterConfig,
@@ -17,6 +18,7 @@ from cluster.contracts.config.base import (
 from cluster.contracts.config.checks import train_problems
 from cluster.contracts.config.evaluation import EvaluationConfig
 from cluster.contracts.config.learner import CheckpointConfig, LearnerConfig, WeightsConfig
+from cluster.contracts.config.monitors import MonitorsConfig
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 
@@ -42,13 +44,27 @@ class TrainConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
-    alarms: AlarmsConfig = AlarmsConfig()
+    monitors: MonitorsConfig = MonitorsConfig()
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _alarms_are_monitors(cls, tree: Any) -> Any:
+        """The section's name in runs of before, which can be resumed."""
+        if isinstance(tree, dict) and "alarms" in tree and "monitors" not in tree:
+            return {("monitors" if k == "alarms" else k): v for k, v in tree.items()}
+        return tree
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
         problems = train_problems(
-            self.algorithm, self.batch, self.staleness, self.learner, self.rollout, self.reward
+            self.algorithm,
+            self.batch,
+            self.staleness,
+            self.learner,
+            self.rollout,
+            self.reward,
+            self.monitors,
         )
         if problems:
             raise ValueError("\n".join(problems))

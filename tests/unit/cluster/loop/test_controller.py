@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from cluster.contracts.config.monitors import MonitorsConfig
 from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import Fatal, Retryable, UserError, WeightMismatch, WorkersGone
 from cluster.contracts.metrics import last
@@ -33,6 +34,7 @@ from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import LoopSettings, PoolSettings
 from cluster.loop.timeline import Timeline
 from cluster.runs.control import Wishes
+from cluster.runs.monitor_actions import MonitorActions
 from cluster.runs.run import Run
 from tests.checkpoint_files import write_checkpoint
 
@@ -231,9 +233,11 @@ def build(
     state: RunState | None = None,
     saved: int | None = None,
     stall_timeout_s: float = 5,
+    monitors: MonitorActions | None = None,
+    again: Run | None = None,
     **settings: Any,
 ) -> tuple[Controller, WorkerPool, Run, Lines]:
-    run = Run.create(str(tmp_path), "run", "train", NoConfig())
+    run = again or Run.create(str(tmp_path), "run", "train", NoConfig())
     clock, lines = RealClock(), Lines()
     pool = WorkerPool(
         world.make,
@@ -266,6 +270,7 @@ def build(
         Timeline(),
         state=state,
         saved=saved,
+        monitors=monitors,
     )
     return controller, pool, run, lines
 
@@ -710,3 +715,21 @@ def test_a_worker_that_cannot_join_leaves_the_run_going(tmp_path: Path) -> None:
     assert len(learner.batches) == 40
     failed = [e for e in events(run) if e["kind"] == "worker_not_joined"]
     assert {e["cause"] for e in failed} == {"no CPU is free"}
+
+
+def test_a_wanted_kl_coefficient_goes_with_the_next_step_once(tmp_path: Path) -> None:
+    """Also when that step's rollouts are lost on the way and it is asked for again."""
+
+    class Raises(Lines):
+        def write(self, step: int, numbers: Mapping[str, float]) -> None:
+            super().write(step, numbers)
+            if step == 2:
+                monitors.kl_coef = 0.2
+
+    monitors = MonitorActions(MonitorsConfig(), tmp_path)
+    learner = FakeLearner()
+    learner.lose[2] = 1
+    controller, pool, _, _ = build(tmp_path, World(), learner, monitors=monitors)
+    controller._books._sinks._sinks.append(Raises())  # type: ignore[attr-defined]
+    asyncio.run(drive(controller, pool))
+    assert [batch.kl_coef for batch in learner.batches] == [None, None, 0.2, None, None, None]

@@ -15,9 +15,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from cluster.contracts.errors import RolledBack
+from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput, WeightManifest
 from learner.rl.learner import PPOLearner
-from learner.rl.step_record import KEY
+from learner.rl.step_record import KEY, weights_digest
 from learner.settings import LearnerSettings
 
 STEPS, SAVED_AFTER = 3, 1
@@ -144,3 +145,44 @@ def test_a_file_that_does_not_lead_there_rolls_the_run_back(
 def test_files_that_do_not_follow_each_other_roll_the_run_back(made: World) -> None:
     with pytest.raises(RolledBack, match="step 2 was not trained from these weights"):
         made.successor(made.file(2), checkpoint=True).start()
+
+
+def test_a_coefficient_that_a_monitor_has_set_is_set_again(
+    world: ModuleType, tiny: Path, tmp_path: Path
+) -> None:
+    """From rollouts, from the checkpoint after the step, and in one that has no other KL."""
+    sampler = AutoModelForCausalLM.from_pretrained(tiny).eval()
+
+    def settings(**changes: Any) -> LearnerSettings:
+        algorithm = {"kl": {"coef": 0.0}}
+        made: LearnerSettings = world.make_settings(
+            tiny, algorithm=algorithm, learner=LEARNER, reference_for_monitors=True, **changes
+        )
+        return made
+
+    def batch(step: int) -> StepInput:
+        groups = world.make_groups(sampler, seed=step, first_group=4 * step, version=step)
+        return StepInput(
+            step=step,
+            group_ids=tuple(range(4 * step, 4 * step + 4)),
+            payloads=(world.table_of(groups),),
+            kl_coef=0.3 if step == 1 else None,
+        )
+
+    writing = settings(run_dir=str(tmp_path), save_rollouts=True)
+    before = PPOLearner(writing, world.KeepingPublisher())
+    before.start()
+    for step in range(2):
+        before.step(batch(step))
+    before.save(tmp_path / "checkpoint")
+    result = before.step(batch(2))
+    before.close()
+    assert values(result.metrics)["objective/kl_coef"] == 0.3
+    files = tuple(str(tmp_path / "rollouts" / f"step-{step:06d}.parquet") for step in range(3))
+    for given in (
+        {"replay": files},
+        {"replay": files[2:], "resume_from": str(tmp_path / "checkpoint")},
+    ):
+        after = PPOLearner(settings(**given), world.KeepingPublisher())
+        assert weights_digest(after.start()) == weights_digest(result.manifest)
+        assert after.state.kl.coef == 0.3

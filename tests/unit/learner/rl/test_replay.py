@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.assembly.replay import replay_run
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.durable import digests_below
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import RunState, StepInput
 from cluster.runs.console import Reporter
@@ -24,6 +26,7 @@ from cluster.runs.run import Run
 from learner.rl.learner import PPOLearner
 from learner.rl.step_record import Differs, settings_digest
 from learner.settings import learner_settings
+from learner.trainer_file import TRAINER, moved_on
 
 STEPS, STOPPED_AT, DROPPED = 5, 3, 9
 SILENT = Reporter(quiet=True)
@@ -46,9 +49,16 @@ def config_of(model: Path, runs: Path, total: int) -> TrainConfig:
 
 
 def train(
-    run: Run, config: TrainConfig, world: ModuleType, sampler: Any, first: int, last: int
+    run: Run,
+    config: TrainConfig,
+    world: ModuleType,
+    sampler: Any,
+    first: int,
+    last: int,
+    begun: RunState | None = None,
 ) -> None:
-    """Steps [first, last) as the controller drives them, with a checkpoint at the end."""
+    """Steps [first, last) as the controller drives them, with a checkpoint at the end. ``begun``:
+    where they begin, if groups are missing that are not the usual one."""
     before = str(run.checkpoints.path_of(first)) if first else None
     settings = learner_settings(config, (4, 5, 6), str(run.path), resume_from=before)
     learner = PPOLearner(settings, world.KeepingPublisher())
@@ -65,7 +75,8 @@ def train(
     files = learner.save(staging)
     learner.close()
     dropped = ({"group": DROPPED, "prompt": "p", "cause": "too long"},) if last > 2 else ()
-    state = RunState(step=last, version=last, next_group=4 * last, prompts_total=9, dropped=dropped)
+    known = begun or RunState(step=0, version=0, next_group=0, prompts_total=9, dropped=dropped)
+    state = replace(known, step=last, version=last, next_group=4 * last)
     run.checkpoints.commit(staging, files, state, keep=2)
 
 
@@ -272,3 +283,34 @@ def test_a_run_recorded_before_a_default_changed_still_has_its_digest(
     assert settings_digest(settings) == recorded
     changed = settings.learner.model_copy(update={"eps": 1e-8})
     assert settings_digest(dataclasses.replace(settings, learner=changed)) != recorded
+
+
+def test_a_run_that_went_back_replays_to_the_same_bits(
+    world: ModuleType, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two steps, a checkpoint, a third; then back to the checkpoint in place of the fourth."""
+    sampler = AutoModelForCausalLM.from_pretrained(tiny).eval()
+    config = config_of(tiny, tmp_path, 5)
+    run = Run.create(str(tmp_path), "back", "train", config)
+    train(run, config, world, sampler, 0, 2)
+    train(run, config, world, sampler, 2, 3)
+    rows = [{"group": group, "prompt": "p", "cause": "back"} for group in range(12, 16)]
+    rollback = {"step": 3, "to": 2, "kl_coef": 0.4}
+    state = RunState(
+        step=4,
+        version=4,
+        next_group=16,
+        prompts_total=9,
+        dropped=({"group": DROPPED, "prompt": "p", "cause": "too long"}, *rows),
+        rollbacks=(rollback,),
+    )
+    source = run.checkpoints.path_of(2)
+    staging = run.checkpoints.begin(4)
+    shutil.copytree(source, staging, dirs_exist_ok=True)
+    for name in ("manifest.json", "run_state.json"):
+        (staging / name).unlink()
+    moved_on(source / TRAINER, staging / TRAINER, version=4, kl_coef=0.4)
+    run.checkpoints.commit(staging, digests_below(staging), state, keep=9)
+    train(run, config, world, sampler, 4, 5, state)
+    replay_run(str(run.path), True, None, SILENT)
+    assert "back: 4 steps" in capsys.readouterr().out

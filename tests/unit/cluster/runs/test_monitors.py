@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
-from cluster.contracts.config.alarms import AlarmsConfig
-from cluster.runs.alarms import AlarmChange, Watch
+from cluster.contracts.config.monitors import MonitorsConfig
+from cluster.runs.monitors import AlarmChange, Watch
 
 # Metrics of a healthy step; a table row changes what it is about.
 HEALTHY = {
@@ -25,7 +26,7 @@ HEALTHY = {
 
 
 def watched(steps: Sequence[dict[str, float]], **config: Any) -> list[AlarmChange]:
-    watch = Watch(AlarmsConfig(**config))
+    watch = Watch(MonitorsConfig(**config))
     return [
         change
         for step, numbers in enumerate(steps, start=1)
@@ -42,6 +43,8 @@ def only(name: str, *values: float) -> list[dict[str, float]]:
 
 
 ENTROPY, KL, SCORE = "policy/entropy", "objective/kl", "objective/scores"
+LENGTH, REPEATED = "completions/mean_length", "completions/repeated_frac"
+REFUSES, APART = "completions/refusal_rate", "rewards/members/disagreement/mean"
 EQUAL, CUT = "rewards/zero_std_frac", "completions/clipped_ratio"
 
 
@@ -90,6 +93,16 @@ EQUAL, CUT = "rewards/zero_std_frac", "completions/clipped_ratio"
         ),
         (only(CUT, *[0.5] * 9), []),
         (only(CUT, *[0.6] * 9), [("clipped-completions", "start", 3)]),
+        (only(LENGTH, *[30.0] * 5, *[59.0] * 9), []),
+        (only(LENGTH, *[30.0] * 5, *[61.0] * 9), [("length-drift", "start", 8)]),
+        (only(LENGTH, *[30.0] * 5, *[14.0] * 9), [("length-drift", "start", 8)]),
+        (only(REPEATED, *[0.29] * 9), []),
+        (only(REPEATED, 0.31, 0.31, 0.31), [("repetition", "start", 3)]),
+        (only(REFUSES, *[0.05] * 5, *[0.24] * 9), []),
+        (only(REFUSES, *[0.05] * 5, *[0.26] * 9), [("refusals", "start", 8)]),
+        (only(REFUSES, *[0.5] * 5, *[0.1] * 9), [("refusals", "start", 8)]),
+        (only(APART, *[0.2] * 5, *[0.39] * 9), []),
+        (only(APART, *[0.2] * 5, *[0.41] * 9), [("ensemble-disagreement", "start", 8)]),
     ],
 )  # fmt: skip
 def test_what_is_said(steps: list[dict[str, float]], expected: list[tuple[str, str, int]]) -> None:
@@ -97,7 +110,7 @@ def test_what_is_said(steps: list[dict[str, float]], expected: list[tuple[str, s
 
 
 def test_steps_of_a_single_completion_are_neither_constant_nor_without_signal() -> None:
-    watch = Watch(AlarmsConfig(), samples_per_prompt=1)
+    watch = Watch(MonitorsConfig(), samples_per_prompt=1)
     for step in range(9):
         score = 0.1 * step
         one = {SCORE: score, "rewards/min": score, "rewards/max": score, "rewards/std": 0.0}
@@ -142,7 +155,7 @@ def test_patience_is_a_setting() -> None:
 
 
 def test_a_step_without_the_metric_neither_begins_nor_ends_anything() -> None:
-    watch = Watch(AlarmsConfig())
+    watch = Watch(MonitorsConfig())
     found = [watch.check(step, {"time/step": 1.0}) for step in range(9)]
     assert found == [[]] * 9
 
@@ -158,3 +171,109 @@ def test_a_healthy_run_of_the_quickstart_raises_none() -> None:
     ]  # fmt: skip
     steps = [{SCORE: s, "rewards/std": d, ENTROPY: e, KL: kl} for s, d, e, kl in rows]
     assert changes(steps) == []
+
+
+# -- the reward rises, another judge's score falls -----------------------------------------------
+
+
+def evaluated(count: int, held_out: Any, *, reward_rises: bool = True, seed: int = 0) -> list[Any]:
+    """Numbers of five steps per evaluation; ``held_out``: of the number of the evaluation."""
+    noise, steps = random.Random(seed), []
+    for step in range(5 * count):
+        score = (0.01 * step if reward_rises else -0.01 * step) + noise.gauss(0, 0.05)
+        steps.append({SCORE: score})
+        if step % 5 == 4:
+            steps[-1]["evaluation/win_rate"] = held_out(step // 5) + noise.gauss(0, 0.03)
+    return steps
+
+
+def rises_then_falls(evaluation: int) -> float:
+    return 0.5 + 0.04 * min(evaluation, 8) - 0.04 * max(0, evaluation - 8)
+
+
+def gaps(steps: list[Any], **config: Any) -> list[tuple[str, str, int]]:
+    return [found for found in changes(steps, **config) if found[0].endswith("gap")]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_held_out_score_that_falls_while_the_reward_rises_is_said_once(seed: int) -> None:
+    (found,) = gaps(evaluated(24, rises_then_falls, seed=seed))
+    assert found[:2] == ("held-out-gap", "start")
+    assert 45 < found[2] <= 90  # the best was at step 45
+
+
+def test_a_held_out_score_that_rises_levels_off_or_falls_with_the_reward_is_no_gap() -> None:
+    def levels_off(evaluation: int) -> float:
+        return min(0.8, 0.5 + 0.04 * evaluation)
+
+    for seed in range(20):
+        assert gaps(evaluated(24, levels_off, seed=seed)) == []
+        assert gaps(evaluated(24, lambda e: 0.5 + 0.02 * e, seed=seed)) == []
+        assert gaps(evaluated(24, rises_then_falls, reward_rises=False, seed=seed)) == []
+
+
+def test_noise_is_no_gap_in_200_random_runs() -> None:
+    """200 runs of 24 evaluations without a trend, while the reward rises all the time."""
+    alarmed = [seed for seed in range(200) if gaps(evaluated(24, lambda e: 0.6, seed=seed))]
+    assert len(alarmed) <= 4, alarmed
+
+
+def test_a_second_judge_of_each_step() -> None:
+    def run(seed: int, *, falls: bool) -> list[dict[str, float]]:
+        noise = random.Random(seed)
+        return [
+            {
+                SCORE: 0.02 * step + noise.gauss(0, 0.05),
+                "rewards/gold/mean": (0.02 * (min(step, 30) - max(0, step - 30)) if falls else 0.3)
+                + noise.gauss(0, 0.1),
+            }
+            for step in range(80)
+        ]
+
+    for seed in range(10):
+        (found,) = gaps(run(seed, falls=True), second_judge="gold")
+        assert found[:2] == ("second-judge-gap", "start")
+        assert 30 < found[2] <= 70
+    assert gaps(run(0, falls=True)) == []  # it is not named
+    alarmed = [s for s in range(100) if gaps(run(s, falls=False), second_judge="gold")]
+    assert len(alarmed) <= 2, alarmed
+
+
+def test_random_figures_around_a_level_raise_no_alarm_in_200_runs() -> None:
+    def run(seed: int) -> list[dict[str, float]]:
+        noise = random.Random(seed)
+        return [
+            {
+                SCORE: noise.gauss(0.5, 0.2),
+                KL: noise.gauss(8, 2),
+                ENTROPY: noise.gauss(0.2, 0.03),
+                LENGTH: noise.gauss(30, 3),
+                REPEATED: abs(noise.gauss(0.05, 0.05)),
+                REFUSES: abs(noise.gauss(0.1, 0.04)),
+                APART: noise.gauss(0.2, 0.03),
+            }
+            for _ in range(50)
+        ]
+
+    assert [seed for seed in range(200) if changes(run(seed))] == []
+
+
+def test_an_action_comes_again_only_while_the_alarm_goes_on() -> None:
+    actions = {"kl_budget": "raise_kl"}
+    steps = only(KL, *[21.0] * 12, *[2.0] * 9, *[21.0] * 3)
+    found = watched(steps, actions=actions, again_after=5)
+    assert [(c.change, c.step, c.action, c.since) for c in found] == [
+        ("start", 3, "raise_kl", 0),
+        ("again", 8, "raise_kl", 0),
+        ("end", 15, "warn", 0),
+        ("start", 24, "raise_kl", 21),
+    ]
+
+
+def test_the_start_stays_the_measure_after_a_rollback() -> None:
+    watch = Watch(MonitorsConfig())
+    for step in range(1, 6):
+        watch.check(step, {LENGTH: 30.0})
+    watch.begin_anew()
+    found = [watch.check(step, {LENGTH: 90.0}) for step in range(6, 9)]
+    assert [len(changes) for changes in found] == [0, 0, 1]
