@@ -118,4 +118,3 @@ class MonitorActions:
             return named
         earlier = [path for path in complete if step_of(path.name) <= change.since]
         return earlier[-1] if earlier else None
-

@@ -21,7 +21,7 @@ EQUAL = 1e-12
 
 SCORE, ENTROPY = "objective/scores", "policy/entropy"
 LENGTH, REFUSALS = "completions/mean_length", "completions/refusal_rate"
-HELD_OUT = ("evaluation/win_rate", "evaluation/score")  # the first that there is
+HELD_OUT = "evaluation/score"
 DISAGREEMENT = "/disagreement/mean"
 
 Numbers = Mapping[str, float]
@@ -189,9 +189,8 @@ class _Rules:
         return max(found, key=lambda reading: reading.severity, default=None)
 
     def held_out(self, numbers: Numbers) -> Reading | None:
-        name = next((name for name in HELD_OUT if name in numbers), "")
         gap, limit = self.past.held_out, self.config.held_out_gap
-        return _gap(gap, numbers.get(name), numbers.get(SCORE), limit)
+        return _gap(gap, numbers.get(HELD_OUT), numbers.get(SCORE), limit)
 
     def second_judge(self, numbers: Numbers) -> Reading | None:
         judged = numbers.get(f"rewards/{self.config.second_judge}/mean")

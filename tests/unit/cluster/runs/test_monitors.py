@@ -183,7 +183,7 @@ def evaluated(count: int, held_out: Any, *, reward_rises: bool = True, seed: int
         score = (0.01 * step if reward_rises else -0.01 * step) + noise.gauss(0, 0.05)
         steps.append({SCORE: score})
         if step % 5 == 4:
-            steps[-1]["evaluation/win_rate"] = held_out(step // 5) + noise.gauss(0, 0.03)
+            steps[-1]["evaluation/score"] = held_out(step // 5) + noise.gauss(0, 0.03)
     return steps
 
 
