@@ -123,15 +123,14 @@ def alpha_interval(
     items = items[items.sum(axis=(1, 2)) > 0]
     if len(items) < 2:
         return None
-    rng = np.random.default_rng(seed)
-    flat, n = items.reshape(len(items), -1), len(items)
+    # Items with the same matrix are one kind. How often each kind comes up among n draws is
+    # multinomial, too, and there are few kinds.
+    kinds, counts = np.unique(items.reshape(len(items), -1), axis=0, return_counts=True)
+    rng, n = np.random.default_rng(seed), len(items)
     found = np.concatenate(
         [
-            _alpha(
-                (rng.multinomial(n, np.full(n, 1 / n), 50) @ flat).reshape(50, *items.shape[1:]),
-                level,
-            )
-            for _ in range(RESAMPLES // 50)
+            _alpha((draws @ kinds).reshape(-1, *items.shape[1:]), level)
+            for draws in (rng.multinomial(n, counts / n, 50) for _ in range(RESAMPLES // 50))
         ]
     )
     found = found[~np.isnan(found)]
@@ -146,11 +145,13 @@ def _coincidences(units: Sequence[Sequence[Any]]) -> np.ndarray:
     values = sorted({value for unit in units for value in unit})
     place = {value: n for n, value in enumerate(values)}
     found = np.zeros((len(units), len(values), len(values)))
-    for number, unit in enumerate(units):
-        if len(unit) < 2:
-            continue
-        counts = np.bincount([place[value] for value in unit], minlength=len(values)).astype(float)
-        found[number] = (np.outer(counts, counts) - np.diag(counts)) / (len(unit) - 1)
+    several = [number for number, unit in enumerate(units) if len(unit) > 1]
+    counts = np.zeros((len(several), len(values)))
+    for row, number in enumerate(several):
+        for value in units[number]:
+            counts[row, place[value]] += 1
+    pairs = counts[:, :, None] * counts[:, None, :] - counts[:, :, None] * np.eye(len(values))
+    found[several] = pairs / (counts.sum(axis=1) - 1)[:, None, None]
     return found
 
 
@@ -171,24 +172,27 @@ def _alpha(coincidences: np.ndarray, level: Level) -> np.ndarray:
         return np.where(expected > 0, 1 - (n - 1) * observed / expected, np.nan)
 
 
-def agreement(judgements: Sequence[Judgement]) -> Mapping[str, Any]:
+def agreement(
+    judgements: Sequence[Judgement], cast: Sequence[Vote] | None = None
+) -> Mapping[str, Any]:
     """The numbers a report shows; kappa only where exactly two annotators share items. The ordinal
-    alpha leaves "both bad" out, and takes a > tie > b by strength."""
-    table = units_of(votes(judgements))
-    units = [[vote.choice for vote in cast.values()] for cast in table.values()]
-    shared = [cast for cast in table.values() if len(cast) > 1]
-    people = sorted({name for cast in shared for name in cast})
+    alpha leaves "both bad" out, and takes a > tie > b by strength. ``cast``: the judgements' votes,
+    where they are known."""
+    table = units_of(votes(judgements) if cast is None else cast)
+    units = [[vote.choice for vote in unit.values()] for unit in table.values()]
+    shared = [unit for unit in table.values() if len(unit) > 1]
+    people = sorted({name for unit in shared for name in unit})
     kappa = None
     if len(people) == 2:
-        both = [cast for cast in shared if len(cast) == 2]
-        kappa = cohen_kappa(*[[cast[name].choice for cast in both] for name in people])
+        both = [unit for unit in shared if len(unit) == 2]
+        kappa = cohen_kappa(*[[unit[name].choice for unit in both] for name in people])
     scaled = {
-        key: [vote.signed for vote in cast.values() if vote.signed is not None]
-        for key, cast in table.items()
+        key: [vote.signed for vote in unit.values() if vote.signed is not None]
+        for key, unit in table.items()
     }
     return {
         "items_with_several_labels": len(
-            {item for (item, _), cast in table.items() if len(cast) > 1}
+            {item for (item, _), unit in table.items() if len(unit) > 1}
         ),
         "percent_agreement": percent_agreement(units),
         "cohen_kappa": kappa,

@@ -6,6 +6,7 @@ import json
 import sqlite3
 from collections.abc import Iterable
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
 from reward_service.preferences.records import (
@@ -68,10 +69,16 @@ def judgement_row(judgement: Judgement) -> tuple[Any, ...]:
 
 def judgement_from(row: sqlite3.Row) -> Judgement:
     fields = {name: row[name] for name in JUDGEMENT_COLUMNS}
-    fields["ranks"] = tuple(json.loads(row["ranks"])) if row["ranks"] else ()
-    fields["criteria"] = json.loads(row["criteria"])
+    fields["ranks"] = _ranks(row["ranks"]) if row["ranks"] else ()
+    fields["criteria"] = json.loads(row["criteria"]) if row["criteria"] != "{}" else {}
     fields["judge"] = json.loads(row["judge"]) if row["judge"] is not None else None
     return Judgement(**fields)
+
+
+@lru_cache(maxsize=1024)
+def _ranks(text: str) -> tuple[int, ...]:
+    """Hundreds of thousands of judgements share a few orders."""
+    return tuple(json.loads(text))
 
 
 def json_text(value: Any) -> str:

@@ -147,6 +147,10 @@ def completion_cell(item: Item, text: str) -> Any:
     return text if is_text(item.messages) else [{"role": "assistant", "content": text}]
 
 
+def _json_cell(value: Any) -> str:
+    return "{}" if value == {} else json.dumps(value, ensure_ascii=False)
+
+
 def write_parquet(
     path: Path, rows: Sequence[Mapping[str, Any]], empty: Sequence[str], loose: frozenset[str]
 ) -> None:
@@ -157,12 +161,9 @@ def write_parquet(
     if len({isinstance(row["prompt"], str) for row in rows}) > 1:
         loose = loose | {"prompt", "chosen", "rejected", "completions", "completion"}
     columns = {
-        name: [
-            json.dumps(row[name], ensure_ascii=False)
-            if name in loose and row[name] is not None
-            else row[name]
-            for row in rows
-        ]
+        name: [row[name] if row[name] is None else _json_cell(row[name]) for row in rows]
+        if name in loose
+        else [row[name] for row in rows]
         for name in names
     }
     table = pa.table(columns).replace_schema_metadata({"accord.schema": "preferences/2"})

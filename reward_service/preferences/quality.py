@@ -106,11 +106,16 @@ def gold_accuracy(judged: Iterable[Judged]) -> Share:
     return share_of(right, len(cases))
 
 
+Others = Mapping[tuple[str, str], tuple[int, int]]
+
+
 def with_others(cast: Iterable[Vote]) -> dict[tuple[str, str], tuple[int, int]]:
     """(item, annotator) -> (votes equal to the majority of the others on the same completions,
     votes with such a majority)."""
     found: dict[tuple[str, str], tuple[int, int]] = {}
     for (item, _), unit in units_of(cast).items():
+        if len(unit) == 1:
+            continue
         for name, vote in unit.items():
             others = Counter(v.choice for who, v in unit.items() if who != name).most_common(2)
             if not others or (len(others) == 2 and others[0][1] == others[1][1]):
@@ -137,18 +142,24 @@ def speed(judgements: Iterable[Judgement]) -> Mapping[str, float | int | None]:
 # -- by group, and over time -----------------------------------------------------------------------
 
 
+def _others_in(judged: Iterable[Judged]) -> Others:
+    return with_others(votes(j for item, j in judged if item.gold is None))
+
+
 def by_group(
-    judged: Sequence[Judged], group_of: Callable[[Item, Judgement], str]
+    judged: Sequence[Judged],
+    group_of: Callable[[Item, Judgement], str],
+    others: Others | None = None,
 ) -> dict[str, dict[str, Any]]:
     """What each group does, and whether it differs from all others together: ``p`` of the
     difference, and ``differs`` where p is below 0.05 divided by the number of groups (Bonferroni).
-    Judgements of the group "" are left out."""
+    Judgements of the group "" are left out. ``others``: of all ``judged``, where it is known."""
     groups: dict[str, list[Judged]] = {}
     for item, judgement in judged:
         name = group_of(item, judgement)
         if name and judgement.is_label:
             groups.setdefault(name, []).append((item, judgement))
-    others = with_others(votes(j for item, j in judged if item.gold is None))
+    others = _others_in(judged) if others is None else others
     measured = {name: _measures(entries, others) for name, entries in sorted(groups.items())}
     hits, cases = Counter[str](), Counter[str]()
     for measures in measured.values():
@@ -172,9 +183,7 @@ def by_group(
     return table
 
 
-def _measures(
-    entries: Sequence[Judged], others: Mapping[tuple[str, str], tuple[int, int]]
-) -> dict[str, Share]:
+def _measures(entries: Sequence[Judged], others: Others) -> dict[str, Share]:
     usual = [(item, judgement) for item, judgement in entries if item.gold is None]
     judgements = [judgement for _, judgement in usual]
     agreed = [others.get((j.item_id, j.annotator_id), (0, 0)) for j in judgements]
@@ -188,11 +197,11 @@ def _measures(
     }
 
 
-def drift(judged: Sequence[Judged]) -> dict[str, Any]:
+def drift(judged: Sequence[Judged], others: Others | None = None) -> dict[str, Any]:
     """The earlier half of the labels against the later one, by ``created_at``."""
     labels = sorted((e for e in judged if e[1].is_label), key=lambda e: e[1].created_at)
     half = len(labels) // 2
-    others = with_others(votes(j for item, j in judged if item.gold is None))
+    others = _others_in(judged) if others is None else others
     early, late = _measures(labels[:half], others), _measures(labels[half:], others)
     tests = {
         key: difference_p(early[key].hits, early[key].n, late[key].hits, late[key].n)
@@ -225,23 +234,26 @@ def quality_report(
     usual = [(item, j) for item, j in judged if item.gold is None]
     judgements = [judgement for _, judgement in usual]
     cast = votes(judgements)
+    others = with_others(cast)
     teams = team_of or {}
     return {
-        "agreement": dict(agreement(judgements)),
+        "agreement": dict(agreement(judgements, cast)),
         "gold": asdict(gold_accuracy(judged)),
         "position_bias": asdict(position_bias(judgements)),
         "length_bias": asdict(length_bias(usual)),
         "speed": dict(speed(judgements)),
-        "annotators": _annotators(judged, cast),
-        "teams": by_group(judged, lambda _, j: teams.get(j.annotator_id, "")),
-        "topics": by_group(judged, lambda item, _: item.topic),
-        "drift": drift(judged),
+        "annotators": _annotators(judged, cast, others),
+        "teams": by_group(judged, lambda _, j: teams.get(j.annotator_id, ""), others),
+        "topics": by_group(judged, lambda item, _: item.topic, others),
+        "drift": drift(judged, others),
     }
 
 
-def _annotators(judged: Sequence[Judged], cast: Sequence[Vote]) -> dict[str, dict[str, Any]]:
+def _annotators(
+    judged: Sequence[Judged], cast: Sequence[Vote], others: Others
+) -> dict[str, dict[str, Any]]:
     """Per annotator; ``reliability`` is that of the annotator model."""
-    table = by_group(judged, lambda _, j: j.annotator_id)
+    table = by_group(judged, lambda _, j: j.annotator_id, others)
     labels = {
         f"{item}/{pair}": {name: vote.choice for name, vote in unit.items()}
         for (item, pair), unit in units_of(cast).items()

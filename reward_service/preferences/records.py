@@ -169,15 +169,12 @@ def check_ranks(ranks: Sequence[int], completions: int) -> None:
 
 def choice_of(ranks: Sequence[int]) -> str:
     if len(ranks) == 2:
-        return next(name for name, places in PAIR_RANKS.items() if _order(ranks) == _order(places))
+        first, second = ranks
+        return "a" if first < second else "b" if first > second else "tie"
     groups: dict[int, str] = {}
     for letter, rank in zip(LETTERS, ranks, strict=False):
         groups[rank] = f"{groups[rank]}={letter}" if rank in groups else letter
     return ">".join(groups[rank] for rank in sorted(groups))
-
-
-def _order(ranks: Sequence[int]) -> int:
-    return (ranks[0] > ranks[1]) - (ranks[0] < ranks[1])
 
 
 def preferred_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
