@@ -101,9 +101,23 @@ def with_pairs(config: P, run: Run) -> P:
     from cluster.assembly.preferences import training_data
 
     path, snapshot = training_data(config.data.path, run.path)
+    split = config.data.split
     if snapshot is not None:
         run.update_manifest(snapshot=snapshot)
-    return config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
+        split = _split_with_ties(config, Path(path))
+    data = config.data.model_copy(update={"path": path, "split": split})
+    return config.model_copy(update={"data": data})
+
+
+def _split_with_ties(config: P, snapshot: Path) -> str:
+    """Of a snapshot, the split of pairs holds no ties and no whole rankings. A reward model that
+    learns from these gets the split of rankings, in which every pair is, too."""
+    if not isinstance(config, RewardModelConfig):
+        return config.data.split
+    rankings = f"{config.data.split}_rankings"
+    wanted = config.tie_threshold > 0 or config.ranking_loss == "plackett-luce"
+    there = (snapshot / f"{rankings}.parquet").is_file()
+    return rankings if wanted and there else config.data.split
 
 
 def run_reward_model(

@@ -17,7 +17,7 @@ from cluster.contracts.rows.shapes import prompt_shape
 def open_store(path: Path, *, must_exist: bool) -> Any:
     from reward_service.preferences.store import PreferenceStore
 
-    if must_exist and not path.is_file():
+    if must_exist and not path.exists():
         raise UserError(
             "no such preference store", where=str(path), fix="make one: accord preferences import"
         )

@@ -9,6 +9,8 @@ import typer
 
 from cluster.commands.options import Overrides, complete_run
 
+ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
+
 
 def label(
     config: Annotated[
@@ -44,10 +46,17 @@ def label(
     from cluster.assembly.labelling import open_label_site
     from cluster.contracts.config.file import load_config
     from cluster.contracts.config.label import LabelConfig
+    from cluster.contracts.errors import UserError
     from cluster.pages.access import LOOPBACK
     from cluster.runs.console import Reporter, result
 
     words = [*(overrides or []), *([f"live.policy={policy}"] if policy else [])]
+    if config.suffix in ROWS and config.is_file():
+        raise UserError(
+            "is a file of rows; `accord label` takes a preference store or a config",
+            where=str(config),
+            fix=f"to label its completions: accord label preferences.db data.files=[{config}]",
+        )
     if config.suffix in (".db", ".sqlite"):
         settings = load_config(LabelConfig, None, [f"store={config}", *words])
     else:

@@ -64,6 +64,10 @@ def import_rows(
     if read.left_out.count:
         Reporter().say(str(read.left_out))
     done = add_preferences(open_store(store, must_exist=False), read)
+    if done.forgotten:
+        Reporter().say(
+            f"left out {done.forgotten} items and labels that this store was told to forget"
+        )
     result(json.dumps({"store": str(store), **asdict(done), "bad_rows": read.left_out.count}))
 
 

@@ -16,6 +16,7 @@ from cluster.contracts.errors import UserError
 from reward_service.preferences import schema
 
 BUSY_TIMEOUT_S = 30.0
+ROWS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".gz")
 
 _REFUSALS = {  # start of SQLite's error name -> what is wrong, what to do
     "SQLITE_BUSY": (
@@ -55,6 +56,7 @@ class Database:
         self.path = Path(path)
         self.where = f"preference store {self.path}"
         self._busy_timeout_s = busy_timeout_s
+        self._refuse_other_files()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as problem:
@@ -69,6 +71,21 @@ class Database:
         if not ready:
             with self.writing() as db:
                 self._prepare(db)
+
+    def _refuse_other_files(self) -> None:
+        """A file of rows in the place of a store is the usual mistake."""
+        if self.path.is_dir():
+            raise UserError(
+                "is a folder, but a preference store is a file",
+                where=self.where,
+                fix="give a *.db file; a snapshot is for data.path of a training command",
+            )
+        if self.path.suffix in ROWS and self.path.is_file():
+            raise UserError(
+                f"is a file of rows ({self.path.suffix}), but a preference store is a *.db file",
+                where=self.where,
+                fix=f"import it: accord preferences import {self.path} preferences.db",
+            )
 
     def _prepare(self, db: sqlite3.Connection) -> None:
         version = db.execute("PRAGMA user_version").fetchone()[0]

@@ -2,7 +2,8 @@
 
 The records are deleted and overwritten in the file. A tombstone stays: when, what kind, how many
 records, and which snapshots and models had learnt from them, but nothing of their content and no
-pseudonym. Snapshots never change, so the user is told which to delete.
+pseudonym. Salted hashes of their ids stay as well, so that no import brings them back. Snapshots
+never change, so the user is told which to delete.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cluster.contracts.errors import UserError
+from reward_service.preferences.forgotten import UNNAMED, remember
 from reward_service.preferences.records import prompt_hash, utc_now
 from reward_service.preferences.store import PreferenceStore
 from reward_service.preferences.trained_models import models_trained_on
@@ -62,6 +64,7 @@ def forget(store: PreferenceStore, kind: Kind, which: str, runs: Sequence[Path] 
                 where=store.database.where,
                 fix="`accord preferences stats` lists annotators; exports name records",
             )
+        _remember(db, kind, which, items, judgements)
         snapshots = _snapshots(db, judgements)
         stone = Tombstone(
             created_at=utc_now(),
@@ -75,6 +78,24 @@ def forget(store: PreferenceStore, kind: Kind, which: str, runs: Sequence[Path] 
         _write(db, stone)
     store.database.shrink()
     return stone
+
+
+def _remember(
+    db: sqlite3.Connection,
+    kind: Kind,
+    which: str,
+    items: Sequence[str],
+    judgements: Sequence[str],
+) -> None:
+    """Hashes of what is about to go, for imports to refuse."""
+    if kind == "annotator" and not which.startswith(UNNAMED):
+        remember(db, "annotator", [which])
+    if kind == "prompt":
+        query = "SELECT prompt_hash FROM items WHERE id = ?"
+        hashes = [db.execute(query, (name,)).fetchone()["prompt_hash"] for name in items]
+        remember(db, "prompt", hashes)
+    remember(db, "item", items)
+    remember(db, "judgement", judgements)
 
 
 def tombstones(store: PreferenceStore) -> list[Tombstone]:

@@ -19,6 +19,7 @@ from cluster.contracts.rows.exports import Verdict
 from cluster.contracts.rows.files import BadRow, Columns, Place
 from cluster.contracts.rows.judged import JudgedShape, judged_shape
 from cluster.contracts.rows.reader import LeftOut, read_rows
+from reward_service.preferences.forgotten import UNNAMED, Forgotten
 from reward_service.preferences.records import (
     Candidate,
     ChosenBy,
@@ -34,11 +35,13 @@ UNKNOWN = "unknown"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ImportReport:
-    """``rows`` read, and how many items and labels were new."""
+    """``rows`` read, and how many items and labels were new. ``forgotten``: how many items and
+    labels were left out because the store was told to forget them."""
 
     rows: int
     items: int
     labels: int
+    forgotten: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,12 +99,21 @@ def read_preferences(
 
 
 def add_preferences(store: PreferenceStore, read: ReadPreferences) -> ImportReport:
-    """Add what was read, all or none; a file added twice adds nothing the second time."""
-    items = _as_stored(store.items(), read.items)
+    """Add what was read, all or none; a file added twice adds nothing the second time. What the
+    store was told to forget stays out."""
+    gone = Forgotten.of(store)
+    wanted = {key: item for key, item in read.items.items() if not gone.item(item)}
+    entries = [
+        entry
+        for entry in read.judgements.values()
+        if entry.item_id in wanted and not gone.judgement(entry)
+    ]
+    items = _as_stored(store.items(), wanted)
     known = {entry.id: entry for entry in store.judgements(history=True)}
-    new = [_dated(entry, known.get(entry.id)) for entry in read.judgements.values()]
+    new = [_dated(entry, known.get(entry.id)) for entry in entries]
     new_items, new_labels = store.add(items.values(), new)
-    return ImportReport(rows=read.rows, items=new_items, labels=new_labels)
+    left_out = len(read.items) - len(wanted) + len(read.judgements) - len(entries)
+    return ImportReport(rows=read.rows, items=new_items, labels=new_labels, forgotten=left_out)
 
 
 def _item(
@@ -163,7 +175,7 @@ def _judgement(
 ) -> Judgement:
     annotator = verdict.annotator or _text(columns, "annotator")
     if not annotator:
-        annotator = f"{UNKNOWN}-{unnamed[item.id]}"
+        annotator = f"{UNNAMED}{unnamed[item.id]}"
         unnamed[item.id] += 1
     own = isinstance(columns.get("id"), str) and "item_id" in columns  # exported by Accord
     criteria = _plain_json(columns.get("criteria")) or {}

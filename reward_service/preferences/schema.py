@@ -9,11 +9,17 @@ from collections.abc import Iterator
 from reward_service.preferences.encoding import completions_text
 from reward_service.preferences.records import Candidate
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
+
+# Salted hashes of the ids that were forgotten, so that no import brings them back.
+FORGOTTEN = """CREATE TABLE forgotten_salt (salt TEXT NOT NULL) STRICT;
+CREATE TABLE forgotten (hash TEXT PRIMARY KEY) STRICT;
+"""
 
 # The triggers refuse every change of items and judgements. Only ``forget`` may delete: within its
 # transaction the table ``forgetting`` has a row.
-SCHEMA = """
+SCHEMA = (
+    """
 CREATE TABLE items (
   seq INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, prompt_hash TEXT NOT NULL,
   messages TEXT NOT NULL, completions TEXT NOT NULL, topic TEXT NOT NULL, gold TEXT,
@@ -91,6 +97,9 @@ CREATE TABLE tombstones (
 CREATE TRIGGER tombstones_kept BEFORE DELETE ON tombstones
   BEGIN SELECT RAISE(ABORT, 'tombstones are append-only'); END;
 """
+    + FORGOTTEN
+)
+
 
 # Version 1 knew pairs and their labels only.
 FROM_1 = """
@@ -119,7 +128,7 @@ DROP TABLE items_1;
 """
 
 # Version 2 did not know why an item is asked.
-FROM_2 = "ALTER TABLE items ADD COLUMN chosen_by TEXT;"
+FROM_2 = "ALTER TABLE items ADD COLUMN chosen_by TEXT;\n"
 
 
 def create(db: sqlite3.Connection) -> None:
@@ -134,7 +143,9 @@ def migrate(db: sqlite3.Connection, version: int) -> bool:
         db.create_function("pair", 6, _pair, deterministic=True)
         _run(db, FROM_1.replace("{schema}", SCHEMA))
     elif version == 2 and has_table(db, "judgements"):
-        _run(db, FROM_2)
+        _run(db, FROM_2 + FORGOTTEN)
+    elif version == 3 and has_table(db, "judgements"):
+        _run(db, FORGOTTEN)
     else:
         return False
     return True

@@ -24,7 +24,24 @@ def load_config(model: type[C], path: str | None, overrides: Sequence[str] = ())
     return check_config(model, tree, where=path or "command line")
 
 
+NO_CONFIG = {  # ending -> what such a file is
+    ".jsonl": "a file of rows (JSON Lines)",
+    ".json": "a JSON file",
+    ".csv": "a file of rows (CSV)",
+    ".tsv": "a file of rows (TSV)",
+    ".parquet": "a file of rows (Parquet)",
+    ".db": "a preference store",
+    ".sqlite": "a preference store",
+}
+
+
 def read_toml(path: str) -> dict[str, Any]:
+    if (kind := NO_CONFIG.get(Path(path).suffix)) and Path(path).is_file():
+        raise UserError(
+            f"is {kind}, but a config is a TOML file",
+            where=path,
+            fix="give a TOML file, and name this file in it or as KEY=VALUE; `--help` shows how",
+        )
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -160,7 +160,12 @@ def _several(columns: Columns) -> JudgedShape:
         for n, entry in enumerate(entries, start=1)
     )
     ranks, scores = _order_of(columns, entries)
-    verdict = Verdict(ranks=ranks, scores=scores, annotator=columns.get("annotator") or "")
+    verdict = Verdict(
+        ranks=ranks,
+        scores=scores,
+        strength=optional_number(columns, "strength"),
+        annotator=columns.get("annotator") or "",
+    )
     writers = tuple(
         str(entry["model"]) if isinstance(entry, dict) and entry.get("model") else None
         for entry in entries

@@ -141,3 +141,10 @@ def test_names_with_dots_and_slashes_are_read_back_as_they_were_written() -> Non
     assert config.rollout.labels == labels
     again = check_config(TrainConfig, tomllib.loads(dump_toml(config)), where="test")
     assert again.rollout == config.rollout
+
+
+@pytest.mark.parametrize(("name", "kind"), [("a.jsonl", "file of rows"), ("a.db", "store")])
+def test_another_kind_of_file_is_named(tmp_path: Path, name: str, kind: str) -> None:
+    (tmp_path / name).write_text("")  # an empty file is valid TOML
+    with pytest.raises(UserError, match=rf"is a .*{kind}.*, but a config is a TOML file"):
+        load_config(TrainConfig, str(tmp_path / name))

@@ -194,6 +194,7 @@ def test_a_store_of_the_second_schema_is_brought_up_to_date(tmp_path: Path) -> N
     item, judgement = record(0)
     PreferenceStore(tmp_path / "p.db").add([item], [judgement])
     with sqlite3.connect(tmp_path / "p.db") as db:
+        db.executescript("DROP TABLE forgotten; DROP TABLE forgotten_salt;")
         db.execute("ALTER TABLE items DROP COLUMN chosen_by")
         db.execute("PRAGMA user_version = 2")
     store = PreferenceStore(tmp_path / "p.db")
@@ -202,3 +203,13 @@ def test_a_store_of_the_second_schema_is_brought_up_to_date(tmp_path: Path) -> N
     chosen = replace(item, id="next", chosen_by=ChosenBy(strategy="uncertainty", value=0.9))
     assert store.add_items([chosen]) == 1
     assert store.item("next") == chosen
+
+
+def test_rows_or_a_folder_in_the_place_of_a_store_are_named(tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("")
+    with pytest.raises(UserError, match=r"is a file of rows \(\.jsonl\)"):
+        PreferenceStore(rows)
+    with pytest.raises(UserError, match="is a folder, but a preference store is a file"):
+        PreferenceStore(tmp_path)
+    assert rows.read_text() == ""

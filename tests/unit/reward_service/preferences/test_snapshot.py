@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from learner.offline.datasets import read_preferences
 from reward_service.preferences.audit import audit_store
 from reward_service.preferences.export import export_preferences
 from reward_service.preferences.forget import forget, tombstones
+from reward_service.preferences.forgotten import Forgotten
+from reward_service.preferences.imports import add_preferences
+from reward_service.preferences.imports import read_preferences as read_rows
 from reward_service.preferences.people import Annotator, People
 from reward_service.preferences.records import Candidate, Gold, Item, Judgement, prompt_hash
 from reward_service.preferences.snapshot import held_out, write_snapshot
@@ -253,3 +257,48 @@ def test_held_out_is_stable_by_prompt_and_near_its_fraction() -> None:
     assert all(b for a, b in zip(out, wider, strict=True) if a)
     assert out != [held_out(h, 0.1, "other") for h in hashes]
     assert not any(held_out(h, 0.0) for h in hashes)
+
+
+def test_what_was_forgotten_does_not_come_back_with_the_same_file(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"prompt": f"question {n}", "chosen": "yes", "rejected": "no", "annotator": who}
+        for n in range(4)
+        for who in ("ann", "bob")
+    ]
+    rows += [{"prompt": "question 9", "chosen": "yes", "rejected": "no"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    store = PreferenceStore(tmp_path / "p.db")
+    done = add_preferences(store, read_rows(str(file)))
+    assert (done.items, done.labels, done.forgotten) == (5, 9, 0)
+    export_preferences(store, tmp_path / "all.jsonl")
+    first = store.judgements()[0]
+    forget(store, "annotator", "bob")
+    forget(store, "record", first.id)
+    forget(store, "prompt", "question 2")
+    forget(store, "annotator", "unknown-0")
+    kept = {entry.id for entry in store.judgements()}
+    assert len(kept) == 2
+    for source in (file, tmp_path / "all.jsonl"):
+        again = add_preferences(store, read_rows(str(source)))
+        assert (again.items, again.labels) == (0, 0)
+        # bob's 4, ann's of question 0, question 2 with ann's, the unnamed one
+        assert again.forgotten == 8
+        assert {entry.id for entry in store.judgements()} == kept
+    # Another file's rows without a name are somebody else's.
+    other = {"prompt": "question 7", "chosen": "yes", "rejected": "no"}
+    file.write_text(json.dumps(other) + "\n")
+    assert add_preferences(store, read_rows(str(file))).labels == 1
+    assert b"bob" not in (tmp_path / "p.db").read_bytes()
+
+
+def test_a_store_of_the_version_before_forgets_as_well(tmp_path: Path) -> None:
+    path = tmp_path / "p.db"
+    PreferenceStore(path).add([item(0)], [judged(0)])
+    with sqlite3.connect(path) as db:
+        db.executescript(
+            "DROP TABLE forgotten; DROP TABLE forgotten_salt; PRAGMA user_version = 3;"
+        )
+    store = PreferenceStore(path)
+    forget(store, "annotator", "ann")
+    assert Forgotten.of(store).judgement(judged(0))
