@@ -110,5 +110,6 @@ def own_deadlines(config: TrainConfig) -> OwnDeadlines:
         sampling_s=config.rollout.stall_timeout_s,
         workers_s=config.rollout.workers_timeout_s,
         outage_s=config.reward.outage_s,
+        evaluation_s=2 * config.evaluation.timeout_s,  # of the completions, and of the judge
         min_workers=config.rollout.min_workers,
     )

@@ -255,10 +255,19 @@ def _with_verdict(row: Evaluation, verdict: Verdict) -> Evaluation:
 
 def _numbers(row: Evaluation) -> dict[str, float]:
     """For the metrics; ``evaluation/step`` says of which step they are."""
-    names = ("score", "win_rate", "ci_low", "ci_high", "kl", "length", "seconds", "repeated")
-    found = {name: getattr(row, name) for name in ("step", *names)}
-    found["failed"] = float(row.problem is not None)
-    return {f"evaluation/{name}": value for name, value in found.items() if value is not None}
+    found = {
+        "evaluation/step": row.step,
+        "evaluation/score": row.score,
+        "evaluation/win_rate": row.win_rate,
+        "evaluation/ci_low": row.ci_low,
+        "evaluation/ci_high": row.ci_high,
+        "evaluation/kl": row.kl,
+        "evaluation/length": row.length,
+        "evaluation/seconds": row.seconds,
+        "evaluation/repeated": row.repeated,
+        "evaluation/failed": float(row.problem is not None),
+    }
+    return {name: float(value) for name, value in found.items() if value is not None}
 
 
 def _told(row: Evaluation) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class OwnDeadlines:
     sampling_s: float
     workers_s: float
     outage_s: float
+    evaluation_s: float
     min_workers: int
 
 
@@ -45,6 +46,10 @@ def waits_for(loop: LoopFacts, pool: PoolFacts, own: OwnDeadlines) -> WaitsFor:
         return WaitsFor("another learner to start", "learner.start_timeout_s", own.learner_start_s)
     if "step" in loop.under_way:
         return WaitsFor(f"learner step {loop.step}", "learner.step_timeout_s", own.step_s)
+    groups = pool.unplaced + sum(worker.groups for worker in pool.workers)
+    if "evaluation" in loop.under_way and not groups:
+        what = "the completions of an evaluation, or its judge"
+        return WaitsFor(what, "evaluation.timeout_s", own.evaluation_s)
     if "snapshot" in loop.under_way or loop.step == loop.steps:
         return WaitsFor("the learner to save its state", "learner.step_timeout_s", own.step_s)
     if serving < least:

@@ -148,6 +148,7 @@ def derived(config: TrainConfig, model: ModelFacts | None) -> dict[str, Any]:
         # Little's law: S samples in flight, batches of B: so many steps of lag keep both busy.
         "staleness bound that keeps generation and training busy": -(-slots // samples) + 1,
         "optimiser steps per learner step": config.learner.epochs * config.learner.minibatches,
+        **evaluation_share(config),
         "threads and cores": cores.describe(),
         "monitors that act": _acting(config),
         "asynchronous scheduling of vLLM": "off: a token that is under way at a swap would be "
@@ -159,6 +160,23 @@ def derived(config: TrainConfig, model: ModelFacts | None) -> dict[str, Any]:
 def _acting(config: TrainConfig) -> str:
     acting = [f"{name} ({action})" for name, action in config.monitors.acting.items()]
     return ", ".join(acting) or "none, they only warn"
+
+
+def evaluation_share(config: TrainConfig) -> dict[str, str]:
+    """What evaluating the policy adds to what is sampled anyway; nothing where it is off."""
+    evaluation, batch = config.evaluation, config.batch
+    if not evaluation.every:
+        return {}
+    completions = evaluation.max_prompts * evaluation.samples
+    trained = evaluation.every * batch.prompts_per_step * batch.samples_per_prompt
+    times = batch.steps // evaluation.every + (batch.steps % evaluation.every > 0)
+    cost = (
+        f"{completions}, {completions / trained:.1%} of those for training; "
+        f"{times + evaluation.start} evaluations"
+    )
+    if evaluation.keep_best:
+        cost += ", each with a checkpoint"
+    return {"completions per evaluation, at most": cost}
 
 
 def sizes(config: TrainConfig, model: ModelFacts, machine: Machine) -> dict[str, str]:

@@ -13,11 +13,12 @@ from cluster.contracts.samples import sampled_steps
 from cluster.pages.chart import line_chart
 from cluster.pages.library import Library, Shelf
 from cluster.runs.control import read_wishes
+from cluster.runs.evaluations import EVALUATIONS
 from cluster.runs.history import History, WorkerSpan
 from cluster.runs.overview import RunOverview, ago, fresh_live, span
-from cluster.runs.rows import Row
+from cluster.runs.rows import Row, tail_rows
 from learner.evaluation.event_rows import described, notable
-from learner.evaluation.lines import STEP, curve_lines, window
+from learner.evaluation.lines import STEP, curve_lines, window, with_evaluations
 from learner.evaluation.run_files import RunFiles, number
 
 MOST_WORKERS = 40
@@ -100,10 +101,10 @@ def web_address(value: Any) -> str | None:
 
 
 def curves(library: Library, shelf: Shelf) -> dict[str, Any]:
-    rows = library.rows(shelf.path)
+    rows, evaluations = library.rows(shelf.path), tail_rows(shelf.path / EVALUATIONS)
     charts = [
         chart
-        for at, (title, lines) in enumerate(curve_lines(rows))
+        for at, (title, lines) in enumerate(curve_lines(with_evaluations(rows, evaluations)))
         if (chart := line_chart(f"curve{at}", title, lines, STEP)) is not None
     ]
     return {"charts": charts, "smoothed": window(len(rows)), "thinned": _thinned(rows)}

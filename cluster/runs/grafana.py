@@ -95,6 +95,18 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 "Mean score of the trained completions; the same after penalties and KL.",
             ),
             Panel(
+                "Judge's score on held-out prompts",
+                ("evaluation/score",),
+                "none",
+                "Mean score of the newest evaluation; absent where evaluation.every is 0.",
+            ),
+            Panel(
+                "Win rate against the start",
+                ("evaluation/win_rate", "evaluation/ci_low", "evaluation/ci_high"),
+                "percentunit",
+                "Share of held-out completions better than the policy's own of the start.",
+            ),
+            Panel(
                 "KL to the reference",
                 ("objective/kl",),
                 "none",

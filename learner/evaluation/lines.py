@@ -53,18 +53,37 @@ CURVES = (
         {"rewards/zero_std_frac": "no learning signal"},
     ),
     Curve("Explained variance of the value network", {"value/explained_var": "explained"}),
+    Curve("Judge's mean score on held-out prompts", {"evaluation/score": "score"}),
     Curve(
-        "Win rate while training",
+        "Win rate against the start, on held-out prompts",
         {
-            "eval/win_rate": "win rate",
-            "eval/win_rate_ci_low": "interval, low",
-            "eval/win_rate_ci_high": "interval, high",
+            "evaluation/win_rate": "win rate",
+            "evaluation/ci_low": "interval, low",
+            "evaluation/ci_high": "interval, high",
         },
     ),
     Curve("Reward model accuracy on held-out pairs", {"rm/accuracy": "accuracy"}),
     Curve("Share of pairs ranked right", {"rewards/accuracies": "ranked right"}),
     Curve("Loss", {"train/loss": "training", "eval/loss": "held out"}),
 )
+
+
+EVALUATED = ("score", "win_rate", "ci_low", "ci_high", "kl", "length")
+
+
+def with_evaluations(rows: Sequence[Row], evaluations: Sequence[Row]) -> list[Row]:
+    """Rows of ``metrics.jsonl`` with those of ``evaluations.jsonl``, each at the step it is of. In
+    the metrics they stand at the step at which they were known."""
+    found = {
+        int(row["step"]): {k: v for k, v in row.items() if not k.startswith("evaluation/")}
+        for row in rows
+    }
+    for evaluation in evaluations:
+        if (step := number(evaluation, "step")) is not None:
+            values = {f"evaluation/{name}": number(evaluation, name) for name in EVALUATED}
+            row = found.setdefault(int(step), {"step": int(step)})
+            row |= {name: value for name, value in values.items() if value is not None}
+    return [found[step] for step in sorted(found)]
 
 
 def series(rows: Sequence[Row], name: str) -> tuple[list[float], list[float]]:

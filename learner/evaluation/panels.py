@@ -98,10 +98,13 @@ def summary(
     return figures
 
 
+JUDGED = "evaluation/score"
+
+
 def frontier_chart(rows: Sequence[Row]) -> tuple[Markup | None, str]:
     """Score against sqrt(KL), and one sentence about its best point."""
-    gold = bool(series(rows, "eval/rm_score")[0])
-    score = "eval/rm_score" if gold else frontier.PROXY
+    gold = len(series(rows, JUDGED)[0]) > 1
+    score = JUDGED if gold else frontier.PROXY
     found = frontier.points(rows, score, window=1 if gold else max(1, len(rows) // 20))
     best = frontier.best_point(found)
     if best is None or len(found) < 2:

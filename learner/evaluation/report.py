@@ -16,8 +16,9 @@ from learner.evaluation import contest_panel, panels
 from learner.evaluation.about import about, expected
 from learner.evaluation.completions import of_training
 from learner.evaluation.curves import curves
+from learner.evaluation.evaluation_rows import evaluation_table, read_evaluations
 from learner.evaluation.event_rows import described, event_counts, notable
-from learner.evaluation.lines import window
+from learner.evaluation.lines import window, with_evaluations
 from learner.evaluation.page import plain, render
 from learner.evaluation.reward_panel import reward_rows, slices
 from learner.evaluation.run_files import Row, RunFiles, number, write_atomic
@@ -66,6 +67,8 @@ def _context(files: RunFiles) -> dict[str, Any]:
         name, rows, evaluation or {}, reward_model or {}, stages or [], events or []
     )
     found = warnings(figures, stats, length_r, evaluation)
+    during = read_evaluations(files)
+    evaluated = with_evaluations(rows, during)
     files.missing = [n for n in files.missing if expected(n, command)]
     context = {
         "figures": figures,
@@ -88,9 +91,10 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "trained": of_training(files),
         "sample_count": len(samples),
         "stats": stats,
-        "curves": curves(rows),
+        "curves": curves(evaluated),
+        "evaluations": evaluation_table(during),
         "smoothed": window(len(rows)),
-        **_reward_charts(rows),
+        **_reward_charts(rows, evaluated),
         "length_r": length_r,
         "timing": panels.table(rows, ("time/",)),
         "overlap": panels.table(rows, ("async/", "perf/", "weight_sync/", "workers/", "sampling/")),
@@ -122,8 +126,8 @@ def _contest(evaluation: Row | None) -> dict[str, Any]:
     }
 
 
-def _reward_charts(rows: list[Row]) -> dict[str, Any]:
-    chart, text = panels.frontier_chart(rows)
+def _reward_charts(rows: list[Row], evaluated: list[Row]) -> dict[str, Any]:
+    chart, text = panels.frontier_chart(evaluated)
     length = panels.length_chart(rows)
     return {"frontier_chart": chart, "frontier_text": text, "length_chart": length}
 
@@ -132,6 +136,7 @@ def _reward_charts(rows: list[Row]) -> dict[str, Any]:
 SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "headline": ("Result", ("figures",), ()),
     "curves": ("Curves", ("curves",), ("metrics.jsonl",)),
+    "evaluations": ("Evaluation while training", ("evaluations",), ("evaluations.jsonl",)),
     "samples": ("Completions", ("chosen", "trained"), ("samples.jsonl", "rollouts")),
     "hacking": (
         "Reward hacking",

@@ -28,7 +28,7 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.toml"))
 PACKAGES = ("actors", "cluster", "learner", "reward_service")
 METRIC_GROUPS = (
     "objective|policy|value|rewards|completions|async|sampling|workers|weight_sync|time|perf|"
-    "rollout|run|train|eval|rm"
+    "rollout|run|train|eval|evaluation|rm"
 )
 OTHER_SYSTEMS = {"TRL", "verl", "OpenRLHF"}
 
@@ -292,6 +292,7 @@ def test_metrics_written_by_the_controller_and_the_learner_are_documented() -> N
     files = (
         "cluster/loop/loop_metrics.py",
         "cluster/loop/bookkeeping.py",
+        "cluster/loop/evaluations.py",
         "learner/rl/metrics.py",
         "learner/rl/update.py",
         "learner/rl/objective.py",

@@ -30,6 +30,7 @@ OWN = OwnDeadlines(
     workers_s=0,
     outage_s=0,
     min_workers=1,
+    evaluation_s=1200,
 )
 
 

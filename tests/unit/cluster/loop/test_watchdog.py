@@ -19,6 +19,7 @@ OWN = OwnDeadlines(
     sampling_s=60,
     workers_s=0,
     outage_s=300,
+    evaluation_s=1200,
     min_workers=1,
 )
 RUNNING = loop_facts(waits={"groups": 1.0})

@@ -25,6 +25,7 @@ KNOWN = (
     *("time/wait_batch", "perf/trainer_idle_frac", "perf/rollout_idle_frac"),
     *("async/staleness_mean", "async/staleness_max", "async/queue_depth", "async/in_flight"),
     *("weight_sync/seconds", "weight_sync/pause_s", "weight_sync/canary_logp_diff"),
+    *("evaluation/score", "evaluation/win_rate", "evaluation/ci_low", "evaluation/ci_high"),
     *("workers/alive", "workers/joined", "workers/left", "workers/restarts", "run/step"),
 )
 LIVE = (
