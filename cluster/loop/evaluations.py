@@ -163,6 +163,7 @@ class Evaluations:
             return
         step, self._wanted = self._wanted, None
         self._current = step
+        self._event("evaluation_began", step=step, held=self._ledger.held)
         self._activities.begin("evaluation", self._evaluate(self._role, step))
 
     async def _evaluate(self, role: EvaluationRole, step: int) -> Evaluation:
