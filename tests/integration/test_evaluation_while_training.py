@@ -1,5 +1,5 @@
-"""A run that evaluates its policy trains the same weights, byte for byte, as one that does not; also
-where the command is killed in the middle of an evaluation, and goes on.
+"""A run that evaluates its policy trains the same weights, byte for byte, as one that does not;
+also where the command is killed in the middle of an evaluation, and goes on.
 
     pytest -m long tests/integration/test_evaluation_while_training.py
 """
