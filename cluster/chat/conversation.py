@@ -54,6 +54,12 @@ class Conversation:
     def add(self, question: str, answers: Mapping[str, str]) -> None:
         self.turns.append(Turn(question, dict(answers)))
 
+    def settle(self, name: str) -> None:
+        """From the last turn on, all models are given the answer of ``name``: what they are asked
+        next is then one prompt for all of them."""
+        answers = self.turns[-1].answers
+        self.turns[-1].answers = dict.fromkeys(answers, answers[name])
+
     def undo(self) -> Turn | None:
         """Forget the last question and its answers; returns them."""
         return self.turns.pop() if self.turns else None

@@ -11,10 +11,14 @@ from pathlib import Path
 HISTORY_LINES = 1000
 
 
-def history_file() -> Path:
+def state_folder() -> Path:
     """Where the XDG base directories put what a program remembers."""
     state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(state) / "accord" / "chat_history"
+    return Path(state) / "accord"
+
+
+def history_file() -> Path:
+    return state_folder() / "chat_history"
 
 
 @contextmanager

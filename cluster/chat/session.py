@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
+from cluster.chat.ballot import Ballot
 from cluster.chat.conversation import Conversation
-from cluster.chat.line_editing import line_editing
-from cluster.chat.safe_voice import SafeVoice, load_safety
-from cluster.chat.voice import ChatSettings, LocalVoice, Score, Show, Voice, reward_scorer
+from cluster.chat.voice import ChatSettings, Score, Show, Voice
 from cluster.contracts.errors import AccordError
-from cluster.machine.signals import signals_given_up
 from cluster.runs.console import plain_text
 
 PROMPT = "> "
@@ -45,7 +41,10 @@ class ChatSession:
         score: Score | None = None,
         remember: bool = True,
         interactive: bool = True,
+        ballot: Ballot | None = None,
     ) -> None:
+        """``ballot``: asks for a vote after each question; the models are then not named."""
+        self._ballot = ballot
         self._voices = voices
         self._settings = settings
         self._read = read
@@ -68,6 +67,8 @@ class ChatSession:
         """Until /quit, the end of the input, or Ctrl-C twice in a row."""
         if self._interactive:
             self._say("Ask something. /help lists the commands, Ctrl-D leaves.")
+            if self._ballot is not None:
+                self._say(self._ballot.notice)
             if self.conversation.plain:
                 self._say("No chat template: lines are continued as plain text, one by one.")
         interrupted = False
@@ -115,15 +116,24 @@ class ChatSession:
     def _ask(self, question: str) -> bool:
         answers: dict[str, str] = {}
         stopped = False
-        for voice in self._voices:
-            stopped = self._answer(voice, question, answers)
+        voices, labels = self._voices, [voice.name for voice in self._voices]
+        if self._ballot is not None:
+            named = {voice.name: voice for voice in voices}
+            voices, labels = [named[name] for name in self._ballot.next_order()], ["a", "b"]
+        prompt = self.conversation.messages(voices[0].name, question)
+        for voice, label in zip(voices, labels, strict=True):
+            stopped = self._answer(voice, label, question, answers)
             if stopped:
                 break
         if answers:
             self.conversation.add(question, answers)
+        if self._ballot is not None and len(answers) == len(voices):
+            self.conversation.settle(self._ballot.ask(prompt, answers, self._read, self._say))
+        elif self._ballot is not None and answers:
+            self.conversation.undo()  # only one of them has answered: what follows would differ
         return stopped
 
-    def _answer(self, voice: Voice, question: str, answers: dict[str, str]) -> bool:
+    def _answer(self, voice: Voice, label: str, question: str, answers: dict[str, str]) -> bool:
         positions = voice.positions
         room = min(self._settings.max_tokens, (positions or 0) // 2)  # kept free for the answer
         messages, left_out = self.conversation.fitting(
@@ -134,7 +144,7 @@ class ChatSession:
         if left_out and self._interactive:
             self._say(f"(the model does not see the oldest {left_out} questions: too long)")
         if len(self._voices) > 1:
-            self._write(f"{voice.name}: ")
+            self._write(f"{label}: ")
         reply = voice.reply(messages, self._settings, lambda piece: self._write(plain_text(piece)))
         self._write("\n")
         answered = bool(reply.text) or reply.ended != "interrupted"
@@ -187,6 +197,9 @@ class ChatSession:
             self._say(f"system: {talk.system}")
         for turn in talk.turns:
             self._say(f"you: {turn.question}")
+            if self._ballot is not None:
+                self._say(f"the answer that goes on: {next(iter(turn.answers.values()))}")
+                continue
             for name, answer in turn.answers.items():
                 self._say(f"{name}: {answer}")
         if talk.turns and (talk.plain or not talk.remember):
@@ -212,54 +225,3 @@ class ChatSession:
 
     def _say(self, text: str) -> None:
         self._write(plain_text(text) + "\n")
-
-
-def chat_loop(
-    model: str,
-    before: str | None,
-    *,
-    settings: ChatSettings,
-    seed: int,
-    reward: str | None = None,
-    safety: str | None = None,
-    remember: bool = True,
-) -> None:
-    """Talk to ``model``, or to it and ``before`` side by side, at the terminal or from a pipe.
-    ``safety``: a file with the keys of the safety layer."""
-    import torch
-
-    from cluster.machine.torch_state import prepare_torch
-
-    prepare_torch()
-    score = reward_scorer(reward) if reward is not None else None
-    named = {"model": model} if before is None else {"before": before, "after": model}
-    layer = load_safety(safety) if safety is not None else None
-    voices: list[Voice] = [LocalVoice(name, path) for name, path in named.items()]
-    if layer is not None:
-        voices = [SafeVoice(voice, layer) for voice in voices]
-    torch.manual_seed(seed)
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    session = ChatSession(
-        voices,
-        settings,
-        input if interactive else _read_piped,
-        _write,
-        score=score,
-        remember=remember,
-        interactive=interactive,
-    )
-    words = [name.partition(" ")[0] for name in HELP]
-    with signals_given_up(), line_editing(words) if interactive else nullcontext():
-        session.run()
-
-
-def _read_piped(prompt: str) -> str:
-    line = sys.stdin.readline()
-    if not line:
-        raise EOFError
-    return line.rstrip("\n")
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()

@@ -13,11 +13,29 @@ _MODEL = {"metavar": "MODEL", "autocompletion": complete_run}
 
 def chat(
     model: Annotated[
-        str, typer.Argument(help="A run directory, a model directory or a hub id.", **_MODEL)
-    ],
+        str | None,
+        typer.Argument(help="A run directory, a model directory or a hub id.", **_MODEL),
+    ] = None,
     before: Annotated[
         str | None, typer.Option(help="A second model, which answers first.", **_MODEL)
     ] = None,
+    after: Annotated[
+        str | None, typer.Option(help="The same as MODEL, beside --before.", **_MODEL)
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(
+            help="Preference store (*.db) for votes: after each question you say which of two "
+            "unnamed answers is better.",
+            metavar="STORE",
+        ),
+    ] = None,
+    page: Annotated[
+        bool, typer.Option("--page", help="Serve a page with a vote. Needs --before and --store.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, metavar="N", help="Port of the page. 0: any free one.")
+    ] = 8272,
     reward: Annotated[
         str | None, typer.Option(help="A reward model that scores each answer.", **_MODEL)
     ] = None,
@@ -49,19 +67,47 @@ def chat(
     Example: `accord chat runs/quickstart --no-history --before runs/quickstart/sft/policy`
 
     Example: `accord chat my-policy --reward runs/my-reward-model`
+
+    Example: `accord chat --before runs/a --after runs/b --store preferences.db --page`
     """
     import sys
 
-    say_at_once("loading ...", quiet=not sys.stdin.isatty())
-    from cluster.chat.session import chat_loop
+    from cluster.contracts.errors import UserError
+
+    chosen = [one for one in (model, after) if one is not None]
+    if len(chosen) != 1:
+        raise UserError(
+            "no model given" if not chosen else "MODEL and --after are the same thing",
+            where="accord chat",
+            fix="accord chat MODEL, or accord chat --before A --after B",
+        )
+    if page and (before is None or store is None):
+        raise UserError(
+            "the page compares two models and keeps the votes",
+            where="--page",
+            fix="add --before MODEL and --store preferences.db",
+        )
+    say_at_once("loading ...", quiet=not sys.stdin.isatty() and not page)
     from cluster.chat.voice import ChatSettings
 
+    settings = ChatSettings(max_tokens=max_tokens, temperature=temperature)
+    if page and before is not None and store is not None:
+        from cluster.chat.chat_page import serve_until_stopped
+
+        serve_until_stopped(
+            chosen[0], before, store,
+            settings=settings, seed=seed, safety=safety, remember=history, port=port,
+        )  # fmt: skip
+        return
+    from cluster.chat.chat import chat_loop
+
     chat_loop(
-        model,
+        chosen[0],
         before,
-        settings=ChatSettings(max_tokens=max_tokens, temperature=temperature),
+        settings=settings,
         seed=seed,
         reward=reward,
         safety=safety,
         remember=history,
+        store=store,
     )

@@ -13,7 +13,7 @@ import torch
 
 from actors.engines.transformers_engine import TransformersEngine
 from actors.settings import EngineSettings
-from cluster.chat.session import chat_loop
+from cluster.chat.chat import chat_loop
 from cluster.chat.voice import ChatSettings
 from cluster.contracts.config.offline import FitConfig
 from cluster.machine import torch_state
