@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,16 @@ from reward_service.source import ScoreItem
 
 
 def chosen_items(
-    path: str, config: ChoiceConfig, *, seed: int, license: str = "unknown", split: str = "train"
+    path: str,
+    config: ChoiceConfig,
+    *,
+    seed: int,
+    license: str = "unknown",
+    split: str = "train",
+    asked: Collection[str] = (),
 ) -> list[Item]:
-    """The items that ask for the chosen pairs of a file, the most wanted first.
+    """The items that ask for the chosen pairs of a file, the most wanted first. asked: ids of items
+    that are not asked again.
 
     Raises UserError for a file without two different completions of a prompt, and for a reward
     model that is missing or cannot be used.
@@ -43,10 +50,11 @@ def chosen_items(
     if config.needs_scores:
         assert config.reward_model is not None
         scores = rewards_of(groups, config.reward_model)
-    pairs = choose_pairs(groups, config, seed, scores)
+    pairs = choose_pairs(groups, config, seed, scores, asked)
     if not pairs:
         raise UserError(
-            "holds no prompt with two different completions to compare",
+            "holds no prompt with two different completions to compare"
+            + (", but those that were asked before" if asked else ""),
             where=path,
             fix="sample more: accord generate MODEL PROMPTS --samples 4",
         )

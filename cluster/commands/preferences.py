@@ -126,6 +126,10 @@ def choose(
     config: Annotated[
         Path | None, typer.Option(help="TOML file with the keys of the choice.")
     ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="A preference store (*.db), whose items are not asked again."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of what is chosen at random.")] = 0,
     split: Split = "train",
 ) -> None:
@@ -139,12 +143,15 @@ def choose(
     Example: `accord preferences choose completions.jsonl --config examples/choice.toml`
     """
     from cluster.assembly.choosing import choice_told, chosen_items, write_items
+    from cluster.assembly.preferences import open_store
     from cluster.contracts.config.choice import ChoiceConfig
     from cluster.contracts.config.file import load_config
     from cluster.runs.console import Reporter, result
 
     settings = load_config(ChoiceConfig, str(config) if config else None, overrides or [])
-    items = chosen_items(completions, settings, seed=seed, split=split)
+    known = open_store(store, must_exist=True).items() if store else []
+    asked = {item.id for item in known}
+    items = chosen_items(completions, settings, seed=seed, split=split, asked=asked)
     write_items(items, out)
     Reporter().say(choice_told(items))
     result(str(out))

@@ -116,6 +116,8 @@ class RewardTask:
 
     def score_rows(self, rows: Sequence[RewardRow]) -> list[Scores]:
         """[M, K] raw scores of each row's completions."""
+        if not rows:
+            return []
         scores = self.score_all([side for row in rows for side in row.ranked])
         ends = np.cumsum([len(row.ranked) for row in rows])
         return np.split(scores, ends[:-1]) if rows else []

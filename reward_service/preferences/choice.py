@@ -18,7 +18,7 @@ import itertools
 import math
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -75,10 +75,12 @@ def choose_pairs(
     config: ChoiceConfig,
     seed: int,
     scores: Sequence[Scores] | None = None,
+    asked: Collection[str] = (),
 ) -> list[ChosenPair]:
-    """The pairs to judge, the most wanted first; mismatched ones are spread evenly at random.
+    """The pairs to judge, the most wanted first; mismatched ones stand at random places.
 
     scores: of each group [M, K], the unnormalised rewards of its M completions by K members.
+    asked: ids of items (``item_of``) that are not asked again.
     Raises UserError where the strategy needs scores that are not there.
     """
     rng = random.Random(f"choice/{seed}")
@@ -86,8 +88,12 @@ def choose_pairs(
     total = min(total, config.count) if config.count is not None else total
     wrong = round(total * config.mismatched)
     each = math.ceil(config.pairs_per_prompt * (1 - config.mismatched))
-    own = _own_pairs(groups, config, rng, scores, each, total - wrong)
-    others = _mismatched_pairs(groups, own, wrong, rng)
+    own = _own_pairs(groups, config, rng, scores, asked, each, total - wrong)
+    others = [
+        pair
+        for pair in _mismatched_pairs(groups, own, wrong, rng)
+        if not asked or item_id(groups, pair) not in asked
+    ]
     places = set(rng.sample(range(len(own) + len(others)), len(others)))
     own_in_order, others_in_order = iter(own), iter(others)
     return [
@@ -110,6 +116,7 @@ def _own_pairs(
     config: ChoiceConfig,
     rng: random.Random,
     scores: Sequence[Scores] | None,
+    asked: Collection[str],
     each: int,
     most: int,
 ) -> list[ChosenPair]:
@@ -119,7 +126,12 @@ def _own_pairs(
     measure = _measure(groups, config, scores)
     wanted: list[tuple[int, float, float, ChosenPair]] = []
     for number, group in enumerate(groups):
-        pairs = list(_different_texts(group))
+        pairs = [
+            (a, b)
+            for a, b in _different_texts(group)
+            if not asked
+            or _item_id(group, *(group.completions[one].text for one in (a, b))) not in asked
+        ]
         rng.shuffle(pairs)
         if config.strategy == "diversity":
             kept = each * CANDIDATES_PER_PAIR
@@ -296,6 +308,16 @@ def _text(groups: Sequence[CompletionGroup], place: Place) -> str:
 # -- records of a store ----------------------------------------------------------------------------
 
 
+def item_id(groups: Sequence[CompletionGroup], pair: ChosenPair) -> str:
+    """The same for the same prompt and texts, whoever chose them and in whichever order."""
+    return _item_id(groups[pair.first[0]], _text(groups, pair.first), _text(groups, pair.second))
+
+
+def _item_id(group: CompletionGroup, *texts: str) -> str:
+    ordered = sorted(texts, key=lambda text: derived_id(group.messages, text))
+    return derived_id(group.messages, False, *ordered)
+
+
 def item_of(
     groups: Sequence[CompletionGroup],
     pair: ChosenPair,
@@ -310,7 +332,7 @@ def item_of(
     sides = [groups[g].completions[c] for g, c in (pair.first, pair.second)]
     sides.sort(key=lambda side: derived_id(group.messages, side.text))
     return Item(
-        id=derived_id(group.messages, False, *(side.text for side in sides)),
+        id=item_id(groups, pair),
         messages=group.messages,
         completions=tuple(sides),
         source=source,

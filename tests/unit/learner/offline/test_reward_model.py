@@ -264,6 +264,20 @@ def test_an_ensemble_learns_rankings_pairs_and_ties_and_is_one_scorer(
     assert float(values[0, -1]) == pytest.approx(artifact.normalise(raw), rel=1e-4, abs=1e-4)
 
 
+def test_with_nothing_held_out_it_trains_on_everything(tiny_policy: Path, tmp_path: Path) -> None:
+    for members in (1, 2):
+        folder = tmp_path / str(members)
+        config = RewardModelConfig(
+            model=model(tiny_policy),
+            data=PairsConfig(path=pairs_file(tmp_path, 8)),
+            members=members,
+            fit=FAST.model_copy(update={"eval_fraction": 0.0, "epochs": 1}),
+        )
+        train_reward_model(config, folder)
+        assert json.loads((folder / "fit.json").read_text())["rows"] == 8
+        assert json.loads((folder / "figures.json").read_text()) == {}
+
+
 def test_the_loss_is_the_sum_of_its_parts_and_does_not_see_microbatches(
     tiny_policy: Path, tmp_path: Path
 ) -> None:

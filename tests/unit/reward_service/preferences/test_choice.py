@@ -16,6 +16,7 @@ from reward_service.preferences.choice import (
     CompletionGroup,
     choose_pairs,
     disagreement,
+    item_id,
     item_of,
     uncertainty,
 )
@@ -204,3 +205,14 @@ def test_the_store_keeps_why_an_item_is_asked(tmp_path: Path) -> None:
     assert {item.chosen_by.judgements for item in store.items() if item.chosen_by} == {2}
     with pytest.raises(ValueError, match="needs a strategy"):
         ChosenBy(strategy="", value=1.0)
+
+
+@pytest.mark.parametrize("strategy", ["random", "diversity"])
+def test_nothing_is_asked_twice(strategy: str) -> None:
+    groups = groups_of(completions=4)
+    config = ChoiceConfig.model_validate({"strategy": strategy, "count": 12, "pairs_per_prompt": 6})
+    asked: set[str] = set()
+    for seed in range(4):
+        asked |= {item_id(groups, pair) for pair in choose_pairs(groups, config, seed, asked=asked)}
+    assert len(asked) == 48, "six pairs of each prompt"
+    assert choose_pairs(groups, config, 5, asked=asked) == []
