@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import tenacity
 
@@ -17,6 +17,7 @@ from cluster.contracts.errors import (
     RewardFailure,
     RewardsAway,
     Unexpected,
+    Unrated,
     UserError,
 )
 from cluster.contracts.protocols import Scorer
@@ -40,7 +41,7 @@ class FinishedGroup:
 
     assignment: Assignment
     completions: Mapping[int, Completion]
-    problem: UserError | Late | None
+    problem: UserError | Late | Unrated | None
     began: float = 0.0  # seconds of time.perf_counter; when the engine was given the group
     generated: float = 0.0  # when the last of its samples was finished
 
@@ -54,6 +55,7 @@ class FinishedGroup:
             version_min=-1,
             version_max=-1,
             failure=str(self.problem),
+            unrated=isinstance(self.problem, Unrated),
             late=isinstance(self.problem, Late),
         )
 
@@ -95,7 +97,7 @@ class GroupScorer:
     While the scorer cannot be had (RewardFailure), groups are kept and asked for again, for
     ``outage_s`` seconds: completions are never sampled again for want of a score. An unusable
     answer (BadReward) is asked for once more. What remains goes to ``on_failure``: it must end the
-    worker, not become a number.
+    worker, not become a number. A group of which one completion has no score (Unrated) fails alone.
     """
 
     def __init__(
@@ -196,9 +198,22 @@ class GroupScorer:
             return
         answers = rollouts_of(groups, self._decode)
         rollouts = [rollout for answer in answers for rollout in answer]
-        scores = self._scores(rollouts)
+        try:
+            scores = self._scores(rollouts)
+        except Unrated as problem:
+            self._fail_alone(groups, problem)
+            return
         if scores is not None:
             self._hand_over(groups, answers, scores)
+
+    def _fail_alone(self, groups: list[FinishedGroup], problem: Unrated) -> None:
+        """One completion of these groups has no score. Each group is scored by itself, and the one
+        that it belongs to fails."""
+        if len(groups) == 1:
+            self._deliver(replace(groups[0], problem=problem).failed(), None)
+            return
+        for group in groups:
+            self._score([group])
 
     def _scores(self, rollouts: list[Rollout]) -> list[Score] | None:
         """Kept at through an outage; None when this is stopped meanwhile. Raises RewardsAway for
@@ -238,6 +253,8 @@ class GroupScorer:
         """A reply may be torn once; a scorer that repeats it is wrong."""
         try:
             return self._checked(rollouts)
+        except Unrated:
+            raise
         except BadReward:
             return self._checked(rollouts)
 

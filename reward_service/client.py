@@ -16,7 +16,7 @@ import grpc
 import tenacity
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from cluster.contracts.errors import BadReward, RewardFailure, UserError
+from cluster.contracts.errors import BadReward, RewardFailure, Unrated, UserError
 from cluster.contracts.records import Rollout, Score
 from reward_service import wire
 from reward_service.access import OPEN, Access, Tls
@@ -27,7 +27,8 @@ from reward_service.source import ScoreItem, ServiceInfo
 
 Code = grpc.StatusCode
 AGAIN = (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED, Code.RESOURCE_EXHAUSTED)
-USERS = (Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED)
+SCORERS = {Code.FAILED_PRECONDITION: BadReward, Code.NOT_FOUND: Unrated}
+USERS = (Code.INVALID_ARGUMENT, Code.UNAUTHENTICATED, Code.UNIMPLEMENTED)
 ATTEMPT_SHARE = 1 / 3  # of the deadline, for one attempt: a hung service leaves time to ask another
 SHORTEST_ATTEMPT_S = 1.0
 LOOK_UP_S = 5.0  # how often it is looked up where the replicas are, by who knows where to look
@@ -267,9 +268,10 @@ class RewardClient:
 
     def _failure(self, error: Any, call: _Call) -> BadReward | RewardFailure:
         service = f"the reward service at {', '.join(sorted(call.failed))}"
-        if _code(error) is Code.FAILED_PRECONDITION:  # what the scorer says of itself
+        if _code(error) in SCORERS:  # what the scorer says of itself
             here = all(is_loopback(address.rpartition(":")[0]) for address in call.failed)
-            return BadReward(error.details() if here else f"{error.details()} ({service})")
+            kind = SCORERS[_code(error)]
+            return kind(error.details() if here else f"{error.details()} ({service})")
         if _code(error) in USERS:
             return BadReward(f"{service} refuses: {error.details()}")
         within = f" within {self._deadline_s:g} s" if _code(error) in AGAIN else ""

@@ -14,7 +14,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection
 
 from cluster.contracts.config.reward import RewardConfig
-from cluster.contracts.errors import AccordError, RewardFailure, UserError
+from cluster.contracts.errors import AccordError, RewardFailure, Unrated, UserError
 from reward_service import wire
 from reward_service.access import OPEN, Access, Tls
 from reward_service.batching import Coalescer, DeadlinePassed, Job, Overloaded
@@ -276,6 +276,8 @@ def _status(error: Exception) -> tuple[Any, str]:
         return Code.RESOURCE_EXHAUSTED, str(error)
     if isinstance(error, RewardFailure):
         return Code.UNAVAILABLE, str(error)
+    if isinstance(error, Unrated):
+        return Code.NOT_FOUND, str(error)
     if isinstance(error, AccordError):
         return Code.FAILED_PRECONDITION, str(error)
     return Code.INTERNAL, f"{type(error).__name__}: {error}"

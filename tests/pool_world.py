@@ -113,13 +113,18 @@ class Worker:
         self.stopped = True
 
     def finish(
-        self, group: int, attempt: int = 0, failure: str | None = None, late: bool = False
+        self,
+        group: int,
+        attempt: int = 0,
+        failure: str | None = None,
+        late: bool = False,
+        unrated: bool = False,
     ) -> None:
         self._done.append(
             GroupMeta(
                 group_id=group, attempt=attempt, samples=2, prompt_tokens=1, response_tokens=5,
-                version_min=0, version_max=0, failure=failure, retryable=failure is not None,
-                late=late,
+                version_min=0, version_max=0, failure=failure,
+                retryable=failure is not None and not unrated, late=late, unrated=unrated,
             )
         )  # fmt: skip
 

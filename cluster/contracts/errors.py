@@ -138,3 +138,8 @@ class BadReward(Fatal):
     """A scorer answered something unusable: not finite, wrong count, another model than agreed."""
 
     fault = "reward"
+
+
+class Unrated(BadReward):
+    """A scorer has no score for one completion, such as a judge whose answers about it hold no
+    rating. In training only its group is left out; too many of them end the run."""

@@ -201,6 +201,7 @@ class GroupMeta:
     version_max: int
     failure: str | None = None
     retryable: bool = False
+    unrated: bool = False  # a scorer has no score for one of its completions
     late: bool = False  # aborted, as a completion was not finished by `rollout.request_timeout_s`
     # By the worker's clock: until the last sample was there, the engine's queue included; from then
     # on, until the scores were there.

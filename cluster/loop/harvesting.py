@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
 from cluster.contracts.deadlines import LATE_S, within
-from cluster.contracts.errors import EngineFailure, Fault, Retryable, WeightMismatch
+from cluster.contracts.errors import BadReward, EngineFailure, Fault, Retryable, WeightMismatch
 from cluster.contracts.protocols import Clock, WorkerHandle
 from cluster.contracts.records import Assignment, GroupMeta, Harvest
 from cluster.loop.dispatch import Dispatch
@@ -19,6 +19,7 @@ from cluster.loop.settings import PoolSettings
 # this often a second, however many they are.
 IDLE_ANSWERS_PER_S = 25
 LONGEST_HARVEST_S = 60.0
+UNRATED_BORNE = 8  # groups without a score that end no run, however few groups there are
 
 
 class OnLoss(Protocol):
@@ -56,6 +57,7 @@ class Harvesting:
         self._dispatch = dispatch
         self._faults = faults
         self._finished = finished
+        self._scored = self._unrated = 0  # groups that came back, and those without a score
         self._again = again
         self._retire = retire
         self._lost = lost
@@ -113,12 +115,24 @@ class Harvesting:
                 self._faults["reward"] += 1
                 again.append(self._dispatch.score_again(lease, meta.failure))
             else:
-                self._faults["prompt"] += meta.failure is not None
+                self._faults["reward" if meta.unrated else "prompt"] += meta.failure is not None
+                self._require_ratings(meta)
                 done.append(meta)
         if done:
             member.finished += len(done)
             self._finished(harvest, done)
         self._again(again)  # also for suspects whose turn it is now
+
+    def _require_ratings(self, meta: GroupMeta) -> None:
+        """Raises BadReward when scorers have no score for too many groups."""
+        self._scored += 1
+        self._unrated += meta.unrated
+        most = self._settings.max_unrated_share
+        if self._unrated > max(UNRATED_BORNE, most * self._scored):
+            raise BadReward(
+                f"{self._unrated} of {self._scored} groups got no score, and "
+                f"reward.max_unrated_share is {most:g}. The last one: {meta.failure}"
+            )
 
 
 def _progress(harvest: Harvest) -> tuple[float, ...]:

@@ -33,6 +33,7 @@ class PoolSettings:
     min_workers: int = 1  # with fewer the run waits,
     workers_timeout_s: float = 0.0  # at most so long; 0: for ever
     max_attempts: int = 3  # of scoring one group; lost workers do not count
+    max_unrated_share: float = 0.05  # of all groups; some few are always borne
     harvest_s: float = 1.0  # at least; longer with hundreds of workers
 
 
@@ -67,4 +68,5 @@ def pool_settings(config: TrainConfig) -> PoolSettings:
         max_restarts=config.rollout.max_restarts,
         min_workers=config.rollout.min_workers,
         workers_timeout_s=config.rollout.workers_timeout_s,
+        max_unrated_share=config.reward.max_unrated_share,
     )

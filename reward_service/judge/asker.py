@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from cluster.contracts.config.judge import JudgeConfig
-from cluster.contracts.errors import BadReward, RewardFailure
+from cluster.contracts.errors import RewardFailure, Unrated
 from reward_service.judge.cache import ReplyCache
 from reward_service.judge.endpoint import BrokenAnswer, Endpoint
 from reward_service.judge.limits import Budget, RateLimit
@@ -91,14 +91,14 @@ class EndpointAsker:
         return said
 
     def _readable(self, question: Question, body: Mapping[str, Any]) -> tuple[Reply, Any]:
-        """The first answer that can be read, in ``attempts``. Raises BadReward."""
+        """The first answer that can be read, in ``attempts``. Raises Unrated."""
         for attempt in range(1, self._config.attempts + 1):
             try:
                 reply = self._endpoint.ask(body, lambda: self._admitted(body))
                 return reply, read_reply(question, reply)
             except (Unreadable, BrokenAnswer) as problem:
                 if attempt == self._config.attempts:
-                    raise BadReward(
+                    raise Unrated(
                         f"the judge {self.model} gave no usable answer about "
                         f"{question.label or 'a question'} in {attempt} attempts: {problem}"
                     ) from None

@@ -55,6 +55,7 @@ class RewardServiceServicer:
 
         INVALID_ARGUMENT     the request is malformed or over a limit; do not send it again
         FAILED_PRECONDITION  a scorer answered something unusable; the text names it; do not send again
+        NOT_FOUND            a scorer has no score for one of the items; the text names it; do not send again
         UNAVAILABLE, DEADLINE_EXCEEDED, RESOURCE_EXHAUSTED   send again, with the same request_id
         UNAUTHENTICATED      the bearer token is missing or wrong
         """

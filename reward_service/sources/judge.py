@@ -31,8 +31,9 @@ def check(source: JudgeSource, prompts: Sequence[Prompt]) -> None:
 class JudgeScorer:
     """Asks about all completions of a batch side by side, and about equal ones once.
 
-    Raises RewardFailure while the judge cannot be had, and BadReward for an answer without a rating
-    and for a budget that is spent. No completion gets a number that the judge did not say.
+    Raises RewardFailure while the judge cannot be had, Unrated where its answers about a completion
+    hold no rating, and BadReward for a budget that is spent. No completion gets a number that the
+    judge did not say.
     """
 
     type = "judge"

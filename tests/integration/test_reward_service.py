@@ -25,7 +25,7 @@ from cluster.contracts.config.reward import (
     RulesSource,
     TlsSection,
 )
-from cluster.contracts.errors import BadReward, RewardFailure, UserError
+from cluster.contracts.errors import BadReward, RewardFailure, Unrated, UserError
 from cluster.contracts.records import Completion, Prompt, Rollout, Score, VersionSpan
 from reward_service import server as server_module
 from reward_service import wire
@@ -340,6 +340,18 @@ def test_a_scorers_error_reaches_the_run_with_its_text(server: RunningServer, wo
     with (
         RewardClient([server.address]) as client,
         pytest.raises(BadReward, match="returned nan for 'p7#0' \u2603"),
+    ):
+        client.score([rollout("a")])
+    assert words.calls == 1  # never tried again
+
+
+def test_a_completion_without_a_score_reaches_the_run_as_that(
+    server: RunningServer, words: Words
+) -> None:
+    words.error = Unrated("the judge gave no usable answer about 'p7#0'")
+    with (
+        RewardClient([server.address]) as client,
+        pytest.raises(Unrated, match="no usable answer about 'p7#0'"),
     ):
         client.score([rollout("a")])
     assert words.calls == 1  # never tried again

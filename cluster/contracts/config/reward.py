@@ -241,6 +241,14 @@ class RewardConfig(Section):
         "scored when it does. After this many seconds the run writes a checkpoint and ends with "
         "exit code 75.",
     )
+    max_unrated_share: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="A group is left out if a scorer has no score for one of its completions (an "
+        "AI judge whose answers hold no rating). The run ends when there are more than 8 such "
+        "groups and more than this share of all.",
+    )
     max_batch: int = Field(64, ge=1, description="Most completions in one scoring batch.")
     max_wait_ms: float = Field(
         5, ge=0, description="Most milliseconds that a scoring batch waits for further completions."

@@ -21,6 +21,7 @@ from cluster.contracts.errors import (
     Retryable,
     RewardFailure,
     Unexpected,
+    Unrated,
     UserError,
     WeightMismatch,
 )
@@ -165,6 +166,7 @@ class Lengths:
         self.gate = threading.Event()
         self.gate.set()
         self.problem: Exception | None = None
+        self.unrated = ""  # id of a prompt
         self.leave_out = 0
         self.leave_out_times = 1000
 
@@ -173,6 +175,8 @@ class Lengths:
         self.calls.append(len(rollouts))
         if self.problem is not None:
             raise self.problem
+        if any(rollout.prompt.id == self.unrated for rollout in rollouts):
+            raise Unrated("the judge gave no usable answer about sample 1")
         scored = [
             Score(value=float(len(r.completion.token_ids)), scorer_version=self.version)
             for r in rollouts
@@ -520,6 +524,18 @@ def test_an_unusable_reward_ends_the_worker(
     bench.worker.submit([work(0)])
     with pytest.raises(kind):
         bench.harvest_all(1)
+
+
+def test_a_completion_without_a_score_costs_its_group_only(bench: Bench) -> None:
+    bench.load(0)
+    bench.scorer.unrated = "p3"
+    bench.scorer.gate.clear()  # so that groups wait for their scores together
+    bench.worker.submit([work(n, first=3 if n == 4 else 2) for n in range(6)])
+    threading.Timer(0.5, bench.scorer.gate.set).start()
+    metas, groups = bench.harvest_all(6)
+    failed = {meta.group_id: (meta.unrated, meta.retryable) for meta in metas if meta.failure}
+    assert failed == {4: (True, False)}
+    assert sorted(group.group_id for group in groups) == [0, 1, 2, 3, 5]
 
 
 def test_a_missing_score_is_a_bad_reward(bench: Bench) -> None:

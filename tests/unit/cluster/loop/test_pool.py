@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from cluster.contracts.errors import (
+    BadReward,
     EngineFailure,
     Fatal,
     LearnerLost,
@@ -68,6 +69,40 @@ def test_a_group_whose_scoring_fails_is_generated_again_and_at_last_ends_the_run
         await asyncio.sleep(2)
         with pytest.raises(Fatal, match="group 7 failed 3 times: the reward service is away"):
             world.pool.take_finished()
+
+    play(scene)
+
+
+def test_groups_without_a_score_are_left_out_until_they_are_too_many() -> None:
+    async def scene(world: World) -> None:
+        await world.start(1)
+        worker = world.workers[0, 0]
+        world.submit(*range(300))
+        for group in range(280):  # 5 %
+            no = group % 20 == 19
+            worker.finish(group, failure="no rating" if no else None, unrated=no)
+        await asyncio.sleep(2)
+        assert len(world.finished()) == 280, "their steps go on without them"
+        worker.finish(280, failure="no rating", unrated=True)
+        await asyncio.sleep(2)
+        with pytest.raises(BadReward, match=r"15 of 281 groups got no score, .* 0.05. .*no rating"):
+            world.finished()
+
+    play(scene)
+
+
+def test_a_few_groups_without_a_score_are_always_borne() -> None:
+    async def scene(world: World) -> None:
+        await world.start(1)
+        world.submit(*range(9))
+        for group in range(8):
+            world.workers[0, 0].finish(group, failure="no rating", unrated=True)
+        await asyncio.sleep(2)
+        assert len(world.finished()) == 8
+        world.workers[0, 0].finish(8, failure="no rating", unrated=True)
+        await asyncio.sleep(2)
+        with pytest.raises(BadReward, match="9 of 9 groups"):
+            world.finished()
 
     play(scene)
 

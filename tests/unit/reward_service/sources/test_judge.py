@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cluster.contracts.config.reward import JudgeSource, RewardConfig
-from cluster.contracts.errors import BadReward, RewardFailure, UserError
+from cluster.contracts.errors import BadReward, RewardFailure, Unrated, UserError
 from reward_service.access import Access, sources_access
 from reward_service.composition import build, check_source
 from reward_service.source import ScoreItem
@@ -55,7 +55,7 @@ def test_completions_are_rated_in_their_order_and_equal_ones_once(tmp_path: Path
 def test_an_answer_without_a_rating_is_an_error_and_never_a_number(said: str) -> None:
     with judge_endpoint(lambda body: said) as endpoint:
         scorer = build(rewards(source(endpoint, attempts=2)))
-        with pytest.raises(BadReward, match="no usable answer about item '0' in 2 attempts"):
+        with pytest.raises(Unrated, match="no usable answer about item '0' in 2 attempts"):
             scorer.score(items("x"))
         scorer.close()
 
