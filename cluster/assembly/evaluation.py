@@ -103,12 +103,6 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
     return run.path
 
 
-def evaluate_in_cluster(config: EvaluateConfig, directory: Path) -> dict[str, Any]:
-    """Sample, judge, write evaluation.json and samples.jsonl; needs Ray running. People are no
-    judge for it, as they would be waited for with Ray running."""
-    return judge_and_write(config, sample_all(config, prompts_of(config)), directory)
-
-
 # -- one evaluation, and how it is found again -----------------------------------------------------
 
 

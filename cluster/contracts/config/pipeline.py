@@ -84,7 +84,11 @@ STAGES: dict[str, StageSection] = {
         EvaluateConfig,
         _RUN
         | _CLUSTER
-        | {"policy": "the policy of the round", "baseline": "the policy before the round"},
+        | {
+            "policy": "the policy of the round",
+            "baseline": "the policy before the round",
+            "policies": "the policy of the round and the one before it",
+        },
     ),
 }
 POLICY_STAGES = ("train", "dpo", "best_of_n")
@@ -223,6 +227,11 @@ class PipelineConfig(Section):
             )
         if (given[0] == "best_of_n") != (self.best_of_n_sft is not None):
             yield "best_of_n and best_of_n_sft belong together: give both or none of them"
+        if self.evaluate is not None and "people" in self.evaluate:
+            yield (
+                "evaluate.people would wait with models in memory: give a judge here, and let "
+                "people compare the policies with `accord evaluate` afterwards"
+            )
         if self.evaluate is None and self.promote.min_win_rate not in (None, EVEN):
             yield "promote.min_win_rate needs a win rate: give [evaluate]"
 
