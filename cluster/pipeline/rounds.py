@@ -86,9 +86,17 @@ def go_round(config: PipelineConfig, record: PipelineRecord, stages: Stages) -> 
     record.require_unchanged()
     for number, name in steps_of(config):
         known = record.find(number, name)
-        if known is None or known.status != "finished":
+        if not _is_done(known, record):
             _do(known or StageRecord(round=number, name=name, status="running"), record, stages,
                 round_of(number, config, record))  # fmt: skip
+
+
+def _is_done(known: StageRecord | None, record: PipelineRecord) -> bool:
+    """Labels are done with their gate: while it does not pass, more of them can be asked for."""
+    if known is None or known.status != "finished":
+        return False
+    gate = record.find(known.round, "gate")
+    return known.name != "label" or (gate is not None and gate.status == "finished")
 
 
 def round_of(number: int, config: PipelineConfig, record: PipelineRecord) -> Round:

@@ -282,7 +282,7 @@ def verdict(config: PipelineConfig, at: Round) -> tuple[bool, str]:
         f"(95 % interval {rate['ci_low']:.1%} to {rate['ci_high']:.1%})"
     )
     least = config.promote.min_win_rate
-    if least is None:
+    if least == 0:
         return True, f"promoted, as every round is; {shown}"
     promoted = rate["ci_low"] > least
     return promoted, (

@@ -67,11 +67,10 @@ def pipeline_config(settings: QuickstartConfig, directory: str, name: str) -> Pi
             "tie_margin": 0.01,
             "rollout": {"max_tokens": MAX_TOKENS, "gpus": 0},
         },
+        "promote": {"min_win_rate": 0.0},
         "cluster": {"address": "local"},
     }
-    config = check_config(PipelineConfig, tree, where="accord quickstart")
-    promote = config.promote.model_copy(update={"min_win_rate": None})
-    return config.model_copy(update={"promote": promote})
+    return check_config(PipelineConfig, tree, where="accord quickstart")
 
 
 def _sft(run: Path) -> dict[str, Any]:

@@ -21,7 +21,6 @@ def test_every_room_with_code_has_unit_tests_or_names_where_they_are() -> None:
         "cluster/measure/bench": "tests/unit/cluster/measure",
         "cluster/measure/probe": "tests/unit/cluster/measure",
         "cluster/measure/simulation": "tests/unit/cluster/measure",
-        "cluster/quickstart": "tests/unit/cluster/quickstart/helpdesk",
         "learner/algorithms": "tests/numerics",
         "cluster/contracts/config": "tests/unit/cluster/contracts",
     }

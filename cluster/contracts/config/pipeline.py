@@ -155,12 +155,12 @@ class PipelineLabelConfig(Section):
 class PromoteConfig(Section):
     """Whether a round's policy becomes the one that the next round starts from."""
 
-    min_win_rate: float | None = Field(
+    min_win_rate: float = Field(
         EVEN,
         ge=0,
         le=1,
         description="The lower end of the 95 % interval of the win rate against the policy before "
-        "the round must exceed this. none: every round is promoted.",
+        "the round must exceed this. 0: every round is promoted.",
     )
 
 
@@ -232,7 +232,7 @@ class PipelineConfig(Section):
                 "evaluate.people would wait with models in memory: give a judge here, and let "
                 "people compare the policies with `accord evaluate` afterwards"
             )
-        if self.evaluate is None and self.promote.min_win_rate not in (None, EVEN):
+        if self.evaluate is None and self.promote.min_win_rate not in (0.0, EVEN):
             yield "promote.min_win_rate needs a win rate: give [evaluate]"
 
     def _section_problems(self) -> Iterator[str]:
