@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster.assembly.ai_label import run_ai_label
-from cluster.assembly.choosing import choice_told, chosen_items
 from cluster.assembly.labelling import open_label_site
 from cluster.assembly.live_labelling import add_new
 from cluster.contracts.config.ai_label import AiLabelConfig, JudgedData
@@ -20,8 +18,8 @@ from cluster.contracts.config.choice import ChoiceConfig
 from cluster.contracts.config.label import LabelConfig
 from cluster.contracts.config.pipeline import PipelineConfig
 from cluster.contracts.durable import json_text, write_text
+from cluster.pipeline.completions import COMPLETIONS, metadata_in
 from cluster.pipeline.rounds import Round, Waiting
-from cluster.pipeline.sampling import COMPLETIONS, metadata_in
 from cluster.pipeline.simulated import Annotate, simulated_judgements
 from cluster.runs.console import Reporter, Stage, result
 from reward_service.preferences.agreement import krippendorff_alpha, units_of, votes
@@ -44,13 +42,15 @@ class RoundLabels:
         self._store = PreferenceStore(store)
         self._reporter = reporter
 
-    def add_items(self) -> None:
+    def add_items(self) -> bool:
         """Chooses the pairs and adds those that are not there yet, once for each [choice] that is
-        asked for: after `choice.count` was raised, there are more."""
+        asked for: after `choice.count` was raised, there are more. Returns whether it chose."""
         choice = choice_of_round(self._config, self._at)
         asked, done = json_text(choice.model_dump()), self._at.path(CHOSEN)
         if done.is_file() and done.read_text(encoding="utf-8") == asked:
-            return
+            return False
+        from cluster.assembly.choosing import choice_told, chosen_items
+
         items = chosen_items(
             str(self._folder / COMPLETIONS),
             choice,
@@ -60,6 +60,7 @@ class RoundLabels:
         self._reporter.say(choice_told(items))
         add_new(self._store, (replace(item, source=self._source) for item in items))
         write_text(done, asked)
+        return True
 
     def collect(self, waiting: Waiting) -> dict[str, Any]:
         """Returns, when every item of the round is judged, what is known of the labels."""
@@ -93,6 +94,8 @@ class RoundLabels:
             self._store.add([], new)
 
     def _by_ai(self) -> None:
+        from cluster.assembly.ai_label import run_ai_label
+
         label, folder = self._config.label, self._at.path("ai_label")
         assert label.judge is not None
         shutil.rmtree(folder, ignore_errors=True)  # what was judged is in the store
@@ -108,7 +111,7 @@ class RoundLabels:
         run_ai_label(config, self._reporter)
 
     def _by_people(self, waiting: Waiting) -> None:
-        if not self._open():
+        if not self.open():
             return
         site = open_label_site(self._label_config(), self._reporter.say)
         try:
@@ -127,7 +130,7 @@ class RoundLabels:
         """Until every item is answered, and still is a moment later (an answer can be undone)."""
         told, since = -1, time.monotonic()
         while True:
-            left, total = self._open(), len(self._items())
+            left, total = self.open(), len(self._items())
             done = total - left
             if done != told:
                 told, since = done, time.monotonic()
@@ -148,7 +151,7 @@ class RoundLabels:
     def _items(self) -> list[Item]:
         return [item for item in self._store.items() if item.source == self._source]
 
-    def _open(self) -> int:
+    def open(self) -> int:
         """Items of the round that too few annotators have answered. A skip and a flag are answers:
         an item that nobody can judge holds up nothing."""
         answers = Counter(entry.item_id for entry in self._store.judgements())

@@ -6,13 +6,10 @@ runs/NAME/  pipeline.json  preferences.db  sft/  policy/ (the newest promoted on
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster.assembly.choosing import check_choice
 from cluster.assembly.run_session import made_by, refuse_changes, run_session
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.pipeline import PipelineConfig
@@ -21,23 +18,13 @@ from cluster.machine.cores import own_cores
 from cluster.pipeline.record import PipelineRecord
 from cluster.pipeline.rounds import go_round, newest_promoted
 from cluster.pipeline.simulated import Annotate
-from cluster.pipeline.work import Work
+from cluster.pipeline.work import Afresh, Work
 from cluster.runs.console import Reporter
 from cluster.runs.run import Run
 from reward_service.sources.function import user_function
 
 FREE = ("rounds", "choice", "label", "snapshot", "quality", "promote", "cluster")
 """Sections that may change when a pipeline goes on: they decide about stages to come."""
-HEAVY = "torch"  # a process that has imported it holds memory that only its end gives back
-
-
-class Afresh(BaseException):
-    """The pipeline goes on in a new process: this one holds what waiting for people need not
-    hold. ``path``: of the run."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        self.path = path
 
 
 Prepare = Callable[[Run], None]
@@ -128,7 +115,7 @@ def _drive(
             prepare(run)
         check_inputs(config)
         record = PipelineRecord(run.path, config.rounds)
-        work = Work(config, run, reporter, partial(_may_wait, str(run.path)))
+        work = Work(config, run, reporter)
         try:
             go_round(config, record, work)
         except Afresh as waits:
@@ -140,14 +127,11 @@ def _drive(
     return run.path
 
 
-def _may_wait(path: str) -> None:
-    if HEAVY in sys.modules:
-        raise Afresh(path)
-
-
 def _check(config: PipelineConfig) -> None:
     """What can be known before the first stage: a mistake should not show hours later."""
     if config.reward_model is None or config.choice.reward_model is not None:
+        from cluster.assembly.choosing import check_choice
+
         check_choice(config.choice)  # else the reward models of earlier rounds are asked
     if config.label.annotate is not None:
         Annotate(config.label.annotate)

@@ -14,6 +14,7 @@ from cluster.contracts.errors import UserError
 from cluster.pipeline.record import PipelineRecord, StageName, StageRecord
 
 PROMOTED = "promoted"
+STORE = "preferences.db"  # of all rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""The completions of a round: sampled, written to files, and read from there as candidates."""
+"""The completions of a round: sampled with vLLM, and written to files."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.pipeline import PipelineConfig, SampleConfig
 from cluster.contracts.durable import write_text
 from cluster.contracts.records import Prompt
-from cluster.contracts.rows.messages import read_messages
+from cluster.pipeline.completions import COMPLETIONS, PROMPTS
 from cluster.pipeline.rounds import Round
 from cluster.runs.console import Reporter
-from reward_service.preferences.records import prompt_hash
-
-PROMPTS = "prompts.jsonl"
-COMPLETIONS = "completions.jsonl"
 
 
 def sample_round(
@@ -61,19 +57,6 @@ def prompts_of_round(prompts: Sequence[Prompt], sample: SampleConfig, number: in
     count = min(sample.prompts_per_round or len(prompts), len(prompts))
     first = (number - 1) * count
     return [prompts[(first + n) % len(prompts)] for n in range(count)]
-
-
-def rows_in(folder: Path) -> list[dict[str, Any]]:
-    text = (folder / COMPLETIONS).read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.split("\n") if line]
-
-
-def metadata_in(folder: Path) -> dict[str, Mapping[str, Any]]:
-    """Hash of a prompt -> the columns of its row."""
-    return {
-        prompt_hash(read_messages(row["prompt"], "prompt")): row["metadata"]
-        for row in rows_in(folder)
-    }
 
 
 def _prompt_row(prompt: Prompt) -> dict[str, Any]:

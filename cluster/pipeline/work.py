@@ -1,106 +1,82 @@
-"""The stages of a pipeline: each is the function that its own command runs, on files in the run's
-directory, so that it can be repeated by hand."""
+"""The stages of a pipeline, on files in the run's directory, so that each can be repeated by hand.
+
+Those that compute are in ``trainings``, which is imported when the first of them begins.
+"""
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Callable
+import sys
 from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
 
-from cluster.assembly.auto.resolve import resolve_here
-from cluster.assembly.best_of_n import BEST, run_best_of_n
-from cluster.assembly.evaluation import run_evaluation
-from cluster.assembly.offline import (
-    resume_offline,
-    run_dpo,
-    run_reward_model,
-    run_sft,
-)
 from cluster.assembly.preferences import open_store, take_snapshot
-from cluster.assembly.training import train_policy
-from cluster.assembly.training_resume import resume_training
-from cluster.assembly.training_run import publish_policy
-from cluster.contracts.config.base import ClusterConfig, ModelConfig
-from cluster.contracts.config.best_of_n import BestOfNConfig
-from cluster.contracts.config.evaluate import EvaluateConfig
-from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.config.pipeline import PipelineConfig
 from cluster.contracts.config.preferences import PreferencesConfig
-from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.errors import UserError
-from cluster.contracts.registry import ADVANTAGE_ESTIMATORS
 from cluster.machine.ray_session import ray_cluster
 from cluster.pipeline.labels import RoundLabels
 from cluster.pipeline.record import StageName
-from cluster.pipeline.rounds import PROMOTED, Outcome, Round, Waiting
-from cluster.pipeline.sampling import COMPLETIONS, sample_round
+from cluster.pipeline.rounds import PROMOTED, STORE, Outcome, Round, Waiting
 from cluster.runs.console import Reporter
 from cluster.runs.run import Run
 
-STORE = "preferences.db"
-RATES = ("win_rate", "ci_low", "ci_high")
+HEAVY = "torch"  # a process that has imported it holds memory that only its end gives back
+
+
+class Afresh(BaseException):
+    """The pipeline goes on in a new process: this one holds what waiting for people need not
+    hold. ``path``: of the run."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self.path = path
 
 
 class Work:
     """The real stages of one pipeline. ``close`` ends Ray, which stages that follow each other
-    share. ``may_wait``: whether this process is fit to wait for people; it raises where it is
-    not."""
+    share."""
 
-    def __init__(
-        self,
-        config: PipelineConfig,
-        run: Run,
-        reporter: Reporter,
-        may_wait: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, config: PipelineConfig, run: Run, reporter: Reporter) -> None:
         self._config = config
         self._run = run
         self._reporter = reporter
-        self._may_wait = may_wait
-        self._ray = ExitStack()
-        self._has_ray = False
+        self._computed = False
+        self._ray: ExitStack | None = None
 
     def close(self) -> None:
-        self._has_ray = False
-        self._ray.close()
+        if self._ray is not None:
+            self._ray.close()
+            self._ray = None
 
     def do(self, name: StageName, at: Round, waiting: Waiting) -> Outcome:
-        if self._uses_ray(name) and not self._has_ray:
-            self._ray.enter_context(ray_cluster(self._cluster(at)))
-            self._has_ray = True
-        stage: Callable[[Round], Outcome] = getattr(self, f"_{name}")
-        return self._label(at, waiting) if name == "label" else stage(at)
+        if name == "label":
+            return self._label(at, waiting)
+        if name == "gate":
+            return self._gate(at)
+        if name == "promote":
+            return self._promote(at)
+        from cluster.pipeline.trainings import Trainings
 
-    # -- the stages --------------------------------------------------------------------------------
+        self._computed = True
+        trainings = Trainings(self._config, self._run.path, self._reporter)
+        if self._uses_ray(name) and self._ray is None:
+            self._ray = ExitStack()
+            self._ray.enter_context(ray_cluster(trainings.cluster(at)))
+        return trainings.do(name, at)
 
-    def _sft(self, at: Round) -> Outcome:
-        config = self._config.of_stage(
-            SftConfig, "sft", {"run": self._child(at, "sft"), "model": self._config.model}
-        )
-        run = self._fit("sft", at.path("sft"), lambda: run_sft(config, self._reporter))
-        return Outcome(
-            run=run,
-            made=(run / "policy",),
-            came_from=(config.model.path, config.data.path),
-            detail=last_figures(run),
-        )
-
-    def _sample(self, at: Round) -> Outcome:
-        folder = fresh(at.path("completions"))
-        counts = sample_round(self._config, at, self._model(at.before), folder, self._reporter)
-        return Outcome(made=(folder,), came_from=(_run_of(at.before),), detail=counts)
+    def _uses_ray(self, name: StageName) -> bool:
+        if name == "policy":
+            return self._config.policy_stage != "dpo"
+        return name in ("sample", "evaluate")
 
     def _label(self, at: Round, waiting: Waiting) -> Outcome:
+        """Who waits for people holds no Ray and no model. Raises Afresh."""
         people = self._config.label.by == "people"
         if people:
             self.close()
         labels = RoundLabels(self._config, at, self._run.path / STORE, self._reporter)
-        labels.add_items()
-        if people:
-            self._may_wait()
+        self._computed |= labels.add_items()
+        if people and self._computed and labels.open() and HEAVY in sys.modules:
+            raise Afresh(str(self._run.path))
         return Outcome(came_from=(at.path("completions"),), detail=labels.collect(waiting))
 
     def _gate(self, at: Round) -> Outcome:
@@ -115,52 +91,13 @@ class Work:
             made=(folder,), came_from=(at.path("completions"), store.path), detail=detail
         )
 
-    def _reward_model(self, at: Round) -> Outcome:
-        values = self._learnt(at, "reward_model") | {
-            "policy_samples": str(at.path("completions", COMPLETIONS))
-        }
-        config = self._config.of_stage(RewardModelConfig, "reward_model", values)
-        run = self._fit(
-            "reward-model",
-            at.path("reward_model"),
-            lambda: run_reward_model(config, self._reporter),
-        )
-        return Outcome(
-            run=run,
-            made=(run / "reward_model",),
-            came_from=(_run_of(at.before), at.path("labels"), at.path("completions")),
-            detail=last_figures(run),
-        )
-
-    def _policy(self, at: Round) -> Outcome:
-        by = self._config.policy_stage
-        run, came_from = {
-            "train": self._trained, "dpo": self._from_labels, "best_of_n": self._from_the_best
-        }[by](at)  # fmt: skip
-        return Outcome(
-            run=run, made=(at.policy,), came_from=(_run_of(at.before), *came_from),
-            detail={"by": by, **last_figures(run)},
-        )  # fmt: skip
-
-    def _evaluate(self, at: Round) -> Outcome:
-        """Against the policy before the round, and, where that is another one, the start's."""
-        folder = at.path("evaluation")
-        before = self._evaluated(at, folder, at.before)
-        detail: dict[str, Any] = {"against_before": before, "against_start": before}
-        if at.before != at.start:
-            detail["against_start"] = self._evaluated(at, folder / "start", at.start)
-        return Outcome(
-            run=folder,
-            made=(folder / "evaluation.json",),
-            came_from=(at.path("policy"), _run_of(at.before), _run_of(at.start)),
-            detail={**detail["against_start"], **detail},
-        )
-
     def _promote(self, at: Round) -> Outcome:
         promoted, reason = verdict(self._config, at)
         self._reporter.say(f"round {at.number}: {reason}")
         target = self._run.path / "policy"
         if promoted:
+            from cluster.assembly.training_run import publish_policy
+
             publish_policy(at.policy, target)
         evaluated = (at.path("evaluation"),) if self._config.evaluate is not None else ()
         return Outcome(
@@ -168,106 +105,6 @@ class Work:
             came_from=(at.path("policy"), *evaluated),
             detail={PROMOTED: promoted, "reason": reason},
         )
-
-    # -- how a round's policy is made --------------------------------------------------------------
-
-    def _trained(self, at: Round) -> tuple[Path, tuple[Path, ...]]:
-        config = self._train_config(at)
-        run = self._begun_or_continued(
-            at.path("policy"),
-            lambda: train_policy(config, self._reporter),
-            lambda path: resume_training(path, [], self._reporter),
-        )
-        return run, (at.path("reward_model"),)
-
-    def _from_labels(self, at: Round) -> tuple[Path, tuple[Path, ...]]:
-        config = self._config.of_stage(DpoConfig, "dpo", self._learnt(at, "policy"))
-        run = self._fit("dpo", at.path("policy"), lambda: run_dpo(config, self._reporter))
-        return run, (at.path("labels"),)
-
-    def _from_the_best(self, at: Round) -> tuple[Path, tuple[Path, ...]]:
-        folder = at.path("best_of_n")
-        if _status(folder) != "finished":
-            shutil.rmtree(folder, ignore_errors=True)
-            values = {**self._of_model(at, "best_of_n"), "cluster": self._config.cluster}
-            run_best_of_n(
-                self._config.of_stage(BestOfNConfig, "best_of_n", values, _reward_of(at)),
-                self._reporter,
-            )
-        values = {**self._of_model(at, "policy"), "data.path": str(folder / BEST)}
-        config = self._config.of_stage(SftConfig, "best_of_n_sft", values)
-        run = self._fit("sft", at.path("policy"), lambda: run_sft(config, self._reporter))
-        return run, (at.path("reward_model"), folder)
-
-    def _train_config(self, at: Round) -> TrainConfig:
-        values = {**self._of_model(at, "policy"), "cluster": self._config.cluster}
-        config = self._config.of_stage(TrainConfig, "train", values, _reward_of(at))
-        if ADVANTAGE_ESTIMATORS[config.algorithm.advantage].needs_values:
-            learner = config.learner.model_copy(update={"value_path": _reward_of(at)})
-            config = config.model_copy(update={"learner": learner})
-        return config
-
-    def _evaluated(self, at: Round, folder: Path, baseline: str) -> dict[str, float]:
-        shutil.rmtree(folder, ignore_errors=True)
-        values = {
-            "run": {"dir": str(folder.parent), "name": folder.name, "seed": self._config.run.seed},
-            "cluster": self._config.cluster,
-            "policy": self._model(str(at.policy)),
-            "baseline": self._model(baseline),
-        }
-        config = self._config.of_stage(EvaluateConfig, "evaluate", values)
-        run_evaluation(config, self._reporter)
-        found = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
-        return {name: found[name] for name in RATES}
-
-    # -- what they share ---------------------------------------------------------------------------
-
-    def _fit(self, command: Any, folder: Path, begin: Callable[[], Path]) -> Path:
-        return self._begun_or_continued(
-            folder, begin, lambda path: resume_offline(command, path, [], self._reporter)
-        )
-
-    def _begun_or_continued(
-        self, folder: Path, begin: Callable[[], Path], go_on: Callable[[str], Path]
-    ) -> Path:
-        """A run with checkpoints, by what an earlier attempt has left in its folder."""
-        status = _status(folder)
-        if status == "finished":
-            return folder
-        if status is not None:
-            return go_on(str(folder))
-        shutil.rmtree(folder, ignore_errors=True)
-        return begin()
-
-    def _child(self, at: Round, name: str) -> dict[str, Any]:
-        seed = self._config.run.seed + 1000 * max(0, at.number - 1)
-        return {"dir": str(at.folder), "name": name, "seed": seed}
-
-    def _model(self, path: str) -> ModelConfig:
-        if path == self._config.model.path:
-            return self._config.model
-        return self._config.model.model_copy(update={"path": path, "revision": None})
-
-    def _of_model(self, at: Round, name: str) -> dict[str, Any]:
-        return {"run": self._child(at, name), "model": self._model(at.before)}
-
-    def _learnt(self, at: Round, name: str) -> dict[str, Any]:
-        """Of a stage that learns from the labels."""
-        values = self._of_model(at, name)
-        values["run"]["parents"] = {"preferences": str(self._run.path / STORE)}
-        return {**values, "data.path": str(at.path("labels"))}
-
-    def _uses_ray(self, name: StageName) -> bool:
-        if name == "policy":
-            return self._config.policy_stage != "dpo"
-        return name in ("sample", "evaluate")
-
-    def _cluster(self, at: Round) -> ClusterConfig:
-        """Of the stages from here on. Ray is told how many cores it may deal out when it starts, so
-        the stage that needs the most decides."""
-        if self._config.train is None:
-            return self._config.cluster
-        return resolve_here(self._train_config(at)).config.cluster
 
 
 def verdict(config: PipelineConfig, at: Round) -> tuple[bool, str]:
@@ -289,44 +126,3 @@ def verdict(config: PipelineConfig, at: Round) -> tuple[bool, str]:
         f"{'promoted' if promoted else 'not promoted'}; {shown}; the lower end must exceed "
         f"{least:.0%} (promote.min_win_rate)"
     )
-
-
-def fresh(folder: Path) -> Path:
-    """An empty folder."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    return folder
-
-
-def last_figures(run: Path) -> dict[str, float]:
-    """Of the held-out rows of an offline run; nothing for other runs."""
-    file = run / "fit.json"
-    if not file.is_file():
-        return {}
-    found: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))["evaluation"]
-    return found
-
-
-def _reward_of(at: Round) -> str:
-    return str(at.path("reward_model", "reward_model"))
-
-
-def _run_of(policy: str) -> str:
-    """The run that made a policy; what is no run's is named itself."""
-    folder = Path(policy).parent
-    return str(folder) if (folder / "manifest.json").is_file() else policy
-
-
-def _status(folder: Path) -> str | None:
-    """Of a run; None where there is none that could go on."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        return str(manifest["status"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise UserError(
-            f"is damaged: {problem!r}",
-            where=str(folder / "manifest.json"),
-            fix="restore it, or remove the folder; the stage is then done again",
-        ) from None

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -193,3 +195,11 @@ def test_the_lower_end_of_the_interval_decides(world: Path) -> None:
     assert not promoted
     assert "50.0% to 70.0%); the lower end must exceed 50%" in reason
     assert not evaluated(world, 0.54, promote={"min_win_rate": 0.55})[0]
+
+
+def test_who_waits_has_not_imported_what_computes() -> None:
+    code = (
+        "import cluster.pipeline.pipeline, sys; print({'torch', 'ray', 'vllm'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
