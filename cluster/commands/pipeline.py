@@ -75,6 +75,8 @@ def _tell(run: object) -> None:
 
     from cluster.pipeline.pipeline import closing_lines
     from cluster.runs.console import result
+    from learner.evaluation.report import write_report
 
+    result(f"report: {write_report(Path(str(run)))}")
     for line in closing_lines(Path(str(run))):
         result(line)
