@@ -19,18 +19,21 @@ EQUAL = 1e-12
 @dataclass(slots=True)
 class Gap:
     """``at_once``: how many values make a mean. ``judged``: the judge's figures, oldest first;
-    ``reward``: the mean training reward of the steps up to each, from the one before."""
+    ``reward``: the mean training reward of the steps up to each, from the one before; ``steps``:
+    at which each came."""
 
     at_once: int
     judged: list[float] = field(default_factory=list)
     reward: list[float] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
     _since: list[float] = field(default_factory=list)
 
-    def add(self, judged: float | None, reward: float | None) -> None:
+    def add(self, step: int, judged: float | None, reward: float | None) -> None:
         if reward is not None:
             self._since.append(reward)
         if judged is not None and self._since:
             self.judged.append(judged)
+            self.steps.append(step)
             self.reward.append(statistics.fmean(self._since))
             self._since.clear()
 
@@ -38,11 +41,13 @@ class Gap:
 @dataclass(frozen=True, slots=True)
 class Fall:
     """From the ``best`` mean to that of ``now``, in standard errors of their difference beyond what
-    the best of so many means exceeds the others by chance; 0 where the reward did not rise."""
+    the best of so many means exceeds the others by chance; 0 where the reward did not rise.
+    ``step``: the last one that the best mean is of."""
 
     best: float
     now: float
     errors: float
+    step: int
 
 
 def falling_while_rising(gap: Gap) -> Fall | None:
@@ -61,7 +66,8 @@ def falling_while_rising(gap: Gap) -> Fall | None:
     # `error` is sqrt(2) standard deviations of a mean.
     by_chance = math.sqrt(math.log(max(1, len(judged) - count)))
     errors = (judged[place] - judged[-1]) / error - by_chance if rose else 0.0
-    return Fall(best=judged[place], now=judged[-1], errors=max(0.0, errors))
+    best_step = gap.steps[place + count - 1]
+    return Fall(best=judged[place], now=judged[-1], errors=max(0.0, errors), step=best_step)
 
 
 def _means(values: Sequence[float], count: int) -> list[float]:

@@ -30,12 +30,14 @@ Numbers = Mapping[str, float]
 @dataclass(frozen=True, slots=True)
 class Reading:
     """One rule's view of a step. ``severity`` over 1: outside the limit; under ``calm``: inside.
-    ``before``: what the value is compared with, where there is such a thing."""
+    ``before``: what the value is compared with, where there is such a thing; ``since``: the step
+    up to which all was well, where the figure itself tells."""
 
     value: float
     limit: float
     severity: float
     before: float = 0.0
+    since: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,9 @@ class Rule:
 
 @dataclass(slots=True)
 class Past:
-    """What the steps before have shown."""
+    """What the steps before have shown. ``step``: the one that is looked at."""
 
+    step: int = 0
     _first: defaultdict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     scores: deque[tuple[float, float]] = field(  # mean, standard deviation
         default_factory=lambda: deque(maxlen=REWARD_WINDOW)
@@ -190,22 +193,24 @@ class _Rules:
 
     def held_out(self, numbers: Numbers) -> Reading | None:
         gap, limit = self.past.held_out, self.config.held_out_gap
-        return _gap(gap, numbers.get(HELD_OUT), numbers.get(SCORE), limit)
+        return self._gap(gap, numbers.get(HELD_OUT), numbers.get(SCORE), limit)
 
     def second_judge(self, numbers: Numbers) -> Reading | None:
         judged = numbers.get(f"rewards/{self.config.second_judge}/mean")
         if judged is None:
             return None
-        return _gap(self.past.second, judged, numbers.get(SCORE), self.config.second_judge_gap)
+        limit = self.config.second_judge_gap
+        return self._gap(self.past.second, judged, numbers.get(SCORE), limit)
+
+    def _gap(
+        self, gap: Gap, judged: float | None, reward: float | None, limit: float
+    ) -> Reading | None:
+        gap.add(self.past.step, judged, reward)
+        fall = None if judged is None else falling_while_rising(gap)
+        if fall is None:
+            return None
+        return Reading(fall.now, fall.best, fall.errors / limit, fall.best, fall.step)
 
 
 def _share(share: float | None, limit: float) -> Reading | None:
     return None if share is None else Reading(share, limit, share / limit)
-
-
-def _gap(gap: Gap, judged: float | None, reward: float | None, limit: float) -> Reading | None:
-    gap.add(judged, reward)
-    if judged is None:
-        return None
-    fall = falling_while_rising(gap)
-    return None if fall is None else Reading(fall.now, fall.best, fall.errors / limit, fall.best)

@@ -20,7 +20,8 @@ Change = Literal["start", "again", "end"]
 @dataclass(frozen=True, slots=True)
 class AlarmChange:
     """An alarm that begins, still goes on, or ends at ``step``. ``text``: what is wrong and what to
-    do. ``since``: the last step within the limit before it began."""
+    do. ``since``: the step up to which all was well: the last within the limit, or that of the
+    best mean."""
 
     alarm: str
     change: Change
@@ -69,6 +70,7 @@ class Watch:
         """What begins, goes on or ends with the figures of this step. "again" comes of alarms whose
         action is raise_kl, each ``again_after`` steps."""
         changes = []
+        self._past.step = step
         for rule in self._rules:
             reading = rule.read(numbers)
             if reading is None or not math.isfinite(reading.severity):
@@ -93,7 +95,7 @@ class Watch:
     def _advance(self, rule: Rule, reading: Reading, step: int) -> Change | None:
         episode, patience = self._episodes[rule.name], rule.patience or self._config.patience
         if reading.severity > 1 and not episode.outside and not episode.on:
-            episode.since = step - 1
+            episode.since = step - 1 if reading.since is None else reading.since
         episode.outside = episode.outside + 1 if reading.severity > 1 else 0
         episode.inside = episode.inside + 1 if reading.severity < rule.calm else 0
         if not episode.on and episode.outside >= patience:
