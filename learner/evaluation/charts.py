@@ -34,8 +34,16 @@ _URL = re.compile(r"url\(#([^)]+)\)")
 _LONG = re.compile(r"(\.\d\d)\d+")
 
 
-def line_chart(name: str, title: str, lines: Sequence[Line], x_label: str, alt: str) -> Markup:
+def line_chart(
+    name: str,
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    alt: str,
+    marks: Sequence[float] = (),
+) -> Markup:
     """``name`` makes the ids of this chart unique in the page; ``alt`` says what it shows.
+    ``marks``: places on the x axis, each a dashed line.
 
     A long line is drawn thin, with the mean over ``window`` points around each of its points over
     it.
@@ -49,6 +57,8 @@ def line_chart(name: str, title: str, lines: Sequence[Line], x_label: str, alt: 
             axes.plot(x, y, color=colour, linewidth=0.7, alpha=0.35)
             x, y = thin(line.x, smooth(line.y, width))
         axes.plot(x, y, color=colour, linewidth=1.5, label=line.label, marker=marker, markersize=3)
+    for place in marks:
+        axes.axvline(place, color=SERIES[3], linewidth=0.8, linestyle="--")
     if len(lines) > 1:  # under the axes, where it hides no line
         figure.legend(loc="outside lower left", ncols=len(lines), frameon=False, fontsize=8)
     return _inline(figure, name, title, alt)

@@ -23,7 +23,7 @@ from learner.evaluation.page import plain, render
 from learner.evaluation.reward_panel import reward_rows, slices
 from learner.evaluation.run_files import Row, RunFiles, number, write_atomic
 from learner.evaluation.samples import Sample, choose, read_samples
-from learner.evaluation.verdict import alarms, verdict, warnings
+from learner.evaluation.verdict import alarm_steps, alarms, verdict, warnings
 
 MOST_EVENTS = 200
 
@@ -91,7 +91,8 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "trained": of_training(files),
         "sample_count": len(samples),
         "stats": stats,
-        "curves": curves(evaluated),
+        "curves": curves(evaluated, marks := alarm_steps(events or [])),
+        "marks": marks,
         "evaluations": evaluation_table(during),
         "smoothed": window(len(rows)),
         **_reward_charts(rows, evaluated),

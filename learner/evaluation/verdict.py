@@ -117,6 +117,21 @@ def alarms(events: Sequence[Row]) -> list[str]:
     return [f"{_span(first, last)}: {text}" for first, last, text in found.values()]
 
 
+MOST_MARKS = 20
+
+
+def alarm_steps(events: Sequence[Row]) -> list[float]:
+    """At which an alarm began or a monitor had the run go back, ascending; the first of many."""
+    found = {
+        step
+        for event in events
+        if event.get("kind") == "gone_back"
+        or (event.get("kind") == "alarm" and event.get("change") == "start")
+        if (step := number(event, "step")) is not None
+    }
+    return sorted(found)[:MOST_MARKS]
+
+
 def _span(first: float | None, last: float | None) -> str:
     begun = "At an unknown step" if first is None else f"From step {first:.0f}"
     return f"{begun} to the end" if last is None else f"{begun} to {last:.0f}"

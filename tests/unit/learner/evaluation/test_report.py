@@ -491,11 +491,16 @@ def test_alarms_stand_at_the_top_with_their_steps(run_dir: Path) -> None:
         {**alarm, "alarm": "kl-budget", "change": "start", "step": 12, "text": "The KL is high."},
         {**alarm, "alarm": "kl-budget", "change": "end", "step": 30, "text": "over"},
         {**alarm, "alarm": "entropy-collapse", "change": "start", "step": 40, "text": "Too sure."},
+        {**alarm, "alarm": "entropy-collapse", "change": "again", "step": 60, "text": "Still so."},
     ]
     with (run_dir / "events.jsonl").open("a") as out:
         out.writelines(json.dumps(line) + "\n" for line in lines)
     html = write_report(run_dir).read_text("utf-8")
-    for shown in ("From step 12 to 30: The KL is high.", "From step 40 to the end: Too sure."):
+    for shown in (
+        "From step 12 to 30: The KL is high.",
+        "From step 40 to the end: Too sure. At step 60: Still so.",
+        "an alarm begins, or the run goes back to a checkpoint (step 12, 40)",
+    ):
         assert shown in html
     assert html.index("Too sure.") < html.index('id="headline"')
     assert json.loads((run_dir / "summary.json").read_text())["notable_events"] == 1
