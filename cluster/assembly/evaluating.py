@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cluster.assembly.prepare import Prepared
-from cluster.contracts.config.reward import RewardConfig
+from cluster.contracts.config.reward import RewardConfig, is_learnt_from
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.durable import write_text
 from cluster.contracts.errors import AccordError
@@ -60,7 +60,12 @@ def judge_was_reward(config: TrainConfig) -> bool:
         return True
     if config.reward.address is not None:
         return False  # what scores there is not known here
-    own = [_content(config.reward, at) for at in range(len(config.reward.sources))]
+    reward = config.reward
+    own = [
+        _content(reward, at)
+        for at, source in enumerate(reward.sources)
+        if is_learnt_from(source.model_dump(), reward.combine)
+    ]
     return any(_content(judge, at) in own for at in range(len(judge.sources)))
 
 

@@ -34,6 +34,7 @@ from cluster.assembly.run_session import run_session
 from cluster.assembly.shipping import sampled_models
 from cluster.contracts.config.evaluate import BASELINE, EvaluateConfig, name_of
 from cluster.contracts.config.file import read_toml
+from cluster.contracts.config.reward import is_learnt_from
 from cluster.contracts.durable import write_json
 from cluster.contracts.errors import Resumable
 from cluster.contracts.records import Prompt
@@ -277,8 +278,12 @@ def _rewards_of(policy: Path) -> list[Mapping[str, Any]]:
             inner = (p for place in ("*", "round-*/*") for p in folder.glob(f"{place}/config.toml"))
             configs = [folder / "config.toml", *inner]
             trees = [read_toml(str(file)) for file in configs if file.is_file()]
+            rewards = [tree.get("reward", {}) for tree in trees]
             return [
-                source for tree in trees for source in tree.get("reward", {}).get("sources", [])
+                source
+                for reward in rewards
+                for source in reward.get("sources", [])
+                if is_learnt_from(source, reward.get("combine", "sum"))
             ]
     return []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, model_validator
@@ -214,6 +215,12 @@ RewardSource = Annotated[
         + ", ".join(f"'{word}'" for word in REWARD_KINDS),
     ),
 ]
+
+
+def is_learnt_from(source: Mapping[str, Any], combine: str = "sum") -> bool:
+    """Whether a policy learns from this source of its reward. One of weight 0 in a sum only
+    judges."""
+    return source.get("weight", 1.0) != 0 or combine != "sum"
 
 
 class RewardConfig(Section):

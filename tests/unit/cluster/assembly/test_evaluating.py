@@ -83,6 +83,7 @@ def test_a_judge_that_hangs_is_not_asked_again(tmp_path: Path) -> None:
         (None, True),
         ([{"type": "function", "path": "rewards.py:short", "name": "other"}], True),
         ([{"type": "function", "path": "rewards.py:gold"}], False),
+        ([{"type": "function", "path": "rewards.py:second"}], False),  # its weight is 0
     ],
 )
 def test_a_judge_that_is_the_reward_is_known(
@@ -91,7 +92,12 @@ def test_a_judge_that_is_the_reward_is_known(
     tree = {
         "model": {"path": "m"},
         "data": {"prompts": "p.jsonl"},
-        "reward": {"sources": [{"type": "function", "path": "rewards.py:short"}]},
+        "reward": {
+            "sources": [
+                {"type": "function", "path": "rewards.py:short"},
+                {"type": "function", "path": "rewards.py:second", "name": "s", "weight": 0.0},
+            ]
+        },
         "evaluation": {"every": 5, "prompts": "h.jsonl"},
     }
     if judges is not None:

@@ -56,6 +56,7 @@ RULES = {"type": "rules", "max_words": 5, "name": "rules"}
         ({"type": "function", "path": "r.py:f"}, {"type": "function", "path": "r.py:f"}, True),
         ({"type": "function", "path": "r.py:f"}, {"type": "function", "path": "r.py:g"}, False),
         (MODEL, RULES, False),
+        ({**MODEL, "weight": 0.0}, MODEL, False),  # it judged, and nothing was learnt from it
     ],
 )
 def test_the_same_source_by_any_name(
