@@ -103,7 +103,7 @@ JUDGED = "evaluation/score"
 
 def frontier_chart(rows: Sequence[Row]) -> tuple[Markup | None, str]:
     """Score against sqrt(KL), and one sentence about its best point."""
-    gold = len(series(rows, JUDGED)[0]) > 1
+    gold = len(frontier.points(rows, JUDGED, window=1)) > 1
     score = JUDGED if gold else frontier.PROXY
     found = frontier.points(rows, score, window=1 if gold else max(1, len(rows) // 20))
     best = frontier.best_point(found)

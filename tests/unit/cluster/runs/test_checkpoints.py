@@ -16,6 +16,7 @@ from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import NotSaved, UserError
 from cluster.contracts.records import RunState
 from cluster.runs.checkpoints import verify_checkpoint
+from cluster.runs.evaluations import EvaluationFiles
 from cluster.runs.run import Run
 from cluster.runs.status import read_status
 from cluster.runs.view import RunView
@@ -211,3 +212,17 @@ def test_the_newest_is_that_of_the_latest_step_also_beyond_a_million(tmp_path: P
     assert run.checkpoints.newest_good().state.step == 1_000_000
     assert RunView(run.path).checkpoints == run.checkpoints.complete()
     assert read_status(run)["checkpoint"]["step"] == 1_000_000
+
+
+def test_the_checkpoint_that_best_json_names_is_never_deleted(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    save(run, 2)
+    files = EvaluationFiles(run.path)
+    assert files.name_best(2, 0.5)
+    for step in (4, 6, 8):
+        save(run, step, keep=1)
+        assert names(run) == ["step-000002", f"step-{step:06d}"]
+    assert files.name_best(8, 0.7)  # another one is the best now
+    save(run, 10, keep=1)
+    assert names(run) == ["step-000008", "step-000010"]
+    assert not files.name_best(6, 0.9)  # it is not there
