@@ -63,8 +63,8 @@ def _held_out(
         return (), 0
     where = {"prompts": evaluation.prompts, "split": evaluation.split, "shuffle": False}
     found = load_prompts(config.data.model_copy(update=where), tokenizer, config.run.seed, room)
-    trained = {prompt.token_ids for prompt in training.all()}
-    apart = [prompt for prompt in found.all() if prompt.token_ids not in trained]
+    trained = {_words_of(prompt) for prompt in training.all()}
+    apart = [prompt for prompt in found.all() if _words_of(prompt) not in trained]
     if not apart:
         raise UserError(
             f"all {len(found)} prompts are training prompts, too",
@@ -75,6 +75,11 @@ def _held_out(
     if evaluation.judge is not None:
         check_rewards(evaluation.judge, held_out)
     return held_out, len(found) - len(apart)
+
+
+def _words_of(prompt: Prompt) -> tuple[tuple[str, ...], ...]:
+    """What makes two prompts the same: roles and words, whatever their case and spaces."""
+    return tuple((m["role"], *m["content"].casefold().split()) for m in prompt.messages)
 
 
 def with_pinned_models(config: TrainConfig) -> TrainConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from cluster.assembly.evaluating import DriverJudge, judge_was_reward
+from cluster.assembly.prepare import prepare
+from cluster.contracts.config.evaluation import EvaluationConfig
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.errors import AccordError, BadReward
+from cluster.contracts.errors import AccordError, BadReward, UserError
 from cluster.contracts.records import Rollout, Score
 from cluster.runs.evaluations import samples_file
 from tests.pool_world import prompt_of, written
@@ -103,3 +106,44 @@ def test_a_judge_that_is_the_reward_is_known(
     if judges is not None:
         tree["evaluation"]["judge"] = {"sources": judges}
     assert judge_was_reward(TrainConfig.model_validate(tree)) is same
+
+
+def rows(path: Path, texts: Sequence[str]) -> str:
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), "utf-8")
+    return str(path)
+
+
+def test_held_out_prompts_that_are_trained_on_are_left_out_and_counted(
+    tiny: Path, tmp_path: Path
+) -> None:
+    tree = {
+        "model": {"path": str(tiny)},
+        "data": {"prompts": rows(tmp_path / "train.jsonl", ["w2 w3", "w4 w5", "w6"])},
+        "reward": {"sources": [{"type": "rules", "required": ["a"]}]},
+        "rollout": {"max_tokens": 8},
+        "evaluation": {
+            "every": 5,
+            "prompts": rows(tmp_path / "held_out.jsonl", ["w4  w5 ", "w3 w2", "w5", "w6"]),
+            "max_prompts": 1,
+        },
+    }
+    found = prepare(TrainConfig.model_validate(tree))
+    assert [prompt.messages[0]["content"] for prompt in found.held_out] == ["w3 w2"]
+    assert found.leaked == 2
+    rows(tmp_path / "held_out.jsonl", ["w4 w5", "w6"])
+    with pytest.raises(UserError, match="all 2 prompts are training prompts, too"):
+        prepare(TrainConfig.model_validate(tree))
+
+
+@pytest.mark.parametrize(
+    ("section", "told"),
+    [
+        ({"every": 5}, "set evaluation.prompts"),
+        ({"every": 5, "prompts": "p", "metric": "win_rate", "start": False}, "evaluation.start"),
+        ({"every": 5, "prompts": "p", "result": "best", "keep_best": False}, "keep_best = true"),
+        ({"patience": 2}, "evaluation.patience counts evaluations"),
+    ],
+)
+def test_what_does_not_fit_together_is_told(section: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        EvaluationConfig.model_validate(section)
