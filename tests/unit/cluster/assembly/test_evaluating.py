@@ -17,6 +17,7 @@ from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import AccordError, BadReward, UserError
 from cluster.contracts.records import Rollout, Score
 from cluster.runs.evaluations import samples_file
+from learner.models.tiny import fresh_model, train_tokenizer
 from tests.pool_world import prompt_of, written
 
 ROLLOUTS = [written(prompt_of(at), sample, 0) for at in range(8) for sample in (0, 1)]
@@ -114,8 +115,11 @@ def rows(path: Path, texts: Sequence[str]) -> str:
 
 
 def test_held_out_prompts_that_are_trained_on_are_left_out_and_counted(
-    tiny: Path, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
+    tokenizer = train_tokenizer(["w2 w3 w4 w5 w6"] * 3, 300, tmp_path / "tokenizer")
+    sizes = {"hidden": 32, "layers": 1, "heads": 2, "intermediate": 32}
+    tiny = fresh_model(tokenizer, tmp_path / "policy", **sizes)
     tree = {
         "model": {"path": str(tiny)},
         "data": {"prompts": rows(tmp_path / "train.jsonl", ["w2 w3", "w4 w5", "w6"])},
