@@ -67,7 +67,8 @@ class EvaluationConfig(Section):
         600,
         gt=0,
         description="An evaluation whose completions are not there after this many seconds, or not "
-        "judged after as many again, is given up. Training goes on, and its row says why.",
+        "judged after as many again, is given up. Training goes on, and its row says why. A worker "
+        "has a third of the time for its part, so that another one can take it over.",
     )
 
     @model_validator(mode="after")

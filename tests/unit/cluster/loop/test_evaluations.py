@@ -270,6 +270,21 @@ def test_one_lost_with_the_command_is_made_up_for_where_the_run_goes_on(tmp_path
     assert best.step == 12
 
 
+def test_the_last_step_is_evaluated_also_where_nothing_else_is_left_to_do(tmp_path: Path) -> None:
+    judge, books = Judge(seconds=50.0), RunBooks(tmp_path)
+
+    async def until_trained(training: Training) -> None:
+        while not training.books.of("checkpoint") or training.controller.step < 4:
+            await asyncio.sleep(0.1)
+
+    evaluated(tmp_path, judge, steps=4, books=books, scene=until_trained, killed=True)
+    assert books.state is not None
+    assert books.state.step == 4
+    assert steps_of(tmp_path) == [0]
+    evaluated(tmp_path, judge, steps=4, books=books)
+    assert steps_of(tmp_path) == [0, 4]
+
+
 def test_rows_of_steps_that_are_done_anew_are_forgotten(tmp_path: Path) -> None:
     files = EvaluationFiles(tmp_path)
     for step, score in ((4, 1.0), (8, 2.0)):
