@@ -84,6 +84,7 @@ def table(config: TrainConfig, found: Outlook) -> list[str]:
             f"{found.samples_per_s:.1f} samples/s, {found.tokens_per_s:.0f} tokens/s",
         ),
     ]
+    rows += _evaluation_row(config, found)
     return [
         "predicted, seconds a step",
         *(f"  {name:<28} {seconds:8.3f}   {note}".rstrip() for name, seconds, note in rows),
@@ -94,6 +95,18 @@ def table(config: TrainConfig, found: Outlook) -> list[str]:
         f"the learner's share of the machine would be {found.learner_share:.0%}",
         *disturbed(config, found),
     ]
+
+
+def _evaluation_row(config: TrainConfig, found: Outlook) -> list[tuple[str, float, str]]:
+    """Seconds that the engines need for the completions of an evaluation, as they were measured."""
+    evaluation = config.evaluation
+    if not evaluation.every:
+        return []
+    tokens = evaluation.max_prompts * evaluation.samples * found.mean_length
+    seconds = tokens / (found.measured["engine"]["tokens_per_s"] * config.rollout.workers)
+    share = seconds / (evaluation.every * found.prediction.step_s)
+    note = f"every {evaluation.every} steps: {share:.1%} of the engines' time"
+    return [("an evaluation", seconds, note)]
 
 
 def disturbed(config: TrainConfig, found: Outlook) -> list[str]:

@@ -10,7 +10,7 @@ from cluster.assembly.model_facts import ModelFacts
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.cores import plan_cores
 from cluster.machine.hardware import Machine
-from cluster.measure.plan import derived, sizes, table, verdict
+from cluster.measure.plan import derived, evaluation_share, sizes, table, verdict
 from cluster.measure.probe.engine import task_slots
 from cluster.measure.probe.probe import Outlook, outlook
 
@@ -140,3 +140,14 @@ def test_weights_that_do_not_fit_are_shown_beside_what_there_is() -> None:
     )
     on_gpu = sizes(config(learner={"gpus": 0.5}), HALF_B, gpu)
     assert list(on_gpu.values())[1] == "7629 MiB (a GPU has 81559 MiB)"
+
+
+def test_what_evaluating_the_policy_costs() -> None:
+    section = {"every": 5, "prompts": "h.jsonl", "max_prompts": 100, "samples": 2}
+    given = config(evaluation=section)
+    (line,) = (row for row in table(given, probed(given)) if "an evaluation" in row)
+    assert "6.250" in line  # 200 completions of 50 tokens at 1600 tokens per second
+    assert "every 5 steps" in line
+    told = evaluation_share(given)["completions per evaluation, at most"]
+    assert told.startswith("200, 62.5% of those for training")
+    assert evaluation_share(config()) == {}
