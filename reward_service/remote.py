@@ -21,7 +21,7 @@ import ray
 from ray.experimental import internal_kv
 
 from cluster.contracts.actor_names import Names, unnamed
-from cluster.contracts.config.reward import FunctionSource, RewardConfig, RewardModelSource
+from cluster.contracts.config.reward import RewardConfig, RewardModelSource
 from cluster.contracts.errors import AccordError, Fatal, RewardFailure, UserError
 from cluster.contracts.plugins import PluginFile, install, loaded
 from cluster.contracts.stacks import thread_stacks
@@ -32,6 +32,7 @@ from reward_service.access import OPEN, Access
 from reward_service.client import RewardClient, Unreached
 from reward_service.log_follower import LogFollower, whole_lines
 from reward_service.source import ServiceInfo
+from reward_service.source_paths import add_known_answers, with_absolute_outputs, with_paths
 
 _OWN_LOG = "own"
 _LOG_TIMEOUT_S = 5.0
@@ -244,7 +245,7 @@ def begin_reward_service(
     def begin() -> Begun:
         actor = kind.options(**options, **names("reward")).remote(tuple(cores), threads, log)
         outcome = actor.start.remote(
-            _with_paths(cfg, known_as), reach, access, remote, loaded(), files or Shipment()
+            as_the_command_knows(cfg), reach, access, remote, loaded(), files or Shipment()
         )
         return actor, ServicePlace([outcome], num_cpus, timeout_s)
 
@@ -327,7 +328,7 @@ class _RewardActor:
         try:
             files.check_host()
             install(plugins)
-            cfg = _with_paths(cfg, files.here)
+            cfg = as_found_here(cfg, files)
             self._server = serve(cfg, host, 0, access, threads=self._threads, remote=remote)
         except UserError as error:
             return error
@@ -363,17 +364,17 @@ def _write_to(log_file: str) -> None:
     logging.getLogger("accord.reward").setLevel(logging.DEBUG)
 
 
-def _with_paths(cfg: RewardConfig, change: Callable[[str], str]) -> RewardConfig:
-    """Every path, of the folder for ``file.py:function``, as ``change`` gives it."""
-    sources = []
+def _changed(cfg: RewardConfig, change: Callable[[Any], Any]) -> RewardConfig:
+    return cfg.model_copy(update={"sources": [change(source) for source in cfg.sources]})
+
+
+def as_the_command_knows(cfg: RewardConfig) -> RewardConfig:
+    """Every path as a path of the command, whatever folder the reading process has."""
+    return _changed(cfg, lambda one: with_absolute_outputs(with_paths(one, known_as)))
+
+
+def as_found_here(cfg: RewardConfig, files: Shipment) -> RewardConfig:
+    """Every path as the place on this host where the file lies."""
     for source in cfg.sources:
-        path = getattr(source, "path", None)
-        if isinstance(path, str):
-            place = Path(path).expanduser()
-            if isinstance(source, FunctionSource) and ".py:" in place.name:
-                path = str(Path(change(str(place.parent)), place.name))
-            else:
-                path = change(path)
-            source = source.model_copy(update={"path": path})
-        sources.append(source)
-    return cfg.model_copy(update={"sources": sources})
+        add_known_answers(source, files.here)
+    return _changed(cfg, lambda one: with_paths(one, files.here))

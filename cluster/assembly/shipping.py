@@ -6,6 +6,7 @@ are sent a model without its weights, which they take from the learner.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -13,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.config.base import ModelConfig
-from cluster.contracts.config.reward import FunctionSource, RewardConfig
+from cluster.contracts.config.reward import FunctionSource, JudgeSource, RewardConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import UserError
 from cluster.machine.nodes import on_every_node
+from cluster.machine.parcel_files import Wanted
 from cluster.machine.parcels import Parcel, pack, sweep
 from cluster.machine.shipment import Shipment, known_as
+from reward_service.judge.cache import ReplyCache
+from reward_service.source_paths import with_paths
 
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
 SWEEP_S = 20.0
@@ -117,18 +121,28 @@ def _learner_parcels(config: TrainConfig) -> dict[str, Parcel]:
 
 
 def _reward_parcels(config: RewardConfig) -> dict[str, Parcel]:
-    """Directories of reward models; Python files with the modules beside them."""
+    """Directories of reward models and classifiers, word lists, answers that judges have given;
+    Python files with the modules beside them."""
     found: dict[str, Parcel] = {}
     for source in config.sources:
-        path = getattr(source, "path", None)  # a plugin's source may have one, too
-        if not isinstance(path, str):
-            continue
-        place = Path(path).expanduser()
-        if isinstance(source, FunctionSource) and ".py:" in place.name:
-            found[known_as(str(place.parent))] = pack(place.parent, _python)
-        elif place.exists():
-            found[known_as(path)] = pack(place, _not_hidden)
+        wanted = _python if isinstance(source, FunctionSource) else _not_hidden
+
+        def packed(path: str, wanted: Wanted = wanted) -> str:
+            if (place := Path(path).expanduser()).exists():
+                found[known_as(path)] = pack(place, wanted)
+            return path
+
+        with_paths(source, packed)
+        if isinstance(source, JudgeSource) and source.cache and Path(source.cache).exists():
+            found[known_as(source.cache)] = _known_answers(source.cache)
     return found
+
+
+def _known_answers(cache: str) -> Parcel:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(cache).name
+        ReplyCache(cache).copy_to(copy)
+        return pack(copy)
 
 
 def _folder(path: str, revision: str | None) -> Path:

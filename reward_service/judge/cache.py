@@ -36,6 +36,19 @@ class ReplyCache:
             text = json.dumps(asdict(reply))
             db.execute("INSERT OR REPLACE INTO judge_replies VALUES (?, ?)", (key, text))
 
+    def copy_to(self, path: str | Path) -> None:
+        """A whole copy, also while others write."""
+        with self._open() as db, closing(sqlite3.connect(path)) as copy:
+            db.backup(copy)
+
+    def add_from(self, path: str | Path) -> None:
+        """Add the answers of another cache; those that are here stay."""
+        with self._open() as db:
+            other = sqlite3.connect(f"file:{path}?mode=ro&immutable=1", uri=True)
+            with closing(other):
+                rows = other.execute("SELECT key, reply FROM judge_replies").fetchall()
+            db.executemany("INSERT OR IGNORE INTO judge_replies VALUES (?, ?)", rows)
+
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         try:

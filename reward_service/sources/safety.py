@@ -12,6 +12,7 @@ from cluster.contracts.errors import BadReward, UserError
 from cluster.contracts.records import Prompt
 from reward_service.safety.layer import Finding, SafetyLayer
 from reward_service.source import Part, ScoreItem, SourceContext
+from reward_service.source_paths import with_paths
 
 
 def make(source: SafetySource, context: SourceContext) -> SafetyScorer:
@@ -34,7 +35,7 @@ class SafetyScorer:
         self._source = source
         self._layer = SafetyLayer(source, "train", threads)
         keys = {"weight", "name", "audit", "audit_text", "refusal", "refusals", "at_least"}
-        decides = [source.model_dump(exclude=keys), *map(_content, _files(source))]
+        decides = with_paths(source, _content).model_dump(exclude=keys)
         self.content = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
     def score(self, items: Sequence[ScoreItem]) -> list[Part]:
@@ -52,13 +53,15 @@ class SafetyScorer:
         """Nothing is held."""
 
 
-def _files(source: SafetySource) -> list[Path]:
-    words = [Path(rule.words_file) for rule in source.rules if rule.words_file]
-    folder = Path(source.classifier.path) if source.classifier else None
-    weights = sorted(folder.glob("*.safetensors")) if folder and folder.is_dir() else []
-    return [*words, *weights]
+def _content(path: str) -> str:
+    """A hash of a word list, or of a classifier's weights, wherever they lie; the id of one of the
+    hub stays."""
+    place = Path(path)
+    if not place.is_dir():
+        return _digest(place) if place.is_file() else path
+    return " ".join(_digest(file) for file in sorted(place.glob("*.safetensors")))
 
 
-def _content(path: Path) -> str:
+def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

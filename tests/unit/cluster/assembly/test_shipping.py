@@ -13,12 +13,15 @@ from actors.remote import worker_spec
 from cluster.assembly import shipping
 from cluster.assembly.prepare import with_pinned_models
 from cluster.assembly.shipping import RoleFiles, role_files
+from cluster.contracts.config.reward import JudgeSource, RewardConfig, SafetySource
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine import parcels
 from cluster.machine.parcel_files import Block
 from cluster.machine.parcels import Parcel
 from learner.settings import learner_settings, with_files_here
-from reward_service.remote import _with_paths
+from reward_service.judge.cache import ReplyCache
+from reward_service.judge.records import Reply
+from reward_service.remote import as_found_here, as_the_command_knows
 
 JOINED = {"started": False, "software": {"host": "host1"}}
 
@@ -126,16 +129,45 @@ def test_the_learner_finds_all_it_is_to_load(config: TrainConfig) -> None:
 
 @pytest.mark.usefixtures("elsewhere")
 def test_the_reward_service_finds_functions_with_their_modules(config: TrainConfig) -> None:
-    from cluster.machine.shipment import known_as
-
-    files = packed(config).reward
-    there = _with_paths(_with_paths(config.reward, known_as), files.here)
+    there = as_found_here(as_the_command_knows(config.reward), packed(config).reward)
     function, model, rules = there.sources
     file, _, name = function.path.rpartition(":")  # type: ignore[union-attr]
     assert (Path(file).name, name) == ("reward.py", "score")
     assert list(content(Path(file).parent)) == ["beside.py", "package/__init__.py", "reward.py"]
     assert content(model.path)["config.json"] == "rm"  # type: ignore[union-attr]
     assert rules == config.reward.sources[2]
+
+
+@pytest.mark.usefixtures("elsewhere")
+def test_the_reward_service_finds_what_judge_and_safety_layer_read(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "words.txt").write_text("darn")
+    (tmp_path / "harm").mkdir()
+    (tmp_path / "harm" / "config.json").write_text("classifier")
+    ReplyCache("answers.db").put("known", Reply(text="7", finish_reason="stop"))
+    sources = [
+        {"type": "safety", "rules": [{"name": "oath", "words_file": "words.txt"}],
+         "classifier": {"path": "harm", "label": "toxic"}},
+        {"type": "judge", "base_url": "http://h/v1", "model": "m", "rubric": "r",
+         "cache": "answers.db"},
+    ]  # fmt: skip
+    reward = RewardConfig.model_validate({"sources": sources})
+    files = packed(config.model_copy(update={"reward": reward})).reward
+    known = as_the_command_knows(reward)
+    assert known.sources[0].audit == str(tmp_path / "runs" / "safety_audit.jsonl")  # type: ignore[union-attr]
+    (tmp_path / "answers.db").rename(tmp_path / "away.db")  # the other host has a cache of its own
+    ReplyCache("answers.db").put("own", Reply(text="8", finish_reason="stop"))
+    safety, judge = as_found_here(known, files).sources
+    assert isinstance(safety, SafetySource)
+    assert isinstance(judge, JudgeSource)
+    assert Path(str(safety.rules[0].words_file)).read_text() == "darn"
+    assert safety.rules[0].words_file != str(tmp_path / "words.txt")
+    assert safety.classifier is not None
+    assert content(safety.classifier.path) == {"config.json": "classifier"}
+    assert judge.cache == str(tmp_path / "answers.db")
+    texts = [found.text for key in ("known", "own") if (found := ReplyCache(judge.cache).get(key))]
+    assert texts == ["7", "8"]
 
 
 def test_on_a_cluster_of_its_own_nothing_is_sent_and_paths_are_absolute(
