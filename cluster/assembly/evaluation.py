@@ -30,6 +30,7 @@ from cluster.assembly.model_facts import read_model_facts
 from cluster.assembly.people_evaluation import judge_by_people
 from cluster.assembly.red_team import check_safety, red_team_line, red_team_report
 from cluster.assembly.rewards import check_rewards
+from cluster.assembly.run_frontier import Frontier, frontier_rows
 from cluster.assembly.run_session import run_session
 from cluster.assembly.shipping import sampled_models
 from cluster.contracts.config.evaluate import BASELINE, EvaluateConfig, name_of
@@ -51,8 +52,11 @@ from reward_service.preferences.store import PreferenceStore
 KEY = "evaluation_key"
 
 
-def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
+def run_evaluation(
+    config: EvaluateConfig, reporter: Reporter, frontier: Frontier | None = None
+) -> Path:
     """Returns the run directory: evaluation.json, completions.jsonl, samples.jsonl, report.html.
+    ``frontier``: the policies are checkpoints of a run; say also how far they have moved.
 
     An evaluation of the same policies, prompts and settings that has its completions and waits for
     its judge goes on. Raises Resumable where people have not judged all pairs and nobody waits.
@@ -88,6 +92,9 @@ def run_evaluation(config: EvaluateConfig, reporter: Reporter) -> Path:
             written = _sampled(config, prompts, run.path, reporter)
         try:
             record = judge_and_write(config, written, run.path, key=key, reporter=reporter)
+            if frontier is not None:
+                record |= frontier_rows(config, frontier, written, record)
+                write_json(run.path / "evaluation.json", record)
         except Resumable as problem:
             waiting, session.outcome = problem, "waiting"
     if waiting is not None:

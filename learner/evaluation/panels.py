@@ -99,27 +99,44 @@ def summary(
 
 
 JUDGED = "evaluation/score"
+JUDGED_KL = "evaluation/kl"
 
 
-def frontier_chart(rows: Sequence[Row]) -> tuple[Markup | None, str]:
-    """Score against sqrt(KL), and one sentence about its best point."""
-    gold = len(frontier.points(rows, JUDGED, window=1)) > 1
-    score = JUDGED if gold else frontier.PROXY
-    found = frontier.points(rows, score, window=1 if gold else max(1, len(rows) // 20))
+def frontier_charts(rows: Sequence[Row], evaluation: Row | None) -> list[tuple[Markup, str]]:
+    """Score against sqrt(KL) with one sentence each about the best point: the training reward, and
+    a judge's score while it trained or (``evaluation``) of its checkpoints."""
+    trained = frontier.points(rows, window=max(1, len(rows) // 20))
+    judged = frontier.points(rows, JUDGED, JUDGED_KL) or frontier.points(rows, JUDGED)
+    checkpoints = [row for row in (evaluation or {}).get("frontier") or [] if isinstance(row, dict)]
+    found = [
+        ("frontier", "the training reward", "reward", trained),
+        ("frontier-judged", "the judge's score", "judge's score", judged),
+    ] + [
+        (f"frontier-{key}", f"{whose} of the checkpoints", label, points)
+        for key, whose, label in (
+            ("score", "the judge's score", "judge's score"),
+            ("reward", "the training reward", "reward"),
+        )
+        if (points := frontier.points(checkpoints, key, "kl"))
+    ]
+    return [_frontier_chart(*one) for one in found if len(one[-1]) > 1]
+
+
+def _frontier_chart(
+    name: str, whose: str, label: str, found: Sequence[frontier.Point]
+) -> tuple[Markup, str]:
     best = frontier.best_point(found)
-    if best is None or len(found) < 2:
-        return None, ""
-    whose = "the judge's score" if gold else "the training reward"
+    assert best is not None  # there are points
     text = (
         f"The highest of {whose} is {best.score:.3g}, at step {best.step}, "
         f"{best.distance:.3g} from the reference (square root of KL in nats)."
     )
     chart = charts.scatter_chart(
-        "frontier",
-        "Reward against distance from the reference",
+        name,
+        f"{label.capitalize()} against distance from the reference",
         [p.distance for p in found],
         [p.score for p in found],
-        ("square root of KL", "judge's score" if gold else "reward"),
+        ("square root of KL", label),
         f"{len(found)} points in training order. {text}",
     )
     return chart, text

@@ -95,7 +95,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "marks": marks,
         "evaluations": evaluation_table(during),
         "smoothed": window(len(rows)),
-        **_reward_charts(rows, evaluated),
+        **_reward_charts(rows, evaluated, evaluation),
         "length_r": length_r,
         "timing": panels.table(rows, ("time/",)),
         "overlap": panels.table(rows, ("async/", "perf/", "weight_sync/", "workers/", "sampling/")),
@@ -127,10 +127,11 @@ def _contest(evaluation: Row | None) -> dict[str, Any]:
     }
 
 
-def _reward_charts(rows: list[Row], evaluated: list[Row]) -> dict[str, Any]:
-    chart, text = panels.frontier_chart(evaluated)
-    length = panels.length_chart(rows)
-    return {"frontier_chart": chart, "frontier_text": text, "length_chart": length}
+def _reward_charts(rows: list[Row], evaluated: list[Row], evaluation: Row | None) -> dict[str, Any]:
+    return {
+        "frontier_charts": panels.frontier_charts(evaluated, evaluation),
+        "length_chart": panels.length_chart(rows),
+    }
 
 
 # Section -> (heading, what of the context it shows, files it needs).
@@ -141,7 +142,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "samples": ("Completions", ("chosen", "trained"), ("samples.jsonl", "rollouts")),
     "hacking": (
         "Reward hacking",
-        ("frontier_chart", "length_chart", "stats", "rewards"),
+        ("frontier_charts", "length_chart", "stats", "rewards"),
         ("metrics.jsonl", "samples.jsonl"),
     ),
     "reward-model": (

@@ -340,3 +340,35 @@ def test_pages_fit_and_axe_finds_nothing(
     assert re.search("places [1-4], [1-4], [1-4], [1-4]", page.inner_text("main"))
     keep_picture(page, f"label-history-{scheme}")
     assert violations(page) == []
+
+
+def test_an_admin_looks_at_what_was_set_aside_and_puts_it_back(
+    site: Callable[..., Site], tab: Callable[..., Any], keep_picture: Callable[..., None]
+) -> None:
+    opened = site(item("odd " + HOSTILE, MARKDOWN, HOSTILE))
+    annotator = enter(tab(opened.server.url), opened)
+    annotator.keyboard.press("s")
+    reads(annotator, "Nothing is left for you")
+    admin = tab(f"{opened.server.url}join/{opened.people.invite('admin')}")
+    admin.get_by_role("button", name="Begin").click()
+    admin.get_by_role("button", name="Make an invitation").click()
+    admin.click("text=Invitations so far")
+    for width in (390, 1280):
+        admin.set_viewport_size({"width": width, "height": 844})
+        keep_picture(admin, f"label-admin-{width}")
+        assert violations(admin) == [], width
+    admin.click("ol.history a")
+    admin.wait_for_url("**/admin/item/*")
+    for width in (390, 1280):
+        admin.set_viewport_size({"width": width, "height": 844})
+        keep_picture(admin, f"label-item-{width}")
+        assert violations(admin) == [], width
+    assert admin.evaluate("window.broken") is None
+    admin.get_by_role("button", name="Put back").click()
+    admin.wait_for_url("**/admin*")
+    admin.click("text=Invitations so far")
+    admin.get_by_role("button", name="Withdraw").click()
+    admin.click("text=Invitations so far")
+    assert admin.locator("td", has_text="withdrawn").count() == 1
+    annotator.reload()
+    reads(annotator, "Which completion is better?")

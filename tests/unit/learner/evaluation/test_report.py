@@ -605,3 +605,29 @@ def test_a_ranking_is_shown_with_its_pairs_and_categories(tmp_path: Path) -> Non
     record["ranking"] = [rated("tall", 5.0), rated("small", -5.0), {"policy": "broken"}]
     (tmp_path / "evaluation.json").write_text(json.dumps(record))
     assert "which of the two is better cannot be told" in write_report(tmp_path).read_text("utf-8")
+
+
+def test_reward_and_judge_are_drawn_against_distance(tmp_path: Path) -> None:
+    rows = [
+        {
+            "step": step, "objective/scores": step, "objective/kl": step,
+            "evaluation/score": -step, "evaluation/kl": 2.0 * step,
+        }
+        for step in range(1, 5)
+    ]  # fmt: skip
+    evaluation: dict[str, Any] = {
+        "frontier": [{"step": n, "kl": float(n), "score": n % 2, "reward": n} for n in range(3)]
+    }
+    found = panels.frontier_charts(rows, evaluation)
+    assert [text.split(" is ")[0].removeprefix("The highest of ") for _, text in found] == [
+        "the training reward",
+        "the judge's score",
+        "the judge's score of the checkpoints",
+        "the training reward of the checkpoints",
+    ]
+    assert "-1, at step 1, 1.41 from" in found[1][1]
+    assert len(panels.frontier_charts(rows, None)) == 2
+    assert panels.frontier_charts([], {"frontier": [3]}) == []
+    (tmp_path / "evaluation.json").write_text(json.dumps(evaluation))
+    page = write_report(tmp_path).read_text("utf-8")
+    assert len(set(re.findall(r'id="(frontier[\w-]*-title)"', page))) == 2
