@@ -76,6 +76,19 @@ def go_back(
     return replace(training, resumed=resumed, since=NOTHING_SINCE)
 
 
+def go_back_before_the_first_step(
+    training: Training, actions: MonitorActions, sink: MonitorSink
+) -> Training:
+    """Where the run was killed between an alarm and the rollback that it asks for: now."""
+    state = training.state
+    if actions.go_back is None or state is None:
+        return training
+    # A session of its own: a line that the killed one wrote of this step does not count.
+    training.session.account(start=state.step)
+    abandoned = Abandoned(state=state, admitted=state.next_group, refused=0)
+    return go_back(training, abandoned, actions, sink)
+
+
 def _state_after(training: Training, state: RunState, wanted: GoBack) -> RunState:
     """Of the run once the step is given up, in which none of its groups is trained on."""
     batch, prompts, step = training.config.batch, training.prepared.prompts, state.step

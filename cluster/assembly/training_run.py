@@ -13,7 +13,7 @@ from typing import Any
 
 from cluster.assembly.catch_up import NOTHING_SINCE, forget_since
 from cluster.assembly.evaluating import evaluation_role
-from cluster.assembly.going_back import go_back
+from cluster.assembly.going_back import go_back, go_back_before_the_first_step
 from cluster.assembly.head_watch import raise_if_head_lost
 from cluster.assembly.learner_role import learner_role
 from cluster.assembly.learnt_from import KEY, learnt_from
@@ -150,12 +150,12 @@ def train_in_cluster(training: Training, ray_info: Mapping[str, Any]) -> None:
 
 
 def _drive_through_rollbacks(training: Training, given: Given) -> None:
-    left, session = training.config.learner.max_restarts, training.session
+    left, session, monitors = training.config.learner.max_restarts, training.session, given.monitors
+    training = go_back_before_the_first_step(training, monitors.actions, monitors.sink)
     while True:
         try:
             return run_coroutine(_drive(training, given), given.stop)
         except GoesBack as wish:
-            monitors = given.monitors
             training = go_back(training, wish.abandoned, monitors.actions, monitors.sink)
         except RolledBack as problem:
             if not left:

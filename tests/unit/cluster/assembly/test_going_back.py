@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from cluster.assembly.going_back import go_back
+from cluster.assembly.going_back import go_back, go_back_before_the_first_step
 from cluster.contracts.config.monitors import MonitorsConfig
 from cluster.contracts.durable import FileDigest, digests_below
-from cluster.contracts.errors import Resumable
-from cluster.contracts.records import StepInput, StepResult
+from cluster.contracts.errors import NotSaved, Resumable
+from cluster.contracts.records import RunState, StepInput, StepResult
 from cluster.loop.activities import Activities
 from cluster.loop.ending import Abandoned, GoesBack
 from cluster.runs.audit import Audit, Rules, audit_steps
-from cluster.runs.checkpoints import verify_checkpoint
+from cluster.runs.checkpoints import Checkpoints, verify_checkpoint
 from cluster.runs.console import Reporter
 from cluster.runs.monitor_actions import GoBack, MonitorActions
 from cluster.runs.monitor_sink import MonitorSink
@@ -99,6 +99,13 @@ class Job:
         return asyncio.run(drive(controller, pool))
 
     def back(self, abandoned: Abandoned) -> Any:
+        return go_back(*self.given(abandoned.state, abandoned))
+
+    def back_on_a_resume(self, state: RunState) -> Any:
+        training, _, actions, sink = self.given(state)
+        return go_back_before_the_first_step(training, actions, sink)
+
+    def given(self, state: RunState, abandoned: Any = None) -> Any:
         run = self.run
         session = SimpleNamespace(
             run=run, event=run.event, account=run.account, copy_to_mirror=lambda: None
@@ -109,8 +116,9 @@ class Job:
         sink = MonitorSink(
             MonitorsConfig(), run, Reporter(quiet=True), self.actions, samples_per_prompt=2
         )
-        given = _Training(session, config, SimpleNamespace(prompts=Prompts()))
-        return go_back(given, abandoned, self.actions, sink)  # type: ignore[arg-type]
+        prompts = SimpleNamespace(prompts=Prompts())
+        training = _Training(session, config, prompts, state=state)
+        return training, abandoned, self.actions, sink
 
     def audit(self) -> Audit:
         rules = Rules(prompts_per_step=PER_STEP, samples_per_prompt=2, bound=3, steps=STEPS)
@@ -201,3 +209,25 @@ def test_a_damaged_checkpoint_ends_the_run_and_a_resume_can_try_again(tmp_path: 
     assert job.run.checkpoints.newest_good().state.step == 6
     lines: Sequence[str] = (job.run.path / LEDGER).read_text().splitlines()
     assert json.loads(lines[-1])["step"] == 6  # no line of a rollback that was none
+
+
+def test_a_run_that_is_killed_in_the_middle_of_it_goes_back_on_the_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The ledger has the line of the step, and the checkpoint was never written."""
+    job = Job(tmp_path)
+    with pytest.raises(GoesBack) as wish:
+        job.loop(None, 7, 4, 2)
+    full = NotSaved("the disk is full")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "begin", lambda *_: (_ for _ in ()).throw(full))
+        with pytest.raises(Resumable, match="cannot go back to step-000004: the disk is full"):
+            job.back(wish.value.abandoned)
+    state = job.back_on_a_resume(wish.value.abandoned.state).resumed.state
+    assert (state.step, len(state.rollbacks)) == (8, 1)
+    job.loop(state, 0, 0, 2)
+    audit = job.audit()
+    assert audit.violations == []
+    assert (audit.trained, audit.dropped.total(), audit.redone) == (33, 3, 1)
+    assert job.actions.go_back is None
+    assert job.back_on_a_resume(state).state is state  # nothing is asked for any more
