@@ -218,10 +218,6 @@ class PPOLearner:
         self._publisher = publisher
         self._publish()
 
-    def publish_again(self) -> None:
-        """Publish the weights of now, which are others than before."""
-        self._publish()
-
     def _value_only(self, step: int) -> bool:
         return self.state.networks.has_values and step < self.settings.learner.value_warmup_steps
 

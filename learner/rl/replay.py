@@ -119,7 +119,6 @@ class _Past:
         trainer = folder / TRAINER
         moved_on(trainer, trainer, version=step + 1, kl_coef=float(row["kl_coef"]))
         learner.restore(folder)
-        learner.publish_again()
         return True
 
     def close(self) -> None:
