@@ -40,6 +40,7 @@ class Worker:
         self.poison: set[str] = set()  # ids of prompts that kill the engine
         self.sample_s, self.sample_times = 1.0, 1  # seconds; how often each completion is given
         self.sample_problem: Exception | None = None
+        self.beside_groups = 0  # calls of ``sample`` while it held groups
         self.sampled: list[list[str]] = []  # ids of the prompts of each call of ``sample``
         self.stats: dict[str, float] = {}
         self.given: list[Assignment] = []
@@ -75,8 +76,9 @@ class Worker:
         self, prompts: Sequence[Prompt], samples: int, timeout_s: float, draw: Draw = AS_TRAINED
     ) -> list[Rollout]:
         assert self.loaded, "asked before it had weights"
-        version = self.loaded[-1]
+        first = self.loaded[-1]
         self.sampled.append([prompt.id for prompt in prompts])
+        self.beside_groups += bool(self.given)
         try:
             await asyncio.wait_for(asyncio.sleep(self.sample_s), timeout_s)
         except TimeoutError:
@@ -86,7 +88,9 @@ class Worker:
         if self.lost is not None:
             raise self.lost
         return [
-            written(prompt, sample, version) for prompt in prompts for sample in range(samples)
+            written(prompt, sample, first, self.loaded[-1])
+            for prompt in prompts
+            for sample in range(samples)
         ] * self.sample_times
 
     async def harvest(self, timeout_s: float) -> Harvest:
@@ -178,12 +182,16 @@ class World:
         return [meta.group_id for _, metas in taken for meta in metas]
 
 
-def written(prompt: Prompt, sample: int, version: int) -> Rollout:
-    """A completion of two tokens by the policy of ``version``."""
+def written(prompt: Prompt, sample: int, first: int, last: int | None = None) -> Rollout:
+    """A completion of two tokens by the policy of version ``first``, the second by ``last``."""
+    last = first if last is None else last
     completion = Completion(
         token_ids=(1, 2),
         logprobs=(-1.0, -1.0),
-        versions=(VersionSpan(version=version, start=0, end=2),),
+        versions=(
+            VersionSpan(version=first, start=0, end=1),
+            VersionSpan(version=last, start=1, end=2),
+        ),
         finish_reason="stop",
     )
     return Rollout(prompt=prompt, completion=completion, sample_index=sample, text=prompt.id)

@@ -53,6 +53,21 @@ def test_the_part_of_a_lost_worker_is_asked_of_another_one() -> None:
     play(scene, change)
 
 
+def test_one_that_is_cut_off_is_given_up_as_soon_as_it_counts_as_lost() -> None:
+    def change(worker: Worker) -> None:
+        worker.sample_s = FOREVER_S if worker.name == "w1" and not worker.incarnation else 1.0
+
+    async def scene(world: World) -> float:
+        await world.start(2)
+        asking = asyncio.create_task(world.pool.sample(wanted()))
+        await asyncio.sleep(2.0)
+        world.workers[1, 0].lost = WorkerDied("its host is away")
+        assert complete(await asking)
+        return asyncio.get_running_loop().time()
+
+    assert play(scene, change) < 10.0
+
+
 def test_a_worker_that_hangs_costs_its_own_deadline_only() -> None:
     def change(worker: Worker) -> None:
         worker.sample_s = FOREVER_S if worker.name == "w1" else 1.0

@@ -82,15 +82,17 @@ def evaluated(
     change: Change = lambda _: None,
     scene: Callable[[Training], Any] | None = None,
     killed: bool = False,
+    checkpoint_every: int = 50,
     **config: Any,
 ) -> Training:
     """A run to its end, or until ``scene`` is over where it is ``killed`` then."""
+    run_dir.mkdir(exist_ok=True)
     loop = VirtualLoop()
 
     async def whole() -> Training:
         training = Training(
             loop, books or RunBooks(run_dir), change, steps=steps, workers=2, bound=bound,
-            checkpoint_every=50, evaluation=role(run_dir, judge, **config),
+            checkpoint_every=checkpoint_every, evaluation=role(run_dir, judge, **config),
         )  # fmt: skip
         try:
             if scene is not None:
@@ -128,6 +130,35 @@ def test_start_every_and_the_last_step_are_evaluated(tmp_path: Path, bound: int)
     assert training.learner.trained == list(range(30))
     told = training.books.of("evaluated")
     assert [event["step"] for event in told] == [0, 4, 8, 10]
+
+
+def test_with_bound_0_it_has_the_engines_and_their_weights_for_itself(tmp_path: Path) -> None:
+    def slow(worker: Sampler) -> None:
+        worker.sample_s = 8.0  # of a step that takes two
+
+    training = evaluated(tmp_path, Judge(), bound=0, change=slow)
+    rows = evaluations_of(tmp_path)
+    assert [row.step for row in rows] == [0, 4, 8, 12]
+    assert all(row.version_min == row.version_max == row.step for row in rows)
+    assert [worker.beside_groups for worker in training.workers.values()] == [0, 0]
+    beside = evaluated(tmp_path / "beside", Judge(), bound=2, change=slow)  # the check can fail
+    assert max(worker.beside_groups for worker in beside.workers.values()) > 0
+
+
+def test_a_step_waits_for_the_copy_of_the_state_that_an_evaluation_needs(tmp_path: Path) -> None:
+    async def scene(training: Training) -> None:
+        store = training.learner.store
+
+        async def slow(directory: str) -> tuple[FileDigest, ...]:
+            await asyncio.sleep(20.0)
+            return await store(directory)
+
+        training.learner.store = slow  # type: ignore[method-assign]
+
+    # When step 4 ends, the checkpoint of step 3 is still being written.
+    training = evaluated(tmp_path, Judge(), checkpoint_every=3, steps=8, scene=scene)
+    assert {4, 8} <= {event["step"] for event in training.books.of("checkpoint")}
+    assert [row.best for row in evaluations_of(tmp_path)] == [False, True, True]
 
 
 def test_numbers_reach_the_metrics_once(tmp_path: Path) -> None:
