@@ -173,7 +173,7 @@ def test_a_reward_service_is_stopped(number: int, world: Any, accord: Any) -> No
 @pytest.mark.long
 def test_the_quickstart_is_stopped_while_it_samples(accord: Any) -> None:
     command = accord.start("quickstart", "--scale", "0.05", "--name", "q")
-    command.wait_until(lambda: "sampling answers" in command.stderr, START_S, "its sampling")
+    command.wait_until(lambda: "completions for each of" in command.stderr, START_S, "its sampling")
     command.wait_until(
         lambda: any("RolloutActor" in title(pid) for pid, _ in list(command.seen)),
         START_S,
