@@ -139,7 +139,7 @@ def _do(known: StageRecord, record: PipelineRecord, stages: Stages, at: Round) -
             lambda detail: now(replace(running, status="waiting", detail=dict(detail))),
         )  # fmt: skip
     except Exception as problem:
-        cause = problem.what if isinstance(problem, UserError) else str(problem)
+        cause = problem.what if isinstance(problem, UserError) else str(problem).split("\n")[0]
         left = record.find(known.round, known.name) or running
         now(replace(left, status="failed", detail={**left.detail, "cause": cause}))
         raise

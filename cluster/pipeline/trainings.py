@@ -106,12 +106,15 @@ class Trainings:
         """Against the policy before the round, and, where that is another one, the start's."""
         folder = at.path("evaluation")
         before = self._evaluated(at, folder, at.before)
+        made: tuple[Path, ...] = (folder / "evaluation.json",)
         detail: dict[str, Any] = {"against_before": before, "against_start": before}
         if at.before != at.start:
-            detail["against_start"] = self._evaluated(at, folder / "start", at.start)
+            another = at.path("evaluation-start")
+            detail["against_start"] = self._evaluated(at, another, at.start)
+            made += (another / "evaluation.json",)
         return Outcome(
             run=folder,
-            made=(folder / "evaluation.json",),
+            made=made,
             came_from=(at.path("policy"), _run_of(at.before), _run_of(at.start)),
             detail={**detail["against_start"], **detail},
         )

@@ -12,12 +12,14 @@ from contextlib import ExitStack
 from cluster.assembly.preferences import open_store, take_snapshot
 from cluster.contracts.config.pipeline import PipelineConfig
 from cluster.contracts.config.preferences import PreferencesConfig
+from cluster.contracts.errors import AccordError
 from cluster.machine.ray_session import ray_cluster
 from cluster.pipeline.labels import RoundLabels
 from cluster.pipeline.record import StageName
 from cluster.pipeline.rounds import PROMOTED, STORE, Outcome, Round, Waiting
 from cluster.runs.console import Reporter
 from cluster.runs.run import Run
+from reward_service.preferences.gates import HeldBack
 
 HEAVY = "torch"  # a process that has imported it holds memory that only its end gives back
 
@@ -85,10 +87,20 @@ class Work:
         shutil.rmtree(folder, ignore_errors=True)
         store = open_store(self._run.path / STORE, must_exist=True)
         config = PreferencesConfig(snapshot=self._config.snapshot, quality=self._config.quality)
-        snapshot = take_snapshot(store, folder, config)
+        try:
+            snapshot = take_snapshot(store, folder, config)
+        except HeldBack as problem:
+            raise AccordError(f"{problem}\n  {self._more_labels()}") from None
         detail = {"sha256": snapshot.sha256, **{n: c for n, c in snapshot.counts.items() if c}}
         return Outcome(
             made=(folder,), came_from=(at.path("completions"), store.path), detail=detail
+        )
+
+    def _more_labels(self) -> str:
+        run, store = self._run.path, self._run.path / STORE
+        return (
+            f"fix: ask for more pairs: accord resume {run} choice.count=NUMBER; or judge them "
+            f"again: accord label {store}, then accord resume {run}"
         )
 
     def _promote(self, at: Round) -> Outcome:

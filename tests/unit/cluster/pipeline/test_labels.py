@@ -14,12 +14,14 @@ import pytest
 
 from cluster.contracts.config.file import check_config
 from cluster.contracts.config.pipeline import PipelineConfig
-from cluster.contracts.errors import UserError
+from cluster.contracts.errors import AccordError, UserError
 from cluster.pipeline import labels as labels_module
 from cluster.pipeline.labels import RoundLabels, choice_of_round
 from cluster.pipeline.record import PipelineRecord
 from cluster.pipeline.rounds import Round
+from cluster.pipeline.work import Work
 from cluster.runs.console import Reporter
+from cluster.runs.run import Run
 from reward_service.preferences.records import Item, Judgement, utc_now
 from reward_service.preferences.store import PreferenceStore
 
@@ -229,6 +231,25 @@ def test_people_are_waited_for_until_every_pair_has_an_answer(
     assert (found["by"], found["items"], found["labels"]) == ("people", 3, 2)
     assert labels.collect(waiting) == found  # nothing is left to wait for: no page is served
     assert capsys.readouterr().out == ""
+
+
+def test_a_gate_that_fails_says_by_how_much_and_how_to_ask_for_more(world: World) -> None:
+    label = {"by": "simulated", "annotate": f"{world.annotate}:longer"}
+    settings = config(label, choice={"count": 5}, quality={"min_labels": 8})
+    work = Work(settings, Run(world.folder), Reporter(quiet=True))
+    assert work.do("label", world.at(), silent).detail["labels"] == 5
+    with pytest.raises(AccordError) as told:
+        work.do("gate", world.at(), silent)
+    assert "labels is 5, but must be at least 8 (quality.min_labels)" in str(told.value)
+    assert f"accord resume {world.folder} choice.count=NUMBER" in str(told.value)
+    assert not (world.folder / "round-1" / "labels").exists()
+    more = Work(
+        config(label, choice={"count": 8}, quality={"min_labels": 8}),
+        Run(world.folder),
+        Reporter(quiet=True),
+    )
+    assert more.do("label", world.at(), silent).detail["labels"] == 8
+    assert more.do("gate", world.at(), silent).detail["train.parquet"] == 8
 
 
 def test_rewards_to_choose_by_are_those_of_the_round_before(world: World) -> None:
