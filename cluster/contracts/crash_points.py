@@ -29,6 +29,8 @@ POINTS = {
     "driver.before_commit": "the run's state is there too; the manifest is not",
     "driver.after_manifest": "the manifest is there; the staging folder is not renamed yet",
     "driver.after_commit": "the checkpoint has its name; older ones are not deleted yet",
+    "driver.mid_rollback": "the ledger has the step that a rollback gives up; its checkpoint is "
+    "not written",
     "learner.after_optimizer_step": "the weights of a step have changed",
     "learner.before_publish": "the step has its new version, which nobody has got",
     "learner.mid_save": "the policy is in the staging folder; the optimizer is not",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from cluster.assembly.going_back import go_back, go_back_before_the_first_step
+from cluster.contracts import crash_points
 from cluster.contracts.config.monitors import MonitorsConfig
 from cluster.contracts.durable import FileDigest, digests_below
 from cluster.contracts.errors import NotSaved, Resumable
@@ -218,11 +220,12 @@ def test_a_run_that_is_killed_in_the_middle_of_it_goes_back_on_the_resume(
     job = Job(tmp_path)
     with pytest.raises(GoesBack) as wish:
         job.loop(None, 7, 4, 2)
-    full = NotSaved("the disk is full")
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpoints, "begin", lambda *_: (_ for _ in ()).throw(full))
-        with pytest.raises(Resumable, match="cannot go back to step-000004: the disk is full"):
+        patch.setattr(crash_points, "_end", lambda code: sys.exit(code))
+        crash_points.arm("driver.mid_rollback")
+        with pytest.raises(SystemExit):
             job.back(wish.value.abandoned)
+        crash_points.arm(None)
     state = job.back_on_a_resume(wish.value.abandoned.state).resumed.state
     assert (state.step, len(state.rollbacks)) == (8, 1)
     job.loop(state, 0, 0, 2)
@@ -231,3 +234,18 @@ def test_a_run_that_is_killed_in_the_middle_of_it_goes_back_on_the_resume(
     assert (audit.trained, audit.dropped.total(), audit.redone) == (33, 3, 1)
     assert job.actions.go_back is None
     assert job.back_on_a_resume(state).state is state  # nothing is asked for any more
+
+
+def test_a_full_disk_ends_the_run_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path)
+    with pytest.raises(GoesBack) as wish:
+        job.loop(None, 7, 4, 2)
+
+    def full(*_: Any) -> None:
+        raise NotSaved("the disk is full")
+
+    monkeypatch.setattr(Checkpoints, "begin", full)
+    with pytest.raises(Resumable, match="cannot go back to step-000004: the disk is full"):
+        job.back(wish.value.abandoned)
