@@ -143,3 +143,12 @@ def test_controllers_refuse_nonsense() -> None:
     with pytest.raises(ValueError, match="not negative"):
         FixedKL(-0.1)
     assert adaptive.coef == 0.2
+
+
+def test_a_fixed_coefficient_that_a_monitor_has_set_is_kept() -> None:
+    before, after = FixedKL(0.05), FixedKL(0.05)
+    before.coef = 0.2
+    after.load_state_dict(before.state_dict())
+    assert after.coef == 0.2
+    after.load_state_dict({})  # of a checkpoint from when it could not change
+    assert after.coef == 0.2
