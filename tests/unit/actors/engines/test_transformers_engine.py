@@ -326,3 +326,29 @@ def test_seeds_prompts_and_aborts(model: Any, tmp_path: Path) -> None:
     while made.unfinished:
         rest |= {name for name, _ in made.step()}
     assert rest == set(PROMPTS) - {"r1", "r6"}
+
+
+def test_what_is_drawn_with_a_seed_of_its_own_leaves_the_other_completions_as_they_are(
+    model: Any, tmp_path: Path
+) -> None:
+    def run(*drawn: tuple[str, float | None]) -> tuple[dict[str, Completion], ...]:
+        made, found = engine(tmp_path), []
+        batches = [[("r0", None)], [(name, warmth) for name, warmth in drawn], [("r1", None)]]
+        for batch in batches:
+            for name, warmth in batch:
+                seed = 5 if (name, warmth) in drawn else None
+                made.submit(name, PROMPTS[name], seed, warmth)
+            done: dict[str, Completion] = {}
+            while made.unfinished:
+                done.update(made.step())
+            found.append(done)
+        return tuple(found)
+
+    alone = run()
+    beside = run(("r2", None), ("r3", 1e-4))
+    assert (alone[0], alone[2]) == (beside[0], beside[2])
+    cold = beside[1]["r3"]
+    likeliest = model(torch.tensor([PROMPTS["r3"]])).logits[0, -1].argmax()
+    assert cold.token_ids[0] == int(likeliest)
+    assert float(cold.logprobs[0]) == pytest.approx(0.0, abs=1e-3)
+    assert run(("r2", None))[1]["r2"].token_ids == beside[1]["r2"].token_ids  # by its seed alone
