@@ -261,6 +261,8 @@ def check_recompute(folder: Path) -> dict[str, Any]:
     engine.abort(["gone"])
     out["unfinished_after_abort"] = engine.unfinished
     out["seeded_alike"] = seeded(engine, 5) == seeded(engine, 5) != seeded(engine, 6)
+    out["drawing_changes_nothing"] = unseeded(engine) == unseeded(engine, drawn=True)
+    out["drawn_likeliest"] = drawn_likeliest(engine, newer)
     out["bad_prompts"] = [bad_prompt(engine, ids) for ids in ([], [VOCAB], [5] * 150)]
     engine.close()
     return out
@@ -281,6 +283,28 @@ def each_parameter(engine: Any, model: Any, first: int) -> dict[str, tuple[float
 def seeded(engine: Any, seed: int) -> tuple[int, ...]:
     engine.submit("s", prompts(1)["r0"], seed)
     return tuple(finish(engine)["s"].token_ids)
+
+
+def unseeded(engine: Any, drawn: bool = False) -> list[list[int]]:
+    """Tokens of completions without seeds of their own; with a seeded one ``drawn`` in between."""
+    torch.manual_seed(9)
+    asked, found = prompts(3), []
+    for name, ids in asked.items():
+        engine.submit(name, ids, None)
+        found.append(list(finish(engine)[name].token_ids))
+        if drawn:
+            engine.submit("drawn", ids, 5, 0.5)
+            finish(engine)
+    return found
+
+
+def drawn_likeliest(engine: Any, model: Any) -> bool:
+    """Whether a completion drawn at almost no temperature begins with the likeliest token."""
+    ids = prompts(1)["r0"]
+    engine.submit("cold", ids, 5, 1e-4)
+    first = finish(engine)["cold"].token_ids[0]
+    with torch.inference_mode():
+        return bool(model(torch.tensor([ids])).logits[0, -1].argmax() == first)
 
 
 def bad_prompt(engine: Any, ids: list[int]) -> str:
