@@ -44,7 +44,7 @@ class RunSession:
     start: StartLog
     sinks: list[Sink] = field(default_factory=list)
     timeline: Timeline = field(default_factory=Timeline)
-    # Of a run that ends without an error. waiting: for people; the same command goes on.
+    # Of a run that ends without an error. waiting: for its judge; the same command goes on.
     outcome: Literal["finished", "stopped", "waiting"] = "finished"
     shows: list[Callable[[LiveView], None]] = field(default_factory=list)  # where it is watched
     names: Names = unnamed  # of its processes, in Ray's dashboard
@@ -253,4 +253,6 @@ def _has_results(run: Run) -> bool:
     metrics, stages = run.path / "metrics.jsonl", run.path / "pipeline.json"
     if stages.is_file():
         return '"status": "finished"' in stages.read_text(encoding="utf-8")
+    if (run.path / "completions.jsonl").exists():  # of an evaluation, whose judge has failed
+        return True
     return (run.path / "checkpoints").exists() or (metrics.exists() and metrics.stat().st_size > 0)

@@ -28,7 +28,7 @@ MEANINGS = {
     "finished": "It has done all its steps.",
     "stopped": "`accord stop` ended it after a step.",
     "interrupted": "Ctrl-C or SIGTERM stopped it.",
-    "waiting": "It waits for people's judgements; the command that began it goes on.",
+    "waiting": "Its judge (people, an endpoint) has not judged all; the same command goes on.",
     "failed": "An error stopped it.",
     "dead": "Its process ended without recording why.",
     "silent": "Its process is on another host and has written nothing for minutes.",

@@ -15,7 +15,7 @@ HARDLY = 0.1  # of the scores' standard deviation: a change of the mean reward t
 UNFINISHED = {
     "running": "The run is not finished, or it was killed.",
     "interrupted": "The run was interrupted.",
-    "waiting": "The run waits for people's judgements.",
+    "waiting": "The run waits for its judge.",
     "stopped": "The run was stopped with `accord stop`.",
     "failed": "The run failed.",
 }

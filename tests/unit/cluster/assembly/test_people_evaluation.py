@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cluster.assembly.contest import Written, comparisons
+from cluster.assembly import evaluation
+from cluster.assembly.contest import Written, comparisons, write_completions
+from cluster.assembly.evaluation import run_evaluation
 from cluster.assembly.judged_comparisons import Judged
 from cluster.assembly.people_evaluation import judge_by_people
 from cluster.contracts.config.evaluate import EvaluateConfig
-from cluster.contracts.errors import Resumable
+from cluster.contracts.errors import Resumable, UserError
 from cluster.runs.console import Reporter
 from reward_service.preferences.records import Item, Judgement, derived_id
 from reward_service.preferences.store import PreferenceStore
+from tests.judge_endpoint import judge_endpoint, longer
 from tests.unit.cluster.assembly.test_contest import table
 
 QUIET = Reporter(quiet=True)
@@ -130,3 +134,74 @@ def test_annotators_who_disagree_are_a_tie(settings: EvaluateConfig) -> None:
         answer(store, item, "bob", "all_bad" if item.topic == "odd" else "x")
     judged = judge(settings, world())
     assert list(judged.scores) == [(0.5, 0.5), (0.75, 0.25), (0.5, 0.5), (0.5, 0.5)]
+
+
+@pytest.fixture
+def sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The run directories for which completions were sampled; nothing is."""
+    found: list[Path] = []
+
+    def sample(config: Any, prompts: Any, directory: Path, reporter: Reporter) -> Written:
+        found.append(directory)
+        write_completions(directory, world())
+        return world()
+
+    monkeypatch.setattr(evaluation, "_ready", lambda config: config)
+    monkeypatch.setattr(evaluation, "prompts_of", lambda config, say: [[]])
+    monkeypatch.setattr(evaluation, "_sampled", sample)
+    for name in ("p", "b"):
+        (tmp_path / name).mkdir()
+    return found
+
+
+def whole(tmp_path: Path, **more: Any) -> EvaluateConfig:
+    (tmp_path / "prompts.jsonl").touch()
+    tree: dict[str, Any] = {
+        "run": {"dir": str(tmp_path / "runs")},
+        "policy": {"path": str(tmp_path / "p")},
+        "baseline": {"path": str(tmp_path / "b")},
+        "data": {"prompts": str(tmp_path / "prompts.jsonl")},
+        **more,
+    }
+    return EvaluateConfig.model_validate(tree)
+
+
+def test_the_same_command_goes_on_without_sampling(tmp_path: Path, sampled: list[Path]) -> None:
+    people = {"store": str(tmp_path / "eval.db"), "wait": False}
+    with pytest.raises(Resumable):
+        run_evaluation(whole(tmp_path, people=people), QUIET)
+    (run,) = sampled
+    assert json.loads((run / "manifest.json").read_text())["status"] == "waiting"
+    store = PreferenceStore(people["store"])  # type: ignore[arg-type]
+    for item in store.items():
+        answer(store, item, "ann", "good")
+    assert run_evaluation(whole(tmp_path, people={**people, "wait": True}), QUIET) == run
+    assert sampled == [run]
+    record = json.loads((run / "evaluation.json").read_text())
+    assert (record["win_rate"], record["ties"]) == (0.875, 1)
+    assert json.loads((run / "manifest.json").read_text())["status"] == "finished"
+    assert (run / "report.html").exists()
+
+
+def test_another_policy_under_the_same_path_is_another_evaluation(
+    tmp_path: Path, sampled: list[Path]
+) -> None:
+    people = {"store": str(tmp_path / "eval.db"), "wait": False}
+    for name in ("one", "two"):
+        (tmp_path / "p" / "model.safetensors").write_text(name)
+        config = whole(tmp_path, people=people, run={"dir": str(tmp_path), "name": name})
+        with pytest.raises(Resumable):
+            run_evaluation(config, QUIET)
+    assert [path.name for path in sampled] == ["one", "two"]
+    assert len(PreferenceStore(tmp_path / "eval.db").items()) == 6
+
+
+def test_completions_survive_a_judge_that_may_ask_no_more(
+    tmp_path: Path, sampled: list[Path]
+) -> None:
+    with judge_endpoint(longer) as endpoint:
+        judge = {"base_url": endpoint.url, "model": "big", "cache": None}
+        with pytest.raises(UserError, match="max_requests"):
+            run_evaluation(whole(tmp_path, ai_judge={**judge, "max_requests": 2}), QUIET)
+        (run,) = sampled
+        assert (run / "completions.jsonl").exists()
