@@ -9,6 +9,9 @@ without a KL penalty finds completions that it scores high and the gold rule sco
 has the same seed and differs only in `[monitors]`. The gold rule is a reward source of weight 0:
 the policy does not learn from it, and the monitor `second-judge-gap` watches it. At the end the
 gold rule judges each final policy on prompts that no training saw.
+
+The run that only warns also tells what `stop` would have left: its checkpoints are those of a run
+with the same seed until the alarm, and `MonitorActions` names the one that becomes `policy/`.
 """
 
 from __future__ import annotations
@@ -19,15 +22,17 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from helpdesk_base import Sampler  # noqa: E402
 
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, KLConfig  # noqa: E402
 from cluster.contracts.config.base import ModelConfig, RunConfig  # noqa: E402
-from cluster.contracts.config.evaluate import EvaluateConfig  # noqa: E402
 from cluster.contracts.config.file import dump_toml, load_config  # noqa: E402
 from cluster.contracts.config.learner import CheckpointConfig, LearnerConfig  # noqa: E402
 from cluster.contracts.config.monitors import ActionsConfig, MonitorsConfig  # noqa: E402
@@ -39,10 +44,14 @@ from cluster.contracts.config.reward import (  # noqa: E402
 )
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig  # noqa: E402
 from cluster.contracts.config.train import TrainConfig  # noqa: E402
+from cluster.quickstart.helpdesk.gold import gold_score  # noqa: E402
+from cluster.runs.monitor_actions import MonitorActions  # noqa: E402
+from cluster.runs.monitors import Watch  # noqa: E402
 
 GOLD = str(ROOT / "cluster" / "quickstart" / "helpdesk" / "gold.py") + ":gold"
 MAX_TOKENS, MAX_PROMPT_TOKENS = 64, 48
 VARIANTS = ("warn", "stop", "rollback", "raise_kl")
+RUNNING = 80  # completions sampled at a time for the gold rule
 LAST = 5  # steps whose mean is a run's last proxy reward
 
 
@@ -62,7 +71,7 @@ def main() -> None:
     found = {
         "task": {"pairs": given.pairs, "steps": given.steps, "prompts_per_step": given.prompts}
         | {"samples_per_prompt": 4, "kl_coef": 0.0, "seed": given.seed},
-        "start": {"gold": _gold(given, folder, "start", given.task / "sft" / "policy")},
+        "start": _gold(given, given.task / "sft" / "policy"),
         "runs": {},
     }
     for variant in given.variants:
@@ -123,7 +132,8 @@ def _run(given: argparse.Namespace, folder: Path, variant: str, reward_model: Pa
         "proxy_last": statistics.fmean(step["proxy"] for step in steps[-LAST:]),
         "gold_in_training_best": max(step["gold"] for step in steps),
         "gold_in_training_last": statistics.fmean(step["gold"] for step in steps[-LAST:]),
-        "gold_final_policy": _gold(given, folder, f"evaluate-{variant}", run / "policy"),
+        "gold_final_policy": _gold(given, run / "policy"),
+        **({"stop_would_have": _stopped(given, rows, run)} if variant == "warn" else {}),
         "events": [
             {"kind": event["kind"], **{key: event[key] for key in told if key in event}}
             for event in events
@@ -156,34 +166,51 @@ def _train_config(
         # A reference without a penalty: the KL is measured in all runs alike.
         learner=LearnerConfig(gpus=0, lr=4e-4, warmup_steps=8, minibatches=4, reference_path=start),
         checkpoint=CheckpointConfig(every=5, keep=20),
-        monitors=MonitorsConfig(
-            second_judge="gold",
-            kl_least=0.1,
-            actions=ActionsConfig.model_validate({"second_judge_gap": variant}),
-        ),
+        monitors=_monitors(variant),
     )
 
 
-def _gold(given: argparse.Namespace, folder: Path, name: str, policy: Path) -> dict[str, float]:
-    """Of a policy on held-out prompts: mean gold score, and win rate against the start."""
-    config = EvaluateConfig(
-        run=RunConfig(name=name, dir=str(folder), seed=given.seed),
-        policy=ModelConfig(path=str(policy)),
-        baseline=ModelConfig(path=str(given.task / "sft" / "policy")),
-        data=DataConfig(
-            prompts=str(given.task / "data" / "eval_prompts.jsonl"),
-            max_prompt_tokens=MAX_PROMPT_TOKENS,
-        ),
-        judge=RewardConfig(sources=[FunctionSource(path=GOLD, name="gold")]),
-        tie_margin=0.01,
-        rollout=RolloutConfig(max_tokens=MAX_TOKENS, gpus=0),
-    )
-    result = folder / name / "evaluation.json"
-    if not result.is_file():
-        _accord("evaluate", config, folder)
-    record = json.loads(result.read_text(encoding="utf-8"))
-    keys = ("mean_score_policy", "win_rate", "ci_low", "ci_high", "mean_length_policy")
-    return {key: round(record[key], 4) for key in keys}
+def _monitors(action: str) -> MonitorsConfig:
+    actions = ActionsConfig.model_validate({"second_judge_gap": action})
+    return MonitorsConfig(second_judge="gold", kl_least=0.1, actions=actions)
+
+
+def _stopped(given: argparse.Namespace, rows: list[Any], run: Path) -> dict[str, Any]:
+    """At which step the monitor would have stopped this run, and the policy it would have left."""
+    config = _monitors("stop")
+    watch = Watch(config)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "checkpoints").symlink_to((run / "checkpoints").absolute())
+        actions = MonitorActions(config, Path(folder), steps=given.steps)
+        for row in rows:
+            actions.act(watch.check(row["step"], row), row)
+            if actions.result is not None:
+                policy = run / "checkpoints" / actions.result.name / "policy"
+                left = {"at_step": row["step"], "policy_of": actions.result.name}
+                return {**left, "gold_final_policy": _gold(given, policy)}
+    return {}
+
+
+def _gold(given: argparse.Namespace, policy: Path) -> dict[str, float]:
+    """Mean gold score of a policy's completions of held-out prompts, and its standard error."""
+    from actors.prompts import load_prompts
+
+    sampler = Sampler(policy, RUNNING)
+    file = str(given.task / "data" / "eval_prompts.jsonl")
+    data = DataConfig(prompts=file, max_prompt_tokens=MAX_PROMPT_TOKENS)
+    source = load_prompts(data, sampler.tokenizer, given.seed)
+    prompts = [source.prompt(place) for place in range(len(source))]
+    completions = sampler.answers(prompts, 1, given.seed, "gold")
+    scores = [
+        gold_score(dict(prompt.metadata), sampler.text(completion)).score
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    error = statistics.stdev(scores) / len(scores) ** 0.5
+    return {
+        "mean": round(statistics.fmean(scores), 3),
+        "standard_error": round(error, 3),
+        "prompts": len(scores),
+    }
 
 
 if __name__ == "__main__":
