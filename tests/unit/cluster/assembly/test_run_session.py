@@ -113,7 +113,11 @@ def test_what_can_be_continued_depends_on_the_command(tmp_path: Path, run: Run) 
         f"stopped before the first checkpoint; to continue: accord sft --resume {sft.path}"
     )
     judged = Run.create(str(tmp_path), "e", "evaluate", config())
-    assert how_to_continue(judged) == f"what was finished is kept in {judged.path}"
+    assert how_to_continue(judged) == (
+        f"what was finished is kept in {judged.path}; the same command goes on from there"
+    )
+    sampled = Run.create(str(tmp_path), "b", "best-of-n", config())
+    assert how_to_continue(sampled) == f"what was finished is kept in {sampled.path}"
 
 
 def test_what_a_person_should_know_is_said(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
