@@ -89,17 +89,30 @@ def choose_pairs(
     wrong = round(total * config.mismatched)
     each = math.ceil(config.pairs_per_prompt * (1 - config.mismatched))
     own = _own_pairs(groups, config, rng, scores, asked, each, total - wrong)
-    others = [
-        pair
-        for pair in _mismatched_pairs(groups, own, wrong, rng)
-        if not asked or item_id(groups, pair) not in asked
-    ]
+    others = _not_asked(groups, own, _mismatched_pairs(groups, own, wrong, rng), asked)
     places = set(rng.sample(range(len(own) + len(others)), len(others)))
     own_in_order, others_in_order = iter(own), iter(others)
     return [
         _judged_by(config.overlap_share, n, next(others_in_order if n in places else own_in_order))
         for n in range(len(own) + len(others))
     ]
+
+
+def _not_asked(
+    groups: Sequence[CompletionGroup],
+    own: Sequence[ChosenPair],
+    others: Sequence[ChosenPair],
+    asked: Collection[str],
+) -> list[ChosenPair]:
+    """Those of ``others`` whose item is not among ``asked`` nor ``own``, each item once: several
+    prompts may have got the same completion."""
+    seen = {*asked, *(item_id(groups, pair) for pair in own)}
+    kept = []
+    for pair in others:
+        if (name := item_id(groups, pair)) not in seen:
+            seen.add(name)
+            kept.append(pair)
+    return kept
 
 
 def _judged_by(share: float, number: int, pair: ChosenPair) -> ChosenPair:

@@ -216,3 +216,16 @@ def test_nothing_is_asked_twice(strategy: str) -> None:
         asked |= {item_id(groups, pair) for pair in choose_pairs(groups, config, seed, asked=asked)}
     assert len(asked) == 48, "six pairs of each prompt"
     assert choose_pairs(groups, config, 5, asked=asked) == []
+
+
+def test_no_item_is_there_twice_in_a_batch() -> None:
+    """All prompts have the same completions, so most mismatched pairs are pairs of own ones."""
+    texts = (Candidate(text="yes"), Candidate(text="no"), Candidate(text="maybe"))
+    groups = [
+        CompletionGroup(messages=({"role": "user", "content": str(n)},), completions=texts)
+        for n in range(6)
+    ]
+    pairs = choose_pairs(groups, ChoiceConfig(pairs_per_prompt=4, mismatched=0.5), seed=0)
+    names = [item_id(groups, pair) for pair in pairs]
+    assert len(set(names)) == len(names)
+    assert {pair.mismatched for pair in pairs} == {True, False}
