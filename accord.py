@@ -35,6 +35,7 @@ from cluster.contracts.registry import (
     advantage_estimator,
     command,
     policy_loss,
+    preference_loss,
     reward_kind,
     weight_transport,
 )
@@ -71,6 +72,7 @@ __all__ = [
     "load_run",
     "plan",
     "policy_loss",
+    "preference_loss",
     "resume",
     "reward_kind",
     "reward_model",

@@ -48,6 +48,17 @@ class AdvantageEstimator:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PreferenceLoss:
+    """per_token: it takes means per token, not sums. reference: it takes log-ratios to the starting
+    policy, not log-probabilities. options, function: as in `PolicyLoss`."""
+
+    per_token: bool = False
+    reference: bool = True
+    options: tuple[str, ...] = ()
+    function: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RewardKind:
     """make: a plugin's `(**options) -> score`; None for a built-in kind. options: its keywords,
     required: those without a default."""
@@ -148,6 +159,18 @@ ADVANTAGE_ESTIMATORS = Registry(
         "reinforce-baseline": AdvantageEstimator(needs_groups=True, whitens=True),
     },
 )
+PREFERENCE_LOSSES = Registry(
+    "preference loss",
+    {
+        "dpo": PreferenceLoss(options=("label_smoothing",)),
+        "ipo": PreferenceLoss(),
+        "kto": PreferenceLoss(options=("desirable_weight", "undesirable_weight")),
+        "orpo": PreferenceLoss(per_token=True, reference=False),
+        "simpo": PreferenceLoss(
+            per_token=True, reference=False, options=("target_margin", "label_smoothing")
+        ),
+    },
+)
 REWARD_KINDS: Registry[RewardKind] = Registry("kind of reward", {})
 """The built-in words are those of the sections in `cluster.contracts.config.reward`."""
 
@@ -164,6 +187,7 @@ COMMANDS: Registry[Callable[..., Any]] = Registry("command", {})
 REGISTRIES: tuple[Registry[Any], ...] = (
     POLICY_LOSSES,
     ADVANTAGE_ESTIMATORS,
+    PREFERENCE_LOSSES,
     REWARD_KINDS,
     WEIGHT_TRANSPORTS,
     COMMANDS,
@@ -189,6 +213,26 @@ def policy_loss(word: str, *, per_completion: bool = False) -> Callable[[F], F]:
         options, _ = keywords(function)
         loss = PolicyLoss(options=options, per_completion=per_completion, function=function)
         POLICY_LOSSES.add(word, loss)
+        return function
+
+    return register
+
+
+def preference_loss(
+    word: str, *, per_token: bool = False, reference: bool = True
+) -> Callable[[F], F]:
+    """`loss = WORD` of `accord dpo`: a function `(chosen, rejected, *, OPTIONS)` that returns one
+    loss per pair [N]. chosen, rejected [N]: of each completion log pi(y|x) - log ref(y|x), summed
+    over its tokens; without the second term where not `reference`; divided by the number of tokens
+    if `per_token`. `beta` and `label_smoothing` among OPTIONS get the values of these keys; others
+    are set in `loss_options`."""
+
+    def register(function: F) -> F:
+        options, _ = keywords(function)
+        loss = PreferenceLoss(
+            per_token=per_token, reference=reference, options=options, function=function
+        )
+        PREFERENCE_LOSSES.add(word, loss)
         return function
 
     return register

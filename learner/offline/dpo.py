@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from cluster.contracts.config.offline import DpoConfig
+from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import Metric, last, mean
+from cluster.contracts.plugins import guarded
+from cluster.contracts.registry import PREFERENCE_LOSSES
 from learner.algorithms import preference_loss
 from learner.algorithms.loss_terms import LossTerms, metric_parts
 from learner.compute.microbatches import TokenRow
@@ -170,6 +173,8 @@ class DpoTask:
         self, chosen: Tensor, rejected: Tensor, has_chosen: Tensor, has_rejected: Tensor
     ) -> Tensor:
         config = self.config
+        if PREFERENCE_LOSSES[config.loss].function is not None:
+            return _plugin_losses(config, chosen, rejected)
         if config.loss == "dpo":
             return preference_loss.dpo(chosen, rejected, config.beta, config.label_smoothing)
         if config.loss == "ipo":
@@ -216,6 +221,26 @@ class DpoTask:
         if self.config.loss == "kto":
             found.append(last(f"{prefix}kto/kl", self.reference_point))
         return found
+
+
+def _plugin_losses(config: DpoConfig, chosen: Tensor, rejected: Tensor) -> Tensor:
+    """[N]. Raises UserError for what the plugin raises, and for anything but one loss per pair."""
+    word, loss = config.loss, PREFERENCE_LOSSES[config.loss]
+    assert loss.function is not None
+    origin, what = PREFERENCE_LOSSES.origin(word), f"the preference loss {word!r}"
+    shared = {key: getattr(config, key) for key in ("beta", "label_smoothing")}
+    options = {key: value for key, value in shared.items() if key in loss.options}
+    losses = guarded(loss.function, origin, what)(
+        chosen, rejected, **options, **config.loss_options
+    )
+    if not isinstance(losses, Tensor) or losses.shape != chosen.shape:
+        found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        raise UserError(
+            f"{what} returned {found} for {len(chosen)} pairs",
+            where=origin,
+            fix="return a tensor with one loss per pair",
+        )
+    return losses
 
 
 def _tokens(side: TokenRow | None) -> float:

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from cluster.contracts.config.base import LoggingConfig, ModelConfig, RunConfig, Section
+from cluster.contracts.config.base import (
+    LoggingConfig,
+    ModelConfig,
+    Option,
+    PluginFiles,
+    RunConfig,
+    Section,
+)
+from cluster.contracts.registry import PREFERENCE_LOSSES
 
 
 class FitConfig(Section):
@@ -175,8 +183,6 @@ class RewardModelConfig(Section):
     logging: LoggingConfig = LoggingConfig()
 
 
-PreferenceLoss = Literal["dpo", "ipo", "kto", "orpo", "simpo"]
-
 _REFUSED: dict[tuple[str, str], str] = {
     ("ipo", "label_smoothing"): "it would only rescale beta: use beta / (1 - 2 label_smoothing)",
     ("kto", "label_smoothing"): "kto judges one completion at a time, so there is no pair whose "
@@ -197,16 +203,22 @@ _ONLY = {"target_margin": "simpo", "desirable_weight": "kto", "undesirable_weigh
 class DpoConfig(Section):
     """`accord dpo`: a policy trained directly on preferences (DPO and its relatives)."""
 
+    plugins: PluginFiles = Field(
+        [], description="Python files that add preference losses; see docs/extend.md."
+    )
     run: RunConfig = RunConfig()
     model: ModelConfig
     data: PairsConfig
     fit: FitConfig = FitConfig()
-    loss: PreferenceLoss = Field(
+    loss: Annotated[str, AfterValidator(PREFERENCE_LOSSES.check)] = Field(
         "dpo",
         description="dpo: the odds that the chosen completion is better. ipo: a squared distance "
         "to a fixed margin. kto: also learns from single completions that are labelled good or "
         "bad. orpo: likelihood of the chosen completion plus odds, without a reference. simpo: "
-        "mean log-probability with a margin, without a reference.",
+        "mean log-probability with a margin, without a reference. A plugin may add others.",
+    )
+    loss_options: dict[str, Option] = Field(
+        default_factory=dict, description="Options of a plugin's preference loss, by name."
     )
     beta: float = Field(
         0.1,
@@ -256,12 +268,12 @@ class DpoConfig(Section):
 
     @property
     def uses_reference(self) -> bool:
-        return self.loss not in ("orpo", "simpo") and not self.reference_free
+        return PREFERENCE_LOSSES[self.loss].reference and not self.reference_free
 
     @property
     def uses_means(self) -> bool:
         """Whether the loss divides log-probabilities by the number of tokens."""
-        return self.loss in ("orpo", "simpo") or self.length_normalised
+        return PREFERENCE_LOSSES[self.loss].per_token or self.length_normalised
 
     @model_validator(mode="before")
     @classmethod
@@ -282,4 +294,16 @@ class DpoConfig(Section):
             if (self.loss, key) in _REFUSED:
                 why = _REFUSED[self.loss, key]
                 raise ValueError(f"{key} cannot be set with loss = '{self.loss}': {why}")
+        self._check_options()
         return self
+
+    def _check_options(self) -> None:
+        loss, shared = PREFERENCE_LOSSES[self.loss], ("beta", "label_smoothing")
+        own = [] if loss.function is None else [n for n in loss.options if n not in shared]
+        for name in self.loss_options:
+            if name not in own:
+                valid = ", ".join(own) or "none"
+                raise ValueError(f"unknown option loss_options.{name}; valid here: {valid}")
+        smoothed = loss.function is not None and self.label_smoothing > 0
+        if smoothed and "label_smoothing" not in loss.options:
+            raise ValueError(f"loss = '{self.loss}' takes no label_smoothing: leave it out")

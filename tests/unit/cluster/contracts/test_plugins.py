@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import torch
 
 from cluster.contracts import plugins
-from cluster.contracts.config.file import load_config
+from cluster.contracts.config.file import check_config, load_config
+from cluster.contracts.config.offline import DpoConfig
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import BadReward, UserError
@@ -23,6 +25,8 @@ from cluster.contracts.records import StepInput
 from cluster.contracts.registry import POLICY_LOSSES, REGISTRIES
 from cluster.weights.manifest import verify_arrays
 from cluster.weights.transports import make_receiver
+from learner.models.tiny import fresh_model, train_tokenizer
+from learner.offline.dpo import train_dpo
 from learner.rl.learner import PPOLearner
 from learner.settings import learner_settings
 from reward_service.client import RewardClient
@@ -122,6 +126,59 @@ def test_options_of_the_config_reach_the_plugins_functions(
     group_ids = torch.zeros(2, dtype=torch.int64)
     inputs = AdvantageInputs(rewards=rewards, mask=mask, group_ids=group_ids, scores=rewards[:, 1])
     assert chosen_estimator(algorithm)(inputs).advantages.tolist() == [[0, 0], [1.5, 1.5]]
+
+
+@pytest.fixture(scope="module")
+def small_policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    tokenizer = train_tokenizer(["how is it", "great", "broken"], 300, folder / "tokenizer")
+    return fresh_model(
+        tokenizer, folder / "policy", hidden=32, layers=1, heads=2, intermediate=48, seed=1
+    )
+
+
+def dpo_config(policy: Path, folder: Path, **more: Any) -> DpoConfig:
+    pair = {"prompt": "how is it", "chosen": "great", "rejected": "broken"}
+    (folder / "pairs.jsonl").write_text("\n".join([json.dumps(pair)] * 4), encoding="utf-8")
+    tree = {
+        "plugins": ["my_plugin.py"],
+        "model": {"path": str(policy)},
+        "data": {"path": str(folder / "pairs.jsonl")},
+        "fit": {"eval_fraction": 0.0, "max_tokens": 64},
+        "loss": "hinge",
+        "kl_samples": 0,
+        **more,
+    }
+    return check_config(DpoConfig, tree, where="test")
+
+
+def test_a_policy_is_trained_with_a_preference_loss_of_a_plugin(
+    small_policy: Path, folder: Path, plugin: Path
+) -> None:
+    config = dpo_config(small_policy, folder, beta=0.2, loss_options={"room": 0.5})
+    told: list[Any] = []
+    train_dpo(config, folder / "run", lambda step, part, numbers: told.append(dict(numbers)))
+    assert told[0]["train/loss"] == pytest.approx(0.5), "policy and reference are the same"
+    assert (folder / "run" / "policy").is_dir()
+
+
+def test_what_a_preference_loss_of_a_plugin_does_not_know_or_does_wrong_is_named(
+    small_policy: Path, folder: Path, plugin: Path
+) -> None:
+    with pytest.raises(UserError, match=r"unknown option loss_options.space; valid here: room"):
+        dpo_config(small_policy, folder, loss_options={"space": 1})
+    with pytest.raises(UserError, match="'hinge' takes no label_smoothing"):
+        dpo_config(small_policy, folder, label_smoothing=0.1)
+    with pytest.raises(UserError, match="no preference loss of this name; did you mean 'hinge'"):
+        dpo_config(small_policy, folder, loss="hing")
+    text = plugin.read_text()
+    plugin.write_text(text.replace("return torch.relu(", "return torch.rely("))
+    config = dpo_config(small_policy, folder)
+    with pytest.raises(UserError, match=r"my_plugin.py:\d+ `return torch.rely.*'hinge' raised"):
+        train_dpo(config, folder / "run")
+    plugin.write_text(text.replace("return torch.relu(", "return torch.max("))
+    with pytest.raises(UserError, match=r"'hinge' returned \(\) for 4 pairs"):
+        train_dpo(dpo_config(small_policy, folder), folder / "again")
 
 
 def test_a_command_of_a_plugin(folder: Path, plugin: Path) -> None:
