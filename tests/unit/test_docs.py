@@ -183,15 +183,16 @@ def test_examples_are_valid_configs(example: Path) -> None:
 def test_toml_blocks_are_valid_over_an_example(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base = read_toml(str(EXAMPLES_BY_COMMAND["accord train"]))
     # The plugin file that a page shows is made of its Python blocks.
     plugin = tmp_path / "my_plugin.py"
     plugin.write_text("\n\n".join(blocks(page, "python")), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     try:
-        for block in blocks(page, "toml"):
-            tree = apply_overrides(MODELS["accord train"], {**base, **tomllib.loads(block)}, [])
-            check_config(MODELS["accord train"], tree, where=named(page))
+        for shown in map(tomllib.loads, blocks(page, "toml")):
+            command = "accord dpo" if "loss" in shown else "accord train"
+            base = read_toml(str(EXAMPLES_BY_COMMAND[command]))
+            tree = apply_overrides(MODELS[command], {**base, **shown}, [])
+            check_config(MODELS[command], tree, where=named(page))
     finally:
         forget(str(plugin))
 
