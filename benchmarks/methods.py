@@ -37,7 +37,10 @@ from helpdesk_base import (  # noqa: E402
 )
 from record import provenance  # noqa: E402
 
-SIZE = BaseSize(demonstrations=10000, preference_prompts=900, rl_prompts=400, eval_prompts=200)
+SIZE = BaseSize(
+    heads=3,  # of 32 numbers each: vLLM on CPU computes no heads of 24
+    demonstrations=10000, preference_prompts=900, rl_prompts=400, eval_prompts=200,
+)  # fmt: skip
 RUNNING = 200
 JUDGED_PER_PROMPT = 2
 BEST_OF = 8
@@ -67,6 +70,7 @@ TRAIN: dict[str, Any] = {
     "batch.steps": 60,
     "rollout.max_tokens": MAX_ANSWER_TOKENS,
     "rollout.gpus": 0,
+    "rollout.start_timeout_s": 900,
     "algorithm.missing_eos_penalty": 1.0,
     "learner.gpus": 0,
     "learner.lr": 4e-4,
@@ -174,6 +178,7 @@ def best_of_n(world: World) -> Trained:
         "data.max_prompt_tokens": MAX_PROMPT_TOKENS,
         "rollout.max_tokens": MAX_ANSWER_TOKENS,
         "rollout.gpus": 0,
+        "rollout.start_timeout_s": 900,
         "samples": BEST_OF,
     }
     best, sampled = world.run("best-of-n", "best_of_n.toml", "best", {**sampling, **reward})

@@ -57,16 +57,16 @@ class Scale:
     base: BaseSize = SIZE
     prompts: int = 150
     pool: int = 128
-    pairs: tuple[tuple[int, int], ...] = ((100, 10), (400, 6), (1600, 3))
+    pairs: tuple[tuple[int, int], ...] = ((100, 8), (400, 4), (1600, 2))
     steps: int = 60
 
 
 QUICK = Scale(
     base=BaseSize(
-        hidden=48, layers=2, intermediate=96, demonstrations=3000, preference_prompts=120,
-        rl_prompts=64, eval_prompts=24,
+        hidden=64, heads=2, layers=2, intermediate=96, demonstrations=3000,
+        preference_prompts=120, rl_prompts=64, eval_prompts=24,
     ),
-    prompts=16, pool=16, pairs=((50, 2), (100, 2), (150, 2)), steps=6,
+    prompts=16, pool=16, pairs=((50, 2), (100, 2), (150, 2)), steps=18,
 )  # fmt: skip
 REWARD_FIT: dict[str, Any] = {
     **FIT,
@@ -82,6 +82,7 @@ PPO: dict[str, Any] = {
     "staleness.bound": 0,  # so that a step's rollouts are of one policy, that whose KL is measured
     "rollout.max_tokens": MAX_ANSWER_TOKENS,
     "rollout.gpus": 0,
+    "rollout.start_timeout_s": 900,
     "algorithm.missing_eos_penalty": 0.0,
     "algorithm.kl.coef": 0.0,
     "learner.gpus": 0,
@@ -173,8 +174,7 @@ def train_proxy(work: Work, pairs: int, epochs: int) -> None:
     file = work.folder / f"pairs-{pairs}.jsonl"
     file.write_text("".join(lines[:pairs]), encoding="utf-8")
     run_once("reward-model", "examples/reward_model.toml", work.proxy(pairs).parent, {
-        "model.path": work.start, "data.path": file,
-        "policy_samples": work.base / "answers.jsonl", **REWARD_FIT, "fit.epochs": epochs,
+        "model.path": work.start, "data.path": file, **REWARD_FIT, "fit.epochs": epochs,
     })  # fmt: skip
 
 
