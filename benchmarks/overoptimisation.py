@@ -48,6 +48,7 @@ from overoptimisation_curves import (  # noqa: E402
 from record import provenance  # noqa: E402
 
 GOLD = "gold"
+MICROBATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,7 +159,7 @@ def run_all(work: Work, methods: list[str]) -> list[Curve]:
         if "ppo" in methods:
             run = train_ppo(work, pairs)
             centre = (float(proxy.mean()), float(gold.mean()))
-            curves.append(ppo_curve(pairs, kl_of(run), ppo_scores(work, run), centre))
+            curves.append(ppo_curve(pairs, ppo_scores(work, run), centre))
     return curves
 
 
@@ -253,31 +254,48 @@ def train_ppo(work: Work, pairs: int) -> Path:
 
 
 def ppo_scores(work: Work, run: Path) -> dict[str, NDArray[np.float64]]:
-    """step, group, proxy and gold of every completion that the run trained on; `proxy` is the
+    """step, group, proxy, gold and kl of every completion that the run trained on: proxy is the
     reward that it trained for, gold is judged here."""
     file = run.with_name(f"{run.name}-scores.npz")
     if not file.is_file():
         import pyarrow.parquet as pq
 
         found: dict[str, list[Any]] = {"step": [], "group": [], "proxy": [], "gold": []}
+        rollouts = []
         for path in sorted(run.glob("rollouts/step-*.parquet")):
-            table = pq.read_table(path).sort_by(
-                [("group_id", "ascending"), ("sample", "ascending")]
-            )
+            order = [("group_id", "ascending"), ("sample", "ascending")]
+            table = pq.read_table(path).sort_by(order)
             found["step"] += [int(path.stem.partition("-")[2])] * len(table)
             found["group"] += table["group_id"].to_pylist()
             found["proxy"] += table["score"].to_pylist()
-            found["gold"] += gold_of(rollouts_of(table)).tolist()
+            rollouts += rollouts_of(table)
+        found["gold"] = gold_of(rollouts).tolist()
+        found["kl"] = kl_to_start(work, rollouts)
         np.savez(file, **{name: np.array(values) for name, values in found.items()})
     with np.load(file) as content:
         return dict(content)
 
 
-def kl_of(run: Path) -> dict[int, float]:
-    """objective/kl by learner step, as the run measured it: nats per completion, the mean over the
-    step's completions of log pi - log start, summed over their tokens (k1)."""
-    rows = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return {row["step"]: row["objective/kl"] for row in rows if "objective/kl" in row}
+def kl_to_start(work: Work, rollouts: list[Any]) -> list[float]:
+    """Of each completion log pi - log start in nats, summed over its tokens (k1). pi: as the engine
+    sampled it, whose policy the step then trained. The mean is the KL of that policy to the
+    start."""
+    import torch
+
+    from cluster.contracts.config.base import ModelConfig
+    from learner.compute.microbatches import token_row
+    from learner.models.load import load_policy
+    from learner.offline.completion_logps import all_completion_logps
+
+    rows = []
+    for one in rollouts:
+        prompt, completion = one.prompt.token_ids, one.completion.token_ids
+        trained = [False] * len(prompt) + [True] * len(completion)
+        rows.append(token_row([*prompt, *completion], trained))
+    start = load_policy(ModelConfig(path=str(work.start), dtype="float32"))
+    theirs = all_completion_logps(start, rows, "float32", torch.device("cpu"), MICROBATCH_TOKENS)
+    ours = [sum(one.completion.logprobs) for one in rollouts]
+    return [a - b for a, b in zip(ours, theirs, strict=True)]
 
 
 if __name__ == "__main__":

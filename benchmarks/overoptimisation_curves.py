@@ -27,8 +27,8 @@ class Curve:
     """Scores less those of the start, against distance = sqrt(KL).
 
     pairs: those that the proxy learnt from. places: n, or the last learner step of each point.
-    gold_draws: [RESAMPLES, points], the gold scores of resampled prompts. agreement: share of the
-    pairs of one prompt's completions that the proxy orders as gold does.
+    distance_draws, gold_draws: [RESAMPLES, points], the same of resampled prompts. agreement: share
+    of the pairs of one prompt's completions that the proxy orders as gold does.
     """
 
     method: Method
@@ -37,6 +37,7 @@ class Curve:
     distance: Array
     proxy: Array
     gold: Array
+    distance_draws: Array
     gold_draws: Array
     agreement: float | None = None
 
@@ -45,7 +46,8 @@ class Curve:
 
     def errors(self) -> tuple[float, float]:
         """Standard errors of alpha and beta: their spread over the resampled prompts."""
-        fits = [_law(self.distance, draw, self.method) for draw in self.gold_draws]
+        draws = zip(self.distance_draws, self.gold_draws, strict=True)
+        fits = [_law(distance, gold, self.method) for distance, gold in draws]
         alpha, beta = ([getattr(one, name) for one in fits] for name in ("alpha", "beta"))
         return float(np.std(alpha)), float(np.std(beta))
 
@@ -68,11 +70,13 @@ def best_of_n_curve(pairs: int, proxy: Array, gold: Array) -> Curve:
     rng = np.random.default_rng(0)
     drawn = rng.integers(len(gold), size=(RESAMPLES, len(gold)))
     draws = by_prompt[drawn].mean(axis=1)
+    distance = np.sqrt([kl_bound(size) for size in sizes])
     return Curve(
         method="best-of-n",
         pairs=pairs,
         places=sizes,
-        distance=np.sqrt([kl_bound(size) for size in sizes]),
+        distance=distance,
+        distance_draws=np.tile(distance, (RESAMPLES, 1)),
         proxy=chosen - chosen[0],
         gold=by_prompt.mean(axis=0),
         gold_draws=draws - draws[:, :1],
@@ -87,34 +91,43 @@ def _agreement(proxy: Array, gold: Array) -> float:
     return float((product > 0).sum() / (product != 0).sum())
 
 
-def ppo_curve(
-    pairs: int, kl: Mapping[int, float], scores: Mapping[str, Array], centre: tuple[float, float]
-) -> Curve:
-    """kl: by learner step. scores: step, group, proxy and gold of each completion. centre: proxy
-    and gold of the start."""
-    steps = sorted(kl)
+def ppo_curve(pairs: int, scores: Mapping[str, Array], centre: tuple[float, float]) -> Curve:
+    """scores: step, group, proxy, gold and kl of each completion. centre: proxy and gold of the
+    start."""
+    steps = np.unique(scores["step"])
     blocks = [steps[first : first + BLOCK] for first in range(0, len(steps), BLOCK)]
     rng = np.random.default_rng(0)
-    rows = [np.isin(scores["step"], block) for block in blocks]
+    kls, golds, proxies, draws = [], [], [], []
+    for block in blocks:
+        rows = np.isin(scores["step"], block)
+        kl, gold = scores["kl"][rows], scores["gold"][rows]
+        kls.append(kl.mean())
+        golds.append(gold.mean())
+        proxies.append(scores["proxy"][rows].mean())
+        draws.append(_resampled(scores["group"][rows], np.stack([kl, gold]), rng))
     return Curve(
         method="rl",
         pairs=pairs,
-        places=[block[-1] for block in blocks],
-        distance=np.sqrt([max(0.0, float(np.mean([kl[s] for s in block]))) for block in blocks]),
-        proxy=np.array([scores["proxy"][own].mean() for own in rows]) - centre[0],
-        gold=np.array([scores["gold"][own].mean() for own in rows]) - centre[1],
-        gold_draws=np.stack(
-            [_resampled(scores["group"][own], scores["gold"][own], rng) for own in rows], axis=1
-        )
-        - centre[1],
+        places=[int(block[-1]) for block in blocks],
+        distance=_roots(np.array(kls)),
+        distance_draws=_roots(np.stack([draw[0] for draw in draws], axis=1)),
+        proxy=np.array(proxies) - centre[0],
+        gold=np.array(golds) - centre[1],
+        gold_draws=np.stack([draw[1] for draw in draws], axis=1) - centre[1],
     )
 
 
-def _resampled(group: Array, score: Array, rng: np.random.Generator) -> Array:
-    """[RESAMPLES]: means over groups (one prompt each) drawn with replacement."""
+def _roots(kl: Array) -> Array:
+    """A sampled KL can come out below 0 near the start."""
+    return np.sqrt(np.maximum(kl, 0.0))
+
+
+def _resampled(group: Array, values: Array, rng: np.random.Generator) -> Array:
+    """[K, RESAMPLES] means of K values per completion [K, N], over groups (one prompt each) drawn
+    with replacement."""
     _, place, count = np.unique(group, return_inverse=True, return_counts=True)
-    means = np.bincount(place, weights=score) / count
-    found: Array = means[rng.integers(len(means), size=(RESAMPLES, len(means)))].mean(axis=1)
+    means = np.stack([np.bincount(place, weights=row) / count for row in values])
+    found: Array = means[:, rng.integers(len(count), size=(RESAMPLES, len(count)))].mean(axis=2)
     return found
 
 

@@ -40,15 +40,16 @@ def test_ppo_points_are_means_over_blocks_of_steps() -> None:
         "group": np.repeat(np.arange(8 * BLOCK), 2),
         "proxy": 1.0 + steps,
         "gold": np.full(len(steps), 5.0),
+        "kl": steps**2.0,
     }
-    kl = {step: float(step**2) for step in range(1, 4 * BLOCK + 1)}
-    curve = ppo_curve(100, kl, scores, (1.0, 2.0))
+    curve = ppo_curve(100, scores, (1.0, 2.0))
     assert curve.places == [BLOCK, 2 * BLOCK, 3 * BLOCK, 4 * BLOCK]
     assert curve.distance[0] == pytest.approx(np.mean([n**2 for n in range(1, BLOCK + 1)]) ** 0.5)
     assert curve.proxy[1] == pytest.approx(BLOCK + (BLOCK + 1) / 2)
     assert curve.gold.tolist() == [3.0] * 4
     assert curve.gold_draws.shape[1] == 4
     assert np.ptp(curve.gold_draws) == 0
+    assert curve.distance_draws.mean(axis=0) == pytest.approx(curve.distance, rel=0.05)
 
 
 def test_results_table_and_plot(tmp_path: Path) -> None:
