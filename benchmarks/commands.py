@@ -14,6 +14,8 @@ from typing import Any
 
 import psutil
 
+from cluster.runs.artefacts import artefact_hash
+
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_EVERY_S = 0.5
 
@@ -21,24 +23,22 @@ LOOK_EVERY_S = 0.5
 def run_once(command: str, config: str, run: Path, settings: Mapping[str, Any]) -> float:
     """`accord COMMAND CONFIG KEY=VALUE...` with its run directory at `run`; CPU minutes.
 
-    A run that finished with the same words is not repeated, what is left of another one is removed.
+    A run that finished with the same words and the same content of the files that they name (each
+    `Path` of the settings) is not repeated; what is left of another one is removed.
     """
     values = {**settings, "run.dir": run.parent, "run.name": run.name}
     words = [command, str(ROOT / config), *(f"{key}={value}" for key, value in values.items())]
-    return run_words([*words, "--quiet"], run)
-
-
-def run_words(words: list[str], result: Path) -> float:
-    """`accord WORDS`, which make the file or folder `result`; as `run_once`."""
-    record = result.with_name(f"{result.name}.command.json")
+    files = {key: artefact_hash(path) for key, path in settings.items() if isinstance(path, Path)}
+    asked = {"words": [*words, "--quiet"], "files": files}
+    record = run.with_name(f"{run.name}.command.json")
     if record.is_file():
         kept = json.loads(record.read_text(encoding="utf-8"))
-        if kept["words"] == words and result.exists():
+        if all(kept.get(key) == value for key, value in asked.items()) and run.exists():
             return float(kept["cpu_minutes"])
-    shutil.rmtree(result, ignore_errors=True)
-    result.parent.mkdir(parents=True, exist_ok=True)
-    minutes = _cpu_minutes([sys.executable, str(ROOT / "launch.py"), *words])
-    content = {"words": words, "cpu_minutes": minutes}
+    shutil.rmtree(run, ignore_errors=True)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    minutes = _cpu_minutes([sys.executable, str(ROOT / "launch.py"), *asked["words"]])
+    content = {**asked, "cpu_minutes": minutes}
     record.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return minutes
 

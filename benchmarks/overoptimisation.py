@@ -47,6 +47,8 @@ from overoptimisation_curves import (  # noqa: E402
 )
 from record import provenance  # noqa: E402
 
+from cluster.runs.artefacts import artefact_hash  # noqa: E402
+
 GOLD = "gold"
 MICROBATCH_TOKENS = 4096
 
@@ -111,10 +113,17 @@ class Work:
 
     @property
     def pool(self) -> Path:
-        return self.folder / "pool.parquet"
+        """Of this start, these prompts and this size: another one gets a file of its own."""
+        made_from = _key(self.start, self.prompts)
+        return self.folder / f"pool-{self.scale.pool}-{made_from}.parquet"
 
     def proxy(self, pairs: int) -> Path:
         return self.folder / f"proxy-{pairs}" / "reward_model"
+
+
+def _key(*files: Path) -> str:
+    """Of what the files and folders hold."""
+    return "-".join(artefact_hash(path)[:8] for path in files)
 
 
 def main() -> None:
@@ -204,7 +213,8 @@ def make_pool(work: Work) -> None:
 
 def pool_scores(work: Work, judge: str) -> NDArray[np.float64]:
     """[prompts, completions of the pool] of the gold rule or of a proxy."""
-    file = work.folder / f"pool-{judge}.npy"
+    judges = () if judge == GOLD else (work.folder / judge / "reward_model",)
+    file = work.folder / f"{judge}-{_key(work.pool, *judges)}.npy"
     if not file.is_file():
         import pyarrow.parquet as pq
 
@@ -256,7 +266,7 @@ def train_ppo(work: Work, pairs: int) -> Path:
 def ppo_scores(work: Work, run: Path) -> dict[str, NDArray[np.float64]]:
     """step, group, proxy, gold and kl of every completion that the run trained on: proxy is the
     reward that it trained for, gold is judged here."""
-    file = run.with_name(f"{run.name}-scores.npz")
+    file = run.with_name(f"{run.name}-{_key(run / 'rollouts')}.npz")
     if not file.is_file():
         import pyarrow.parquet as pq
 
