@@ -35,7 +35,7 @@ from helpdesk_base import (  # noqa: E402
     ensure_base,
     prompts_of,
 )
-from methods import FIT, RUNNING, SIZE  # noqa: E402
+from methods import FIT, SIZE  # noqa: E402
 from numpy.typing import NDArray  # noqa: E402
 from overoptimisation_curves import (  # noqa: E402
     Curve,
@@ -51,6 +51,7 @@ from cluster.runs.artefacts import artefact_hash  # noqa: E402
 
 GOLD = "gold"
 MICROBATCH_TOKENS = 4096
+RUNNING = 500  # completions at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +60,7 @@ class Scale:
 
     base: BaseSize = SIZE
     prompts: int = 150
-    pool: int = 128
+    pool: int = 100
     pairs: tuple[tuple[int, int], ...] = ((100, 8), (400, 4), (1600, 2))
     steps: int = 60
 
@@ -197,17 +198,18 @@ def make_pool(work: Work) -> None:
     from cluster.contracts.records import Rollout, RolloutGroup, Score
     from cluster.contracts.rollout_table import to_table
 
-    source = prompts_of(work.base, "rl")
+    source, size = prompts_of(work.base, "rl"), work.scale.pool
+    prompts = [source.prompt(number) for number in range(work.scale.prompts)]
     sampler = Sampler(work.start, RUNNING)
+    done = sampler.answers(prompts, size, "pool")
     none = Score(value=0.0, parts={}, scorer_version="", vetoes=())
     groups = []
-    for number in range(work.scale.prompts):
-        prompt = source.prompt(number)
-        done = sampler.answers([prompt], work.scale.pool, "pool")
+    for number, prompt in enumerate(prompts):
+        own = enumerate(done[number * size : (number + 1) * size])
         rollouts = [Rollout(prompt=prompt, completion=one, sample_index=i, text=sampler.text(one))
-                    for i, one in enumerate(done)]  # fmt: skip
-        pairs = tuple((rollout, none) for rollout in rollouts)
-        groups.append(RolloutGroup(group_id=number, samples=pairs))
+                    for i, one in own]  # fmt: skip
+        samples = tuple((rollout, none) for rollout in rollouts)
+        groups.append(RolloutGroup(group_id=number, samples=samples))
     pq.write_table(to_table(groups), work.pool)
 
 

@@ -61,9 +61,11 @@ def _law(distance: Array, score: Array, method: Method) -> Fit:
 
 
 def best_of_n_curve(pairs: int, proxy: Array, gold: Array) -> Curve:
-    """proxy, gold: [prompts, completions of the pool]. n doubles, and every half doubling."""
+    """proxy, gold: [prompts, completions of the pool]. n doubles in two steps, up to all."""
     pool = proxy.shape[1]
-    sizes = sorted({round(2 ** (half / 2)) for half in range(2 * int(math.log2(pool)) + 1)})
+    sizes = sorted(
+        {round(2 ** (half / 2)) for half in range(int(2 * math.log2(pool)) + 1)} | {pool}
+    )
     by_prompt = best_of_n_scores(proxy, gold, sizes)
     by_prompt -= by_prompt[:, :1].mean()
     chosen = best_of_n_scores(proxy, proxy, sizes).mean(axis=0)
