@@ -121,6 +121,9 @@ class Work:
     def proxy(self, pairs: int) -> Path:
         return self.folder / f"proxy-{pairs}" / "reward_model"
 
+    def ppo(self, pairs: int) -> Path:
+        return self.folder / f"ppo-{pairs}"
+
 
 def _key(*files: Path) -> str:
     """Of what the files and folders hold."""
@@ -133,6 +136,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=ROOT / "runs" / "methods" / "base")
     parser.add_argument("--methods", default="best-of-n,ppo")
     parser.add_argument("--steps", type=int, help="learner steps of each PPO run")
+    parser.add_argument("--finished", action="store_true", help="train no PPO run that is missing")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     parser.add_argument("--plot", type=Path, help="write the curves as SVG")
     parser.add_argument("--quick", action="store_true", help="a tiny task, in a folder of its own")
@@ -145,7 +149,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     work = Work(ensure_base(base, scale.base), folder, scale)
-    curves = run_all(work, given.methods.split(","))
+    curves = run_all(work, given.methods.split(","), given.finished)
     print(table(curves))
     if given.out:
         content = {**provenance(), "settings": {"reward_model": REWARD_FIT, "ppo": PPO}}
@@ -155,7 +159,7 @@ def main() -> None:
         write_plot(given.plot, curves)
 
 
-def run_all(work: Work, methods: list[str]) -> list[Curve]:
+def run_all(work: Work, methods: list[str], only_finished: bool) -> list[Curve]:
     make_prompts(work)
     for pairs, epochs in work.scale.pairs:
         train_proxy(work, pairs, epochs)
@@ -166,7 +170,7 @@ def run_all(work: Work, methods: list[str]) -> list[Curve]:
         proxy = pool_scores(work, f"proxy-{pairs}")
         if "best-of-n" in methods:
             curves.append(best_of_n_curve(pairs, proxy, gold))
-        if "ppo" in methods:
+        if "ppo" in methods and not (only_finished and not (work.ppo(pairs) / "policy").is_dir()):
             run = train_ppo(work, pairs)
             centre = (float(proxy.mean()), float(gold.mean()))
             curves.append(ppo_curve(pairs, ppo_scores(work, run), centre))
@@ -257,7 +261,7 @@ def proxy_of(work: Work, rollouts: list[Any], proxy: str) -> NDArray[np.float64]
 
 
 def train_ppo(work: Work, pairs: int) -> Path:
-    run, proxy = work.folder / f"ppo-{pairs}", work.proxy(pairs)
+    run, proxy = work.ppo(pairs), work.proxy(pairs)
     run_once("train", "examples/ppo_reward_model.toml", run, {
         "model.path": work.start, "data.prompts": work.prompts, "reward.sources.0.path": proxy,
         "learner.value_path": proxy, "batch.steps": work.scale.steps, **PPO,
