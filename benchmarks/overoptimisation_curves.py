@@ -195,11 +195,12 @@ def write_plot(path: Path, curves: Sequence[Curve]) -> None:
     figure, axes = plt.subplots(
         1, len(methods), figsize=(4.6 * len(methods), 3.8), constrained_layout=True, squeeze=False
     )
-    colours = ("#c2410c", "#0f766e", "#1d4ed8")
+    sizes = sorted({curve.pairs for curve in curves})
+    colours = dict(zip(sizes, ("#c2410c", "#0f766e", "#1d4ed8"), strict=False))
     for axis, method in zip(axes[0], methods, strict=True):
         own = sorted((c for c in curves if c.method == method), key=lambda c: c.pairs)
-        for curve, colour in zip(own, colours, strict=False):
-            _draw(axis, curve, colour)
+        for curve in own:
+            _draw(axis, curve, colours[curve.pairs])
         axis.axhline(0, color="#9ca3af", linewidth=0.8)
         axis.set_title(TITLES[method])
         axis.set_xlabel("d = square root of KL to the start")
