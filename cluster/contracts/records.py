@@ -125,8 +125,7 @@ class Draw:
     """How completions are sampled that nothing is trained on.
 
     ``temperature`` None: that of the engine. ``seed``: when set, each completion's randomness
-    depends on it, its prompt and its place alone, not on who samples it or what was sampled before;
-    so it leaves the randomness of training as it is.
+    depends on it, its prompt and its place alone, not on who samples it or what was sampled before.
     """
 
     temperature: float | None = None

@@ -261,7 +261,7 @@ def check_recompute(folder: Path) -> dict[str, Any]:
     engine.abort(["gone"])
     out["unfinished_after_abort"] = engine.unfinished
     out["seeded_alike"] = seeded(engine, 5) == seeded(engine, 5) != seeded(engine, 6)
-    out["drawing_changes_nothing"] = unseeded(engine) == unseeded(engine, drawn=True)
+    out["drawing_changes_nothing"] = one_by_one(engine) == one_by_one(engine, drawn=True)
     out["drawn_likeliest"] = drawn_likeliest(engine, newer)
     out["bad_prompts"] = [bad_prompt(engine, ids) for ids in ([], [VOCAB], [5] * 150)]
     engine.close()
@@ -285,12 +285,13 @@ def seeded(engine: Any, seed: int) -> tuple[int, ...]:
     return tuple(finish(engine)["s"].token_ids)
 
 
-def unseeded(engine: Any, drawn: bool = False) -> list[list[int]]:
-    """Tokens of completions without seeds of their own; with a seeded one ``drawn`` in between."""
-    torch.manual_seed(9)
+def one_by_one(engine: Any, drawn: bool = False) -> list[list[int]]:
+    """Tokens of completions with seeds of their own, as `rollout.request_seeds` gives them; with
+    another one ``drawn`` in between. (Without seeds, vLLM on a CPU takes random numbers of all from
+    one place, whoever has a seed.)"""
     asked, found = prompts(3), []
-    for name, ids in asked.items():
-        engine.submit(name, ids, None)
+    for seed, (name, ids) in enumerate(asked.items()):
+        engine.submit(name, ids, seed)
         found.append(list(finish(engine)[name].token_ids))
         if drawn:
             engine.submit("drawn", ids, 5, 0.5)
