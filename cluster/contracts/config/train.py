@@ -50,10 +50,11 @@ class TrainConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _alarms_are_monitors(cls, tree: Any) -> Any:
-        """The section's name in runs of before, which can be resumed."""
-        if isinstance(tree, dict) and "alarms" in tree and "monitors" not in tree:
-            return {("monitors" if k == "alarms" else k): v for k, v in tree.items()}
-        return tree
+        """The section's name in runs of before, which can be resumed, also with new settings."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("alarms"), dict):
+            return tree
+        rest = {key: value for key, value in tree.items() if key != "alarms"}
+        return {**rest, "monitors": {**tree["alarms"], **tree.get("monitors", {})}}
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

@@ -47,6 +47,8 @@ def test_what_cannot_be_is_said_before_the_run(sections: dict[str, Any], problem
 
 def test_the_section_has_its_old_name_in_runs_of_before() -> None:
     assert train(alarms={"patience": 7}).monitors.patience == 7
+    both = train(alarms={"patience": 7}, monitors={"actions": {"kl_budget": "stop"}}).monitors
+    assert (both.patience, both.acting) == (7, {"kl-budget": "stop"})
 
 
 def test_without_monitors_that_act_no_reference_is_kept_for_them() -> None:
