@@ -6,7 +6,8 @@ on meanwhile, with three exceptions. The first step waits for the evaluation of 
 could not be had later. A step waits for the copy of the learner's state, where the best checkpoint
 is kept. And with ``staleness.bound = 0`` an evaluation has the engines for itself: it begins when
 all groups of a step are there, which is when workers have nothing else to do, and the next weights
-are sent after it. So what training samples is the same, bit for bit, with evaluations and without.
+are sent after it. So what training samples is the same, bit for bit, with evaluations and without,
+where each completion has a seed of its own (``rollout.request_seeds``).
 
 An evaluation that cannot be had leaves a row that says why. One that was lost with the command is
 made up for at the step at which the run goes on.

@@ -262,7 +262,6 @@ def check_recompute(folder: Path) -> dict[str, Any]:
     out["unfinished_after_abort"] = engine.unfinished
     out["seeded_alike"] = seeded(engine, 5) == seeded(engine, 5) != seeded(engine, 6)
     out["drawing_changes_nothing"] = one_by_one(engine) == one_by_one(engine, drawn=True)
-    out["drawn_likeliest"] = drawn_likeliest(engine, newer)
     out["bad_prompts"] = [bad_prompt(engine, ids) for ids in ([], [VOCAB], [5] * 150)]
     engine.close()
     return out
@@ -297,15 +296,6 @@ def one_by_one(engine: Any, drawn: bool = False) -> list[list[int]]:
             engine.submit("drawn", ids, 5, 0.5)
             finish(engine)
     return found
-
-
-def drawn_likeliest(engine: Any, model: Any) -> bool:
-    """Whether a completion drawn at almost no temperature begins with the likeliest token."""
-    ids = prompts(1)["r0"]
-    engine.submit("cold", ids, 5, 1e-4)
-    first = finish(engine)["cold"].token_ids[0]
-    with torch.inference_mode():
-        return bool(model(torch.tensor([ids])).logits[0, -1].argmax() == first)
 
 
 def bad_prompt(engine: Any, ids: list[int]) -> str:
