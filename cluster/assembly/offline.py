@@ -82,41 +82,39 @@ def run_sft(
     from learner.offline.sft import train_sft
 
     def train(run: Run, progress: OnStep, stop: Callable[[], bool]) -> Path:
-        _note_snapshot(config.data.path, run)
+        if not config.data.path.endswith(".db"):
+            _noted(config.data.path, run)
         return train_sft(config, run.path, progress, stop, telling(run, reporter))
 
     return _run("sft", "SFT", config, reporter, resumed, train, callbacks)
 
 
-def _note_snapshot(path: str, run: Run) -> None:
-    from cluster.contracts.rows.folders import is_snapshot, read_snapshot
-
-    if is_snapshot(Path(path)):
-        run.update_manifest(snapshot=str(read_snapshot(Path(path))["sha256"]))
-
-
 def with_pairs(config: P, run: Run) -> P:
     """With the rows that the run trains on: of a preference store, a snapshot in the run itself.
     The run's manifest names the snapshot, so that ``forget`` finds the model."""
+    path = _noted(config.data.path, run)
+    data = {"path": path, "split": _split_with_ties(config, Path(path))}
+    return config.model_copy(update={"data": config.data.model_copy(update=data)})
+
+
+def _noted(data: str, run: Run) -> str:
+    """Where the rows are; the run's manifest names the snapshot that they are, if they are one."""
     from cluster.assembly.preferences import training_data
 
-    path, snapshot = training_data(config.data.path, run.path)
-    split = config.data.split
+    path, snapshot = training_data(data, run.path)
     if snapshot is not None:
         run.update_manifest(snapshot=snapshot)
-        split = _split_with_ties(config, Path(path))
-    data = config.data.model_copy(update={"path": path, "split": split})
-    return config.model_copy(update={"data": data})
+    return path
 
 
-def _split_with_ties(config: P, snapshot: Path) -> str:
+def _split_with_ties(config: P, data: Path) -> str:
     """Of a snapshot, the split of pairs holds no ties and no whole rankings. A reward model that
     learns from these gets the split of rankings, in which every pair is, too."""
     if not isinstance(config, RewardModelConfig):
         return config.data.split
     rankings = f"{config.data.split}_rankings"
     wanted = config.tie_threshold > 0 or config.ranking_loss == "plackett-luce"
-    there = (snapshot / f"{rankings}.parquet").is_file()
+    there = (data / f"{rankings}.parquet").is_file()
     return rankings if wanted and there else config.data.split
 
 

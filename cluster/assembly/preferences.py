@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.contracts.config.preferences import PreferencesConfig, SnapshotConfig
+from cluster.contracts.durable import write_json
 from cluster.contracts.errors import UserError
 from cluster.contracts.rows.folders import is_snapshot, read_snapshot
 from cluster.contracts.rows.reader import read_rows
@@ -49,34 +50,39 @@ def quality(store: Any) -> dict[str, Any]:
 def take_snapshot(store: Any, out: Path, config: PreferencesConfig) -> Any:
     """Write a snapshot if the quality gates let it through. Raises HeldBack if they do not."""
     from reward_service.preferences.gates import HeldBack, as_rows, gates_of
+    from reward_service.preferences.quality import numbered
     from reward_service.preferences.snapshot import write_snapshot
 
-    gates = []
-    if config.quality.model_dump(exclude_none=True):
-        labels = sum(judgement.is_label for judgement in store.judgements())
-        gates = gates_of(config.quality, quality(store), labels)
+    report = quality(store)
+    labels = sum(judgement.is_label for judgement in store.judgements())
+    gates = gates_of(config.quality, report, labels)
     if not all(gate.passed for gate in gates):
         raise HeldBack(gates)
-    return write_snapshot(store, out, config.snapshot, as_rows(gates))
+    return write_snapshot(store, out, config.snapshot, as_rows(gates), numbered(report))
+
+
+LABELS = "labels.json"  # of a run: what it knows of the labels it learnt from
 
 
 def training_data(path: str, folder: Path) -> tuple[str, str | None]:
     """Where a run reads its rows, and the hash of the snapshot that they are (None: another file).
 
     Of a preference store, a snapshot with all its prompts in one split is written into ``folder``,
-    the run's own, unless the run has one already.
+    the run's own, unless the run has one already. What is known of a snapshot's labels is copied
+    into the run, for its report.
     """
     if path.endswith(".db"):
-        from reward_service.preferences.snapshot import write_snapshot
-
         target = folder / "snapshot"
         if not target.exists():
             store = open_store(Path(path), must_exist=True)
-            write_snapshot(store, target, SnapshotConfig(test_fraction=0.0))
+            all_in_one = SnapshotConfig(test_fraction=0.0)
+            take_snapshot(store, target, PreferencesConfig(snapshot=all_in_one))
         path = str(target)
     if not is_snapshot(Path(path)):
         return path, None
-    return path, str(read_snapshot(Path(path))["sha256"])
+    manifest = read_snapshot(Path(path))
+    write_json(folder / LABELS, {k: v for k, v in manifest.items() if k not in ("files", "schema")})
+    return path, str(manifest["sha256"])
 
 
 def find_duplicates(

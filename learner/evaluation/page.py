@@ -39,7 +39,7 @@ def environment(loader: BaseLoader | None = None) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    made.filters.update(num=_num, percent=_percent, seconds=_seconds, plain=plain)
+    made.filters.update(num=number_text, percent=percent_text, seconds=_seconds, plain=plain)
     return made
 
 
@@ -65,7 +65,7 @@ def _file(name: str) -> str:
     return resources.files("learner.evaluation").joinpath(name).read_text("utf-8")
 
 
-def _num(value: Any) -> str:
+def number_text(value: Any) -> str:
     """Three digits of a fraction; counts as they are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return "not recorded" if value is None else plain(value)
@@ -74,15 +74,15 @@ def _num(value: Any) -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
-def _percent(value: Any) -> str:
+def percent_text(value: Any) -> str:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return f"{100 * value:.1f}%" if is_number else _num(value)
+    return f"{100 * value:.1f}%" if is_number else number_text(value)
 
 
 def _seconds(value: Any) -> str:
     value = value if not isinstance(value, int | float) else number({"s": value}, "s")
     if not isinstance(value, float):
-        return _num(value)
+        return number_text(value)
     if value < 120:
         return f"{value:.1f} s"
     minutes, seconds = divmod(round(value), 60)
@@ -97,7 +97,7 @@ def plain(value: Any, depth: int = 0) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "yes", False: "no"}[value]
     if isinstance(value, int | float):
-        return _num(value)
+        return number_text(value)
     if depth == DEEPEST or not value:
         return "…" if value else "none"
     if isinstance(value, Mapping):

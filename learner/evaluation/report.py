@@ -18,6 +18,7 @@ from learner.evaluation.completions import of_training
 from learner.evaluation.curves import curves
 from learner.evaluation.evaluation_rows import evaluation_table, read_evaluations
 from learner.evaluation.event_rows import described, event_counts, notable
+from learner.evaluation.labels_panel import label_tables
 from learner.evaluation.lines import window, with_evaluations
 from learner.evaluation.page import plain, render
 from learner.evaluation.reward_panel import reward_rows, slices
@@ -62,6 +63,8 @@ def _context(files: RunFiles) -> dict[str, Any]:
     length_r = panels.length_correlation(rows)
     config = files.text("config.toml")
     preferences = files.json_object("preferences.json")
+    has_labels = (files.directory / "labels.json").exists()  # of what learnt from a snapshot only
+    labels = files.json_object("labels.json") if has_labels else None
     name = files.directory.resolve().name
     figures = panels.summary(
         name, rows, evaluation or {}, reward_model or {}, stages or [], events or []
@@ -86,6 +89,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "reward_rows": reward_rows(reward_model or {}),
         "reward_slices": slices(reward_model or {}),
         "preferences": preferences,
+        "labels": label_tables(labels or {}),
         "stages": stages,
         "chosen": choose(samples, random_count=3, seed=0),
         "trained": of_training(files),
@@ -150,6 +154,7 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("reward_model", "preferences"),
         ("reward_model.json", "preferences.json"),
     ),
+    "labels": ("Labels", ("labels",), ("labels.json",)),
     "lineage": ("Lineage", ("manifest",), ("manifest.json",)),
     "timing": ("Timing", ("stages", "timing"), ("stages.json",)),
     "overlap": ("Speed, overlap and staleness", ("overlap",), ()),

@@ -58,9 +58,11 @@ def write_snapshot(
     target: str | Path,
     config: SnapshotConfig,
     gates: Sequence[Mapping[str, Any]] = (),
+    quality: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """Make the folder ``target``, and note in the store which judgements went into it. ``gates``:
-    what the quality gates said, for the manifest.
+    """Make the folder ``target``, and note in the store which judgements went into it. ``gates``,
+    ``quality``: what the quality gates said, and the report on the store's judgements, for the
+    manifest.
 
     Raises UserError when the folder exists, cannot be written, or would hold nothing.
     """
@@ -83,7 +85,8 @@ def write_snapshot(
         staging.mkdir(parents=True)
         counts = _write_files(staging, kept, config)
         files = [digest_of(staging / name, name) for name in counts]
-        manifest = _manifest(store, kept, left_out, counts, files, config, gates)
+        manifest = _manifest(store, kept, left_out, counts, files, config)
+        manifest |= {"gates": [dict(gate) for gate in gates], "quality": quality}
         write_text(staging / MANIFEST, json_text(manifest))
         for file in staging.iterdir():
             file.chmod(0o444)
@@ -193,7 +196,6 @@ def _manifest(
     counts: Mapping[str, int],
     files: Sequence[FileDigest],
     config: SnapshotConfig,
-    gates: Sequence[Mapping[str, Any]],
 ) -> dict[str, Any]:
     ids = "\n".join(sorted(judgement.id for _, judgement in kept))
     return {
@@ -219,7 +221,6 @@ def _manifest(
             "writers": dict(Counter(_writer(c) for item, _ in kept for c in item.completions)),
             "left_out": dict(left_out),
         },
-        "gates": [dict(gate) for gate in gates],
         "files": [
             {"name": f.name, "rows": counts[f.name], "nbytes": f.nbytes, "sha256": f.sha256}
             for f in files

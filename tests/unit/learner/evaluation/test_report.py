@@ -248,7 +248,7 @@ def test_an_empty_run_has_a_report_that_names_everything(tmp_path: Path) -> None
 )
 @pytest.mark.parametrize("charted", [False, True])
 def test_damaged_files_never_stop_the_report(tmp_path: Path, damage: bytes, charted: bool) -> None:
-    for name in FILES:
+    for name in (*FILES, "labels.json"):
         (tmp_path / name).write_bytes(damage)
     if charted:
         (tmp_path / "metrics.jsonl").write_text(json.dumps(metric_row(0)) + "\n")
@@ -306,6 +306,17 @@ def poison_json(name: str, value: Any) -> Callable[[Path], None]:
         (poison_json("stages.json", [{"name": HOSTILE, "detail": HOSTILE, "seconds": HOSTILE}]), 5),
         (poison_json("events.jsonl", {"kind": HOSTILE, "detail": HOSTILE, "time": HOSTILE}), 4),
         (poison_json("preferences.json", {HOSTILE: HOSTILE}), 2),
+        (
+            poison_json(
+                "labels.json",
+                {
+                    "counts": {"licenses": {HOSTILE: 1}, "annotators": HOSTILE},
+                    "gates": [{"name": HOSTILE, "why": HOSTILE}],
+                    "quality": {"annotators": {HOSTILE: {"labels": HOSTILE}}, "agreement": HOSTILE},
+                },
+            ),
+            6,
+        ),
         (poison_json("reward_model.json", {"accuracy": HOSTILE, "ece": HOSTILE}), 0),
         (
             poison_json(
