@@ -17,6 +17,7 @@ WRITTEN_BY = {
     "reward_model.json": {"reward-model", "quickstart"},
     "metrics.jsonl": {"train", "sft", "reward-model", "dpo", "quickstart"},
     "events.jsonl": {"train", "quickstart"},
+    "pipeline.json": {"pipeline"},
 }
 
 

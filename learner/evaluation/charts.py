@@ -64,6 +64,31 @@ def line_chart(
     return _inline(figure, name, title, alt)
 
 
+def round_chart(
+    name: str,
+    title: str,
+    series: Sequence[tuple[str, Sequence[int], Sequence[float], Sequence[tuple[float, float]]]],
+    labels: tuple[str, str],
+    alt: str,
+    level: float,
+) -> Markup:
+    """Values with their intervals at whole numbers. ``series``: label, x, y, (low, high) of each.
+    ``labels`` of the x and y axis. ``level``: a dashed line, such as that of equal policies."""
+    figure, axes = _figure(title, *labels)
+    axes.axhline(level, color=SERIES[2], linewidth=0.8, linestyle="--")
+    for at, (colour, (label, x, y, ends)) in enumerate(zip(SERIES, series, strict=False)):
+        aside = [value + 0.06 * (at - (len(series) - 1) / 2) for value in x]
+        away = [[v - e[0] for v, e in zip(y, ends, strict=True)],
+                [e[1] - v for v, e in zip(y, ends, strict=True)]]  # fmt: skip
+        axes.errorbar(
+            aside, y, yerr=[[max(0.0, v) for v in side] for side in away], color=colour,
+            label=label, marker="o", markersize=4, linewidth=1.2, capsize=3,
+        )  # fmt: skip
+    axes.set_xticks(sorted({value for _, x, _, _ in series for value in x}))
+    figure.legend(loc="outside lower left", ncols=len(series), frameon=False, fontsize=8)
+    return _inline(figure, name, title, alt)
+
+
 def scatter_chart(
     name: str, title: str, x: Sequence[float], y: Sequence[float], labels: tuple[str, str], alt: str
 ) -> Markup:

@@ -17,6 +17,7 @@ from learner.evaluation import charts, frontier
 from learner.evaluation.event_rows import notable
 from learner.evaluation.lines import ends, series
 from learner.evaluation.reward_panel import reward_figures
+from learner.evaluation.rounds import Rates
 from learner.evaluation.run_files import Row, number
 from learner.evaluation.samples import Sample, TextStats, text_stats
 
@@ -197,3 +198,22 @@ def reliability_panel(reward_model: Row) -> Markup | None:
         points.append((values[0], values[1], int(values[2])))
     alt = "; ".join(f"predicted {p:.2f}, true {f:.2f} of {n}" for p, f, n in points)
     return charts.reliability_chart("reliability", "Calibration of the reward model", points, alt)
+
+
+def rounds_chart(rates: Sequence[Rates]) -> Markup | None:
+    """Win rates by round; None before the first evaluation."""
+    known = [line for line in rates if line.rounds]
+    if not known:
+        return None
+    drawn = [
+        (line.label, line.rounds, line.rate, tuple(zip(line.low, line.high, strict=True)))
+        for line in known
+    ]
+    alt = "; ".join(
+        f"{line.label}: " + ", ".join(
+            f"round {n} {rate:.1%}" for n, rate in zip(line.rounds, line.rate, strict=True)
+        )
+        for line in known
+    )  # fmt: skip
+    title = "Win rate by round, with 95 % intervals"
+    return charts.round_chart("rounds", title, drawn, ("round", "win rate"), alt, 0.5)

@@ -22,6 +22,7 @@ from learner.evaluation.labels_panel import label_tables
 from learner.evaluation.lines import window, with_evaluations
 from learner.evaluation.page import plain, render
 from learner.evaluation.reward_panel import reward_rows, slices
+from learner.evaluation.rounds import read_rounds, stage_runs
 from learner.evaluation.run_files import Row, RunFiles, number, write_atomic
 from learner.evaluation.samples import Sample, choose, read_samples
 from learner.evaluation.verdict import alarm_steps, alarms, verdict, warnings
@@ -31,6 +32,7 @@ MOST_EVENTS = 200
 
 def write_report(run_dir: Path) -> Path:
     """Write ``report.html`` and ``summary.json`` into ``run_dir``; returns the path of the page.
+    Those of a pipeline's stages are written, too, where they are not there yet.
 
     May be called while the run writes. A missing or damaged file is named in the section that
     needed it. Raises UserError when ``run_dir`` is not a directory.
@@ -40,6 +42,9 @@ def write_report(run_dir: Path) -> Path:
         raise UserError(
             "is not a run directory", where=str(run_dir), fix="give a folder under runs/"
         )
+    for stage in stage_runs(RunFiles(run_dir)):
+        if not (stage / "report.html").exists():
+            write_report(stage)
     context = _context(RunFiles(run_dir))
     write_atomic(
         run_dir / "summary.json",
@@ -63,6 +68,7 @@ def _context(files: RunFiles) -> dict[str, Any]:
     length_r = panels.length_correlation(rows)
     config = files.text("config.toml")
     preferences = files.json_object("preferences.json")
+    rounds = read_rounds(files)
     has_labels = (files.directory / "labels.json").exists()  # of what learnt from a snapshot only
     labels = files.json_object("labels.json") if has_labels else None
     name = files.directory.resolve().name
@@ -90,6 +96,8 @@ def _context(files: RunFiles) -> dict[str, Any]:
         "reward_slices": slices(reward_model or {}),
         "preferences": preferences,
         "labels": label_tables(labels or {}),
+        "rounds": rounds,
+        "rounds_chart": panels.rounds_chart(rounds.rates) if rounds else None,
         "stages": stages,
         "chosen": choose(samples, random_count=3, seed=0),
         "trained": of_training(files),
@@ -141,6 +149,7 @@ def _reward_charts(rows: list[Row], evaluated: list[Row], evaluation: Row | None
 # Section -> (heading, what of the context it shows, files it needs).
 SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "headline": ("Result", ("figures",), ()),
+    "rounds": ("Rounds", ("rounds",), ("pipeline.json",)),
     "curves": ("Curves", ("curves",), ("metrics.jsonl",)),
     "evaluations": ("Evaluation while training", ("evaluations",), ("evaluations.jsonl",)),
     "samples": ("Completions", ("chosen", "trained"), ("samples.jsonl", "rollouts")),
