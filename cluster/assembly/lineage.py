@@ -255,9 +255,7 @@ def _of_snapshot(place: Path, manifest: Mapping[str, Any]) -> Found:
 
 
 def _copied_from(run: Path, manifest: Mapping[str, Any]) -> Found:
-    """A run of several stages, such as a quickstart, holds a copy of what one of them trained."""
-    if manifest.get("parents"):
-        return
+    """A run of several stages, such as a pipeline, holds a copy of what one of them trained."""
     made = {name: value for name, value in (manifest.get("outputs") or {}).items() if value}
     for path in sorted(run.rglob("manifest.json")):
         stage = manifest_in(path.parent)
@@ -282,11 +280,17 @@ def _compared(recorded: str, place: Path) -> tuple[State, str | None]:
 
 
 def _place_of(origin: str, near: Path) -> Path | None:
-    """Where a parent lies: as the manifest says it, or, for a relative path, seen from a folder
-    above ``near``, as runs are often moved together. None where there is nothing."""
+    """Where a parent lies: as the manifest says it; for a relative path, seen from a folder above
+    ``near``; or at its place in a run around ``near`` that was moved as a whole. None where there
+    is nothing."""
     try:
-        path = Path(origin).expanduser()
-        places = [path, *(folder / path for folder in near.absolute().parents)]
+        path, around = Path(origin).expanduser(), (near.absolute(), *near.absolute().parents)
+        places = [path, *(folder / path for folder in around[1:])]
+        for folder in around:
+            name = (manifest_in(folder) or {}).get("name")
+            if name in path.parts[:-1]:
+                last = len(path.parts) - 1 - path.parts[::-1].index(name)
+                places.append(folder.joinpath(*path.parts[last + 1 :]))
         return next((p for p in places if origin and p.exists()), None)
     except (OSError, ValueError, RuntimeError):
         return None

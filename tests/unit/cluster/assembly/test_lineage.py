@@ -162,6 +162,21 @@ def test_runs_that_moved_together_keep_their_links(
     assert states(moved.path) == {"again data": "matches"}
 
 
+def test_a_run_that_moved_as_a_whole_keeps_its_links(policy: Path) -> None:
+    root = policy.parents[1]
+    whole = Run.create(str(root / "runs"), "whole", "pipeline", Settings())
+    sft = trained(whole.path.parent, "sft", "policy")
+    shutil.move(sft.path, whole.path / "sft")
+    (whole.path / "base").mkdir()
+    (whole.path / "base" / "model.safetensors").write_text("base")
+    parents = {"model": str(whole.path / "base"), "policy": str(whole.path / "sft" / "policy")}
+    last = Run.create(str(whole.path), "policy", "train", Settings(), parents=parents)
+    assert last.path.is_dir()
+    shutil.move(whole.path, root / "elsewhere")
+    found = states(root / "elsewhere" / "policy")
+    assert found == {"policy model": "matches", "policy policy": "matches"}
+
+
 def test_a_run_of_stages_leads_to_the_one_whose_model_it_holds(policy: Path) -> None:
     whole = Run.create(str(policy.parents[1]), "whole", "quickstart", Settings())
     shutil.copytree(policy, whole.path / "ppo")
