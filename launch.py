@@ -35,7 +35,7 @@ COMMANDS = {  # heading in `accord --help` -> files of cluster/commands/
     ),
     "Look at a run": (
         *("runs", "status", "ui", "samples", "compare"),
-        *("report", "lineage", "replay", "audit", "dashboard"),
+        *("report", "lineage", "card", "replay", "audit", "dashboard"),
     ),
     "Steer a run": ("scale", "pause", "resume", "stop"),
     "Plan and measure": ("plan", "bench", "simulate"),

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cluster.assembly.cards.write import write_cards
 from cluster.assembly.run_session import made_by, refuse_changes, run_session
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.pipeline import PipelineConfig
@@ -113,6 +114,7 @@ def _drive(
     with run_session(run, reporter, resumed=config if resumed else None) as session:
         if prepare is not None:
             prepare(run)
+            run.hash_parents(config)  # what it has just made
         check_inputs(config)
         record = PipelineRecord(run.path, config.rounds)
         work = Work(config, run, reporter)
@@ -124,14 +126,22 @@ def _drive(
             work.close()
     if afresh is not None:
         raise afresh
+    _describe(run.path, reporter)
     return run.path
+
+
+def _describe(run: Path, reporter: Reporter) -> None:
+    """The cards of what the stages made, and the report over the rounds."""
+    from learner.evaluation.report import write_report
+
+    with reporter.stage("cards and report"):
+        write_cards(run)
+        write_report(run)
 
 
 def _check(config: PipelineConfig) -> None:
     """What can be known before the first stage: a mistake should not show hours later."""
     if config.reward_model is None or config.choice.reward_model is not None:
-        from cluster.assembly.choosing import check_choice
-
         check_choice(config.choice)  # else the reward models of earlier rounds are asked
     if config.label.annotate is not None:
         Annotate(config.label.annotate)
