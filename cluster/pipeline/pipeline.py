@@ -142,6 +142,8 @@ def _describe(run: Path, reporter: Reporter) -> None:
 def _check(config: PipelineConfig) -> None:
     """What can be known before the first stage: a mistake should not show hours later."""
     if config.reward_model is None or config.choice.reward_model is not None:
+        from cluster.assembly.choosing import check_choice
+
         check_choice(config.choice)  # else the reward models of earlier rounds are asked
     if config.label.annotate is not None:
         Annotate(config.label.annotate)
