@@ -26,7 +26,9 @@ def card(
 
     Example: `accord card runs/my-run`
     """
+    from cluster.assembly.cards.model_card import write_model_card
     from cluster.assembly.cards.write import write_cards
     from cluster.runs.console import result
 
-    result("\n".join(str(path) for path in write_cards(of)))
+    written = write_cards(of) or [write_model_card(of)]
+    result("\n".join(str(path) for path in written))

@@ -14,7 +14,7 @@ from cluster.runs.artefacts import MODELS
 
 def write_cards(place: Path) -> list[Path]:
     """Of a snapshot its data card. Of a run the model card, and both kinds for what lies in it, as
-    in a pipeline. Raises UserError for another folder."""
+    in a pipeline; none where there is neither. Raises UserError for another folder."""
     if is_snapshot(place):
         return [write_data_card(place)]
     if manifest_in(place) is None:
@@ -28,7 +28,7 @@ def write_cards(place: Path) -> list[Path]:
     inner = sorted(path.parent for path in place.rglob("manifest.json") if path.parent != place)
     runs = [path for path in inner if manifest_in(path) is not None and _has_model(path)]
     found += [write_model_card(run) for run in runs]
-    if _has_model(place) or not found:
+    if _has_model(place):
         found.append(write_model_card(place))
     return found
 

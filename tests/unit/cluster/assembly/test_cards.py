@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from cluster.assembly.cards.markdown import cell, code, license_of
+from cluster.assembly.cards.model_card import write_model_card
 from cluster.assembly.cards.write import write_cards
 from cluster.assembly.lineage import lineage_of
 from cluster.contracts.config.preferences import PreferencesConfig, SnapshotConfig
@@ -84,8 +85,9 @@ def test_the_cards_of_all_that_lies_in_a_run(policy: Path) -> None:
     assert write_cards(whole) == [policy / "model_card.md"]
     with pytest.raises(UserError, match="is neither a run directory nor a snapshot"):
         write_cards(policy / "checkpoints")
+    assert write_cards(whole / "mine") == []
     with pytest.raises(UserError, match="there is nothing to describe"):
-        write_cards(whole / "mine")
+        write_model_card(whole / "mine")
 
 
 def test_the_text_of_others_stays_text() -> None:
