@@ -26,7 +26,10 @@ def store_facts(path: Path) -> dict[str, Any]:
         "labels": len(labels),
         "annotators": len({entry.annotator_id for _, entry in labels}),
         "sources": dict(Counter(entry.source for _, entry in labels)),
-        "guidelines": {version or "not known": guidelines[version] for version in guidelines},
+        "guidelines": {
+            version or "not known": sha256 or "hash not known"
+            for version, sha256 in guidelines.items()
+        },
         "consents": dict(Counter(entry.consent for _, entry in labels)),
         "licenses": dict(Counter(item.license for item, _ in labels)),
         "forgotten": sum(stone.judgements for stone in tombstones(store)),
