@@ -171,7 +171,11 @@ def _limits(
         found.append("A judge was also the reward in training, so its win rate proves nothing.")
     if not any(e.get("safety") for _, e in evaluations):
         found.append("Harm and refusals were not measured.")
-    found += [f"{link.role} of {Path(link.child).name} is {link.state}." for link in lineage.broken]
+    found += [
+        f"Broken link: {Path(link.child).name}, {link.role}: {link.state}"
+        + (f" ({link.detail})." if link.detail else ".")
+        for link in lineage.broken
+    ]
     unknown = sum(link.state == "not recorded" for link in lineage.links)
     if unknown:
         found.append(f"Of {unknown} origins no hash was recorded, so they cannot be checked.")
