@@ -142,7 +142,7 @@ def _table(folder: Path, rows: Sequence[Row], numbers: Sequence[int]) -> Table:
 def _table_row(folder: Path, rows: Sequence[Row], n: int) -> tuple[str, ...]:
     label, promote = _detail(rows, n, "label"), _detail(rows, n, "promote")
     evaluated = _detail(rows, n, "evaluate")
-    alpha, promoted = number(label, "alpha"), promote.get("promoted")
+    alpha = number(label, "alpha")
     return (
         str(n),
         _text(label, "labels"),
@@ -150,7 +150,7 @@ def _table_row(folder: Path, rows: Sequence[Row], n: int) -> tuple[str, ...]:
         "not measured" if alpha is None else number_text(alpha),
         agreement_words(_snapshot(folder / f"round-{n}" / "labels")) or "not measured",
         *(_rate_words(evaluated, key) for key in AGAINST),
-        {True: "yes", False: "no"}.get(promoted, "not yet") if promote else "not yet",
+        "not yet" if "promoted" not in promote else "yes" if promote["promoted"] is True else "no",
         plain(promote.get("reason", "")),
     )
 
@@ -212,7 +212,8 @@ def _samples(folder: Path, numbers: Sequence[int]) -> list[ByRound]:
     if not read:
         return []
     first = min(read)
-    shared = [p for p in reversed(read[first]) if all(p in samples for samples in read.values())]
+    prompts = reversed(list(read[first]))
+    shared = [prompt for prompt in prompts if all(prompt in s for s in read.values())]
     return [
         ByRound(
             prompt,
