@@ -21,6 +21,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from vllm import SamplingParams  # noqa: E402
 
+from actors.engines.vllm_engine import _Request  # noqa: E402
 from actors.settings import EngineSettings  # noqa: E402
 from cluster.contracts.records import Completion, Prompt, Rollout, RolloutGroup, Score  # noqa: E402
 from cluster.contracts.rollout_table import to_table  # noqa: E402
@@ -115,8 +116,7 @@ def decode(engine: Any, rows: list[Row], length: int, temperature: float) -> lis
     """Sampled with the engine's own parameters, but for length, temperature, stop and seed."""
     asked = {}
     for place, row in enumerate(rows):
-        params = engine._sampling(f"decode-{place}", row.seed)
-        params.temperature = temperature
+        params = engine._sampling(f"decode-{place}", _Request(row.prompt, row.seed, temperature))
         params.max_tokens = length
         if row.stop is not None:
             params.stop_token_ids = [row.stop]
