@@ -75,6 +75,7 @@ class RewardReplicas:
         is to be scored meanwhile, and end the run when that takes too long; so this raises only
         where a service says that it cannot work (UserError)."""
         self._event = event
+        self._failed = asyncio.Event()  # of this event loop: a run that goes back begins another
         for service in self._services:
             self._keep(service)
         try:
@@ -111,7 +112,8 @@ class RewardReplicas:
 
     async def _serve(self, service: Service) -> None:
         await service.started()
-        self._serving.append(service)
+        if service not in self._serving:  # a run that has gone back asks again
+            self._serving.append(service)
         self._publish([one.address for one in self._serving])
 
     def _no_longer(self, service: Service) -> None:

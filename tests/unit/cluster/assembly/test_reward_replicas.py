@@ -142,3 +142,22 @@ def test_one_more_that_cannot_start_is_told_and_the_others_go_on() -> None:
         await world.until(lambda: world.last("reward_replicas").get("serving") == 2)
 
     play(script, problems={1: UserError("no room")})
+
+
+def test_they_are_kept_up_by_a_second_event_loop_as_well() -> None:
+    """A run that goes back to a checkpoint drives the same services in another event loop."""
+    world = World(2)
+
+    async def run() -> None:
+        for service in world.services:
+            service.dies = asyncio.Event()
+        await world.replicas.ready()
+        assert world.published[-1] == ["10.0.0.0:7000", "10.0.0.1:7000"]
+        keeping = asyncio.ensure_future(world.replicas.keep_up(world.event))
+        await asyncio.sleep(0.01)
+        assert not keeping.done()
+        keeping.cancel()
+        await asyncio.gather(keeping, return_exceptions=True)
+
+    for _ in range(2):
+        asyncio.run(run())
