@@ -87,7 +87,7 @@ class Task:
 
     def __init__(self, run: Path) -> None:
         self.policy = str(run / "sft" / "policy")
-        path = run / "data" / "sft_answers.jsonl"
+        path = run / "round-1" / "completions" / "completions.jsonl"
         groups = read_groups(str(path))
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         known = {json.dumps(row["prompt"]): row["metadata"] for row in rows}

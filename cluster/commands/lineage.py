@@ -36,7 +36,7 @@ def lineage(
     recorded when it began. The exit code is 1 if a link is broken: the parent has changed, is gone,
     or was forgotten.
 
-    Example: `accord lineage runs/quickstart/ppo`
+    Example: `accord lineage runs/quickstart`
     """
     from cluster.assembly.lineage import lineage_of
     from cluster.assembly.lineage_text import lineage_lines, model_lines, models_of

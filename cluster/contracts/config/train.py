@@ -53,6 +53,8 @@ class TrainConfig(Section):
         """The section's name in runs of before, which can be resumed, also with new settings."""
         if not isinstance(tree, dict) or not isinstance(tree.get("alarms"), dict):
             return tree
+        if not isinstance(tree.get("monitors", {}), dict):
+            return tree  # the message about what it is instead comes later
         rest = {key: value for key, value in tree.items() if key != "alarms"}
         return {**rest, "monitors": {**tree["alarms"], **tree.get("monitors", {})}}
 

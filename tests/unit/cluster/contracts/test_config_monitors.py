@@ -49,6 +49,8 @@ def test_the_section_has_its_old_name_in_runs_of_before() -> None:
     assert train(alarms={"patience": 7}).monitors.patience == 7
     both = train(alarms={"patience": 7}, monitors={"actions": {"kl_budget": "stop"}}).monitors
     assert (both.patience, both.acting) == (7, {"kl-budget": "stop"})
+    with pytest.raises(UserError, match="monitors = 3"):
+        train(alarms={"patience": 7}, monitors=3)
 
 
 def test_without_monitors_that_act_no_reference_is_kept_for_them() -> None:
