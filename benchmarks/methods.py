@@ -82,7 +82,7 @@ GRPO: dict[str, Any] = {
     "algorithm.advantage": "grpo",
     "algorithm.kl.place": "loss",
     "algorithm.kl.estimator": "k3+",
-    "algorithm.kl.coef": 0.08,
+    "algorithm.kl.coef": 0.5,
     "learner.value_path": "none",
 }
 
