@@ -86,7 +86,7 @@ def config_of(given: argparse.Namespace, settings: Any, name: str) -> Any:
     tree["dpo"] = {
         "beta": 0.1,
         "kl_samples": 0,
-        "fit": {"lr": 2e-4, "rows_per_step": 32, "tokens_per_microbatch": 2048, "max_tokens": 128},
+        "fit": {"lr": 1e-4, "rows_per_step": 32, "tokens_per_microbatch": 2048, "max_tokens": 128},
         "logging": {"ray_metrics": False},
     }
     tree["promote"] = {"min_win_rate": 0.5}
