@@ -175,11 +175,14 @@ SECTIONS: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
 def _sections(context: dict[str, Any]) -> dict[str, str]:
     """Id -> heading of the sections that have something to show or something amiss to name."""
     troubled = {*context["missing"], *context["notes"]}
-    return {
+    found = {
         key: heading
         for key, (heading, contents, needed) in SECTIONS.items()
         if any(context[name] for name in contents) or troubled & set(needed)
     }
+    if context["rounds"] and context["figures"]["win_rate"] is None and context["evaluation"] is None:
+        del found["headline"]  # of a pipeline, each round has a result of its own
+    return found
 
 
 def _samples(files: RunFiles) -> list[Sample]:

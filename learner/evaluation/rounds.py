@@ -129,8 +129,8 @@ def _inside(folder: Path, run: Any) -> str:
 
 def _table(folder: Path, rows: Sequence[Row], numbers: Sequence[int]) -> Table:
     header = (
-        "round", "labels", "annotators", "agreement of the round", "of all labels so far",
-        "win rate against the start", "against the round before", "promoted", "why",
+        "round", "labels", "annotators", "agreement", "agreement so far",
+        "win rate against the start", "against the round before", "promoted",
     )  # fmt: skip
     return Table(
         "Rounds; agreement is Krippendorff's alpha, intervals are of 95 %",
@@ -151,7 +151,6 @@ def _table_row(folder: Path, rows: Sequence[Row], n: int) -> tuple[str, ...]:
         agreement_words(_snapshot(folder / f"round-{n}" / "labels")) or "not measured",
         *(_rate_words(evaluated, key) for key in AGAINST),
         "not yet" if "promoted" not in promote else "yes" if promote["promoted"] is True else "no",
-        plain(promote.get("reason", "")),
     )
 
 
