@@ -180,7 +180,8 @@ def _sections(context: dict[str, Any]) -> dict[str, str]:
         for key, (heading, contents, needed) in SECTIONS.items()
         if any(context[name] for name in contents) or troubled & set(needed)
     }
-    if context["rounds"] and context["figures"]["win_rate"] is None and context["evaluation"] is None:
+    result = context["evaluation"] is not None or context["figures"]["win_rate"] is not None
+    if context["rounds"] and not result:
         del found["headline"]  # of a pipeline, each round has a result of its own
     return found
 
