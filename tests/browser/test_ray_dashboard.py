@@ -48,6 +48,10 @@ max_tokens = 16
 workers = 2
 [staleness]
 bound = 1
+[evaluation]
+every = 5
+prompts = "{folder}/held_out.jsonl"
+keep_best = false
 [logging]
 tensorboard = false
 samples_every = 0
@@ -108,6 +112,8 @@ def seen(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     fresh_model(tokenizer, folder / "policy", hidden=64, layers=2, heads=2, intermediate=64)
     rows = [{"prompt": [{"role": "user", "content": f"{WORDS[i % 10]} {i}"}]} for i in range(16)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    held = [{"prompt": [{"role": "user", "content": f"{word} broken"}]} for word in WORDS]
+    (folder / "held_out.jsonl").write_text("\n".join(map(json.dumps, held)) + "\n")
     (folder / "c.toml").write_text(CONFIG.format(folder=folder))
     kept = {n: v for n, v in os.environ.items() if not n.startswith(("RAY_GRAFANA", "RAY_PROM"))}
     with (folder / "err").open("wb") as err:
