@@ -601,7 +601,7 @@ def test_a_worker_whose_weights_do_not_verify_is_replaced_once(
 ) -> None:
     world, learner = World(), FakeLearner()
     world.torn = {version: 1}
-    controller, pool, run, _ = build(tmp_path, world, learner)
+    controller, pool, run, _ = build(tmp_path, world, learner, bound=0)  # each is sent
     asyncio.run(drive(controller, pool))
     assert [g for b in learner.batches for g in b.group_ids] == list(range(18))
     assert pool.restarts == 1
@@ -613,7 +613,7 @@ def test_a_worker_whose_weights_do_not_verify_is_replaced_once(
 def test_weights_that_do_not_verify_twice_end_the_run(tmp_path: Path, version: int) -> None:
     world = World()
     world.torn = {version: 2}
-    controller, pool, _, _ = build(tmp_path, world, FakeLearner(), workers=1)
+    controller, pool, _, _ = build(tmp_path, world, FakeLearner(), workers=1, bound=0)
     with pytest.raises(
         WorkersGone, match=f"w0: replaced, still does not verify; .*version {version}"
     ):
