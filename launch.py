@@ -11,6 +11,7 @@ import bootstrap
 
 bootstrap.reexec()
 
+import atexit
 import importlib
 import os
 import signal
@@ -118,6 +119,8 @@ def main() -> None:
         sys.stderr.flush()
         if code in (exit_code(signal.SIGINT), exit_code(signal.SIGTERM)):
             os._exit(code)  # background threads of libraries must not hold up the exit
+    # The command is done. A Ctrl-C while Python unloads libraries must not change its exit code.
+    atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
     sys.exit(code)
 
 

@@ -11,6 +11,13 @@ from cluster.commands.options import complete_run, say_at_once
 _MODEL = {"metavar": "MODEL", "autocompletion": complete_run}
 
 
+def _port(value: str | int) -> int:
+    """Of what was typed, or of the default."""
+    if not str(value).isdecimal() or int(value) > 65535:
+        raise typer.BadParameter(f"{value!r} is not a port: a number from 0 to 65535")
+    return int(value)
+
+
 def chat(
     model: Annotated[
         str | None,
@@ -25,16 +32,16 @@ def chat(
     store: Annotated[
         str | None,
         typer.Option(
-            help="Preference store (*.db) for votes: after each question you say which of two "
-            "unnamed answers is better.",
+            help="Preference store (*.db) that your votes go into.",
             metavar="STORE",
         ),
     ] = None,
     page: Annotated[
-        bool, typer.Option("--page", help="Serve a page with a vote. Needs --before and --store.")
+        bool, typer.Option("--page", help="A page with a vote. Needs --before, --store.")
     ] = False,
     port: Annotated[
-        int, typer.Option(min=0, max=65535, metavar="N", help="Port of the page. 0: any free one.")
+        int,
+        typer.Option(parser=_port, metavar="N", help="Port of the page. 0: any free one."),
     ] = 8272,
     reward: Annotated[
         str | None, typer.Option(help="A reward model that scores each answer.", **_MODEL)
@@ -42,15 +49,13 @@ def chat(
     safety: Annotated[
         str | None,
         typer.Option(
-            help="TOML file with the keys of the safety layer. Answers are checked before they "
-            "are shown.",
+            help="TOML file of the safety layer, which checks each answer.",
             metavar="FILE",
         ),
     ] = None,
-    history: Annotated[
-        bool,
-        typer.Option(help="Whether the model sees earlier turns."),
-    ] = True,
+    no_history: Annotated[
+        bool, typer.Option("--no-history", help="Show the model the newest question only.")
+    ] = False,
     max_tokens: Annotated[
         int, typer.Option(min=1, metavar="N", help="Longest answer in tokens.")
     ] = 256,
@@ -65,8 +70,6 @@ def chat(
     model that was trained on single questions answers best with --no-history.
 
     Example: `accord chat runs/quickstart --no-history --before runs/quickstart/sft/policy`
-
-    Example: `accord chat my-policy --reward runs/my-reward-model`
 
     Example: `accord chat --before runs/a --after runs/b --store preferences.db --page`
     """
@@ -96,7 +99,7 @@ def chat(
 
         serve_until_stopped(
             chosen[0], before, store,
-            settings=settings, seed=seed, safety=safety, remember=history, port=port,
+            settings=settings, seed=seed, safety=safety, remember=not no_history, port=port,
         )  # fmt: skip
         return
     from cluster.chat.chat import chat_loop
@@ -108,6 +111,6 @@ def chat(
         seed=seed,
         reward=reward,
         safety=safety,
-        remember=history,
+        remember=not no_history,
         store=store,
     )

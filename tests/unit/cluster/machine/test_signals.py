@@ -267,3 +267,33 @@ def work():
     library = Library(work, force=1000.0)
     assert library.signalled() == (75, "", "accord: stopped: the head is lost\n")
     assert not library.child_lives
+
+
+def test_ctrl_c_while_python_unloads_libraries_changes_nothing(
+    repo_root: Path,
+) -> None:
+    code = """
+import atexit, sys, time
+import launch
+
+def unload():
+    print("unloading", flush=True)
+    time.sleep(1.0)
+
+atexit.register(unload)  # before the command's own, so it runs after it
+sys.argv = ["accord", "--version"]
+launch.main()
+"""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=repo_root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    while "unloading" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (0, "")
