@@ -22,7 +22,7 @@ def lineage_lines(lineage: Lineage) -> list[str]:
     if broken:
         return [*lines, f"{broken} of {count} links are broken"]
     unknown = sum(link.state == "not recorded" for link in lineage.links)
-    said = f"; of {unknown} no hash was recorded, so they cannot be checked" if unknown else ""
+    said = f"; {unknown} not checked, as no hash was recorded" if unknown else ""
     return [*lines, f"{count} links, none is broken{said}"]
 
 

@@ -178,6 +178,6 @@ def _limits(
     ]
     unknown = sum(link.state == "not recorded" for link in lineage.links)
     if unknown:
-        found.append(f"Of {unknown} origins no hash was recorded, so they cannot be checked.")
+        found.append(f"Not checked, as no hash of them was recorded: {unknown} origins.")
     found.append("The licence of the base model is not recorded.")
     return list(dict.fromkeys(found))
