@@ -131,11 +131,6 @@ def _staleness_problems(staleness: StalenessConfig) -> list[str]:
 
 def _process_problems(learner: LearnerConfig) -> list[str]:
     found = []
-    if learner.sharding != "none" and learner.processes == 1:
-        found.append(
-            f"learner.sharding = {learner.sharding!r} deals weights out to several processes: set "
-            "learner.processes to 2 or more, or learner.sharding = 'none'"
-        )
     if learner.sharding != "none" and learner.compile:
         found.append("learner.compile cannot be had together with learner.sharding: leave one out")
     if learner.processes > 1 and 0 < learner.gpus < 1:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -14,10 +15,19 @@ from cluster.contracts.config.base import (
     labels,
     resources,
 )
+from cluster.contracts.config.compute import ComputeConfig
 from cluster.contracts.registry import WEIGHT_TRANSPORTS
 
 
-class LearnerConfig(Section):
+class LearnerConfig(ComputeConfig):
+    unsupported: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        (
+            *("tensor_parallel", "sequence_parallel"),
+            *("reshard_after_forward", "prefetch_layers", "offload", "optimizer"),
+        ),
+        "this version of the learner does not do it yet",
+    )
+
     lr: float = Field(1e-5, gt=0, description="Highest learning rate of the policy.")
     value_lr: float | None = Field(
         None, gt=0, description="Highest learning rate of the value network. none: as `lr`."
@@ -78,24 +88,12 @@ class LearnerConfig(Section):
     reference_revision: str | None = Field(
         None, description="Revision of the reference model, if that is a hub id. none: the newest."
     )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Compute activations twice instead of keeping them. Slower, with less memory.",
-    )
     compile: bool = Field(
         False,
         description="Use torch.compile. On one CPU core a step got up to 11 % faster, after one "
         "to two minutes of compiling at the start.",
     )
     deterministic: bool = Field(False, description="Use deterministic kernels (slower).")
-    processes: int = Field(
-        1, ge=1, description="Number of learner processes. They share the microbatches of a step."
-    )
-    sharding: Literal["none", "fsdp2"] = Field(
-        "none",
-        description="With several processes. none: each holds all weights. fsdp2: each holds a "
-        "part of the weights, gradients and optimiser state (`fully_shard`).",
-    )
     cpus: float = auto(
         1,
         rule="the cores that the workers leave (one fewer where they leave four or more, "

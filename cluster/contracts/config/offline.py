@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -14,11 +15,17 @@ from cluster.contracts.config.base import (
     RunConfig,
     Section,
 )
+from cluster.contracts.config.compute import ComputeConfig
 from cluster.contracts.registry import PREFERENCE_LOSSES
 
 
-class FitConfig(Section):
+class FitConfig(ComputeConfig):
     """The loop shared by SFT, reward model and DPO."""
+
+    section: ClassVar[str] = "fit"
+    unsupported: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ComputeConfig.model_fields, "offline training does not do it yet"
+    )
 
     epochs: int = Field(1, ge=1, description="Passes over all rows.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps.")

@@ -1,0 +1,53 @@
+"""What `learner` and `fit` share: where weights, gradients, moments and activations lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import pytest
+from pydantic import ValidationError
+
+from cluster.contracts.config.compute import ComputeConfig
+
+
+class Limited(ComputeConfig):
+    section: ClassVar[str] = "fit"
+    unsupported: ClassVar[Mapping[str, str]] = {"offload": "it has no host"}
+
+
+FSDP: dict[str, Any] = {"processes": 2, "sharding": "fsdp2"}
+
+
+def test_the_data_parallel_degree_is_what_the_other_splits_leave() -> None:
+    config = ComputeConfig(processes=16, tensor_parallel=4, sequence_parallel=2)
+    assert config.data_parallel == 2
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        ({"sharding": "fsdp2"}, "learner.processes to 2 or more"),
+        ({"processes": 6, "tensor_parallel": 4}, "a multiple of 4"),
+        ({"processes": 4, "tensor_parallel": 2, "sequence_parallel": 4}, "groups of 8"),
+        ({"reshard_after_forward": False}, "learner.sharding = 'fsdp2'"),
+        ({"prefetch_layers": 3}, "learner.sharding = 'fsdp2'"),
+        ({"offload": ["parameters"]}, "learner.sharding = 'fsdp2'"),
+        ({"offload": ["activations"]}, "learner.gradient_checkpointing = true"),
+        ({"offload": ["optimizer", "optimizer"]}, "twice"),
+        ({**FSDP, "offload": ["parameters", "optimizer"]}, "leave 'optimizer' out"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_way_out(
+    keys: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(ValidationError, match=says):
+        ComputeConfig(**keys)
+
+
+def test_a_key_that_a_section_cannot_set_is_refused_with_its_reason_unless_it_is_the_default() -> (
+    None
+):
+    with pytest.raises(ValidationError, match=r"fit\.offload = \['optimizer'\].* it has no host"):
+        Limited(offload=["optimizer"])
+    assert Limited(offload=[]).offload == []
