@@ -6,6 +6,8 @@ denominator of the whole minibatch, so sums over ranks are the numbers one proce
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -88,6 +90,16 @@ class Ranks:
         self.sum_([tensor])
         return float(tensor)
 
+    def from_first(self, value: T) -> T:
+        """What the first rank gives as `value`; that of the others does not matter."""
+        if self.size == 1:
+            return value
+        found: list[Any] = [value if self.first else None]
+        with self._named("hear the first"):
+            dist.broadcast_object_list(found, src=0)
+        said: T = found[0]
+        return said
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if self.size > 1:
@@ -127,12 +139,14 @@ def join(
     gpu: bool,
     timeout_s: float,
     host: str = "127.0.0.1",
+    device: int = 0,
 ) -> Ranks:
     """Meet the other ranks: over NCCL with a GPU each, over gloo without. ``host``: the address of
     this process's node, the only one that gloo listens on.
 
     place: the store of `meeting_place` on rank 0, its (host, port) elsewhere. timeout_s: how long
-    any later collective may wait. Raises PeerLost when the others do not.
+    any later collective may wait. device: the GPU of this process among those that it sees.
+    Raises PeerLost when the others do not come.
     """
     wait = timedelta(seconds=timeout_s)
     gloo_listens_on(host)
@@ -142,7 +156,7 @@ def join(
             host, port = place
             store = dist.TCPStore(host, port, is_master=False, timeout=wait)
         if gpu:
-            torch.cuda.set_device(0)  # each process sees its own only
+            torch.cuda.set_device(device)
         dist.init_process_group(
             "nccl" if gpu else "gloo", store=store, rank=rank, world_size=size, timeout=wait
         )
@@ -152,6 +166,33 @@ def join(
             f"the learner's {size} processes did not find each other: {problem}"
         ) from None
     return Ranks(rank, size)
+
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def launched_processes() -> int | None:
+    """How many processes torchrun (or what else sets its variables) has started, this one among
+    them; None where nothing has."""
+    return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(n) for n in _LAUNCHED) else None
+
+
+def join_launched(*, gpu: bool, timeout_s: float) -> Ranks:
+    """`join` the processes that torchrun started, on one host or several, by its variables."""
+    master, wait = os.environ["MASTER_ADDR"], timedelta(seconds=timeout_s)
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((master, 9))  # sends nothing; it finds this host's address towards it
+            gloo_listens_on(probe.getsockname()[0])
+        if gpu:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if gpu else "gloo", timeout=wait)
+        dist.barrier()
+    except (OSError, RuntimeError, ValueError) as problem:
+        raise PeerLost(
+            f"the processes that torchrun started did not find each other: {problem}"
+        ) from None
+    return Ranks(dist.get_rank(), dist.get_world_size())
 
 
 def is_sharded(tensor: Tensor) -> bool:
