@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.compute.ranks import whole
+from learner.compute.sharding import by_mesh
 
 Schedule = Literal["constant", "linear", "cosine"]
 
@@ -85,7 +86,8 @@ def compute_in(
 def global_norm(grads: Iterable[Tensor]) -> Tensor:
     """0-d L2 norm over all tensors; not finite if any of their elements is not. Of sharded ones it
     is that of the whole, and every rank has to ask for it."""
-    return whole(torch.nn.utils.get_total_norm(list(grads)))
+    norms = [whole(torch.nn.utils.get_total_norm(alike)) for alike in by_mesh(grads)]
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
 
 
 def release_memory() -> None:

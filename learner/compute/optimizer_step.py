@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from cluster.contracts.errors import Fatal
 from cluster.contracts.metrics import Metric, mean, merge
+from learner.compute.mesh import ALONE, Mesh
 from learner.compute.optimizer import global_norm
-from learner.compute.ranks import SINGLE, Ranks, is_sharded
+from learner.compute.sharding import by_mesh, local, summed_already
 
 MAX_SKIPS_IN_A_ROW = 3
 
@@ -60,22 +61,23 @@ def optimiser_step(
     microbatches: Iterable[MicrobatchLoss],
     max_grad_norm: float,
     skips: SkipCounter,
-    ranks: Ranks = SINGLE,
+    mesh: Mesh = ALONE,
 ) -> StepOutcome:
     """Accumulate gradients of all microbatches, clip to `max_grad_norm`, update once.
 
     A loss or gradient that is not finite leaves weights and optimiser state untouched and counts in
     `skips`, which raises Fatal at the third in a row. Gradients are freed on return.
     With several ranks each gives its own microbatches; loss and gradients are their sums, so that
-    all ranks do, or leave out, the same step. Raises ValueError if there is no microbatch.
+    all ranks do, or leave out, the same step. Ranks of one replica (`mesh`) know the same loss, and
+    each has its part of the gradients. Raises ValueError if there is no microbatch.
     """
     trainable = [p for p in params if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
     try:
         total, metrics = _accumulate(microbatches)
         grads = [p.grad for p in trainable if p.grad is not None]
-        # Those of sharded parameters have been summed already.
-        ranks.sum_([total, *(grad for grad in grads if not is_sharded(grad))])
+        mesh.data.sum_([total])
+        mesh.shards.sum_([local(grad) for grad in grads if not summed_already(grad)])
         # Read together: on a GPU this is the step's one wait.
         loss, norm = torch.stack((total, global_norm(grads).to(total))).tolist()
         problem = _problem(loss, norm)
@@ -83,7 +85,8 @@ def optimiser_step(
             skips.skipped(problem)
             return StepOutcome(loss, math.nan, (), problem)
         if norm > max_grad_norm:
-            torch._foreach_mul_(grads, max_grad_norm / (norm + 1e-6))
+            for alike in by_mesh(grads):
+                torch._foreach_mul_(alike, max_grad_norm / (norm + 1e-6))
         optimizer.step()
         skips.in_a_row = 0
         return StepOutcome(loss, norm, tuple(metrics), None)

@@ -10,7 +10,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -30,14 +30,18 @@ _BUCKET_BYTES = 1 << 28
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
-    """This process among those of its learner; by default it is alone, without torch.distributed.
+    """This process among those of its learner, or among some of them (see `mesh.Mesh`); by default
+    it is alone, without torch.distributed.
 
     Every rank has to make the same calls in the same order. One that waits for the others longer
-    than the timeout given to `join`, or whose peer has died, raises PeerLost.
+    than `timeout_s`, or whose peer has died, raises PeerLost.
+    group: torch's process group of these; None: all of the learner.
     """
 
     rank: int = 0
     size: int = 1
+    timeout_s: float = 1800.0
+    group: Any = field(default=None, compare=False, repr=False)
 
     @property
     def first(self) -> bool:
@@ -67,7 +71,7 @@ class Ranks:
         for bucket in _buckets(list(tensors)):
             flat = torch.cat([tensor.detach().reshape(-1) for tensor in bucket])
             with self._named("add up tensors"):
-                dist.all_reduce(flat)
+                dist.all_reduce(flat, group=self.group)
             parts = flat.split([tensor.numel() for tensor in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.detach().copy_(part.view_as(tensor))
@@ -79,7 +83,7 @@ class Ranks:
             return list(merge(own).values())
         found: list[Any] = [None] * self.size
         with self._named("gather metrics"):
-            dist.all_gather_object(found, own)
+            dist.all_gather_object(found, own, group=self.group)
         return list(merge(metric for part in found for metric in part).values())
 
     def total(self, number: float, device: torch.device) -> float:
@@ -104,7 +108,19 @@ class Ranks:
         """Wait until every rank is here."""
         if self.size > 1:
             with self._named("meet"):
-                dist.barrier()
+                dist.barrier(group=self.group)
+
+    def part(self, groups: Sequence[Sequence[int]]) -> Ranks:
+        """This process among those of the group that holds it; ``groups`` are ranks, each in one.
+        Every rank has to ask, also one that is alone in its group."""
+        own = SINGLE
+        for ranks in groups:
+            # With a timeout of its own: torch would give a new group half an hour.
+            with self._named("form a group"):
+                group = dist.new_group(list(ranks), timeout=timedelta(seconds=self.timeout_s))
+            if self.rank in ranks:
+                own = Ranks(list(ranks).index(self.rank), len(ranks), self.timeout_s, group)
+        return own
 
     def leave(self) -> None:
         """Let go of the others; nothing may be asked of them afterwards."""
@@ -165,7 +181,7 @@ def join(
         raise PeerLost(
             f"the learner's {size} processes did not find each other: {problem}"
         ) from None
-    return Ranks(rank, size)
+    return Ranks(rank, size, timeout_s)
 
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

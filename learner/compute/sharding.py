@@ -7,7 +7,7 @@ it runs and given back after it; its gradients are summed and dealt out again at
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -83,6 +83,21 @@ def shard_whole(module: nn.Module) -> None:
     sharded: Any = fully_shard(module, reshard_after_forward=True)
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
+
+
+def summed_already(grad: Tensor) -> bool:
+    """Whether `fully_shard` has added this gradient up over ranks when it dealt it out."""
+    names = grad.device_mesh.mesh_dim_names if is_sharded(grad) else ("tensor",)  # type: ignore[attr-defined]
+    return names != ("tensor",)
+
+
+def by_mesh(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Tensors in groups that one operation can take together: whole ones, and sharded ones by the
+    mesh over which they are."""
+    found: dict[Any, list[Tensor]] = {}
+    for tensor in tensors:
+        found.setdefault(getattr(tensor, "device_mesh", None), []).append(tensor)
+    return list(found.values())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def build_experience(
     age = token_ages(batch, plan.step, settings.staleness.bound, width).to(device)
     tokens = _Tokens.of(batch, width, device)
     budget = settings.learner.tokens_per_microbatch
-    micros = Microbatches(batch, budget, device, packed=networks.packed, ranks=networks.ranks)
+    micros = Microbatches(batch, budget, device, packed=networks.packed, ranks=networks.mesh.data)
     pass_plan = plan_passes(settings, networks, plan.value_only)
     if not batch_trains(batch, algorithm):
         pass_plan = "separate"  # There will be no update to measure in.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from learner.algorithms.token_sets import TokenSets
+from learner.compute.mesh import ALONE, Mesh
 from learner.compute.microbatches import plan_microbatches
 from learner.compute.optimizer import compute_in
 from learner.compute.ranks import SINGLE, Ranks
@@ -86,7 +87,7 @@ class Networks:
     reference: frozen, or None where nothing asks for a KL. value: a network of its own, or, with
     `shared`, a head on the policy's trunk; None for estimators without values.
     compute_dtype: "float32" or "bfloat16" (autocast; parameters stay float32).
-    packed: the models take packed microbatches (see `learner.packing`). ranks: the processes that
+    packed: the models take packed microbatches (see `learner.packing`). mesh: the processes that
     train them together. roots: of sharded models, what forward passes have to go through.
     """
 
@@ -97,8 +98,13 @@ class Networks:
     compute_dtype: str
     device: torch.device
     packed: bool = False
-    ranks: Ranks = SINGLE
+    mesh: Mesh = ALONE
     roots: dict[str, Gathered] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> Ranks:
+        """All processes that train them."""
+        return self.mesh.everyone
 
     @property
     def has_values(self) -> bool:

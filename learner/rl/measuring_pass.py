@@ -114,7 +114,7 @@ def run_passes(
             _reference_passes(ref_logp, micros, networks, settings)
     # Each rank has filled in its own rows, so these sums add zeros to numbers.
     found = (*((policy.logp, policy.entropy) if policy else ()), ref_logp, values, after)
-    networks.ranks.sum_([tensor for tensor in found if tensor is not None])
+    networks.mesh.data.sum_([tensor for tensor in found if tensor is not None])
     return MeasuredPasses(
         policy=policy, ref_logp=ref_logp, values=values, after=after, waiting=waiting
     )

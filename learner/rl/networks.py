@@ -13,6 +13,7 @@ from cluster.contracts.config.learner import LearnerConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.registry import ADVANTAGE_ESTIMATORS
 from learner.algorithms.kl import AdaptiveKL, FixedKL
+from learner.compute.mesh import Mesh
 from learner.compute.optimizer import make_optimizer
 from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.sharding import shard_layers, shard_model, shard_whole
@@ -33,6 +34,12 @@ def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Ne
     """
     learner = settings.learner
     device = _device(learner)
+    mesh = Mesh.of(
+        ranks,
+        tensor=learner.tensor_parallel,
+        sequence=learner.sequence_parallel,
+        device=device,
+    )
     policy = load_policy(settings.model).to(device)
     tokenizer = load_tokenizer(settings.model)
     # The reference is copied before anything is wrapped, compiled or sharded: copies of those
@@ -60,7 +67,7 @@ def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Ne
         compute_dtype=settings.model.dtype,
         device=device,
         packed=packed,
-        ranks=ranks,
+        mesh=mesh,
     )
     # Last: from here on parameters are no longer whole tensors.
     if ranks.size > 1 and learner.sharding == "fsdp2":

@@ -69,7 +69,7 @@ class PolicyUpdate:
         """
         began, self._forward_s = time.perf_counter(), 0.0
         metrics: list[Metric] = []
-        ranks = self.networks.ranks
+        ranks = self.networks.mesh.data
         before, empty = self.optimizers.skipped, 0
         measured = experience.proximal if isinstance(experience.proximal, Proximal) else None
         first = None if measured else _empty_pass(experience)
@@ -93,7 +93,7 @@ class PolicyUpdate:
         if first is None:
             raise ValueError("the update measured nothing")
         # Each rank has filled in its own rows, so the sums add zeros to numbers.
-        self.networks.ranks.sum_([first.logp, first.entropy])
+        self.networks.mesh.data.sum_([first.logp, first.entropy])
         mask, behaviour = experience.mask, experience.behaviour_logp
         return proximal_of(first, experience.ref_logp, behaviour, mask, self.settings)
 
@@ -152,7 +152,7 @@ class PolicyUpdate:
         networks, (meter, calls) = self.networks, losses
         # One context for all microbatches: autocast casts each weight once, not once a microbatch.
         with compute_in(networks.compute_dtype, networks.device, cached=not networks.sharded):
-            outcome = optimiser_step(optimizer, params, calls, limit, skips, networks.ranks)
+            outcome = optimiser_step(optimizer, params, calls, limit, skips, networks.mesh)
         if outcome.skipped is not None:
             return []
         return [*meter.read(), mean(norm_name, outcome.grad_norm, 1)]

@@ -33,6 +33,8 @@ DOORS = {
     "torch.distributed": (
         "learner/compute/ranks.py",
         "learner/compute/sharding.py",
+        "learner/compute/mesh.py",
+        "learner/compute/ulysses.py",
         "cluster/weights/",
     ),
 }

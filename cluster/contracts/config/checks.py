@@ -5,6 +5,7 @@ from __future__ import annotations
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
 from cluster.contracts.config.learner import LearnerConfig
 from cluster.contracts.config.monitors import MonitorsConfig
+from cluster.contracts.config.parallel_modes import mode_problems
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import RolloutConfig
 from cluster.contracts.registry import ADVANTAGE_ESTIMATORS, POLICY_LOSSES
@@ -131,8 +132,13 @@ def _staleness_problems(staleness: StalenessConfig) -> list[str]:
 
 def _process_problems(learner: LearnerConfig) -> list[str]:
     found = []
-    if learner.sharding != "none" and learner.compile:
-        found.append("learner.compile cannot be had together with learner.sharding: leave one out")
+    on = {
+        "compile": learner.compile,
+        "sharding": learner.sharding != "none",
+        "tensor_parallel": learner.tensor_parallel > 1,
+        "sequence_parallel": learner.sequence_parallel > 1,
+    }
+    found += mode_problems("learner", [mode for mode, chosen in on.items() if chosen])
     if learner.processes > 1 and 0 < learner.gpus < 1:
         found.append(
             f"learner.gpus = {learner.gpus} puts several of the {learner.processes} "
