@@ -12,6 +12,25 @@ from cluster.machine.shipment import known_as
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterSettings:
+    """The LoRA adapters of one engine. ``trained``: names of those that come as updates, all of one
+    ``rank`` and ``alpha``. ``fixed``: (name, folder in peft's layout, rank) of those that stay."""
+
+    trained: tuple[str, ...] = ()
+    rank: int = 1
+    alpha: float = 1.0
+    fixed: tuple[tuple[str, str, int], ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.trained, *(name for name, _, _ in self.fixed))
+
+    @property
+    def largest_rank(self) -> int:
+        return max(self.rank, *(rank for _, _, rank in self.fixed), 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """One engine. ``max_model_len`` is the longest prompt plus ``max_tokens``.
 
@@ -20,6 +39,8 @@ class EngineSettings:
     from, as the learner needs it; nobody else does. ``stop``: strings that end a completion.
     ``weights``: "disk" reads those of the model's directory; "published" starts with memory as it
     is, and the engine serves nothing before it is given a version. Then no weights need be there.
+    ``adapters``: requests are answered by one of these, or by the model itself; None: by the model,
+    and an update is of all its weights.
     """
 
     model_path: str
@@ -46,6 +67,7 @@ class EngineSettings:
     trust_remote_code: bool = False
     revision: str | None = None
     weights: Literal["disk", "published"] = "disk"
+    adapters: AdapterSettings | None = None
 
     @property
     def limits_tokens(self) -> bool:

@@ -19,7 +19,7 @@ from actors.engines.host_tensors import check_prompt, check_update, published_te
 from actors.engines.proof import differing, fingerprint, require_none_wrong
 from actors.engines.token_limits import Kept, TokenLimits
 from actors.settings import EngineSettings
-from cluster.contracts.errors import EngineFailure, Retryable
+from cluster.contracts.errors import EngineFailure, Retryable, UserError
 from cluster.contracts.records import Completion, FinishReason, VersionSpan
 from cluster.machine.torch_state import prepare_torch
 
@@ -68,6 +68,12 @@ class TransformersEngine:
     """
 
     def __init__(self, settings: EngineSettings) -> None:
+        if settings.adapters is not None:
+            raise UserError(
+                "several adapters beside each other are served by vLLM alone",
+                where="rollout.engine",
+                fix="use rollout.engine = 'vllm' on a machine that has it",
+            )
         self.name = f"transformers {transformers.__version__}"
         self.version = -1
         self._settings = settings
@@ -95,8 +101,11 @@ class TransformersEngine:
         prompt_ids: Sequence[int],
         seed: int | None,
         temperature: float | None = None,
+        adapter: str = "",
     ) -> None:
         """Queue one sample. Raises UserError when the prompt cannot be answered."""
+        if adapter:
+            raise UserError(f"this engine has no adapters, so none called {adapter!r}")
         prompt = tuple(prompt_ids)
         check_prompt(prompt, self._settings, self._vocab)
         own = self._generator if seed is None else torch.Generator().manual_seed(seed)
@@ -274,7 +283,7 @@ class TransformersEngine:
         require_none_wrong(wrong, self.name, self.version)
 
     @torch.inference_mode()
-    def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+    def sequence_logprobs(self, token_ids: Sequence[int], adapter: str = "") -> list[float]:
         ids = torch.tensor([list(token_ids)], device=self._device)
         logprobs = torch.log_softmax(self._model(input_ids=ids).logits[0, :-1].float(), dim=-1)
         return logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist()

@@ -7,6 +7,7 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
+from actors.engines.vllm_adapters import AdapterStage, adapter_args
 from actors.engines.vllm_limits import limit_args
 from actors.engines.vllm_weights import WeightStage
 from actors.settings import EngineSettings
@@ -27,6 +28,7 @@ def _platform_args(settings: EngineSettings) -> dict[str, Any]:
 
 
 def engine_args(settings: EngineSettings) -> EngineArgs:
+    extension = WeightStage if settings.adapters is None else AdapterStage
     return EngineArgs(
         model=settings.model_path,
         revision=settings.revision,
@@ -44,7 +46,8 @@ def engine_args(settings: EngineSettings) -> EngineArgs:
         logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
         async_scheduling=False,  # a token in flight at a swap would carry the wrong version
         disable_log_stats=True,
-        worker_extension_cls=f"{WeightStage.__module__}.{WeightStage.__name__}",
+        worker_extension_cls=f"{extension.__module__}.{extension.__name__}",
         **limit_args(settings),
+        **adapter_args(settings.adapters),
         **_platform_args(settings),
     )

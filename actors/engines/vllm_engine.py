@@ -29,12 +29,14 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from actors.engines.host_tensors import check_prompt, check_update, parameter_shapes
+from actors.engines.lora_kernels import use_grouped_kernels
 from actors.engines.proof import require_none_wrong
 from actors.engines.token_limits import Kept, TokenLimits
+from actors.engines.vllm_adapters import ServedAdapters
 from actors.engines.vllm_args import engine_args
 from actors.engines.vllm_limits import request_args
 from actors.settings import EngineSettings
-from cluster.contracts.errors import EngineFailure, Retryable, UserError
+from cluster.contracts.errors import AccordError, EngineFailure, Retryable, UserError
 from cluster.contracts.records import Completion, VersionSpan
 
 PROBE_TIMEOUT_S = 120.0  # a failed step can leave vLLM's request unfinished for ever
@@ -45,6 +47,7 @@ class _Request:
     prompt: tuple[int, ...]
     seed: int | None
     temperature: float
+    adapter: str
 
 
 class VllmEngine:
@@ -60,8 +63,13 @@ class VllmEngine:
         self.name = f"vllm {vllm.__version__}"
         self.version = -1  # the model directory's weights; an update has a version of 0 or more
         self._settings = settings
+        if settings.adapters is not None:
+            use_grouped_kernels()
         self._shapes = parameter_shapes(settings)
         self._llm = LLMEngine.from_engine_args(engine_args(settings))
+        self._adapters: ServedAdapters | None = None
+        if settings.adapters is not None:
+            self._adapters = ServedAdapters(settings.adapters, self._in_worker)
         self._stepping = threading.Lock()  # the second set of weights is built between two steps
         self._prepared = False
         self._staged: int | None = None
@@ -102,12 +110,20 @@ class VllmEngine:
         prompt_ids: Sequence[int],
         seed: int | None,
         temperature: float | None = None,
+        adapter: str = "",
     ) -> None:
         """Queue one sample. Raises UserError when the prompt cannot be answered."""
         prompt = tuple(prompt_ids)
         check_prompt(prompt, self._settings, self._vocab)
+        self._check_adapter(adapter)
         warmth = self._settings.temperature if temperature is None else temperature
-        self._waiting.append((request_id, _Request(prompt, seed, warmth)))
+        self._waiting.append((request_id, _Request(prompt, seed, warmth, adapter)))
+
+    def _check_adapter(self, name: str) -> None:
+        if self._adapters is not None:
+            self._adapters.check(name)
+        elif name:
+            raise UserError(f"this engine has no adapters, so none called {name!r}")
 
     def step(self) -> list[tuple[str, Completion]]:
         # Requests wait here, not in vLLM: one that has not begun takes no mark of a version yet.
@@ -136,8 +152,12 @@ class VllmEngine:
             request_id,
             {"prompt_token_ids": list(request.prompt), "cache_salt": str(self.version)},
             self._sampling(request_id, request),
+            lora_request=self._lora(request.adapter),
         )
         self._running[request_id] = request
+
+    def _lora(self, adapter: str) -> Any:
+        return None if self._adapters is None else self._adapters.request(adapter, self.version)
 
     def _sampling(self, request_id: str, request: _Request) -> SamplingParams:
         settings = self._settings
@@ -241,6 +261,9 @@ class VllmEngine:
         checked here and loaded in ``swap``.
         """
         self._staged = self._held = None
+        if self._adapters is not None:
+            self._stage_adapters(self._adapters, tensors, version)
+            return
         check_update(self._shapes, tensors)
         if self._settings.tensor_parallel > 1:
             self._held = dict(tensors)
@@ -261,6 +284,23 @@ class VllmEngine:
                 f"force: {problem}"
             ) from problem
 
+    def _stage_adapters(
+        self, adapters: ServedAdapters, tensors: Mapping[str, Any], version: int
+    ) -> None:
+        try:
+            adapters.stage(tensors)
+        except AccordError:
+            raise
+        except Exception as problem:
+            raise Retryable(
+                f"{self.name} failed staging the adapters of version {version}: {problem}"
+            ) from problem
+        self._staged = version
+
+    def _in_worker(self, method: str, args: tuple[Any, ...]) -> Any:
+        """vLLM's worker is in this process, as an engine with adapters is not divided."""
+        return self._llm.collective_rpc(method, args=args)[0]
+
     def swap(self, version: int) -> None:
         """Put what was staged in force between two steps. Raises EngineFailure half-way."""
         if self._staged != version:
@@ -271,7 +311,10 @@ class VllmEngine:
             self._fill(self._held, version)
         self._staged = self._held = None
         try:
-            self._llm.collective_rpc("accord_swap")
+            if self._adapters is not None:
+                self._adapters.install()
+            else:
+                self._llm.collective_rpc("accord_swap")
         except Exception as problem:
             raise EngineFailure(
                 f"{self.name} failed swapping in version {version}: {problem}"
@@ -290,6 +333,9 @@ class VllmEngine:
 
         Any thread, while others step. With tensor parallelism it takes its turn between two steps.
         """
+        if self._adapters is not None:
+            self._adapters.prove(self.name, self.version)
+            return
         alone = self._stepping if self._settings.tensor_parallel > 1 else nullcontext()
         with alone:
             wrong = [name for part in self._llm.collective_rpc("accord_wrong") for name in part]
@@ -317,7 +363,7 @@ class VllmEngine:
 
     # -- canary -----------------------------------------------------------------------------------
 
-    def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+    def sequence_logprobs(self, token_ids: Sequence[int], adapter: str = "") -> list[float]:
         """Log-probabilities of ``token_ids[1:]`` at temperature 1; others are served meanwhile."""
         self._probes += 1
         probe = f"canary-{self._probes}"
@@ -326,7 +372,7 @@ class VllmEngine:
             temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True
         )
         prompt = {"prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
-        self._llm.add_request(probe, prompt, params)
+        self._llm.add_request(probe, prompt, params, lora_request=self._lora(adapter))
         deadline = time.monotonic() + PROBE_TIMEOUT_S
         while self._probe_output is None:
             self._early += self._advance(probe)

@@ -39,8 +39,10 @@ class Engine(Protocol):
         prompt_ids: Sequence[int],
         seed: int | None,
         temperature: float | None = None,
+        adapter: str = "",
     ) -> None:
-        """``temperature`` None: that of the engine's settings."""
+        """``temperature`` None: that of the engine's settings. ``adapter``: which of its LoRA
+        adapters answers; "": the model itself. Raises UserError for a name it does not know."""
         ...
 
     def step(self) -> list[tuple[str, Completion]]:
@@ -72,7 +74,7 @@ class Engine(Protocol):
         """
         ...
 
-    def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
+    def sequence_logprobs(self, token_ids: Sequence[int], adapter: str = "") -> list[float]:
         """Log-probabilities of token_ids[1:] at temperature 1 under the current weights."""
         ...
 

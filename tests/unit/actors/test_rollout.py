@@ -59,6 +59,7 @@ class ScriptedEngine:
         self.threads: set[int] = set()
         self.seeds: dict[str, int | None] = {}
         self.temperatures: dict[str, float | None] = {}
+        self.adapters: dict[str, str] = {}
         self.steps_at_canary: threading.Semaphore | None = None
         self.canary_shift = 0.0
         self.break_step = ""
@@ -79,7 +80,9 @@ class ScriptedEngine:
         prompt_ids: Sequence[int],
         seed: int | None,
         temperature: float | None = None,
+        adapter: str = "",
     ) -> None:
+        self.adapters[request_id] = adapter
         self.threads.add(threading.get_ident())
         self.temperatures[request_id] = temperature
         if prompt_ids[0] > 90:
@@ -131,8 +134,8 @@ class ScriptedEngine:
         if self.break_proof:
             raise WeightMismatch(self.break_proof)
 
-    def sequence_logprobs(self, token_ids: Sequence[int]) -> list[float]:
-        self.log.append("canary")
+    def sequence_logprobs(self, token_ids: Sequence[int], adapter: str = "") -> list[float]:
+        self.log.append(f"canary {adapter}".strip())
         if self.steps_at_canary is not None:
             self.steps_at_canary.release()
         return [-1.0 + self.canary_shift] * (len(token_ids) - 1)
