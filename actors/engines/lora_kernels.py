@@ -23,10 +23,10 @@ def use_grouped_kernels() -> None:
     """Have engines that are built from now on use these operators, where the platform is a CPU."""
     if current_platform.is_cpu():
         name = f"{GroupedLora.__module__}.{GroupedLora.__name__}"
-        type(current_platform).get_punica_wrapper = classmethod(lambda cls: name)  # type: ignore[attr-defined]
+        type(current_platform).get_punica_wrapper = classmethod(lambda cls: name)
 
 
-class GroupedLora(PunicaWrapperCPU):  # type: ignore[misc]
+class GroupedLora(PunicaWrapperCPU):
     """y += x A' B' for each adapter over its own rows; rows without an adapter stay as they are."""
 
     def __init__(self, *given: Any, **more: Any) -> None:

@@ -21,7 +21,7 @@ from actors.environment import make_engine
 from actors.settings import AdapterSettings
 from cluster.contracts.errors import AccordError
 
-RANK, ALPHA = 4, 12.0
+RANK, ALPHA = 4, 12
 
 
 class Reference:
@@ -191,7 +191,7 @@ def check(folder: Path, arch: str, kv_on_swap: str) -> dict[str, Any]:
     held = Reference(folder, arch)
     for seed, name in enumerate(("one", "two", "fixed"), start=1):
         held.change(name, seed)
-    held.model.save_pretrained(folder / "saved", selected_adapters=["fixed"])
+    held.model.save_pretrained(str(folder / "saved"), selected_adapters=["fixed"])
     adapters = AdapterSettings(
         trained=("one", "two"),
         rank=RANK,
