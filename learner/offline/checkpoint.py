@@ -23,10 +23,18 @@ from torch import Tensor, nn
 
 from cluster.contracts.config.offline import FitConfig
 from cluster.contracts.errors import UserError
+from learner.compute.ranks import SINGLE, Ranks, whole
+from learner.compute.sharding import local, split_like
 from learner.models.files import replace_directory
 
 SCHEMA = "accord.fit/1"
 KEEP = 2
+HOW = {
+    *("threads", "checkpoint_every", "eval_every"),
+    *("processes", "sharding", "tensor_parallel", "sequence_parallel", "offload"),
+    *("gradient_checkpointing", "reshard_after_forward", "prefetch_layers"),
+}
+"""Keys of FitConfig that change how a run is computed, but not what it learns."""
 
 
 @dataclass(slots=True)
@@ -40,7 +48,7 @@ class FitState:
 
 def fingerprint(config: FitConfig, seed: int, costs: Sequence[tuple[int, float]]) -> str:
     """Hash of all that decides the course of a run: config, seed, length and weight of each row."""
-    relevant = config.model_dump(mode="json", exclude={"threads", "checkpoint_every", "eval_every"})
+    relevant = config.model_dump(mode="json", exclude=HOW)
     text = json.dumps([relevant, seed, list(costs)], sort_keys=True)
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
@@ -48,22 +56,27 @@ def fingerprint(config: FitConfig, seed: int, costs: Sequence[tuple[int, float]]
 class FitCheckpoints:
     """The checkpoints of one run in `folder`; the newest KEEP are kept."""
 
-    def __init__(self, folder: Path, run: str) -> None:
-        self.folder, self.run = folder, run
+    def __init__(self, folder: Path, run: str, ranks: Ranks = SINGLE) -> None:
+        self.folder, self.run, self.ranks = folder, run, ranks
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: FitState) -> Path:
+        """Every rank has to call it; the first one writes."""
         names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
         content = {"schema": SCHEMA, "run": self.run, **asdict(state)}
+        weights = _whole({name: p for p, name in names.items()})
+        moments = _whole(_flatten(optimizer, names))
+        directory = self.folder / f"step-{state.step:08d}"
 
         def write(fresh: Path) -> None:
-            weights = {name: p.detach().contiguous() for p, name in names.items()}
             save_file(weights, fresh / "model.safetensors")
-            save_file(_flatten(optimizer, names), fresh / "optimizer.safetensors")
+            save_file(moments, fresh / "optimizer.safetensors")
             (fresh / "state.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
-        directory = replace_directory(self.folder / f"step-{state.step:08d}", write)
-        for old in self._all()[:-KEEP]:
-            shutil.rmtree(old)
+        if self.ranks.first:
+            replace_directory(directory, write)
+            for old in self._all()[:-KEEP]:
+                shutil.rmtree(old)
+        self.ranks.barrier()
         return directory
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> FitState | None:
@@ -95,9 +108,14 @@ class FitCheckpoints:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
 
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Put together from all ranks where they are sharded, in the order that all of them have."""
+    return {name: whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
+
+
 def _flatten(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     return {
-        f"{names[parameter]}/{key}": value.detach().contiguous()
+        f"{names[parameter]}/{key}": value
         for parameter, entries in optimizer.state.items()
         for key, value in entries.items()
     }
@@ -111,7 +129,9 @@ def _unflatten(
         name, _, entry = key.rpartition("/")
         parameter = parameters[name]
         state: dict[str, Any] = optimizer.state.setdefault(parameter, {})
-        state[entry] = value.to(parameter.device)
+        # The count of steps is whole everywhere; moments lie as their parameter does.
+        like = parameter if value.shape == parameter.shape else value
+        state[entry] = split_like(value.to(parameter.device), like)
 
 
 @torch.no_grad()
@@ -124,4 +144,4 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, parameter in parameters.items():
         if parameter.shape != tensors[name].shape:
             raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}")
-        parameter.copy_(tensors[name])
+        local(parameter).copy_(local(split_like(tensors[name], parameter)))

@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.compute.microbatches import TokenRow, pad_rows, plan_microbatches
+from learner.compute.microbatches import TokenRow, pad_rows
 from learner.compute.optimizer import compute_in
+from learner.compute.ranks import SINGLE, Ranks
+from learner.compute.sharding import call
 from learner.models.heads import token_logprobs
+from learner.offline.shares import shares
 
 
 def completion_logps(
@@ -18,10 +21,10 @@ def completion_logps(
 ) -> Tensor:
     """[N] log-probabilities, summed over each row's trained tokens: one padded forward.
 
-    dtype: what is computed in (ModelConfig.dtype).
+    model: may be `Gathered`. dtype: what is computed in (ModelConfig.dtype).
     """
     with compute_in(dtype, device):
-        logp, _, _ = token_logprobs(model, pad_rows(rows, 0, device))
+        logp, _, _ = call(model, token_logprobs, pad_rows(rows, 0, device))
     return logp.sum(dim=1)
 
 
@@ -32,10 +35,16 @@ def all_completion_logps(
     dtype: str,
     device: torch.device,
     tokens_per_microbatch: int,
+    ranks: Ranks = SINGLE,
 ) -> list[float]:
-    """`completion_logps` of any number of rows, in their order, without gradients."""
-    found: dict[int, float] = {}
-    for part in plan_microbatches([len(row) for row in rows], tokens_per_microbatch):
+    """`completion_logps` of any number of rows, in their order, without gradients.
+
+    Each of several ranks computes its share, and all get all of them."""
+    found = torch.zeros(len(rows), dtype=torch.float64, device=device)
+    for part, counts in shares([len(row) for row in rows], tokens_per_microbatch, ranks):
         logps = completion_logps(model, [rows[i] for i in part], dtype, device)
-        found.update(zip(part, logps.tolist(), strict=True))
-    return [found[i] for i in range(len(rows))]
+        if counts:
+            found[part] = logps.double()
+    ranks.sum_([found])
+    numbers: list[float] = found.tolist()
+    return numbers

@@ -19,7 +19,9 @@ from learner.algorithms import preference_loss
 from learner.algorithms.loss_terms import LossTerms, metric_parts
 from learner.compute.microbatches import TokenRow
 from learner.compute.optimizer_step import metrics_of
-from learner.models.load import load_policy, load_tokenizer, save_policy
+from learner.compute.ranks import SINGLE, Ranks
+from learner.compute.sharding import bare
+from learner.models.load import load_policy, load_tokenizer
 from learner.offline.completion_logps import all_completion_logps, completion_logps
 from learner.offline.datasets import read_preferences
 from learner.offline.fit import FitResult, OnStep, evaluate_rows, fit, never
@@ -31,7 +33,16 @@ from learner.offline.preference_rows import (
     mismatch,
     prompt_of,
 )
-from learner.offline.setup import OnRows, TrainingRows, load_rows, prepare, unheard, write_summary
+from learner.offline.saving import save_trained
+from learner.offline.setup import (
+    OnRows,
+    TrainingRows,
+    load_rows,
+    placed,
+    prepare,
+    unheard,
+    write_summary,
+)
 
 
 def train_dpo(
@@ -40,6 +51,7 @@ def train_dpo(
     progress: OnStep | None = None,
     should_stop: Callable[[], bool] = never,
     on_rows: OnRows = unheard,
+    ranks: Ranks = SINGLE,
 ) -> Path:
     """Train config.model on preferences; returns run_dir/policy.
 
@@ -52,11 +64,12 @@ def train_dpo(
     tokenizer = load_tokenizer(config.model)
     data = read_preference_rows(config, tokenizer)
     on_rows(data)
-    task = DpoTask(load_policy(config.model).to(device), config, device)
+    policy = placed(load_policy(config.model), config.fit, device, ranks)
+    task = DpoTask(policy, config, device, ranks=ranks)
     rows, held = task.with_reference(data.train), task.with_reference(data.held)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
-        task.policy,
+        bare(policy),
         rows,
         task.loss,
         config.fit,
@@ -66,13 +79,14 @@ def train_dpo(
         on_step=progress,
         should_stop=should_stop,
         checkpoint=run_dir / "checkpoints",
+        ranks=ranks,
     )
     if result.finished and held and config.kl_samples:
         result = _with_own_samples(result, task, tokenizer, held)
         if progress is not None:
             progress(result.steps, 1.0, result.numbers)
-    write_summary(run_dir, result, data)
-    return save_policy(task.policy, tokenizer, run_dir / "policy")
+    write_summary(run_dir, result, data, ranks)
+    return save_trained(policy, tokenizer, run_dir / "policy", ranks)
 
 
 def read_preference_rows(config: DpoConfig, tokenizer: Any) -> TrainingRows[PreferenceRow]:
@@ -91,21 +105,24 @@ def read_preference_rows(config: DpoConfig, tokenizer: Any) -> TrainingRows[Pref
 
 @dataclass(slots=True)
 class DpoTask:
-    """Loss and evaluation of a policy. reference_point: KTO's estimate of the KL, for this step."""
+    """Loss and evaluation of a policy, which may be `Gathered`. reference_point: KTO's estimate of
+    the KL, for this step."""
 
     policy: Any
     config: DpoConfig
     device: torch.device
     reference_point: float = 0.0
+    ranks: Ranks = SINGLE
 
     def _all_logps(self, rows: Sequence[TokenRow | None]) -> list[float]:
         """Summed log-probabilities without gradients; 0 where there is no completion."""
         there = [row for row in rows if row is not None]
         config = self.config
         budget = config.fit.tokens_per_microbatch
-        found = iter(
-            all_completion_logps(self.policy, there, config.model.dtype, self.device, budget)
+        logps = all_completion_logps(
+            self.policy, there, config.model.dtype, self.device, budget, self.ranks
         )
+        found = iter(logps)
         return [0.0 if row is None else next(found) for row in rows]
 
     def with_reference(self, rows: Sequence[PreferenceRow]) -> list[PreferenceRow]:
@@ -206,7 +223,8 @@ class DpoTask:
 
         def evaluate() -> list[Metric]:
             self.measure_reference_point(rows)
-            return evaluate_rows(rows, self.measure, self.config.fit.tokens_per_microbatch)
+            budget = self.config.fit.tokens_per_microbatch
+            return evaluate_rows(rows, self.measure, budget, self.ranks)
 
         return evaluate
 
@@ -256,12 +274,13 @@ def _with_own_samples(
     prompts = list(dict.fromkeys(tuple(map(int, prompt_of(row.sides[0]))) for row in held))
     found = measure_own_samples(
         task.policy,
-        load_policy(config.model).to(task.device),
+        placed(load_policy(config.model), config.fit, task.device, task.ranks),
         tokenizer,
         prompts[: config.kl_samples],
         config.model,
         config.fit,
         seed=config.run.seed,
         device=task.device,
+        ranks=task.ranks,
     )
     return replace(result, numbers={**result.numbers, **found})

@@ -3,6 +3,9 @@
 A row knows how many padded tokens it costs (`len`) and what it counts in the loss's denominator
 (`weight`: trained tokens, or 1 for a pair). The order of rows is a function of seed and epoch, so
 the number of steps done is the whole position, and a resumed run continues bit for bit.
+
+Several processes ("ranks") read the same rows and run a share of each step's microbatches. Losses
+carry the denominator of the whole step, so the sums over ranks are the numbers of one process.
 """
 
 from __future__ import annotations
@@ -19,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from cluster.contracts.config.offline import FitConfig
-from cluster.contracts.errors import UserError
+from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, last, mean, merge
-from learner.compute.microbatches import plan_microbatches
 from learner.compute.optimizer import lr_factor, make_optimizer, set_lr
 from learner.compute.optimizer_step import SkipCounter, optimiser_step
+from learner.compute.ranks import SINGLE, Ranks
 from learner.offline.checkpoint import FitCheckpoints, FitState, fingerprint
+from learner.offline.shares import shares
 
 
 class FitRow(Protocol):
@@ -74,6 +78,7 @@ def fit(
     on_step: OnStep | None = None,
     should_stop: Callable[[], bool] = never,
     checkpoint: Path | None = None,
+    ranks: Ranks = SINGLE,
 ) -> FitResult:
     """Train `model` in place until epochs, max_steps or max_seconds are over, whichever is first.
 
@@ -81,14 +86,19 @@ def fit(
     evaluate: called every `eval_every` steps and when all is done; its metrics go to `on_step` too.
     should_stop: asked before every step; True saves a checkpoint and returns with finished False.
     checkpoint: folder of checkpoints; the newest one there is continued. None: none are kept.
+    ranks: the processes that train together. Each calls this with the same arguments, but
+    `should_stop` and the clock of the first one decide for all.
     Raises UserError for no rows or a checkpoint of another run, Fatal for three steps that are not
     finite.
     """
-    loop = _Loop(model, rows, loss_fn, config, seed, checkpoint, before_step)
+    loop = _Loop(model, rows, loss_fn, config, seed, checkpoint, before_step, ranks)
     numbers: Mapping[str, float] = {}
     evaluated_at, finished = -1, True
-    while not loop.over():
-        if should_stop():
+    while True:
+        stop = loop.agree(should_stop)
+        if loop.over():
+            break
+        if stop:
             loop.save()
             finished = False
             break
@@ -126,6 +136,7 @@ class _Loop:
         seed: int,
         checkpoint: Path | None,
         before_step: Callable[[Sequence[Any]], None] | None,
+        ranks: Ranks,
     ) -> None:
         if not rows:
             raise UserError(
@@ -135,6 +146,7 @@ class _Loop:
             )
         self.model, self.rows, self.loss_fn = model, rows, loss_fn
         self.config, self.seed, self.before_step = config, seed, before_step
+        self.ranks, self.device = ranks, next(model.parameters()).device
         self.optimizer = make_optimizer(
             model.parameters(), config.lr, config.betas, config.eps, config.weight_decay
         )
@@ -146,18 +158,31 @@ class _Loop:
         self.store: FitCheckpoints | None = None
         if checkpoint is not None:
             costs = [(len(row), row.weight) for row in rows]
-            self.store = FitCheckpoints(checkpoint, fingerprint(config, seed, costs))
+            run = fingerprint(config, seed, costs)
+            _check_same(run, ranks)
+            self.store = FitCheckpoints(checkpoint, run, ranks)
             self.state = self.store.restore(model, self.optimizer) or self.state
             self.skips.total = self.state.skipped
         self.started = time.monotonic() - self.state.seconds
+        self.seconds = self.state.seconds  # trained when the ranks last agreed
         self._epoch, self._order = -1, np.empty(0, dtype=np.int64)
 
     def elapsed(self) -> float:
         return time.monotonic() - self.started
 
+    def agree(self, should_stop: Callable[[], bool]) -> bool:
+        """Take the first rank's time as everybody's; whether that rank is to stop."""
+        own = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self.ranks.first:
+            self.seconds = self.elapsed()
+            own[0], own[1] = self.seconds, should_stop()
+        self.ranks.sum_([own])
+        self.seconds, stop = own.tolist()
+        return bool(stop)
+
     def fraction(self) -> float:
         """Part of the whole that is done: by steps or by time, whichever is further."""
-        by_time = self.elapsed() / self.config.max_seconds if self.config.max_seconds else 0.0
+        by_time = self.seconds / self.config.max_seconds if self.config.max_seconds else 0.0
         return min(1.0, max(self.state.step / self.total, by_time))
 
     def over(self) -> bool:
@@ -174,18 +199,27 @@ class _Loop:
         if self.before_step is not None:
             self.before_step(rows)
         denominator = float(sum(row.weight for row in rows))
-        plan = plan_microbatches([len(row) for row in rows], config.tokens_per_microbatch)
-        calls = [partial(self.loss_fn, [rows[i] for i in part], denominator) for part in plan]
+        share = shares([len(row) for row in rows], config.tokens_per_microbatch, self.ranks)
+        calls = [
+            partial(self._microbatch, [rows[i] for i in part], denominator, counts)
+            for part, counts in share
+        ]
         lr = set_lr(self.optimizer, self._lr_factor())
         outcome = optimiser_step(
-            self.optimizer, self.model.parameters(), calls, config.max_grad_norm, self.skips
+            self.optimizer,
+            self.model.parameters(),
+            calls,
+            config.max_grad_norm,
+            self.skips,
+            self.ranks,
         )
+        metrics = self.ranks.gather_metrics(outcome.metrics)
         self.state.step += 1
         seconds = time.monotonic() - begun
         tokens = sum(len(row) for row in rows)
         return _numbers(
             [
-                *outcome.metrics,
+                *metrics,
                 last("train/grad_norm", outcome.grad_norm),
                 last("train/lr", lr),
                 last("train/epoch", self.state.step / self.steps_per_epoch),
@@ -194,6 +228,12 @@ class _Loop:
                 mean("perf/tokens_per_s", tokens, seconds),
             ]
         )
+
+    def _microbatch(
+        self, rows: Sequence[Any], denominator: float, counts: bool
+    ) -> tuple[Tensor, list[Metric]]:
+        loss, metrics = self.loss_fn(rows, denominator)
+        return (loss, metrics) if counts else (loss * 0.0, [])
 
     def _lr_factor(self) -> float:
         schedule, ratio = self.config.schedule, self.config.warmup_ratio
@@ -213,13 +253,27 @@ class _Loop:
 
 @torch.no_grad()
 def evaluate_rows(
-    rows: Sequence[R], measure: Callable[[Sequence[R]], list[Metric]], tokens_per_microbatch: int
+    rows: Sequence[R],
+    measure: Callable[[Sequence[R]], list[Metric]],
+    tokens_per_microbatch: int,
+    ranks: Ranks = SINGLE,
 ) -> list[Metric]:
-    """`measure` over length-sorted microbatches of all rows, without gradients, merged exactly."""
+    """`measure` over length-sorted microbatches of all rows, without gradients, merged exactly,
+    also over ranks."""
     found: list[Metric] = []
-    for part in plan_microbatches([len(row) for row in rows], tokens_per_microbatch):
-        found += measure([rows[i] for i in part])
-    return list(merge(found).values())
+    for part, counts in shares([len(row) for row in rows], tokens_per_microbatch, ranks):
+        measured = measure([rows[i] for i in part])
+        found += measured if counts else []
+    return ranks.gather_metrics(found)
+
+
+def _check_same(run: str, ranks: Ranks) -> None:
+    """Raises Fatal on a rank that read other rows or another config than the first one."""
+    if ranks.from_first(run) != run:
+        raise Fatal(
+            f"process {ranks.rank} of {ranks.size} has another configuration or other rows than "
+            "the first one: every host needs the same files under the same paths"
+        )
 
 
 def _numbers(metrics: Sequence[Metric]) -> dict[str, float]:

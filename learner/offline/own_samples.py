@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ import torch
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.offline import FitConfig
 from learner.compute.microbatches import TokenRow, token_row
+from learner.compute.ranks import SINGLE, Ranks
+from learner.compute.sharding import Gathered, call
 from learner.models.load import stop_token_ids
 from learner.offline.completion_logps import all_completion_logps
 
@@ -31,6 +34,7 @@ def measure_own_samples(
     *,
     seed: int,
     device: torch.device,
+    ranks: Ranks = SINGLE,
 ) -> dict[str, float]:
     """eval/kl: nats per completion, mean of log pi - log ref over one completion per prompt, with
     its standard error eval/kl_error; eval/length: tokens per completion, end token included.
@@ -43,15 +47,15 @@ def measure_own_samples(
     usable = [ids for ids in prompts if len(ids) < longest]
     if not usable:
         return {}
-    rows = [
-        row
-        for first in range(0, len(usable), _PROMPTS_AT_ONCE)
-        for row in sample(
-            policy, usable[first : first + _PROMPTS_AT_ONCE], longest, ends, seed, device
-        )
-    ]
+    rows = []
+    # The first rank's completions count. Sharded weights need the others in every token, too.
+    writes = ranks.first or isinstance(policy, Gathered)
+    for first in range(0, len(usable) if writes else 0, _PROMPTS_AT_ONCE):
+        part = usable[first : first + _PROMPTS_AT_ONCE]
+        rows += sample(policy, part, longest, ends, seed, device)
+    rows = ranks.from_first(rows)
     ours, theirs = (
-        all_completion_logps(model, rows, start.dtype, device, fit.tokens_per_microbatch)
+        all_completion_logps(model, rows, start.dtype, device, fit.tokens_per_microbatch, ranks)
         for model in (policy, reference)
     )
     ratios = [a - b for a, b in zip(ours, theirs, strict=True)]
@@ -75,7 +79,7 @@ def sample(
     """One completion per prompt at temperature 1, up to `max_tokens` tokens of both together.
 
     Torch's random state is as before afterwards. Prompts are padded on the left, as
-    `transformers.generate` wants them.
+    `transformers.generate` wants them. policy: may be `Gathered`; every rank then has to ask.
     """
     width = max(len(ids) for ids in prompts)
     batch = torch.full((len(prompts), width), ends[0], dtype=torch.int64)
@@ -85,11 +89,14 @@ def sample(
         mask[place, width - len(ids) :] = 1
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        written = policy.generate(
-            input_ids=batch.to(device), attention_mask=mask.to(device), do_sample=True,
+        generate = partial(
+            _generate, input_ids=batch.to(device), attention_mask=mask.to(device), do_sample=True,
             temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_tokens - min(map(len, prompts)),
             eos_token_id=list(ends), pad_token_id=ends[0],
-        )[:, width:].tolist()  # fmt: skip
+            # Ranks that end at different tokens still have to take part in each other's.
+            synced_gpus=isinstance(policy, Gathered),
+        )  # fmt: skip
+        written = call(policy, generate)[:, width:].tolist()
     rows = []
     for ids, tokens in zip(prompts, written, strict=True):
         end = next((place + 1 for place, token in enumerate(tokens) if token in ends), len(tokens))
@@ -97,3 +104,7 @@ def sample(
         mask_row = [False] * len(ids) + [True] * len(completion)
         rows.append(token_row([*ids, *completion], mask_row))
     return rows
+
+
+def _generate(policy: Any, **options: Any) -> Any:
+    return policy.generate(**options)

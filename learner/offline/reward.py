@@ -18,6 +18,8 @@ from cluster.contracts.config.offline import RewardModelConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import Metric
 from learner.compute.microbatches import TokenRow
+from learner.compute.ranks import SINGLE, Ranks
+from learner.compute.sharding import bare
 from learner.models.heads import LmHead, lm_head
 from learner.models.load import (
     load_policy,
@@ -30,10 +32,10 @@ from learner.offline.fit import FitResult, OnStep, fit, never
 from learner.offline.reward_figures import drift, held_out_figures
 from learner.offline.reward_rows import RewardRow, bootstrap, encode
 from learner.offline.reward_saving import (
-    artifact_of,
     gather_members,
     reward_padding_id,
     save_reward_model,
+    spread_of,
 )
 from learner.offline.reward_task import RewardTask, Scores, pair_metrics
 from learner.offline.setup import (
@@ -41,6 +43,7 @@ from learner.offline.setup import (
     TrainingRows,
     encode_all,
     load_rows,
+    placed,
     prepare,
     unheard,
     write_summary,
@@ -70,6 +73,7 @@ def train_reward_model(
     progress: OnStep | None = None,
     should_stop: Callable[[], bool] = never,
     on_rows: OnRows = unheard,
+    ranks: Ranks = SINGLE,
 ) -> Path:
     """Train on pairs, ties and rankings; returns run_dir/reward_model, for
     `models.load.load_reward_members`.
@@ -97,14 +101,17 @@ def train_reward_model(
     count = 1 if config.share_trunk else config.members
     members: list[Member] = []
     for number in range(count):
-        training = _Training(config, run_dir, tokenizer, data, samples, device, number)
+        training = _Training(config, run_dir, tokenizer, data, samples, device, number, ranks)
         tell = None if progress is None else partial(_told, progress, number, count)
         member, result = training.run(tell, should_stop)
         if member is None:  # half a model, whose centring would take long: only its checkpoint
-            write_summary(run_dir, result, data)
+            write_summary(run_dir, result, data, ranks)
             return run_dir / "checkpoints"
         members.append(member)
-    return _finish(config, run_dir, data, members, result)
+    if ranks.first:
+        _finish(run_dir, data, members, result)
+    ranks.barrier()
+    return run_dir / "reward_model"
 
 
 def _told(
@@ -126,6 +133,7 @@ class _Training:
     samples: list[TokenRow] | None
     device: torch.device
     number: int
+    ranks: Ranks
 
     @property
     def place(self) -> Path:
@@ -139,10 +147,11 @@ class _Training:
         config, seed = self.config, self.config.run.seed + self.number
         torch.manual_seed(seed)
         head = _frozen_head(config, self.device)
-        task = RewardTask(self._fresh().to(self.device), config, self.device, head)
+        model = placed(self._fresh(), config.fit, self.device, self.ranks)
+        task = RewardTask(model, config, self.device, head, self.ranks)
         checkpoints = self.run_dir / "checkpoints"
         result = fit(
-            task.model,
+            bare(model),
             bootstrap(self.data.train, config.members if config.share_trunk else 1, seed),
             task.loss,
             config.fit,
@@ -151,6 +160,7 @@ class _Training:
             on_step=progress,
             should_stop=should_stop,
             checkpoint=checkpoints / str(self.number) if self.number else checkpoints,
+            ranks=self.ranks,
         )
         return (self._member(task) if result.finished else None), result
 
@@ -171,9 +181,8 @@ class _Training:
         centred_on = "training rows" if samples is None else "completions of the policy"
         few = (self.data.held or self.data.train)[:GOLDEN_ROWS]
         golden = [side for row in few for side in row.ranked][:GOLDEN_ROWS]
-        artifact = artifact_of(task, self.tokenizer, centre, centred_on, golden)
-        folder = save_reward_model(task.model, self.tokenizer, artifact, self.place)
-        means, scale = centre.mean(axis=0), artifact.centre_std
+        means, scale = centre.mean(axis=0), spread_of(centre)
+        folder = save_reward_model(task, self.tokenizer, centre, centred_on, golden, self.place)
         # Whole models are each on a scale of their own; heads on one trunk share theirs.
         shared = 1.0 if self.config.share_trunk else scale
         return Member(
@@ -185,12 +194,8 @@ class _Training:
 
 
 def _finish(
-    config: RewardModelConfig,
-    run_dir: Path,
-    data: TrainingRows[RewardRow],
-    members: Sequence[Member],
-    result: FitResult,
-) -> Path:
+    run_dir: Path, data: TrainingRows[RewardRow], members: Sequence[Member], result: FitResult
+) -> None:
     """The summary, the figures and the directory of the whole ensemble."""
     held = [np.hstack(parts) for parts in zip(*(member.held for member in members), strict=True)]
     if len(members) > 1 and held:
@@ -205,11 +210,9 @@ def _finish(
     partial_file = run_dir / f".{FIGURES}.part"
     partial_file.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     partial_file.replace(run_dir / FIGURES)
-    if len(members) == 1:
-        return members[0].folder
-    gathered = gather_members([member.folder for member in members], run_dir / "reward_model")
-    shutil.rmtree(run_dir / "members")
-    return gathered
+    if len(members) > 1:
+        gather_members([member.folder for member in members], run_dir / "reward_model")
+        shutil.rmtree(run_dir / "members")
 
 
 def _values(metrics: Sequence[Metric]) -> dict[str, float]:

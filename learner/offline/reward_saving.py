@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 
 from cluster.contracts.errors import UserError
 from learner.compute.microbatches import TokenRow
-from learner.models.files import replace_directory
+from learner.compute.sharding import bare
+from learner.models.files import load_checked, replace_directory
 from learner.models.heads import reward_scores
 from learner.models.reward_artifact import (
     Golden,
@@ -23,13 +25,11 @@ from learner.models.reward_artifact import (
     write_artifact,
 )
 from learner.offline.reward_task import RewardTask, Scores
+from learner.offline.saving import whole_tensors
 
 
-def artifact_of(
-    task: RewardTask, tokenizer: Any, centre: Scores, centred_on: str, golden: Sequence[TokenRow]
-) -> RewardArtifact:
-    """centre: [N, K] raw scores on which the scale is set. golden: completions whose scores show on
-    loading that the very same function is served; the model moves to the CPU for them.
+def spread_of(centre: Scores) -> float:
+    """Standard deviation of [N, K] raw scores on which the scale is set, of the members' mean.
 
     Raises UserError when the scores do not differ: such a model rewards everything the same.
     """
@@ -41,28 +41,55 @@ def artifact_of(
             where="centre",
             fix="train it for longer or with a higher fit.lr, or give more completions",
         )
-    model = task.model.to("cpu")
+    return spread
+
+
+def save_reward_model(
+    task: RewardTask,
+    tokenizer: Any,
+    centre: Scores,
+    centred_on: str,
+    golden: Sequence[TokenRow],
+    directory: Path,
+) -> Path:
+    """Write the directory. Every rank calls it, the first one writes, and none returns before.
+
+    centre: see `spread_of`. golden: completions whose scores show on loading that the very same
+    function is served; a model that is whole moves to the CPU for them.
+    """
+    tensors = whole_tensors(task.model, task.ranks.first)
+
+    def write(folder: Path) -> None:
+        bare(task.model).save_pretrained(folder, state_dict=tensors)
+        tokenizer.save_pretrained(folder)
+        scorer = task.model.to("cpu") if tensors is None else _loaded(folder)
+        scores = tuple(_golden(scorer, row) for row in golden)
+        write_artifact(folder, _artifact(task, tokenizer, centre, centred_on, scores))
+
+    if task.ranks.first:
+        replace_directory(directory, write)
+    task.ranks.barrier()
+    return directory
+
+
+def _artifact(
+    task: RewardTask, tokenizer: Any, centre: Scores, centred_on: str, golden: tuple[Golden, ...]
+) -> RewardArtifact:
     return RewardArtifact(
         tokenizer=tokenizer_fingerprint(tokenizer),
         template=template_hash(tokenizer),
-        centre_mean=float(means.mean()),
-        centre_std=spread,
+        centre_mean=float(centre.mean(axis=1).mean()),
+        centre_std=spread_of(centre),
         centred_on=centred_on,
         max_tokens=task.config.fit.max_tokens,
-        golden=tuple(_golden(model, row) for row in golden),
+        golden=golden,
         member_means=tuple(map(float, centre.mean(axis=0))) if centre.shape[1] > 1 else (),
     )
 
 
-def save_reward_model(
-    model: Any, tokenizer: Any, artifact: RewardArtifact, directory: Path
-) -> Path:
-    def write(folder: Path) -> None:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        write_artifact(folder, artifact)
-
-    return replace_directory(directory, write)
+def _loaded(folder: Path) -> Any:
+    """The model that a folder holds: a sharded one gives its golden scores as it will be served."""
+    return load_checked(transformers.AutoModelForSequenceClassification, str(folder), None, False)
 
 
 def gather_members(folders: Sequence[Path], directory: Path) -> Path:

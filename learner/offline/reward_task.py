@@ -15,12 +15,15 @@ from cluster.contracts.config.offline import RewardModelConfig
 from cluster.contracts.metrics import Metric, last, mean
 from learner.algorithms.loss_terms import metric_parts
 from learner.algorithms.reward_loss import bradley_terry, plackett_luce, rao_kupper_tie
-from learner.compute.microbatches import PaddedRows, TokenRow, pad_rows, plan_microbatches
+from learner.compute.microbatches import PaddedRows, TokenRow, pad_rows
 from learner.compute.optimizer import compute_in
 from learner.compute.optimizer_step import metrics_of
+from learner.compute.ranks import SINGLE, Ranks
+from learner.compute.sharding import bare, call
 from learner.evaluation.calibration import confidences, ece
 from learner.models.heads import LmHead, hidden_states, scores_of_states
 from learner.offline.reward_rows import RewardRow
+from learner.offline.shares import shares
 
 CALIBRATION_BINS = 20
 """Over [0, 1]; certainty is never under 0.5, so that 10 of them can hold pairs."""
@@ -30,19 +33,22 @@ Scores = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class RewardTask:
-    """lm_head: the starting policy's, for the likelihood term; None without one."""
+    """model: may be `Gathered`. lm_head: the starting policy's, for the likelihood term; None
+    without one."""
 
     model: Any
     config: RewardModelConfig
     device: torch.device
     lm_head: LmHead | None = None
+    ranks: Ranks = SINGLE
 
     def forward(self, rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor, PaddedRows]:
         """([B, K] raw scores, [B, T, H] hidden states, the batch) of one padded forward."""
-        batch = pad_rows(rows, self.model.config.get_text_config().pad_token_id, self.device)
+        pad_id = bare(self.model).config.get_text_config().pad_token_id
+        batch = pad_rows(rows, pad_id, self.device)
         with compute_in(self.config.model.dtype, self.device):
-            hidden = hidden_states(self.model, batch.input_ids, batch.attention_mask)
-            return scores_of_states(self.model, hidden, batch.attention_mask), hidden, batch
+            scores, hidden = call(self.model, _scores_and_states, batch)
+        return scores, hidden, batch
 
     def loss(self, rows: Sequence[RewardRow], denominator: float) -> tuple[Tensor, list[Metric]]:
         scores, hidden, batch = self.forward([side for row in rows for side in row.ranked])
@@ -106,13 +112,16 @@ class RewardTask:
 
     @torch.no_grad()
     def score_all(self, rows: Sequence[TokenRow]) -> Scores:
-        """[N, K] raw scores in the order of `rows`."""
-        scores: dict[int, list[float]] = {}
+        """[N, K] raw scores in the order of `rows`, on every rank."""
+        heads = bare(self.model).config.num_labels
+        scores = torch.zeros(len(rows), heads, dtype=torch.float64, device=self.device)
         budget = self.config.fit.tokens_per_microbatch
-        for part in plan_microbatches([len(row) for row in rows], budget):
-            batch = self.forward([rows[i] for i in part])[0].tolist()
-            scores.update(zip(part, batch, strict=True))
-        return np.array([scores[i] for i in range(len(rows))], dtype=np.float64)
+        for part, counts in shares([len(row) for row in rows], budget, self.ranks):
+            found = self.forward([rows[i] for i in part])[0]
+            if counts:
+                scores[part] = found.double()
+        self.ranks.sum_([scores])
+        return scores.cpu().numpy()
 
     def score_rows(self, rows: Sequence[RewardRow]) -> list[Scores]:
         """[M, K] raw scores of each row's completions."""
@@ -125,6 +134,11 @@ class RewardTask:
     def evaluate(self, rows: Sequence[RewardRow]) -> list[Metric]:
         """rm/{loss,accuracy,margin,ece,...} of all pairs that the rows order."""
         return pair_metrics(rows, [scores.mean(axis=1) for scores in self.score_rows(rows)])
+
+
+def _scores_and_states(model: Any, batch: PaddedRows) -> tuple[Tensor, Tensor]:
+    hidden = hidden_states(model, batch.input_ids, batch.attention_mask)
+    return scores_of_states(model, hidden, batch.attention_mask), hidden
 
 
 def pair_metrics(rows: Sequence[RewardRow], scores: Sequence[Scores]) -> list[Metric]:

@@ -17,6 +17,8 @@ from cluster.contracts.rows.messages import Messages
 from cluster.contracts.rows.reader import NOTHING, LeftOut, ReadRows
 from cluster.machine.torch_state import prepare_torch
 from learner.compute.microbatches import TokenRow, token_row
+from learner.compute.ranks import SINGLE, Ranks
+from learner.compute.sharding import shard_model
 from learner.offline.datasets import hold_out
 from learner.offline.fit import FitResult
 
@@ -69,10 +71,22 @@ def unheard(rows: TrainingRows[Any]) -> None:
 
 
 def prepare(config: FitConfig, seed: int) -> torch.device:
-    """Threads, product precision, seed; the device to train on."""
+    """Threads, product precision, seed; the device to train on: the current one of torch, which
+    `learner.compute.ranks.join` has set."""
     prepare_torch(config.threads)
     torch.manual_seed(seed)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def placed(model: Any, config: FitConfig, device: torch.device, ranks: Ranks) -> Any:
+    """The model on the device, ready to be trained: what its forward passes go through (see
+    `learner.compute.sharding.call`), which `bare` makes the model again."""
+    model = model.to(device)
+    if ranks.size > 1 and config.sharding == "fsdp2":
+        return shard_model(
+            model, model.base_model, model.config.get_text_config().num_hidden_layers
+        )
+    return model
 
 
 def encode_all(
@@ -135,8 +149,12 @@ def answered(tokenizer: Any, messages: Messages, answer: str) -> TokenRow:
     return token_row([*prompt, *ids], [False] * len(prompt) + [True] * len(ids))
 
 
-def write_summary(run_dir: Path, result: FitResult, data: TrainingRows[Any]) -> None:
+def write_summary(
+    run_dir: Path, result: FitResult, data: TrainingRows[Any], ranks: Ranks = SINGLE
+) -> None:
     """`fit.json` of the run: how far it came, on how many rows, with which last evaluation."""
+    if not ranks.first:
+        return
     content = {
         "finished": result.finished,
         "steps": result.steps,

@@ -16,13 +16,24 @@ from cluster.contracts.metrics import Metric, mean
 from cluster.contracts.rows.files import BadRow
 from learner.algorithms.logprobs import logprobs_from_logits
 from learner.algorithms.masked import aggregate
-from learner.compute.microbatches import TokenRow, pad_rows, token_row
+from learner.compute.microbatches import PaddedRows, TokenRow, pad_rows, token_row
 from learner.compute.optimizer import compute_in
+from learner.compute.ranks import SINGLE, Ranks
+from learner.compute.sharding import bare, call
 from learner.models.heads import hidden_states, lm_head, token_logprobs
-from learner.models.load import load_policy, load_tokenizer, save_policy
+from learner.models.load import load_policy, load_tokenizer
 from learner.offline.datasets import Demonstration, read_demonstrations
 from learner.offline.fit import OnStep, evaluate_rows, fit, never
-from learner.offline.setup import OnRows, answered, load_rows, prepare, unheard, write_summary
+from learner.offline.saving import save_trained
+from learner.offline.setup import (
+    OnRows,
+    answered,
+    load_rows,
+    placed,
+    prepare,
+    unheard,
+    write_summary,
+)
 
 _ACCURACY_CHUNK = 1024
 """Positions whose logits are held at once when accuracy is measured."""
@@ -34,13 +45,14 @@ def train_sft(
     progress: OnStep | None = None,
     should_stop: Callable[[], bool] = never,
     on_rows: OnRows = unheard,
+    ranks: Ranks = SINGLE,
 ) -> Path:
     """Fine-tune config.model on config.data; returns run_dir/policy, a complete model directory.
 
     Continues from run_dir/checkpoints if there are any. Reports train/loss, eval/loss (nats a
     token) and eval/accuracy (share of tokens that are the most likely one). Stopped early by
     `should_stop`, it still saves a checkpoint and the policy of that moment (`fit.json` then says
-    finished: false).
+    finished: false). Each of several ranks calls it alike; the first one reports and writes.
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
@@ -48,10 +60,11 @@ def train_sft(
     read = read_demonstrations(config.data.path, config.data.split, skip_bad)
     data = load_rows(read, tokenizer, encode, len, config.fit, skip_bad)
     on_rows(data)
-    task = SftTask(load_policy(config.model).to(device), config.model.dtype, device)
+    policy = placed(load_policy(config.model), config.fit, device, ranks)
+    task = SftTask(policy, config.model.dtype, device, ranks)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
-        task.policy,
+        bare(policy),
         [SftRow(row) for row in data.train],
         task.loss,
         config.fit,
@@ -60,9 +73,10 @@ def train_sft(
         on_step=progress,
         should_stop=should_stop,
         checkpoint=run_dir / "checkpoints",
+        ranks=ranks,
     )
-    write_summary(run_dir, result, data)
-    return save_policy(task.policy, tokenizer, run_dir / "policy")
+    write_summary(run_dir, result, data, ranks)
+    return save_trained(policy, tokenizer, run_dir / "policy", ranks)
 
 
 def encode(tokenizer: Any, row: Demonstration) -> TokenRow:
@@ -96,16 +110,17 @@ class SftRow:
 
 @dataclass(frozen=True, slots=True)
 class SftTask:
-    """Loss and evaluation of a policy; `dtype` is what is computed in."""
+    """Loss and evaluation of a policy, which may be `Gathered`; `dtype` is what is computed in."""
 
     policy: Any
     dtype: str
     device: torch.device
+    ranks: Ranks = SINGLE
 
     def loss(self, rows: Sequence[SftRow], denominator: float) -> tuple[Tensor, list[Metric]]:
         batch = pad_rows([row.tokens for row in rows], 0, self.device)
         with compute_in(self.dtype, self.device):
-            logp, _, _ = token_logprobs(self.policy, batch)
+            logp, _, _ = call(self.policy, token_logprobs, batch)
         loss = aggregate(-logp, batch.loss_mask, "token-mean", denominator)
         tokens = sum(row.weight for row in rows)
         return loss, [mean("train/loss", float(loss.detach()) * denominator, tokens)]
@@ -115,21 +130,31 @@ class SftTask:
     ) -> Callable[[], list[Metric]] | None:
         if not rows:
             return None
-        return lambda: evaluate_rows(rows, self.measure, config.fit.tokens_per_microbatch)
+        budget = config.fit.tokens_per_microbatch
+        return lambda: evaluate_rows(rows, self.measure, budget, self.ranks)
 
     def measure(self, rows: Sequence[SftRow]) -> list[Metric]:
         """eval/loss and eval/accuracy of some rows."""
         batch = pad_rows([row.tokens for row in rows], 0, self.device)
         with compute_in(self.dtype, self.device):
-            hidden = hidden_states(self.policy, batch.input_ids, batch.attention_mask)
-        wanted = batch.loss_mask[:, 1:]
-        states, labels = hidden[:, :-1][wanted], batch.input_ids[:, 1:][wanted]
-        head, total, right = lm_head(self.policy), 0.0, 0
-        for part, target in zip(
-            states.split(_ACCURACY_CHUNK), labels.split(_ACCURACY_CHUNK), strict=True
-        ):
-            logits = head.logits(part)
-            total -= float(logprobs_from_logits(logits, target).double().sum())
-            right += int((logits.argmax(dim=-1) == target).sum())
-        count = len(labels)
-        return [mean("eval/loss", total, count), mean("eval/accuracy", right, count)]
+            total, right = call(self.policy, _loss_and_hits, batch)
+        count = sum(row.tokens.trained for row in rows)
+        return [mean("eval/loss", float(total), count), mean("eval/accuracy", float(right), count)]
+
+
+def _loss_and_hits(policy: Any, batch: PaddedRows) -> tuple[Tensor, Tensor]:
+    """(0-d float64 sum of the trained tokens' losses, 0-d int64 number of those that are the most
+    likely one)."""
+    hidden = hidden_states(policy, batch.input_ids, batch.attention_mask)
+    wanted = batch.loss_mask[:, 1:]
+    states, labels = hidden[:, :-1][wanted], batch.input_ids[:, 1:][wanted]
+    head = lm_head(policy)
+    total = states.new_zeros((), dtype=torch.float64)
+    right = labels.new_zeros(())
+    for part, target in zip(
+        states.split(_ACCURACY_CHUNK), labels.split(_ACCURACY_CHUNK), strict=True
+    ):
+        logits = head.logits(part)
+        total = total - logprobs_from_logits(logits, target).double().sum()
+        right = right + (logits.argmax(dim=-1) == target).sum()
+    return total, right
