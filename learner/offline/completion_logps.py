@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner.compute.mesh import ALONE, Mesh
 from learner.compute.microbatches import TokenRow, pad_rows
 from learner.compute.optimizer import compute_in
-from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.sharding import call
 from learner.models.heads import token_logprobs
 from learner.offline.shares import shares
@@ -35,16 +35,16 @@ def all_completion_logps(
     dtype: str,
     device: torch.device,
     tokens_per_microbatch: int,
-    ranks: Ranks = SINGLE,
+    mesh: Mesh = ALONE,
 ) -> list[float]:
     """`completion_logps` of any number of rows, in their order, without gradients.
 
-    Each of several ranks computes its share, and all get all of them."""
+    Each of several processes computes its share, and all get all of them."""
     found = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    for part, counts in shares([len(row) for row in rows], tokens_per_microbatch, ranks):
+    for part, counts in shares([len(row) for row in rows], tokens_per_microbatch, mesh.data):
         logps = completion_logps(model, [rows[i] for i in part], dtype, device)
         if counts:
             found[part] = logps.double()
-    ranks.sum_([found])
+    mesh.data.sum_([found])
     numbers: list[float] = found.tolist()
     return numbers

@@ -17,6 +17,7 @@ from cluster.contracts.plugins import guarded
 from cluster.contracts.registry import PREFERENCE_LOSSES
 from learner.algorithms import preference_loss
 from learner.algorithms.loss_terms import LossTerms, metric_parts
+from learner.compute.mesh import ALONE, Mesh
 from learner.compute.microbatches import TokenRow
 from learner.compute.optimizer_step import metrics_of
 from learner.compute.ranks import SINGLE, Ranks
@@ -38,6 +39,7 @@ from learner.offline.setup import (
     OnRows,
     TrainingRows,
     load_rows,
+    mesh_of,
     placed,
     prepare,
     unheard,
@@ -64,8 +66,9 @@ def train_dpo(
     tokenizer = load_tokenizer(config.model)
     data = read_preference_rows(config, tokenizer)
     on_rows(data)
-    policy = placed(load_policy(config.model), config.fit, device, ranks)
-    task = DpoTask(policy, config, device, ranks=ranks)
+    mesh = mesh_of(config.fit, ranks, device)
+    policy = placed(load_policy(config.model), config.fit, device, mesh)
+    task = DpoTask(policy, config, device, mesh=mesh)
     rows, held = task.with_reference(data.train), task.with_reference(data.held)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
@@ -79,7 +82,7 @@ def train_dpo(
         on_step=progress,
         should_stop=should_stop,
         checkpoint=run_dir / "checkpoints",
-        ranks=ranks,
+        mesh=mesh,
     )
     if result.finished and held and config.kl_samples:
         result = _with_own_samples(result, task, tokenizer, held)
@@ -112,7 +115,7 @@ class DpoTask:
     config: DpoConfig
     device: torch.device
     reference_point: float = 0.0
-    ranks: Ranks = SINGLE
+    mesh: Mesh = ALONE
 
     def _all_logps(self, rows: Sequence[TokenRow | None]) -> list[float]:
         """Summed log-probabilities without gradients; 0 where there is no completion."""
@@ -120,7 +123,7 @@ class DpoTask:
         config = self.config
         budget = config.fit.tokens_per_microbatch
         logps = all_completion_logps(
-            self.policy, there, config.model.dtype, self.device, budget, self.ranks
+            self.policy, there, config.model.dtype, self.device, budget, self.mesh
         )
         found = iter(logps)
         return [0.0 if row is None else next(found) for row in rows]
@@ -224,7 +227,7 @@ class DpoTask:
         def evaluate() -> list[Metric]:
             self.measure_reference_point(rows)
             budget = self.config.fit.tokens_per_microbatch
-            return evaluate_rows(rows, self.measure, budget, self.ranks)
+            return evaluate_rows(rows, self.measure, budget, self.mesh)
 
         return evaluate
 
@@ -274,13 +277,13 @@ def _with_own_samples(
     prompts = list(dict.fromkeys(tuple(map(int, prompt_of(row.sides[0]))) for row in held))
     found = measure_own_samples(
         task.policy,
-        placed(load_policy(config.model), config.fit, task.device, task.ranks),
+        placed(load_policy(config.model), config.fit, task.device, task.mesh),
         tokenizer,
         prompts[: config.kl_samples],
         config.model,
         config.fit,
         seed=config.run.seed,
         device=task.device,
-        ranks=task.ranks,
+        mesh=task.mesh,
     )
     return replace(result, numbers={**result.numbers, **found})

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from cluster.contracts.config.offline import FitConfig
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, last, mean, merge
+from learner.compute.mesh import ALONE, Mesh
 from learner.compute.optimizer import lr_factor, make_optimizer, set_lr
 from learner.compute.optimizer_step import SkipCounter, optimiser_step
-from learner.compute.ranks import SINGLE, Ranks
+from learner.compute.ranks import Ranks
 from learner.offline.checkpoint import FitCheckpoints, FitState, fingerprint
 from learner.offline.shares import shares
 
@@ -78,7 +79,7 @@ def fit(
     on_step: OnStep | None = None,
     should_stop: Callable[[], bool] = never,
     checkpoint: Path | None = None,
-    ranks: Ranks = SINGLE,
+    mesh: Mesh = ALONE,
 ) -> FitResult:
     """Train `model` in place until epochs, max_steps or max_seconds are over, whichever is first.
 
@@ -86,12 +87,12 @@ def fit(
     evaluate: called every `eval_every` steps and when all is done; its metrics go to `on_step` too.
     should_stop: asked before every step; True saves a checkpoint and returns with finished False.
     checkpoint: folder of checkpoints; the newest one there is continued. None: none are kept.
-    ranks: the processes that train together. Each calls this with the same arguments, but
+    mesh: of the processes that train together. Each calls this with the same arguments, but
     `should_stop` and the clock of the first one decide for all.
     Raises UserError for no rows or a checkpoint of another run, Fatal for three steps that are not
     finite.
     """
-    loop = _Loop(model, rows, loss_fn, config, seed, checkpoint, before_step, ranks)
+    loop = _Loop(model, rows, loss_fn, config, seed, checkpoint, before_step, mesh)
     numbers: Mapping[str, float] = {}
     evaluated_at, finished = -1, True
     while True:
@@ -136,7 +137,7 @@ class _Loop:
         seed: int,
         checkpoint: Path | None,
         before_step: Callable[[Sequence[Any]], None] | None,
-        ranks: Ranks,
+        mesh: Mesh,
     ) -> None:
         if not rows:
             raise UserError(
@@ -146,7 +147,7 @@ class _Loop:
             )
         self.model, self.rows, self.loss_fn = model, rows, loss_fn
         self.config, self.seed, self.before_step = config, seed, before_step
-        self.ranks, self.device = ranks, next(model.parameters()).device
+        self.mesh, self.device = mesh, next(model.parameters()).device
         self.optimizer = make_optimizer(
             model.parameters(), config.lr, config.betas, config.eps, config.weight_decay
         )
@@ -159,8 +160,8 @@ class _Loop:
         if checkpoint is not None:
             costs = [(len(row), row.weight) for row in rows]
             run = fingerprint(config, seed, costs)
-            _check_same(run, ranks)
-            self.store = FitCheckpoints(checkpoint, run, ranks)
+            _check_same(run, mesh.everyone)
+            self.store = FitCheckpoints(checkpoint, run, mesh.everyone)
             self.state = self.store.restore(model, self.optimizer) or self.state
             self.skips.total = self.state.skipped
         self.started = time.monotonic() - self.state.seconds
@@ -173,10 +174,10 @@ class _Loop:
     def agree(self, should_stop: Callable[[], bool]) -> bool:
         """Take the first rank's time as everybody's; whether that rank is to stop."""
         own = torch.zeros(2, dtype=torch.float64, device=self.device)
-        if self.ranks.first:
+        if self.mesh.first:
             self.seconds = self.elapsed()
             own[0], own[1] = self.seconds, should_stop()
-        self.ranks.sum_([own])
+        self.mesh.everyone.sum_([own])
         self.seconds, stop = own.tolist()
         return bool(stop)
 
@@ -199,7 +200,7 @@ class _Loop:
         if self.before_step is not None:
             self.before_step(rows)
         denominator = float(sum(row.weight for row in rows))
-        share = shares([len(row) for row in rows], config.tokens_per_microbatch, self.ranks)
+        share = shares([len(row) for row in rows], config.tokens_per_microbatch, self.mesh.data)
         calls = [
             partial(self._microbatch, [rows[i] for i in part], denominator, counts)
             for part, counts in share
@@ -211,9 +212,9 @@ class _Loop:
             calls,
             config.max_grad_norm,
             self.skips,
-            self.ranks,
+            self.mesh,
         )
-        metrics = self.ranks.gather_metrics(outcome.metrics)
+        metrics = self.mesh.data.gather_metrics(outcome.metrics)
         self.state.step += 1
         seconds = time.monotonic() - begun
         tokens = sum(len(row) for row in rows)
@@ -256,15 +257,15 @@ def evaluate_rows(
     rows: Sequence[R],
     measure: Callable[[Sequence[R]], list[Metric]],
     tokens_per_microbatch: int,
-    ranks: Ranks = SINGLE,
+    mesh: Mesh = ALONE,
 ) -> list[Metric]:
     """`measure` over length-sorted microbatches of all rows, without gradients, merged exactly,
-    also over ranks."""
+    also over processes."""
     found: list[Metric] = []
-    for part, counts in shares([len(row) for row in rows], tokens_per_microbatch, ranks):
+    for part, counts in shares([len(row) for row in rows], tokens_per_microbatch, mesh.data):
         measured = measure([rows[i] for i in part])
         found += measured if counts else []
-    return ranks.gather_metrics(found)
+    return mesh.data.gather_metrics(found)
 
 
 def _check_same(run: str, ranks: Ranks) -> None:

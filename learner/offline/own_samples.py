@@ -15,8 +15,8 @@ import torch
 
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.offline import FitConfig
+from learner.compute.mesh import ALONE, Mesh
 from learner.compute.microbatches import TokenRow, token_row
-from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.sharding import Gathered, call
 from learner.models.load import stop_token_ids
 from learner.offline.completion_logps import all_completion_logps
@@ -34,7 +34,7 @@ def measure_own_samples(
     *,
     seed: int,
     device: torch.device,
-    ranks: Ranks = SINGLE,
+    mesh: Mesh = ALONE,
 ) -> dict[str, float]:
     """eval/kl: nats per completion, mean of log pi - log ref over one completion per prompt, with
     its standard error eval/kl_error; eval/length: tokens per completion, end token included.
@@ -48,14 +48,14 @@ def measure_own_samples(
     if not usable:
         return {}
     rows = []
-    # The first rank's completions count. Sharded weights need the others in every token, too.
-    writes = ranks.first or isinstance(policy, Gathered)
+    # The first process's completions count. Sharded weights need the others in every token, too.
+    writes = mesh.first or isinstance(policy, Gathered)
     for first in range(0, len(usable) if writes else 0, _PROMPTS_AT_ONCE):
         part = usable[first : first + _PROMPTS_AT_ONCE]
         rows += sample(policy, part, longest, ends, seed, device)
-    rows = ranks.from_first(rows)
+    rows = mesh.everyone.from_first(rows)
     ours, theirs = (
-        all_completion_logps(model, rows, start.dtype, device, fit.tokens_per_microbatch, ranks)
+        all_completion_logps(model, rows, start.dtype, device, fit.tokens_per_microbatch, mesh)
         for model in (policy, reference)
     )
     ratios = [a - b for a, b in zip(ours, theirs, strict=True)]

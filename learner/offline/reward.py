@@ -17,6 +17,7 @@ from torch import nn
 from cluster.contracts.config.offline import RewardModelConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import Metric
+from learner.compute.mesh import Mesh
 from learner.compute.microbatches import TokenRow
 from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.sharding import bare
@@ -43,6 +44,7 @@ from learner.offline.setup import (
     TrainingRows,
     encode_all,
     load_rows,
+    mesh_of,
     placed,
     prepare,
     unheard,
@@ -97,11 +99,12 @@ def train_reward_model(
     data = load_rows(read, tokenizer, encode_row, lambda row: row.longest, config.fit, skip_bad)
     on_rows(data)
     samples = _policy_samples(config, tokenizer)
+    mesh = mesh_of(config.fit, ranks, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     count = 1 if config.share_trunk else config.members
     members: list[Member] = []
     for number in range(count):
-        training = _Training(config, run_dir, tokenizer, data, samples, device, number, ranks)
+        training = _Training(config, run_dir, tokenizer, data, samples, device, number, mesh)
         tell = None if progress is None else partial(_told, progress, number, count)
         member, result = training.run(tell, should_stop)
         if member is None:  # half a model, whose centring would take long: only its checkpoint
@@ -133,7 +136,7 @@ class _Training:
     samples: list[TokenRow] | None
     device: torch.device
     number: int
-    ranks: Ranks
+    mesh: Mesh
 
     @property
     def place(self) -> Path:
@@ -147,8 +150,8 @@ class _Training:
         config, seed = self.config, self.config.run.seed + self.number
         torch.manual_seed(seed)
         head = _frozen_head(config, self.device)
-        model = placed(self._fresh(), config.fit, self.device, self.ranks)
-        task = RewardTask(model, config, self.device, head, self.ranks)
+        model = placed(self._fresh(), config.fit, self.device, self.mesh)
+        task = RewardTask(model, config, self.device, head, self.mesh)
         checkpoints = self.run_dir / "checkpoints"
         result = fit(
             bare(model),
@@ -160,7 +163,7 @@ class _Training:
             on_step=progress,
             should_stop=should_stop,
             checkpoint=checkpoints / str(self.number) if self.number else checkpoints,
-            ranks=self.ranks,
+            mesh=self.mesh,
         )
         return (self._member(task) if result.finished else None), result
 

@@ -52,12 +52,12 @@ def save_reward_model(
     golden: Sequence[TokenRow],
     directory: Path,
 ) -> Path:
-    """Write the directory. Every rank calls it, the first one writes, and none returns before.
+    """Write the directory. Every process calls it, the first one writes, and none returns before.
 
     centre: see `spread_of`. golden: completions whose scores show on loading that the very same
     function is served; a model that is whole moves to the CPU for them.
     """
-    tensors = whole_tensors(task.model, task.ranks.first)
+    tensors = whole_tensors(task.model, task.mesh.everyone.first)
 
     def write(folder: Path) -> None:
         bare(task.model).save_pretrained(folder, state_dict=tensors)
@@ -66,9 +66,9 @@ def save_reward_model(
         scores = tuple(_golden(scorer, row) for row in golden)
         write_artifact(folder, _artifact(task, tokenizer, centre, centred_on, scores))
 
-    if task.ranks.first:
+    if task.mesh.everyone.first:
         replace_directory(directory, write)
-    task.ranks.barrier()
+    task.mesh.everyone.barrier()
     return directory
 
 

@@ -15,10 +15,10 @@ from cluster.contracts.config.offline import RewardModelConfig
 from cluster.contracts.metrics import Metric, last, mean
 from learner.algorithms.loss_terms import metric_parts
 from learner.algorithms.reward_loss import bradley_terry, plackett_luce, rao_kupper_tie
+from learner.compute.mesh import ALONE, Mesh
 from learner.compute.microbatches import PaddedRows, TokenRow, pad_rows
 from learner.compute.optimizer import compute_in
 from learner.compute.optimizer_step import metrics_of
-from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.sharding import bare, call
 from learner.evaluation.calibration import confidences, ece
 from learner.models.heads import LmHead, hidden_states, scores_of_states
@@ -40,7 +40,7 @@ class RewardTask:
     config: RewardModelConfig
     device: torch.device
     lm_head: LmHead | None = None
-    ranks: Ranks = SINGLE
+    mesh: Mesh = ALONE
 
     def forward(self, rows: Sequence[TokenRow]) -> tuple[Tensor, Tensor, PaddedRows]:
         """([B, K] raw scores, [B, T, H] hidden states, the batch) of one padded forward."""
@@ -112,15 +112,15 @@ class RewardTask:
 
     @torch.no_grad()
     def score_all(self, rows: Sequence[TokenRow]) -> Scores:
-        """[N, K] raw scores in the order of `rows`, on every rank."""
+        """[N, K] raw scores in the order of `rows`, on every process."""
         heads = bare(self.model).config.num_labels
         scores = torch.zeros(len(rows), heads, dtype=torch.float64, device=self.device)
         budget = self.config.fit.tokens_per_microbatch
-        for part, counts in shares([len(row) for row in rows], budget, self.ranks):
+        for part, counts in shares([len(row) for row in rows], budget, self.mesh.data):
             found = self.forward([rows[i] for i in part])[0]
             if counts:
                 scores[part] = found.double()
-        self.ranks.sum_([scores])
+        self.mesh.data.sum_([scores])
         return scores.cpu().numpy()
 
     def score_rows(self, rows: Sequence[RewardRow]) -> list[Scores]:

@@ -16,6 +16,7 @@ from cluster.contracts.rows.files import BadRow
 from cluster.contracts.rows.messages import Messages
 from cluster.contracts.rows.reader import NOTHING, LeftOut, ReadRows
 from cluster.machine.torch_state import prepare_torch
+from learner.compute.mesh import Mesh
 from learner.compute.microbatches import TokenRow, token_row
 from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.sharding import shard_model
@@ -78,11 +79,18 @@ def prepare(config: FitConfig, seed: int) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def placed(model: Any, config: FitConfig, device: torch.device, ranks: Ranks) -> Any:
+def mesh_of(config: FitConfig, ranks: Ranks, device: torch.device) -> Mesh:
+    """What each of the processes does with the others; every one has to ask."""
+    return Mesh.of(
+        ranks, tensor=config.tensor_parallel, sequence=config.sequence_parallel, device=device
+    )
+
+
+def placed(model: Any, config: FitConfig, device: torch.device, mesh: Mesh) -> Any:
     """The model on the device, ready to be trained: what its forward passes go through (see
     `learner.compute.sharding.call`), which `bare` makes the model again."""
     model = model.to(device)
-    if ranks.size > 1 and config.sharding == "fsdp2":
+    if mesh.shards.size > 1 and config.sharding == "fsdp2":
         return shard_model(
             model, model.base_model, model.config.get_text_config().num_hidden_layers
         )

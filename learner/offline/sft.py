@@ -16,6 +16,7 @@ from cluster.contracts.metrics import Metric, mean
 from cluster.contracts.rows.files import BadRow
 from learner.algorithms.logprobs import logprobs_from_logits
 from learner.algorithms.masked import aggregate
+from learner.compute.mesh import ALONE, Mesh
 from learner.compute.microbatches import PaddedRows, TokenRow, pad_rows, token_row
 from learner.compute.optimizer import compute_in
 from learner.compute.ranks import SINGLE, Ranks
@@ -29,6 +30,7 @@ from learner.offline.setup import (
     OnRows,
     answered,
     load_rows,
+    mesh_of,
     placed,
     prepare,
     unheard,
@@ -60,8 +62,9 @@ def train_sft(
     read = read_demonstrations(config.data.path, config.data.split, skip_bad)
     data = load_rows(read, tokenizer, encode, len, config.fit, skip_bad)
     on_rows(data)
-    policy = placed(load_policy(config.model), config.fit, device, ranks)
-    task = SftTask(policy, config.model.dtype, device, ranks)
+    mesh = mesh_of(config.fit, ranks, device)
+    policy = placed(load_policy(config.model), config.fit, device, mesh)
+    task = SftTask(policy, config.model.dtype, device, mesh)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
         bare(policy),
@@ -73,7 +76,7 @@ def train_sft(
         on_step=progress,
         should_stop=should_stop,
         checkpoint=run_dir / "checkpoints",
-        ranks=ranks,
+        mesh=mesh,
     )
     write_summary(run_dir, result, data, ranks)
     return save_trained(policy, tokenizer, run_dir / "policy", ranks)
@@ -115,7 +118,7 @@ class SftTask:
     policy: Any
     dtype: str
     device: torch.device
-    ranks: Ranks = SINGLE
+    mesh: Mesh = ALONE
 
     def loss(self, rows: Sequence[SftRow], denominator: float) -> tuple[Tensor, list[Metric]]:
         batch = pad_rows([row.tokens for row in rows], 0, self.device)
@@ -131,7 +134,7 @@ class SftTask:
         if not rows:
             return None
         budget = config.fit.tokens_per_microbatch
-        return lambda: evaluate_rows(rows, self.measure, budget, self.ranks)
+        return lambda: evaluate_rows(rows, self.measure, budget, self.mesh)
 
     def measure(self, rows: Sequence[SftRow]) -> list[Metric]:
         """eval/loss and eval/accuracy of some rows."""

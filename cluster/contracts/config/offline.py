@@ -24,7 +24,11 @@ class FitConfig(ComputeConfig):
 
     section: ClassVar[str] = "fit"
     unsupported: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ComputeConfig.model_fields, "offline training does not do it yet"
+        (
+            *("tensor_parallel", "sequence_parallel", "gradient_checkpointing"),
+            *("reshard_after_forward", "prefetch_layers", "offload", "optimizer"),
+        ),
+        "offline training does not do it yet",
     )
 
     epochs: int = Field(1, ge=1, description="Passes over all rows.")

@@ -35,7 +35,6 @@ FIT = {"lr": 0.1, "eps": 1.0, "rows_per_step": 12, "tokens_per_microbatch": 96, 
 FIT |= {"eval_every": 2, "eval_fraction": 0.3, "max_tokens": 32, "schedule": "constant"}
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
-    "sft-recomputed": ("sft", {"fit": {"gradient_checkpointing": True}}),
     "reward": ("reward", {"centre_coef": 0.01, "nll_coef": 0.01, "members": 3}),
     "ensemble": ("reward", {"members": 2, "share_trunk": False}),
     "dpo": ("dpo", {"kl_samples": 8}),
@@ -155,8 +154,8 @@ def assert_same_run(ours: Path, theirs: Path) -> None:
             got, wanted = (flat(json.loads((run / name).read_text())) for run in (ours, theirs))
             assert got.keys() == wanted.keys()
             for key, value in wanted.items():
-                if key != "seconds":
-                    assert got[key] == pytest.approx(value, rel=1e-5, abs=1e-5), (name, key)
+                same = got[key] == value or got[key] == pytest.approx(value, rel=1e-5, abs=1e-5)
+                assert same or key == ".seconds", (name, key, got[key], value)
 
 
 def flat(tree: Any, before: str = "") -> dict[str, Any]:
