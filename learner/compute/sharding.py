@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -47,21 +48,71 @@ def bare(model: Any) -> Any:
     return model.model if isinstance(model, Gathered) else model
 
 
-def shard_model(model: Any, trunk: nn.Module, layers: int) -> Gathered:
-    """Shard `model` in place over all ranks, each of the trunk's `layers` decoder layers by itself.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sharding:
+    """How `fully_shard` deals a model out.
+
+    mesh: the processes that get a part each; None: all. bfloat16: weights are gathered in bfloat16
+    and layers compute in it; parts, gradients and moments stay float32, and gradients are summed
+    in float32. reshard, prefetch, on_host: see `reshard_after_forward`, `prefetch_layers` and
+    `offload` of `ComputeConfig`.
+    """
+
+    mesh: Any = None
+    bfloat16: bool = False
+    reshard: bool = True
+    prefetch: int = 1
+    on_host: bool = False
+
+    def apply(self, module: nn.Module, *, exact: bool = False) -> None:
+        """Shard what of a module is not sharded yet. Gradients are summed over ranks, not averaged.
+
+        exact: compute in float32 whatever `bfloat16` says.
+        """
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
+
+        # Nothing here changes what a pass returned in place, which is what this warns of.
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        mixed = MixedPrecisionPolicy()
+        if self.bfloat16 and not exact:
+            mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        offload = OffloadPolicy()
+        if self.on_host:
+            offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available())
+        # The root, too, gives its weights back after a forward pass: outside of passes, parameters
+        # are then always the sharded ones.
+        sharded: Any = fully_shard(
+            module,
+            mesh=self.mesh,
+            reshard_after_forward=self.reshard or isinstance(module, Gathered),
+            mp_policy=mixed,
+            offload_policy=offload,
+        )
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+
+
+def shard_model(model: Any, trunk: nn.Module, layers: int, how: Sharding | None = None) -> Gathered:
+    """Shard `model` in place, each of the trunk's `layers` decoder layers by itself.
 
     Raises UserError for a model without such a list of layers.
     """
-    shard_layers(trunk, layers)
+    how = how or Sharding()
+    shard_layers(trunk, layers, how)
     root = Gathered(model)
-    shard_whole(root)
+    how.apply(root)
     return root
 
 
-def shard_layers(trunk: nn.Module, layers: int) -> None:
-    """Shard each decoder layer of a trunk."""
+def shard_layers(trunk: nn.Module, layers: int, how: Sharding) -> None:
+    """Shard each decoder layer of a trunk, and say which are gathered ahead of which."""
     lists = (m for m in trunk.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
-    found = next(lists, None)
+    found: Any = next(lists, None)
     if found is None:
         raise UserError(
             f"{type(trunk).__name__} has no list of its {layers} layers, which could be sharded",
@@ -69,20 +120,53 @@ def shard_layers(trunk: nn.Module, layers: int) -> None:
             fix="set learner.sharding = 'none'",
         )
     for layer in found:
-        shard_whole(layer)
+        how.apply(layer)
+    # One layer ahead is what fully_shard does by itself.
+    if how.prefetch > 1:
+        for at, layer in enumerate(found):
+            ahead, behind = found[at + 1 :][: how.prefetch], found[:at][::-1][: how.prefetch]
+            layer.set_modules_to_forward_prefetch(list(ahead))
+            layer.set_modules_to_backward_prefetch(list(behind))
 
 
-def shard_whole(module: nn.Module) -> None:
-    """Shard what of a module is not sharded yet. Gradients are summed over ranks, not averaged."""
-    from torch.distributed.fsdp import fully_shard
+def local_region(tensor: Tensor) -> tuple[slice, ...]:
+    """Which part of the whole tensor this rank holds: one slice for each dimension."""
+    if not is_sharded(tensor):
+        return tuple(slice(0, size) for size in tensor.shape)
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    # Nothing here changes what a pass returned in place, which is what this warns of.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    # The root, too, gives its weights back after a forward pass: outside of passes, parameters
-    # are then always the sharded ones.
-    sharded: Any = fully_shard(module, reshard_after_forward=True)
-    sharded.set_gradient_divide_factor(1.0)
-    sharded.set_force_sum_reduction_for_comms(True)
+    assert isinstance(tensor, DTensor)
+    mesh, where = tensor.device_mesh, tensor.placements
+    sizes, starts = compute_local_shape_and_global_offset(tensor.shape, mesh, where)
+    return tuple(slice(start, start + size) for start, size in zip(starts, sizes, strict=True))
+
+
+def materialise(
+    module: nn.Module, device: torch.device | str, *, weights_on_host: bool = False
+) -> None:
+    """Give memory on `device` to what of a module has none yet, a tied parameter once; the numbers
+    in it are arbitrary. Move the rest there."""
+    home = "cpu" if weights_on_host else device
+
+    def place(tensor: Tensor) -> Tensor:
+        where = home if isinstance(tensor, nn.Parameter) else device
+        return torch.empty_like(tensor, device=where) if tensor.is_meta else tensor.to(where)
+
+    tied = _tied(module)
+    module._apply(place)
+    for first, *others in tied:
+        for name in others:
+            owner, _, last = name.rpartition(".")
+            setattr(module.get_submodule(owner), last, module.get_parameter(first))
+
+
+def _tied(module: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [found for found in names.values() if len(found) > 1]
 
 
 def summed_already(grad: Tensor) -> bool:

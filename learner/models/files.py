@@ -3,11 +3,13 @@ writing a directory so that a reader never sees half of it."""
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -16,9 +18,14 @@ from urllib.request import getproxies
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch import nn
 
 from cluster.contracts.errors import UserError
-from learner.models.weight_files import check_weight_files
+from learner.compute.sharding import materialise
+from learner.models.fill import fill, fill_from, names_in_files, without_weights
+from learner.models.weight_files import check_weight_files, holds_safetensors
+
+_log = logging.getLogger(__name__)
 
 
 def load_checked(
@@ -58,6 +65,95 @@ def load_checked(
             fix="copy the complete model directory, or use another model",
         )
     return model.eval()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placing:
+    """How a model comes to its device without ever being whole on one.
+
+    prepare: changes the model in place while it has no memory (checkpointing, adapters, tensor
+    plan, `fully_shard`), and returns the outermost module that has to get some. dtype: of its
+    weights. weights_on_host: only buffers go to the device.
+    """
+
+    prepare: Callable[[Any], nn.Module]
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    weights_on_host: bool = False
+
+
+def load_placed(
+    kind: Any,
+    path: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    placing: Placing,
+    *,
+    part: Callable[[Any], Any] = lambda model: model,
+    may_miss: tuple[str, ...] = (),
+    **config_changes: Any,
+) -> Any:
+    """As `load_checked`, but each process reads and keeps only its own part of the weights.
+
+    part: what of the model is wanted (its trunk, say); the rest never gets memory. What of
+    `may_miss` the files lack has arbitrary numbers afterwards. A model whose
+    tensors transformers merges or splits as it loads (experts), or whose weights are no
+    safetensors, is read whole by each process first, into the memory of the host; the log says so.
+    """
+    common = {"revision": revision, "trust_remote_code": trust_remote_code}
+    config = checked_config(kind, path, common, may_miss, config_changes)
+
+    def empty() -> Any:
+        with without_weights():
+            model = kind.from_config(
+                config, dtype=placing.dtype, attn_implementation=_attention(config)
+            )
+        return model.eval()
+
+    with quiet_transformers():
+        model = explained(empty, path, "model")
+        if model.can_generate():
+            model.generation_config = explained(
+                lambda: transformers.GenerationConfig.from_pretrained(path, revision=revision),
+                path,
+                "generation config",
+                missing=model.generation_config,
+            )
+    folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision)
+    names = names_in_files(model, folder) if holds_safetensors(folder) else None
+    wanted = part(model)
+    above = next(name for name, module in model.named_modules() if module is wanted)
+    root = placing.prepare(wanted)
+    materialise(root, placing.device, weights_on_host=placing.weights_on_host)
+
+    def source(name: str) -> str | None:
+        if ".lora_" in name:
+            return None  # an adapter, which the caller initialises
+        whole = ".".join(filter(None, (above, name.replace(".base_layer.", "."))))
+        return whole if names is None else names.get(whole, whole)
+
+    if names is None:
+        _log.warning(
+            "%s: each process reads the whole model (%s), in the host's memory", path, kind
+        )
+        given: Any = {"may_miss": may_miss, **config_changes}
+        state = load_checked(kind, path, revision, trust_remote_code, **given).state_dict()
+        fill_from(wanted, state, named=source)
+    else:
+        explained(lambda: fill(wanted, folder, named=source, may_miss=may_miss), path, "model")
+    return wanted
+
+
+def _downloaded(path: str, revision: str | None) -> Path:
+    """Folder of this host's copy of a hub model with all of its weights."""
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.json", "*.safetensors"]
+    return Path(
+        explained(
+            lambda: snapshot_download(path, revision=revision, allow_patterns=kinds), path, "model"
+        )
+    )
 
 
 def checked_config(

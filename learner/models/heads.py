@@ -157,7 +157,9 @@ def check_lm_head(policy: Any) -> None:
     mask = torch.ones_like(ids)
     own = policy(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
     ours = head.logits(hidden_states(policy, ids, mask))
-    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=1e-3, atol=1e-3):
+    # The model rounds its logits to its own type, and ours are float32.
+    close = 1e-3 if head.weight.dtype == torch.float32 else 3e-2
+    if own.shape != ours.shape or not torch.allclose(own, ours, rtol=close, atol=close):
         raise UserError(
             f"{type(policy).__name__} computes its logits in a way Accord does not know",
             where=str(policy.config.name_or_path),

@@ -17,14 +17,17 @@ from torch import Tensor, nn
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.errors import UserError
 from learner.models.files import (
+    Placing,
     as_list,
     explained,
     load_checked,
+    load_placed,
     quiet_transformers,
     read_template,
     replace_directory,
     require_directory,
 )
+from learner.models.fill import read_tensor
 from learner.models.heads import (
     check_lm_head,
     reward_scores,
@@ -38,30 +41,43 @@ GOLDEN_TOLERANCE = 1e-2
 """Relative to max(1, |score|): float32 on another machine differs far less, a wrong head more."""
 
 
-def load_policy(cfg: ModelConfig) -> Any:
+def load_policy(cfg: ModelConfig, placing: Placing | None = None) -> Any:
     """A causal language model in float32 and eval mode, on the CPU; every parameter trainable.
 
+    placing: where else, in which type, and in which parts (see `Placing`); then the caller checks
+    the head (`check_lm_head`) through the module that forward passes have to go through.
     Raises UserError for a missing directory, one that holds no model, an unknown architecture, an
     unreachable hub id, damaged or incomplete weights, logits Accord cannot reproduce.
     """
-    model = load_checked(
-        transformers.AutoModelForCausalLM, cfg.path, cfg.revision, cfg.trust_remote_code
-    )
+    kind, source = transformers.AutoModelForCausalLM, (cfg.path, cfg.revision)
+    if placing is not None:
+        return load_placed(kind, *source, cfg.trust_remote_code, placing)
+    model = load_checked(kind, *source, cfg.trust_remote_code)
     check_lm_head(model)
     return model
 
 
-def load_sequence_classifier(cfg: ModelConfig, *, pad_token_id: int, heads: int = 1) -> Any:
+def load_trunk(cfg: ModelConfig, placing: Placing, reward_model: str | None = None) -> Any:
+    """The decoder trunk of a causal language model, or of a reward model, without its head;
+    otherwise as `load_policy`."""
+    if reward_model is None:
+        kind: Any = transformers.AutoModelForCausalLM
+        source = (cfg.path, cfg.revision, cfg.trust_remote_code)
+    else:
+        kind, source = transformers.AutoModelForSequenceClassification, (reward_model, None, False)
+    return load_placed(kind, *source, placing, part=lambda model: model.base_model)
+
+
+def load_sequence_classifier(
+    cfg: ModelConfig, *, pad_token_id: int, heads: int = 1, placing: Placing | None = None
+) -> Any:
     """The policy's trunk under scalar `score` heads of zeros, to be trained as a reward model."""
-    model = load_checked(
-        transformers.AutoModelForSequenceClassification,
-        cfg.path,
-        cfg.revision,
-        cfg.trust_remote_code,
-        may_miss=("score.",),
-        num_labels=heads,
-        pad_token_id=pad_token_id,
-    )
+    kind, source = transformers.AutoModelForSequenceClassification, (cfg.path, cfg.revision)
+    given: Any = {"may_miss": ("score.",), "num_labels": heads, "pad_token_id": pad_token_id}
+    if placing is None:
+        model = load_checked(kind, *source, cfg.trust_remote_code, **given)
+    else:
+        model = load_placed(kind, *source, cfg.trust_remote_code, placing, **given)
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise UserError(
             f"{type(model).__name__} has no linear `score` head",
@@ -202,15 +218,7 @@ class ValueModel(nn.Module):
         """Starts as the reward model's score at every token; `normalised` as in its artifact,
         which is the scale PPO gets rewards in."""
         model, artifact = load_reward_model(path)
-        head = zero_linear(model.score.in_features)
-        scale, shift = 1.0, 0.0
-        if normalised:
-            scale, shift = artifact.centre_std, artifact.centre_mean
-        with torch.no_grad():
-            # Of an ensemble: its mean, which is what the scores are centred on.
-            head.weight.copy_(model.score.weight.mean(dim=0, keepdim=True) / scale)
-            head.bias.fill_(-shift / scale)
-        return cls(model.base_model, head)
+        return cls(model.base_model, _value_head(model.score.weight, artifact, normalised))
 
     @classmethod
     def from_policy(cls, policy: Any) -> ValueModel:
@@ -225,3 +233,23 @@ class ValueModel(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             value: Tensor = self.head(hidden.float())
         return value.squeeze(-1)
+
+
+def load_value_head(reward_model: str | None, hidden_size: int) -> nn.Linear:
+    """The head of `ValueModel.from_reward_model`, or one that gives 0."""
+    if reward_model is None:
+        return zero_linear(hidden_size)
+    return _value_head(read_tensor(reward_model, "score.weight"), read_artifact(Path(reward_model)))
+
+
+def _value_head(score: Tensor, artifact: RewardArtifact, normalised: bool = True) -> nn.Linear:
+    """score: [K, H], the heads of a reward model."""
+    head = zero_linear(score.shape[1])
+    scale, shift = 1.0, 0.0
+    if normalised:
+        scale, shift = artifact.centre_std, artifact.centre_mean
+    with torch.no_grad():
+        # Of an ensemble: its mean, which is what the scores are centred on.
+        head.weight.copy_(score.float().mean(dim=0, keepdim=True) / scale)
+        head.bias.fill_(-shift / scale)
+    return head

@@ -33,7 +33,7 @@ def check_weight_files(
     may_miss: prefixes of names that may be missing. A directory with weights in the old format of
     torch is not looked into.
     """
-    if not (directory / INDEX).exists() and not (directory / SINGLE).exists():
+    if not holds_safetensors(directory):
         if any((directory / name).exists() for name in OLD):
             return
         raise UserError(f"holds no weights ({SINGLE} is missing)", where=str(directory), fix=FIX)
@@ -41,6 +41,10 @@ def check_weight_files(
     for file in weight_files(directory):
         found |= tensor_shapes(file)
     _compare(_expected(kind, config), found, directory, may_miss)
+
+
+def holds_safetensors(directory: Path) -> bool:
+    return (directory / INDEX).exists() or (directory / SINGLE).exists()
 
 
 def weight_files(directory: Path) -> list[Path]:
@@ -86,17 +90,20 @@ def tensor_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _expected(kind: Any, config: Any) -> tuple[Shapes, set[str]]:
-    """Name -> shape of the model's parameters, and the names that share another's memory."""
+def _expected(kind: Any, config: Any) -> tuple[Shapes, Mapping[str, str]]:
+    """Name -> shape of the model's parameters; name -> name of the one whose memory it shares."""
     with torch.device("meta"):
         model = kind.from_config(config)
     shapes = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
+    tied: dict[str, str] = dict(getattr(model, "all_tied_weights_keys", None) or {})
     return shapes, tied
 
 
 def _compare(
-    expected: tuple[Shapes, set[str]], found: Shapes, directory: Path, may_miss: tuple[str, ...]
+    expected: tuple[Shapes, Mapping[str, str]],
+    found: Shapes,
+    directory: Path,
+    may_miss: tuple[str, ...],
 ) -> None:
     shapes, tied = expected
     for name, shape in shapes.items():
@@ -108,9 +115,11 @@ def _compare(
                 fix="put back the config.json that belongs to the weights",
             )
     # Where the file holds other names, transformers renames them; it alone knows what is missing.
-    if set(found) - set(shapes) - tied:
+    if set(found) - set(shapes) - set(tied):
         return
-    missing = sorted(set(shapes) - set(found) - tied)
+    # Of tied tensors the file may hold any one.
+    there = {tied[name] for name in found if name in tied}
+    missing = sorted(set(shapes) - set(found) - set(tied) - there)
     missing = [name for name in missing if not name.startswith(may_miss)]
     if missing:
         raise UserError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,10 +16,9 @@ from learner.algorithms.kl import AdaptiveKL, FixedKL
 from learner.compute.mesh import Mesh
 from learner.compute.optimizer import make_optimizer
 from learner.compute.ranks import SINGLE, Ranks
-from learner.compute.sharding import shard_layers, shard_model, shard_whole
 from learner.models.heads import SharedValueHead
 from learner.models.load import ValueModel, load_policy, load_tokenizer
-from learner.models.packed_attention import choose_layout, use_packed_attention
+from learner.models.placement import Placement
 from learner.models.reward_artifact import require_same_tokenizer
 from learner.rl.forward import Networks
 from learner.rl.update import Optimizers
@@ -40,39 +39,82 @@ def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Ne
         sequence=learner.sequence_parallel,
         device=device,
     )
-    policy = load_policy(settings.model).to(device)
     tokenizer = load_tokenizer(settings.model)
-    # The reference is copied before anything is wrapped, compiled or sharded: copies of those
-    # would share state with the policy.
+    place = Placement(
+        compute=learner,
+        device=device,
+        dtype=settings.model.dtype,
+        mesh=mesh,
+        packing=learner.packing,
+    )
+    make = _in_parts if place.in_parts else _whole
+    return make(settings, place, tokenizer), tokenizer
+
+
+def _whole(settings: LearnerSettings, place: Placement, tokenizer: Any) -> Networks:
+    learner, device = settings.learner, place.device
+    policy = load_policy(settings.model).to(device)
+    # The reference is copied before anything is wrapped or compiled: copies of those would share
+    # state with the policy.
     reference = None
     if _wants_reference(settings):
         reference = _reference(settings, policy).to(device).requires_grad_(False)
-    value, shared = _value(settings, policy, tokenizer)
-    if learner.gradient_checkpointing:
-        _checkpoint_gradients(policy)
-        if isinstance(value, ValueModel):
-            _checkpoint_gradients(value.trunk)
+    value: nn.Module | None = None
+    kind = _value_kind(settings, tokenizer)
+    if kind == "shared":
+        value = SharedValueHead(policy.config.get_text_config().hidden_size)
+    elif kind == "own" and learner.value_path is None:
+        value = ValueModel.from_policy(policy)
+    elif kind == "own":
+        value = ValueModel.from_reward_model(str(learner.value_path))
+    place.ready(policy)
+    if reference is not None:
+        place.ready(reference, frozen=True)
+    if isinstance(value, ValueModel):
+        place.ready(value.trunk)
     # In place, after checkpointing is switched on: what is compiled is what will run.
     if learner.compile:
         _compile(policy, reference, value)
-    packed = choose_layout(learner.packing, device, settings.model.dtype, policy)
-    if packed:
-        trunk = value.trunk if isinstance(value, ValueModel) else None
-        use_packed_attention(policy, reference, trunk)
-    networks = Networks(
+    return Networks(
         policy=policy,
         reference=reference,
         value=None if value is None else value.to(device),
-        shared=shared,
+        shared=kind == "shared",
         compute_dtype=settings.model.dtype,
         device=device,
-        packed=packed,
-        mesh=mesh,
+        packed=bool(place.packed),
+        mesh=place.mesh,
     )
-    # Last: from here on parameters are no longer whole tensors.
-    if ranks.size > 1 and learner.sharding == "fsdp2":
-        _shard(networks)
-    return networks, tokenizer
+
+
+def _in_parts(settings: LearnerSettings, place: Placement, tokenizer: Any) -> Networks:
+    """Each model is made without memory, sharded, and then filled from its files: no process ever
+    holds a whole one."""
+    roots, learner = {}, settings.learner
+    policy, roots["policy"] = place.load_policy(settings.model)
+    reference = None
+    if _wants_reference(settings):
+        source = _reference_source(settings)
+        reference, roots["reference"] = place.load_policy(source, frozen=True)
+        _require_same_vocabulary(policy, reference, source.path)
+    value: nn.Module | None = None
+    kind = _value_kind(settings, tokenizer)
+    if kind == "shared":
+        value = SharedValueHead(policy.config.get_text_config().hidden_size)
+        place.sharding().apply(value.to(place.device), exact=True)
+    elif kind == "own":
+        value = place.load_value(settings.model, learner.value_path)
+    return Networks(
+        policy=policy,
+        reference=reference,
+        value=value,
+        shared=kind == "shared",
+        compute_dtype=settings.model.dtype,
+        device=place.device,
+        packed=bool(place.packed),
+        mesh=place.mesh,
+        roots=roots,
+    )
 
 
 def build_optimizers(networks: Networks, learner: LearnerConfig) -> Optimizers:
@@ -128,13 +170,25 @@ def _wants_reference(settings: LearnerSettings) -> bool:
 
 
 def _reference(settings: LearnerSettings, policy: Any) -> Any:
-    path = settings.learner.reference_path
     # The starting policy as it is in memory: reading the files again could give other weights.
-    if path is None:
+    if settings.learner.reference_path is None:
         return copy.deepcopy(policy)
+    source = _reference_source(settings)
+    reference = load_policy(source)
+    _require_same_vocabulary(policy, reference, source.path)
+    return reference
+
+
+def _reference_source(settings: LearnerSettings) -> ModelConfig:
+    path = settings.learner.reference_path
+    if path is None:
+        return settings.model
     trusted = settings.model.trust_remote_code
     revision = settings.learner.reference_revision
-    reference = load_policy(ModelConfig(path=path, revision=revision, trust_remote_code=trusted))
+    return ModelConfig(path=path, revision=revision, trust_remote_code=trusted)
+
+
+def _require_same_vocabulary(policy: Any, reference: Any, path: str) -> None:
     # Log-probabilities of two vocabularies cannot be subtracted, whatever their tokens are.
     ours, theirs = (m.get_input_embeddings().weight.shape[0] for m in (policy, reference))
     if ours != theirs:
@@ -143,13 +197,13 @@ def _reference(settings: LearnerSettings, policy: Any) -> Any:
             where=path,
             fix="set learner.reference_path to a model with the policy's tokenizer",
         )
-    return reference
 
 
-def _value(settings: LearnerSettings, policy: Any, tokenizer: Any) -> tuple[nn.Module | None, bool]:
+def _value_kind(settings: LearnerSettings, tokenizer: Any) -> Literal["own", "shared"] | None:
+    """Which value network there is. Raises UserError for settings that do not fit together."""
     learner = settings.learner
     if not ADVANTAGE_ESTIMATORS[settings.algorithm.advantage].needs_values:
-        return None, False
+        return None
     kind = learner.value_model
     if kind == "auto":
         kind = "shared" if learner.value_path is None else "own"
@@ -159,27 +213,9 @@ def _value(settings: LearnerSettings, policy: Any, tokenizer: Any) -> tuple[nn.M
             where="learner.value_path",
             fix="set learner.value_model = 'own', or leave it out with learner.value_path=none",
         )
-    if kind == "shared":
-        return SharedValueHead(policy.config.get_text_config().hidden_size), True
-    if learner.value_path is None:
-        return ValueModel.from_policy(policy), False
-    require_same_tokenizer(learner.value_path, tokenizer)
-    return ValueModel.from_reward_model(learner.value_path), False
-
-
-def _shard(networks: Networks) -> None:
-    # Layer by layer: what is gathered at a time is one layer, not the model.
-    layers = networks.policy.config.get_text_config().num_hidden_layers
-    networks.roots["policy"] = shard_model(networks.policy, networks.policy.base_model, layers)
-    if networks.reference is not None:
-        trunk = networks.reference.base_model
-        layers = trunk.config.get_text_config().num_hidden_layers
-        networks.roots["reference"] = shard_model(networks.reference, trunk, layers)
-    if isinstance(networks.value, ValueModel):
-        config: Any = networks.value.trunk.config
-        shard_layers(networks.value.trunk, config.get_text_config().num_hidden_layers)
-    if networks.value is not None:
-        shard_whole(networks.value)
+    if learner.value_path is not None:
+        require_same_tokenizer(learner.value_path, tokenizer)
+    return kind
 
 
 def _compile(policy: Any, reference: Any | None, value: nn.Module | None) -> None:
@@ -190,16 +226,3 @@ def _compile(policy: Any, reference: Any | None, value: nn.Module | None) -> Non
     for trunk in trunks:
         # Rows differ in length with every microbatch; compiled for each shape it would never end.
         trunk.compile(dynamic=True)
-
-
-def _checkpoint_gradients(model: Any) -> None:
-    """transformers recomputes activations in training mode only, so dropout goes to 0 instead."""
-    for module in model.modules():
-        # Dropout would also make old and new log-probabilities differ at equal weights, and every
-        # ratio with them.
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if hasattr(module, "attention_dropout"):
-            module.attention_dropout = 0.0
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from cluster.contracts.config.base import Section
 
-Offload = Literal["optimizer", "parameters", "activations"]
+Offload = Literal["optimizer", "parameters", "activations", "reference"]
 
 
 class ComputeConfig(Section):
@@ -63,7 +63,8 @@ class ComputeConfig(Section):
         description="What lies in the memory of the host instead of the device's. optimizer: the "
         "moments, which visit the device one tensor at a time. parameters: weights, gradients and "
         "moments, with the optimiser's arithmetic on the host (needs sharding = 'fsdp2'). "
-        "activations: what gradient_checkpointing keeps of each layer.",
+        "activations: what gradient_checkpointing keeps of each layer. reference: the frozen "
+        "reference model (needs sharding = 'fsdp2').",
     )
     optimizer: Literal["adamw", "adamw8bit"] = Field(
         "adamw",
@@ -114,11 +115,14 @@ def _offload_problems(config: ComputeConfig) -> list[str]:
     at, offload, found = config.section, config.offload, list[str]()
     if len(set(offload)) < len(offload):
         found.append(f"{at}.offload names something twice")
-    if "parameters" in offload and config.sharding != "fsdp2":
-        found.append(
-            f"{at}.offload = ['parameters'] moves the parts that fully_shard makes: set "
-            f"{at}.sharding = 'fsdp2'"
-        )
+    for kind in {"parameters", "reference"} & set(offload):
+        if config.sharding != "fsdp2":
+            found.append(
+                f"{at}.offload = [{kind!r}] moves the parts that fully_shard makes: set "
+                f"{at}.sharding = 'fsdp2'"
+            )
+    if {"parameters", "reference"} <= set(offload):
+        found.append(f"{at}.offload: 'parameters' takes all models: leave 'reference' out")
     if {"parameters", "optimizer"} <= set(offload):
         found.append(f"{at}.offload: 'parameters' takes the moments along: leave 'optimizer' out")
     if "activations" in offload and not config.gradient_checkpointing:

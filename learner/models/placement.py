@@ -1,0 +1,136 @@
+"""How the models of one trainer come to its devices: whole, or in parts that were never whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from cluster.contracts.config.base import DType, ModelConfig
+from cluster.contracts.config.compute import ComputeConfig
+from learner.compute.mesh import ALONE, Mesh
+from learner.compute.sharding import Gathered, Sharding, call, shard_layers, shard_model
+from learner.models.files import Placing
+from learner.models.heads import check_lm_head
+from learner.models.load import ValueModel, load_policy, load_trunk, load_value_head
+from learner.models.packed_attention import choose_layout, use_packed_attention
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class Placement:
+    """Where the models of a trainer lie, and what is done to each before it has memory.
+
+    compute: `learner` or `fit` of a config. dtype: what is computed in. packing: see
+    `choose_layout`, which decides it for all models when the first is loaded.
+    """
+
+    compute: ComputeConfig
+    device: torch.device
+    dtype: DType
+    mesh: Mesh = ALONE
+    packing: str = "padded"
+    packed: bool | None = None
+
+    @property
+    def in_parts(self) -> bool:
+        """Whether no process holds a whole model."""
+        return self.compute.sharding == "fsdp2" and self.mesh.everyone.size > 1
+
+    def sharding(self, *, frozen: bool = False) -> Sharding:
+        offload = self.compute.offload
+        return Sharding(
+            mesh=self.mesh.shard_devices,
+            bfloat16=self.dtype == "bfloat16",
+            reshard=self.compute.reshard_after_forward,
+            prefetch=self.compute.prefetch_layers,
+            on_host="parameters" in offload or (frozen and "reference" in offload),
+        )
+
+    def ready(self, model: Any, *, frozen: bool = False) -> None:
+        """What is done in place to a model, with memory or without, before it is sharded."""
+        if self.packed is None:
+            self.packed = choose_layout(self.packing, self.device, self.dtype, model)
+        if self.packed:
+            use_packed_attention(model)
+        if self.compute.gradient_checkpointing and not frozen:
+            checkpoint_gradients(model, on_host="activations" in self.compute.offload)
+
+    def load_policy(
+        self,
+        cfg: ModelConfig,
+        *,
+        frozen: bool = False,
+        adapt: Callable[[Any], None] | None = None,
+    ) -> tuple[Any, Gathered]:
+        """(model, the root that forward passes go through) of a causal model in parts.
+
+        frozen: a reference; it needs no gradient, and lies in the type that is computed in. adapt:
+        changes the model in place before it has memory. Raises UserError as `load_policy`.
+        """
+        roots: list[Gathered] = []
+
+        def prepare(model: Any) -> nn.Module:
+            if adapt is not None:
+                adapt(model)
+            self.ready(model, frozen=frozen)
+            layers = model.config.get_text_config().num_hidden_layers
+            how = self.sharding(frozen=frozen)
+            roots.append(
+                shard_model(model.requires_grad_(not frozen), model.base_model, layers, how)
+            )
+            return roots[0]
+
+        model = load_policy(cfg, self._placing(prepare, frozen=frozen))
+        call(roots[0], check_lm_head)
+        return model, roots[0]
+
+    def load_value(self, cfg: ModelConfig, reward_model: str | None) -> ValueModel:
+        """A value network of its own in parts: from a reward model, or the policy's trunk under a
+        head that gives 0."""
+        made: list[ValueModel] = []
+
+        def prepare(trunk: Any) -> nn.Module:
+            self.ready(trunk)
+            config = trunk.config.get_text_config()
+            how = self.sharding()
+            head = load_value_head(reward_model, config.hidden_size)
+            shard_layers(trunk, config.num_hidden_layers, how)
+            # Values are compared with returns: their head computes in float32.
+            how.apply(head, exact=True)
+            made.append(ValueModel(trunk, head))
+            how.apply(made[0])
+            return made[0]
+
+        load_trunk(cfg, self._placing(prepare), reward_model=reward_model)
+        return made[0]
+
+    def _placing(self, prepare: Callable[[Any], nn.Module], *, frozen: bool = False) -> Placing:
+        short = frozen and self.dtype == "bfloat16"
+        return Placing(
+            prepare=prepare,
+            device=self.device,
+            dtype=torch.bfloat16 if short else torch.float32,
+            weights_on_host=self.sharding(frozen=frozen).on_host,
+        )
+
+
+def checkpoint_gradients(model: Any, *, on_host: bool = False) -> None:
+    """Keep of each layer only what goes in (on_host: in the memory of the host) and compute it
+    again in backward.
+
+    transformers recomputes activations in training mode only, so dropout goes to 0 instead.
+    """
+    for module in model.modules():
+        # Dropout would also make old and new log-probabilities differ at equal weights, and every
+        # ratio with them.
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
+    model.gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": False}, offload=on_host
+    )
+    model.train()
