@@ -85,11 +85,6 @@ class Mesh:
         return self.everyone.first
 
     @property
-    def speaks(self) -> bool:
-        """Whether this process is the one of its replica whose metrics count."""
-        return self.sequence.first and self.tensor.first
-
-    @property
     def shard_devices(self) -> DeviceMesh | None:
         """The mesh for `fully_shard`; None: all processes."""
         return None if self.device_mesh is None else self.device_mesh["shard"]
@@ -116,6 +111,8 @@ def require_heads(model: Any, mesh: Mesh, section: str = "learner") -> None:
     heads that are left, and repeats key-value heads where there are too few. section: of the
     config, for the message.
     """
+    if mesh.tensor.size * mesh.sequence.size == 1:
+        return
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or heads

@@ -76,6 +76,17 @@ class Ranks:
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.detach().copy_(part.view_as(tensor))
 
+    def exchange(self, parts: Tensor) -> Tensor:
+        """[size, ...]: part i goes to rank i; returned are, in order of ranks, those meant for this
+        one."""
+        if self.size == 1:
+            return parts
+        parts = parts.contiguous()
+        found = torch.empty_like(parts)
+        with self._named("exchange tensors"):
+            dist.all_to_all_single(found, parts, group=self.group)
+        return found
+
     def gather_metrics(self, metrics: Iterable[Metric]) -> list[Metric]:
         """Metrics of all ranks, merged."""
         own = list(metrics)

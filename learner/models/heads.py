@@ -21,6 +21,7 @@ from learner.algorithms.logprobs import (
 from learner.algorithms.masked import last_valid_index
 from learner.algorithms.token_sets import TokenSets
 from learner.compute.microbatches import PaddedRows, position_ids
+from learner.compute.ulysses import SequencePart
 from learner.models.packed_attention import Spans, run_trunk
 
 _CHUNK = {"cpu": 1 << 23, "cuda": 1 << 27}
@@ -32,22 +33,31 @@ more, backward computes each chunk again."""
 
 
 def hidden_states(
-    policy: Any, input_ids: Tensor, attention_mask: Tensor, spans: Spans | None = None
+    policy: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    spans: Spans | None = None,
+    part: SequencePart | None = None,
 ) -> Tensor:
     """[B, T, H] last hidden states of the decoder trunk (final norm included), without the head.
 
     Works on a causal model and on a sequence-classification model. Both inputs [B, T], padding on
-    the right; positions are counted over real tokens. spans: of a pack [1, T] instead.
+    the right; positions are counted over real tokens. spans: of a pack [1, T] instead. part: the
+    ids are this process's part of rows, and so are the states; `spans` are of the whole pack.
     """
-    return trunk_states(policy.base_model, input_ids, attention_mask, spans)
+    return trunk_states(policy.base_model, input_ids, attention_mask, spans, part)
 
 
 def trunk_states(
-    trunk: Any, input_ids: Tensor, attention_mask: Tensor, spans: Spans | None = None
+    trunk: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    spans: Spans | None = None,
+    part: SequencePart | None = None,
 ) -> Tensor:
     """`hidden_states` of a bare trunk."""
-    if spans is not None:
-        return run_trunk(trunk, input_ids, spans)
+    if spans is not None or part is not None:
+        return run_trunk(trunk, input_ids, spans, part)
     result = trunk(
         input_ids=input_ids,
         attention_mask=attention_mask,

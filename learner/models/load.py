@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.errors import UserError
+from learner.compute.ulysses import SequencePart
 from learner.models.files import (
     Placing,
     as_list,
@@ -227,9 +228,13 @@ class ValueModel(nn.Module):
         return cls(trunk, zero_linear(policy.config.get_text_config().hidden_size))
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, spans: Spans | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        spans: Spans | None = None,
+        part: SequencePart | None = None,
     ) -> Tensor:
-        hidden = trunk_states(self.trunk, input_ids, attention_mask, spans)
+        hidden = trunk_states(self.trunk, input_ids, attention_mask, spans, part)
         with torch.autocast(hidden.device.type, enabled=False):
             value: Tensor = self.head(hidden.float())
         return value.squeeze(-1)

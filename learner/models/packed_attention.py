@@ -1,8 +1,9 @@
-"""Samples packed end to end in one row, each attending to itself only. No padding is computed.
+"""Rows packed end to end in one, each attending to itself only, and rows split over processes.
 
 transformers calls the attention function registered here. With `Spans` it runs variable-length
-attention: flash attention on a GPU, one sample after the other on a CPU. Without, it is
-transformers' own sdpa, so the same model still takes padded rows.
+attention: flash attention on a GPU, one sample after the other on a CPU. With a `SequencePart` it
+exchanges positions for heads around attention. Without either it is transformers' own sdpa, so the
+same model still takes whole padded rows.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from cluster.contracts.errors import UserError
+from cluster.contracts.errors import Fatal, UserError
+from learner.compute.ulysses import SequencePart
 
 NAME = "accord_packed"
 
@@ -49,16 +51,23 @@ class Spans:
         )
 
 
-def run_trunk(trunk: Any, input_ids: Tensor, spans: Spans) -> Tensor:
-    """[1, T, H] last hidden states of a pack [1, T]."""
+def run_trunk(
+    trunk: Any, input_ids: Tensor, spans: Spans | None, part: SequencePart | None = None
+) -> Tensor:
+    """[b, T, H] last hidden states of [b, T]: of a pack (b = 1), or of a part of rows that are
+    packed or padded on the right (what is real does not attend to what comes after it)."""
+    positions = spans.positions if part is None and spans is not None else None
+    if part is not None:
+        positions = part.positions
     token = _PACK.set(True)
     try:
         result = trunk(
             input_ids=input_ids,
             attention_mask=None,
-            position_ids=spans.positions,
+            position_ids=positions,
             use_cache=False,
             accord_spans=spans,
+            accord_part=part,
         )
     finally:
         _PACK.reset(token)
@@ -66,8 +75,8 @@ def run_trunk(trunk: Any, input_ids: Tensor, spans: Spans) -> Tensor:
     return hidden
 
 
-def can_pack(config: Any) -> bool:
-    """Whether packed attention computes what this architecture does: causal, uncapped scores, no
+def is_plain_causal(config: Any) -> bool:
+    """Whether the attention here computes what this architecture does: causal, uncapped scores, no
     sliding window."""
     text = config.get_text_config()
     capped = getattr(text, "attn_logit_softcapping", None) is not None
@@ -83,7 +92,7 @@ def choose_layout(packing: str, device: torch.device, compute_dtype: str, policy
     "auto" packs where flash attention is to be had (a GPU, bfloat16) and the architecture allows
     it. Raises UserError for "packed" with an architecture that does not.
     """
-    able = can_pack(policy.config)
+    able = is_plain_causal(policy.config)
     if packing == "packed" and not able:
         raise UserError(
             f"{type(policy).__name__} attends in a way that packed rows cannot (capped scores or "
@@ -96,8 +105,20 @@ def choose_layout(packing: str, device: torch.device, compute_dtype: str, policy
     return packing == "packed"
 
 
+def require_plain_causal(policy: Any, section: str) -> None:
+    """Raise UserError for a model whose rows cannot be split over processes."""
+    if not is_plain_causal(policy.config):
+        raise UserError(
+            f"{type(policy).__name__} attends in a way that rows split over processes cannot "
+            "(capped scores or a sliding window)",
+            where=f"{section}.sequence_parallel",
+            fix=f"set {section}.sequence_parallel = 1",
+        )
+
+
 def use_packed_attention(*models: nn.Module | None) -> None:
-    """Let these transformers models (None is skipped) take packs as well as padded rows."""
+    """Let these transformers models (None is skipped) take packs, and parts of rows, as well as
+    whole padded rows."""
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     for model in models:
@@ -118,17 +139,44 @@ def _attention(
     *,
     scaling: float | None = None,
     accord_spans: Spans | None = None,
+    accord_part: SequencePart | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """query [b, heads, T, D], key and value [b, kv heads, T, D] -> [b, T, heads, D]."""
+    if accord_part is not None:
+        query, key, value = accord_part.to_heads(query, key, value)
+        whole = _whole_rows(query, key, value, scaling, accord_spans)
+        return accord_part.to_positions(whole), None
     if accord_spans is None:
+        if _PACK.get():
+            raise Fatal(
+                f"{type(module).__name__} was given packed or split rows, but its model does not "
+                "hand on what says so: set learner.packing = 'padded' and sequence_parallel = 1"
+            )
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return result
+    return _whole_rows(query, key, value, scaling, accord_spans), None
+
+
+def _whole_rows(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, spans: Spans | None
+) -> Tensor:
+    """Causal attention over a pack, or (without spans) over rows padded on the right."""
+    if spans is None:
+        out = nn.functional.scaled_dot_product_attention(
+            query,
+            key,
+            value.to(query.dtype),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return out.transpose(1, 2)
     if query.device.type == "cuda":
-        return _flash(query, key, value, scaling, accord_spans), None
-    return _one_by_one(query, key, value, scaling, accord_spans), None
+        return _flash(query, key, value, scaling, spans)
+    return _one_by_one(query, key, value, scaling, spans)
 
 
 def _flash(

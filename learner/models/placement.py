@@ -11,12 +11,16 @@ from torch import nn
 
 from cluster.contracts.config.base import DType, ModelConfig
 from cluster.contracts.config.compute import ComputeConfig
-from learner.compute.mesh import ALONE, Mesh
+from learner.compute.mesh import ALONE, Mesh, require_heads
 from learner.compute.sharding import Gathered, Sharding, call, shard_layers, shard_model
 from learner.models.files import Placing
 from learner.models.heads import check_lm_head
 from learner.models.load import ValueModel, load_policy, load_trunk, load_value_head
-from learner.models.packed_attention import choose_layout, use_packed_attention
+from learner.models.packed_attention import (
+    choose_layout,
+    require_plain_causal,
+    use_packed_attention,
+)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -53,7 +57,11 @@ class Placement:
         """What is done in place to a model, with memory or without, before it is sharded."""
         if self.packed is None:
             self.packed = choose_layout(self.packing, self.device, self.dtype, model)
-        if self.packed:
+        split_rows = self.mesh.sequence.size > 1
+        if split_rows:
+            require_plain_causal(model, self.compute.section)
+        require_heads(model, self.mesh, self.compute.section)
+        if self.packed or split_rows:
             use_packed_attention(model)
         if self.compute.gradient_checkpointing and not frozen:
             checkpoint_gradients(model, on_host="activations" in self.compute.offload)

@@ -27,7 +27,7 @@ from learner.algorithms.kl import k1
 from learner.algorithms.loss_terms import MetricParts
 from learner.algorithms.masked import whiten
 from learner.rl.chosen import chosen_estimator, whitened
-from learner.rl.forward import Microbatches, Networks
+from learner.rl.forward import Networks
 from learner.rl.measuring_pass import (
     MeasuredPasses,
     PolicyPass,
@@ -35,6 +35,7 @@ from learner.rl.measuring_pass import (
     plan_passes,
     run_passes,
 )
+from learner.rl.microbatch import Microbatches
 from learner.rl.rollouts import RolloutBatch
 from learner.settings import LearnerSettings
 
@@ -139,7 +140,7 @@ def build_experience(
     age = token_ages(batch, plan.step, settings.staleness.bound, width).to(device)
     tokens = _Tokens.of(batch, width, device)
     budget = settings.learner.tokens_per_microbatch
-    micros = Microbatches(batch, budget, device, packed=networks.packed, ranks=networks.mesh.data)
+    micros = Microbatches(batch, budget, device, packed=networks.packed, mesh=networks.mesh)
     pass_plan = plan_passes(settings, networks, plan.value_only)
     if not batch_trains(batch, algorithm):
         pass_plan = "separate"  # There will be no update to measure in.

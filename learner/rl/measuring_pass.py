@@ -20,7 +20,8 @@ from torch import Tensor
 
 from learner.compute.optimizer import compute_in
 from learner.compute.sharding import local
-from learner.rl.forward import Microbatch, Networks, PolicyOutputs, policy_outputs
+from learner.rl.forward import Networks, PolicyOutputs, policy_outputs
+from learner.rl.microbatch import Microbatch
 from learner.settings import LearnerSettings
 
 PassPlan = Literal["inline", "kept", "separate"]
@@ -169,9 +170,15 @@ def _policy_passes(
             waiting.append(WaitingForward(out, values))
         # The first microbatch is the longest; memory grows with tokens, so it tells of them all.
         expected = counter.total * total / micro.input_ids.numel()
-        if keep and index == 0 and expected > _memory_limit(settings, networks):
+        if keep and index == 0 and _any(expected > _memory_limit(settings, networks), networks):
             keep, waiting = False, []
     return tuple(waiting) if keep else None
+
+
+def _any(said: bool, networks: Networks) -> bool:
+    """Whether any process of this one's replica says so: they run the same passes together."""
+    mesh, device = networks.mesh, networks.device
+    return mesh.sequence.total(mesh.tensor.total(float(said), device), device) > 0
 
 
 @torch.no_grad()

@@ -17,8 +17,9 @@ from learner.algorithms.value_loss import clipped_value_loss
 from learner.compute.meter import Meter
 from learner.rl.chosen import chosen_loss
 from learner.rl.experience import Experience, Proximal, StepPlan
-from learner.rl.forward import Microbatch, Networks, PolicyOutputs
+from learner.rl.forward import Networks, PolicyOutputs
 from learner.rl.measuring_pass import WaitingForward
+from learner.rl.microbatch import Microbatch
 from learner.settings import LearnerSettings
 
 _RENAMED = {"ratio": "ratio_mean"}

@@ -19,8 +19,9 @@ from learner.compute.meter import Meter
 from learner.compute.optimizer import compute_in
 from learner.compute.optimizer_step import MicrobatchLoss, SkipCounter, optimiser_step
 from learner.rl.experience import Experience, Proximal, StepPlan, proximal_of
-from learner.rl.forward import Microbatch, Networks, PolicyOutputs, policy_outputs
+from learner.rl.forward import Networks, PolicyOutputs, policy_outputs
 from learner.rl.measuring_pass import PolicyPass, WaitingForward
+from learner.rl.microbatch import Microbatch
 from learner.rl.objective import Minibatch, Objective
 from learner.settings import LearnerSettings
 

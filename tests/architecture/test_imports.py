@@ -34,7 +34,6 @@ DOORS = {
         "learner/compute/ranks.py",
         "learner/compute/sharding.py",
         "learner/compute/mesh.py",
-        "learner/compute/ulysses.py",
         "cluster/weights/",
     ),
 }

@@ -31,7 +31,8 @@ from learner.algorithms.logprobs import (  # noqa: E402
 )
 from learner.models.heads import lm_head  # noqa: E402
 from learner.models.packed_attention import use_packed_attention  # noqa: E402
-from learner.rl.forward import make_microbatch, make_pack, policy_outputs  # noqa: E402
+from learner.rl.forward import policy_outputs  # noqa: E402
+from learner.rl.microbatch import make_microbatch, make_pack  # noqa: E402
 from learner.rl.rollouts import RolloutBatch, read_batch  # noqa: E402
 
 BLOCK = 32  # tokens in one block of the engine's cache

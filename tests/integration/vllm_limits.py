@@ -39,7 +39,8 @@ from cluster.contracts.errors import UserError
 from cluster.contracts.records import Completion, Prompt, Rollout, RolloutGroup, Score
 from cluster.contracts.rollout_table import to_table
 from learner.models.packed_attention import use_packed_attention
-from learner.rl.forward import make_microbatch, make_pack, policy_outputs
+from learner.rl.forward import policy_outputs
+from learner.rl.microbatch import make_microbatch, make_pack
 from learner.rl.rollouts import read_batch
 
 TEMPERATURE = 0.7

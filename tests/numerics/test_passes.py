@@ -19,11 +19,12 @@ from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import values
 from learner.compute.optimizer import compute_in
 from learner.models.heads import LmHead
-from learner.models.packed_attention import can_pack
+from learner.models.packed_attention import is_plain_causal
 from learner.rl.experience import Experience, Proximal, StepPlan, build_experience
-from learner.rl.forward import Microbatches, policy_outputs
+from learner.rl.forward import policy_outputs
 from learner.rl.measuring_pass import plan_passes
 from learner.rl.metrics import experience_metrics
+from learner.rl.microbatch import Microbatches
 from learner.rl.networks import build_networks, build_optimizers
 from learner.rl.rollouts import RolloutBatch, read_batch
 from learner.rl.update import PolicyUpdate
@@ -189,7 +190,7 @@ def test_packing_is_chosen_by_machine_and_refused_where_it_would_be_wrong(
     gemma = transformers.AutoConfig.for_model("gemma2")
     window = transformers.AutoConfig.for_model("mistral", sliding_window=32)
     llama = transformers.AutoConfig.for_model("llama")
-    assert [can_pack(config) for config in (gemma, window, llama)] == [False, False, True]
+    assert [is_plain_causal(config) for config in (gemma, window, llama)] == [False, False, True]
     windowed = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(
             "mistral",

@@ -27,8 +27,8 @@ from cluster.measure.bench.children import answer
 from cluster.measure.bench.learner import MAX_TOKENS, PROMPTS, SAMPLES
 from cluster.weights.manifest import build_manifest
 from learner.models.tiny import fresh_model
-from learner.rl.forward import Microbatch, Microbatches
 from learner.rl.learner import PPOLearner
+from learner.rl.microbatch import Microbatch, Microbatches
 from learner.rl.rollouts import read_batch
 from learner.settings import LearnerSettings
 

@@ -26,13 +26,11 @@ def test_neighbours_split_rows_and_the_distant_ones_share_the_step() -> None:
     assert [mesh.sequence.group for mesh in meshes] == [(0, 1), (0, 1), (2, 3), (2, 3)]
     assert [mesh.data.group for mesh in meshes] == [(0, 2), (1, 3), (0, 2), (1, 3)]
     assert [mesh.shards.size for mesh in meshes] == [4] * 4
-    assert [mesh.speaks for mesh in meshes] == [True, False, True, False]
     assert [mesh.first for mesh in meshes] == [True, False, False, False]
 
 
 def test_alone_and_data_parallel_need_no_groups() -> None:
     assert ALONE.first
-    assert ALONE.speaks
     ranks = Ranks(1, 3)
     mesh = Mesh.of(ranks)
     assert mesh.data is mesh.shards is mesh.everyone is ranks

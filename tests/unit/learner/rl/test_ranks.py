@@ -1,4 +1,4 @@
-"""A learner of two processes computes what one computes, with whole and with sharded weights.
+"""A learner of two processes computes what one computes, however they divide the work.
 
 This file is also the program that each of the two processes runs.
 """
@@ -42,7 +42,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed": {"learner": {"gradient_checkpointing": True}},
     "one-microbatch": {"learner": {"tokens_per_microbatch": 4096}},
 }
-SHARDINGS = ("none", "fsdp2")
+MODES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fsdp2": {"sharding": "fsdp2"},
+    "sequence": {"sequence_parallel": 2},
+}
 
 
 def load_world() -> ModuleType:
@@ -62,13 +66,13 @@ class Trained:
         task: dict[str, Any],
         variant: str,
         ranks: Ranks = SINGLE,
-        sharding: str = "none",
+        mode: str = "none",
         resume_from: str | None = None,
     ) -> None:
         world, given = load_world(), VARIANTS[variant]
         self.tables = task["tables"]
         self.publisher = world.KeepingPublisher()
-        several = {"processes": ranks.size, "sharding": sharding}
+        several = {"processes": ranks.size, **MODES[mode]}
         settings = world.make_settings(
             Path(task["tiny"]),
             learner={**PLAIN, **several, **given.get("learner", {})},
@@ -113,15 +117,15 @@ def work(rank: int, port: int, folder: Path) -> None:
     task = ForkingPickler.loads((folder / "task.pkl").read_bytes())
     ranks = join(rank, 2, ("127.0.0.1", port), gpu=False, timeout_s=TIMEOUT_S)
     found: dict[Any, Any] = {}
-    for sharding in SHARDINGS:
+    for mode in MODES:
         for variant in VARIANTS:
-            made = Trained(task, variant, ranks, sharding).steps(0, STEPS)
-            found[sharding, variant] = made.result()
-    for sharding, variant in (("none", "shared"), ("fsdp2", "own")):
-        half = Trained(task, variant, ranks, sharding).steps(0, 2)
-        half.learner.save(folder / f"two-{sharding}")
-        on = Trained(task, variant, ranks, sharding, str(folder / f"one-{variant}"))
-        found["resumed", sharding, variant] = on.steps(2, STEPS).result()
+            made = Trained(task, variant, ranks, mode).steps(0, STEPS)
+            found[mode, variant] = made.result()
+    for mode, variant in (("none", "shared"), ("fsdp2", "own")):
+        half = Trained(task, variant, ranks, mode).steps(0, 2)
+        half.learner.save(folder / f"two-{mode}")
+        on = Trained(task, variant, ranks, mode, str(folder / f"one-{variant}"))
+        found["resumed", mode, variant] = on.steps(2, STEPS).result()
     (folder / f"found-{rank}.pkl").write_bytes(ForkingPickler.dumps(found))
     last = Trained(task, "shared", ranks, "fsdp2").steps(0, 1)
     ranks.barrier()
@@ -203,11 +207,11 @@ def assert_same(got: dict[str, Any], wanted: dict[str, Any], steps: slice = slic
 @pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("sharding", SHARDINGS)
+@pytest.mark.parametrize("mode", MODES)
 def test_two_processes_train_what_one_trains(
-    folder: tuple[Path, Any], found: list[dict[Any, Any]], tiny: Path, sharding: str, variant: str
+    folder: tuple[Path, Any], found: list[dict[Any, Any]], tiny: Path, mode: str, variant: str
 ) -> None:
-    ours = [rank[sharding, variant] for rank in found]
+    ours = [rank[mode, variant] for rank in found]
     wanted = folder[1][variant]
     for result in ours:
         assert_same(result, wanted)
@@ -225,7 +229,7 @@ def test_two_processes_train_what_one_trains(
     # The same bits everywhere, or the ranks would drift apart.
     assert all((ours[1]["parameters"][n] == t).all() for n, t in ours[0]["parameters"].items())
     total = sum(tensor.size for tensor in ours[0]["parameters"].values())
-    assert sum(result["held"] for result in ours) == (total if sharding == "fsdp2" else 2 * total)
+    assert sum(result["held"] for result in ours) == (total if mode == "fsdp2" else 2 * total)
 
 
 @pytest.mark.slow
