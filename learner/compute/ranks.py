@@ -87,14 +87,18 @@ class Ranks:
             dist.all_to_all_single(found, parts, group=self.group)
         return found
 
+    def gather(self, item: T) -> list[T]:
+        """What every rank gives, in their order. It travels as a pickle: small things only."""
+        if self.size == 1:
+            return [item]
+        found: list[Any] = [None] * self.size
+        with self._named("tell each other something"):
+            dist.all_gather_object(found, item, group=self.group)
+        return found
+
     def gather_metrics(self, metrics: Iterable[Metric]) -> list[Metric]:
         """Metrics of all ranks, merged."""
-        own = list(metrics)
-        if self.size == 1:
-            return list(merge(own).values())
-        found: list[Any] = [None] * self.size
-        with self._named("gather metrics"):
-            dist.all_gather_object(found, own, group=self.group)
+        found = self.gather(list(metrics))
         return list(merge(metric for part in found for metric in part).values())
 
     def total(self, number: float, device: torch.device) -> float:

@@ -83,16 +83,17 @@ class LearnerActor:
     def node(self) -> str:
         return str(ray.get_runtime_context().get_node_id())
 
-    def sees(self, path: str, word: str) -> bool:
-        """Whether `path`, which the driver wrote, is the driver's file also here: it holds `word`,
-        and what is written beside it here is there for the driver. Where it is not, the files of
-        this learner go into an outbox."""
+    def sees(self, path: str, word: str) -> str | None:
+        """Name of a file beside `path` that the driver has to find, where `path` is the file that
+        the driver wrote: it holds `word`. None where it is not, or nothing can be written there:
+        what this process writes then goes into an outbox."""
         probe = Path(path)
         with contextlib.suppress(OSError):
             if probe.read_text(encoding="utf-8") == word:
-                probe.with_name(f"{probe.name}-seen").write_text(word, encoding="utf-8")
-                return True
-        return False
+                seen = probe.with_name(f"{probe.name}-seen-{self._rank}")
+                seen.write_text(word, encoding="utf-8")
+                return seen.name
+        return None
 
     def crash_at(self, point: str) -> None:
         arm(point)
@@ -148,13 +149,14 @@ class LearnerActor:
         self._settings = dataclasses.replace(self._settings, resume_from=checkpoint, replay=files)
 
     def snapshot(self) -> int:
-        """Copy the state in memory; how many bytes it takes (on the first rank)."""
+        """Copy this process's share of the state in memory; how many bytes it takes."""
         self._snapshot = self._learner.snapshot()
-        return self._snapshot.nbytes if self._snapshot is not None else 0
+        nbytes: int = self._snapshot.nbytes
+        return nbytes
 
     @ray.method(concurrency_group=FILES)
     def write_snapshot(self, directory: str) -> tuple[FileDigest, ...]:
-        """directory: below the outbox where there is one."""
+        """Write this process's share. directory: below the outbox where there is one."""
         taken, self._snapshot = self._snapshot, None
         if taken is None:
             raise Fatal("the learner was asked to write a checkpoint that it has no copy of")

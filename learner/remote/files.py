@@ -14,6 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from cluster.contracts.durable import FileDigest, write_text
 from cluster.contracts.errors import NotSaved, UserError
 from cluster.machine.parcels import pack
+from learner.model_files import complete
 from learner.outbox import copy_files
 from learner.remote.processes import LearnerProcesses, error_of
 from learner.settings import LearnerSettings
@@ -23,40 +24,40 @@ _CHECKPOINT = "checkpoint"  # folder of the outbox
 
 
 class FileBridge:
-    """``needed``: the first process, which writes, does not see the run directory, and writes into
-    an outbox."""
+    """``outboxes``: numbers of the processes that do not see the run directory, and write into an
+    outbox of their own host. The first process alone writes rollouts."""
 
     def __init__(self, processes: LearnerProcesses) -> None:
         self._processes = processes
         self._copying = asyncio.Lock()  # one file after the other
         self._carrying: asyncio.Task[None] | None = None
         self._run_dir: str | None = None
-        self.needed = False
+        self.outboxes: tuple[int, ...] = ()
 
     async def open(self, settings: LearnerSettings, limit: float) -> None:
-        """Give the processes what they do not see of the run directory: an outbox to the first,
-        which writes, and the checkpoint that a resumed run starts from to all."""
+        """Give the processes what they do not see of the run directory: an outbox, and the
+        checkpoint that a resumed run starts from."""
         self._run_dir = settings.run_dir
         sees = await self._see_run_directory(limit)
-        self.needed = not sees[0]
-        if self.needed:
-            if settings.weights.transport == "disk":
-                raise UserError(
-                    "the learner's host does not see the run directory, through which weights "
-                    "would go",
-                    where="weights.transport = disk",
-                    fix="set weights.transport = 'object_store', or run.dir to a shared directory",
-                )
-            await self._processes.first("use_outbox", limit, "to make its outbox")
+        self.outboxes = tuple(rank for rank, seen in enumerate(sees) if not seen)
+        if 0 in self.outboxes and settings.weights.transport == "disk":
+            raise UserError(
+                "the learner's host does not see the run directory, through which weights would go",
+                where="weights.transport = disk",
+                fix="set weights.transport = 'object_store', or run.dir to a shared directory",
+            )
+        if not self.outboxes:
+            return
+        without = [self._processes.actors[rank] for rank in self.outboxes]
+        await self._processes.ask(without, "use_outbox", limit, "to make its outbox")
         checkpoint, replay = settings.resume_from, settings.replay
-        if (checkpoint is not None or replay) and not all(sees):
+        if checkpoint is not None or replay:
             parcel = None
             if checkpoint is not None:
                 parcel = await asyncio.to_thread(pack, Path(checkpoint))
             files = [await asyncio.to_thread(pack, Path(file)) for file in replay]
-            await self._processes.call(
-                "use_checkpoint", limit, "to fetch its checkpoint", parcel, files
-            )
+            purpose = "to fetch its checkpoint"
+            await self._processes.ask(without, "use_checkpoint", limit, purpose, parcel, files)
 
     async def _see_run_directory(self, limit: float) -> list[bool]:
         """Of each process, whether it and this one see the same run directory."""
@@ -64,41 +65,58 @@ class FileBridge:
             return [True for _ in self._processes.actors]  # nothing will be written
         word = secrets.token_hex(16)
         probe = Path(self._run_dir) / f".probe-{word}"
-        seen = probe.with_name(f"{probe.name}-seen")
         try:
             write_text(probe, word)
             purpose = "to look at the run directory"
-            theirs = await self._processes.ask(
+            told = await self._processes.ask(
                 self._processes.actors, "sees", limit, purpose, str(probe), word
             )
-            here = seen.is_file() and seen.read_text(encoding="utf-8") == word
-            return [here and bool(answer) for answer in theirs]
+            seen = [probe.with_name(name) if name else None for name in told]
+            return [
+                path is not None and path.is_file() and path.read_text(encoding="utf-8") == word
+                for path in seen
+            ]
         finally:
-            probe.unlink(missing_ok=True)
-            seen.unlink(missing_ok=True)
+            for left in probe.parent.glob(f"{probe.name}*"):
+                left.unlink(missing_ok=True)
 
     async def store(self, directory: str, limit: float) -> tuple[FileDigest, ...]:
-        """Write the copy of the state below `directory` of this host. Raises NotSaved where a disk
-        does not take it."""
-        place = _CHECKPOINT if self.needed else directory
+        """Write the copies of the state below `directory` of this host, and finish the checkpoint
+        there. Raises NotSaved where a disk does not take it."""
+        ranks = range(len(self._processes.actors)) or range(1)
+        # All have ended before the folder is given up: none may write into the next one's.
+        answers = await asyncio.gather(
+            *(self._store_share(rank, directory, limit) for rank in ranks), return_exceptions=True
+        )
         try:
-            files: tuple[FileDigest, ...] = await self._processes.ask_beside(
-                "write_snapshot", limit, place
-            )
-            if self.needed:
-                await self._copy(files, Path(directory), _CHECKPOINT)
-                await self.bring_rollouts()
+            files: list[FileDigest] = []
+            for answer in answers:
+                if isinstance(answer, BaseException):
+                    raise answer
+                files += answer
+            await self.bring_rollouts()
+            return await asyncio.to_thread(complete, Path(directory), files)
         except OSError as problem:
             raise NotSaved(f"{directory}: {problem}") from problem
+
+    async def _store_share(self, rank: int, directory: str, limit: float) -> tuple[FileDigest, ...]:
+        """What one process writes."""
+        apart = rank in self.outboxes
+        try:
+            files: tuple[FileDigest, ...] = await self._processes.ask_beside(
+                "write_snapshot", limit, _CHECKPOINT if apart else directory, rank=rank
+            )
+            if apart:
+                await self._copy(rank, files, Path(directory), _CHECKPOINT)
         finally:
-            if self.needed and self._processes.actors:
-                self._processes.actors[0].outbox.remote("remove", _CHECKPOINT)
+            if apart and rank < len(self._processes.actors):
+                self._processes.actors[rank].outbox.remote("remove", _CHECKPOINT)
         return files
 
     def carry_rollouts(self) -> tuple[str, ...]:
         """Begin to copy what the learner has finished to write; the next step need not wait.
         Returns what kept the last such copying from its end. What is left is tried again now."""
-        if not self.needed or (self._carrying is not None and not self._carrying.done()):
+        if 0 not in self.outboxes or (self._carrying is not None and not self._carrying.done()):
             return ()
         before, self._carrying = self._carrying, asyncio.ensure_future(self.bring_rollouts())
         # Looked at by the next call, or, of the last one, never.
@@ -107,21 +125,27 @@ class FileBridge:
         return () if problem is None else (f"{self._run_dir}: {problem}",)
 
     async def bring_rollouts(self) -> None:
-        if not self.needed:
+        if 0 not in self.outboxes:
             return
         async with self._copying:
             files = await self._processes.ask_beside("outbox", _ROLLOUTS_TIMEOUT_S, "rollouts")
             for file in files:
-                await self._copy([file], Path(str(self._run_dir)))
+                await self._copy(0, [file], Path(str(self._run_dir)))
                 # Only now: what could not be written here is tried again after the next step.
                 await self._processes.ask_beside("outbox", _ROLLOUTS_TIMEOUT_S, "remove", file.name)
+
+    async def close_outboxes(self, limit: float) -> None:
+        for rank in self.outboxes:
+            await self._processes.ask_beside("outbox", limit, "close", rank=rank)
 
     def close(self) -> None:
         if self._carrying is not None:
             self._carrying.cancel()
 
-    async def _copy(self, files: Sequence[FileDigest], target: Path, below: str = "") -> None:
-        actor = self._processes.actors[0]
+    async def _copy(
+        self, rank: int, files: Sequence[FileDigest], target: Path, below: str = ""
+    ) -> None:
+        actor = self._processes.actors[rank]
 
         def ask(name: str, offset: int) -> Any:
             return actor.outbox.remote("read", name, offset).future()

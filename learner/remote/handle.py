@@ -104,13 +104,12 @@ class RayLearner:
         return dataclasses.replace(result, not_written=(*result.not_written, *not_carried))
 
     async def snapshot(self) -> int:
-        """Copy the state in the learner's memory, after the step before; bytes of the copy."""
+        """Copy the state in the learner's memory, after the step before; bytes of the copies."""
         limit = self._settings.learner.step_timeout_s
-        nbytes: int = await self._processes.call("snapshot", limit, "to copy its state")
-        return nbytes
+        return sum(await self._processes.call_all("snapshot", limit, "to copy its state"))
 
     async def store(self, directory: str) -> tuple[FileDigest, ...]:
-        """Write the copy that `snapshot` made below `directory` of this host, while steps go on.
+        """Write the copies that `snapshot` made below `directory` of this host, while steps go on.
 
         Raises NotSaved where a disk does not take it.
         """
@@ -129,7 +128,7 @@ class RayLearner:
                     await self._files.bring_rollouts()
                 except OSError as problem:
                     raise Fatal(f"the last rollouts could not be written: {problem}") from problem
-                await processes.ask_beside("outbox", _STOP_TIMEOUT_S, "close")
+                await self._files.close_outboxes(_STOP_TIMEOUT_S)
         finally:
             self._files.close()
             processes.end()

@@ -117,17 +117,29 @@ class LearnerProcesses:
         together: bool = True,
         task: str = "",
     ) -> Any:
-        """What the first process answers, once all have.
+        """What the first process answers, once all have: see `call_all`."""
+        answers = await self.call_all(method, limit_s, purpose, *args, together=together, task=task)
+        return answers[0]
+
+    async def call_all(
+        self,
+        method: str,
+        limit_s: float,
+        purpose: str,
+        *args: Any,
+        together: bool = True,
+        task: str = "",
+    ) -> list[Any]:
+        """What the processes answer.
 
         together: they work on it together, so that one that fails leaves the others waiting. task:
         its name in Ray's dashboard.
         """
         if not self.actors:
             raise LearnerLost(f"the learner was asked to {method} but is not running")
-        answers = await self.ask(
+        return await self.ask(
             self.actors, method, limit_s, purpose, *args, together=together, task=task
         )
-        return answers[0]
 
     async def ask(
         self,
@@ -163,12 +175,12 @@ class LearnerProcesses:
             for answer in answers:
                 answer.cancel()
 
-    async def ask_beside(self, method: str, limit_s: float, *args: Any) -> Any:
-        """As `first`, of what goes on beside the steps: one that takes too long is no reason to
-        end the learner. Raises TimeoutError."""
+    async def ask_beside(self, method: str, limit_s: float, *args: Any, rank: int = 0) -> Any:
+        """What one process answers, of what goes on beside the steps: one that takes too long is no
+        reason to end the learner. Raises TimeoutError."""
         if not self.actors:
             raise Fatal(f"the learner was asked to {method} but is not running")
-        answer = getattr(self.actors[0], method).remote(*args)
+        answer = getattr(self.actors[rank], method).remote(*args)
         try:
             return await within(limit_s, asyncio.wrap_future(answer.future()))
         except TimeoutError:

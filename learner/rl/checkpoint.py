@@ -1,17 +1,23 @@
 """The learner's part of a checkpoint, exact: safetensors and JSON, no pickle.
 
-    policy/                          Hugging Face layout with tokenizer: usable as a model
-    value.safetensors                a value network or head, if there is one
-    optimizer_policy.safetensors     moments by parameter index; optimizer_value likewise
-    rng.safetensors                  torch's generators
-    trainer.json                     version, KL controller, canary, optimiser settings
+    policy/             Hugging Face layout with tokenizer: usable as a model
+    state/              everything else that is a tensor: value network or head, moments
+      index.json          name -> dtype, shape, and which file holds which piece of it
+      rank-00000.safetensors …  what each process wrote
+    rng.safetensors     torch's generators
+    trainer.json        version, KL controller, canary, optimisers' settings
 
-A learner of several processes writes the same files: sharded tensors are put together, and dealt
-out again by whatever number of processes reads them.
+A checkpoint is copied in memory between two steps and written while training goes on. Each process
+copies and writes its own share, which needs no word from another one. Of a sharded policy each
+writes its pieces into `policy_parts/`; once the files of all processes lie in one folder,
+`learner.model_files.complete` puts `policy/` together, tensor by tensor, and removes the pieces.
+Any number of processes reads it, each only the slices it needs (`learner/compute/stored.py`).
+What is written is no checkpoint before the caller has given it a manifest and its name.
 
-The order of samples needs no state: it is a function of (seed, step, epoch). A checkpoint is
-copied in memory between two steps and written while training goes on. The caller puts the directory
-in place (temp-then-rename).
+Checkpoints of older versions ("accord.trainer/1": `value.safetensors`, `optimizer_*.safetensors`,
+all whole) are read, too.
+
+The order of samples needs no state: it is a function of (seed, step, epoch).
 """
 
 from __future__ import annotations
@@ -24,22 +30,39 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.crash_points import passing
-from cluster.contracts.durable import FileDigest, digests_below, sync_tree
+from cluster.contracts.durable import FileDigest, digest_of, sync, write_text
 from cluster.contracts.errors import NotSaved, UserError
 from learner.algorithms.kl import AdaptiveKL, FixedKL
 from learner.compute.optimizer_step import SkipCounter
-from learner.compute.ranks import whole
-from learner.compute.sharding import load_full, split_like
-from learner.models.load import load_policy, save_policy
+from learner.compute.ranks import Ranks, is_sharded, whole
+from learner.compute.sharding import load_full
+from learner.compute.stored import (
+    Copied,
+    StoredTensors,
+    copied,
+    entry_of,
+    moments_of,
+    plain_groups,
+    restore_groups,
+    restore_moments,
+)
+from learner.model_files import LAYOUT, PARTS, POLICY, STATE, Layout, write_model
+from learner.models.export import converted, layout_of, stored_tensors, write_small_files
+from learner.models.load import load_policy
+from learner.models.weight_files import weight_files
+from learner.pieces import write_tensors
 from learner.rl.forward import Networks
 from learner.rl.update import Optimizers
+from learner.trainer_file import TRAINER
 
-SCHEMA = "accord.trainer/1"
+SCHEMA = "accord.trainer/2"
+_WHOLE_SCHEMA = "accord.trainer/1"
+_RANDOM = "rng.safetensors"
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -56,69 +79,84 @@ class TrainerState:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Snapshot:
-    """Copies, in the memory of this host, of all that a checkpoint holds: training may go on while
-    they are written. ``policy``, ``value``, ``moments``, ``random_states``: tensors by name."""
+    """Copies, in the memory of this host, of this process's share of a checkpoint: training may go
+    on while they are written. ``policy``: what `policy/` is made of, whole tensors on the first
+    process or pieces on all (then the ``layout`` of the files they will be)."""
 
+    ranks: Ranks
     model: Any
     tokenizer: Any
-    policy: dict[str, Tensor]
-    value: dict[str, Tensor] | None
-    moments: dict[str, dict[str, Tensor]]
+    policy: Mapping[str, Tensor] | Copied
+    layout: Layout
+    state: Copied
     random_states: dict[str, Tensor]
     trainer: Mapping[str, Any]
 
     @property
     def nbytes(self) -> int:
-        parts = [self.policy, self.value or {}, *self.moments.values(), self.random_states]
-        # A tensor under two names is written once.
-        found = {id(tensor): tensor.nbytes for part in parts for tensor in part.values()}
-        return sum(found.values())
+        """Of this process's share."""
+        policy = self.policy
+        parts = policy.parts if isinstance(policy, Copied) else policy
+        tensors = [*parts.values(), *self.random_states.values()]
+        return sum(tensor.nbytes for tensor in tensors) + self.state.nbytes
 
     def write(self, directory: str | Path) -> tuple[FileDigest, ...]:
-        """Write everything below ``directory`` (made if missing); complete and synced on return.
+        """Write this process's files below ``directory`` (made if missing), synced on return. What
+        all processes have written becomes a checkpoint by `learner.model_files.complete`.
         Raises NotSaved where the disk does not take it."""
-        root = Path(directory)
+        root, first = Path(directory), self.ranks.first
         try:
             root.mkdir(parents=True, exist_ok=True)
-            save_policy(self.model, self.tokenizer, root / "policy", self.policy)
+            written = write_small_files(self.model, self.tokenizer, root) if first else []
+            written += self._write_policy(root)
             passing("learner.mid_save")
-            if self.value is not None:
-                save_file(self.value, root / "value.safetensors")
-            for name, tensors in self.moments.items():
-                save_file(tensors, root / f"optimizer_{name}.safetensors")
-            save_file(self.random_states, root / "rng.safetensors")
-            text = json.dumps(self.trainer, indent=2, allow_nan=False) + "\n"
-            (root / "trainer.json").write_text(text, encoding="utf-8")
+            written += self.state.write(root, STATE)
+            if first:
+                entries = [entry_of(name, state) for name, state in self.random_states.items()]
+                written.append(write_tensors(root / _RANDOM, _RANDOM, entries))
+                write_text(
+                    root / TRAINER, json.dumps(self.trainer, indent=2, allow_nan=False) + "\n"
+                )
+                written.append(digest_of(root / TRAINER, TRAINER))
             # The caller renames the directory next: the name must not reach the disk before the
             # data.
-            sync_tree(root)
-            return digests_below(root)
+            for folder in (root, root / POLICY, root / PARTS, root / STATE):
+                if folder.is_dir():
+                    sync(folder)
+            return tuple(sorted(written, key=lambda file: file.name))
         except (OSError, SafetensorError) as problem:
             raise NotSaved(f"{root}: {problem}") from problem
 
+    def _write_policy(self, root: Path) -> list[FileDigest]:
+        policy = self.policy
+        if not isinstance(policy, Copied):
+            if not self.ranks.first:
+                return []
+            return write_model(
+                root, self.layout, lambda name, source: entry_of(name, policy[source])
+            )
+        written = policy.write(root, PARTS)
+        if self.ranks.first:
+            write_text(root / PARTS / LAYOUT, self.layout.text())
+            written.append(digest_of(root / PARTS / LAYOUT, f"{PARTS}/{LAYOUT}"))
+        return written
 
-def snapshot(state: TrainerState) -> Snapshot | None:
-    """Copy what a checkpoint holds; None on all ranks but the first. Every rank has to call this.
 
-    Memory: as much as the policy, the value network and the optimisers' moments take.
+def snapshot(state: TrainerState) -> Snapshot:
+    """Copy this process's share of a checkpoint. Every rank has to call this.
+
+    Memory: a sharded tensor costs each process its shard. What all processes hold is shared out,
+    but for an unsharded policy, which is copied by the first.
     """
-    networks = state.networks
-    keep = networks.ranks.first
-    # The other ranks hold the same, or are needed below to gather what is sharded.
-    if not keep and not networks.sharded:
-        return None
-    policy = _plain(networks.policy.state_dict(), keep)
-    value = None if networks.value is None else _plain(networks.value.state_dict(), keep)
-    optimizers = _optimizers(state.optimizers)
-    moments = {
-        name: _flat(optimizer.state_dict()["state"], keep)
-        for name, (optimizer, _) in optimizers.items()
-    }
-    if not keep:
-        return None
+    networks, optimizers = state.networks, _optimizers(state.optimizers)
+    policy, layout = _policy_copies(networks)
+    names = _parameter_names(networks)
+    tensors = _value_tensors(networks)
+    for optimizer, _ in optimizers.values():
+        tensors |= moments_of(optimizer, names)
     described = {
         name: {
-            "param_groups": optimizer.state_dict()["param_groups"],
+            "param_groups": plain_groups(optimizer),
             "skipped": skips.total,
             "skipped_in_a_row": skips.in_a_row,
         }
@@ -133,40 +171,68 @@ def snapshot(state: TrainerState) -> Snapshot | None:
         "optimizers": described,
     }
     return Snapshot(
+        ranks=networks.ranks,
         model=networks.policy,
         tokenizer=state.tokenizer,
-        policy=_tied_again(policy, networks.policy),
-        value=value,
-        moments=moments,
-        random_states=random_states(),
+        policy=policy,
+        layout=layout,
+        state=copied(tensors, networks.ranks),
+        random_states=random_states() if networks.ranks.first else {},
         # Plain values of now: the optimisers' own change as training goes on.
         trainer=json.loads(json.dumps(trainer, allow_nan=False)),
     )
 
 
+def _policy_copies(networks: Networks) -> tuple[Mapping[str, Tensor] | Copied, Layout]:
+    tensors, layout = stored_tensors(networks.policy), layout_of(networks.policy)
+    if layout is not None and any(is_sharded(tensor) for tensor in tensors.values()):
+        return copied(tensors, networks.ranks), layout
+    keep = networks.ranks.first
+    whole_ones = _whole_copies(tensors, keep)
+    if layout is None:
+        whole_ones = converted(networks.policy, whole_ones) if keep else {}
+        sizes = {name: tensor.nbytes for name, tensor in sorted(whole_ones.items())}
+        layout = Layout.of(sizes, {name: name for name in sizes})
+    return whole_ones, layout
+
+
+@torch.no_grad()
+def _whole_copies(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """On the CPU. A process that does not keep them helps to gather what is sharded."""
+    copies = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            copies[name] = full.to("cpu", copy=True).contiguous()
+    return copies
+
+
 def restore_state(state: TrainerState, directory: str | Path) -> None:
-    """Fill `state`, built from the same settings, with what `Snapshot.write` wrote.
+    """Fill `state`, built from the same settings, with what was written below `directory`, by any
+    number of processes: each reads the slices it holds.
 
     Raises UserError where files are missing or damaged or come from other settings (another value
     network, KL controller or model shape).
     """
     root = Path(directory)
     try:
-        trainer = json.loads((root / "trainer.json").read_text(encoding="utf-8"))
+        trainer = json.loads((root / TRAINER).read_text(encoding="utf-8"))
         # Before anything is overwritten: settings that do not fit leave the state as it was built.
         _check_fits(trainer, state, root)
-        _restore_policy(state.networks.policy, root)
-        if state.networks.value is not None:
-            load_full(state.networks.value, load_file(root / "value.safetensors"))
+        _restore_policy(state.networks.policy, root / POLICY)
+        read = _restore_whole if trainer["schema"] == _WHOLE_SCHEMA else _restore_pieces
+        read(state, root)
         for name, (optimizer, skips) in _optimizers(state.optimizers).items():
-            _restore_optimizer(optimizer, skips, trainer["optimizers"][name], root, name)
+            described = trainer["optimizers"][name]
+            restore_groups(optimizer, described["param_groups"])
+            skips.total, skips.in_a_row = described["skipped"], described["skipped_in_a_row"]
         kl = {key: value for key, value in trainer["kl"].items() if key != "controller"}
         state.kl.load_state_dict(kl)
         # After the networks, whose loading may draw random numbers.
-        set_random_states(load_file(root / "rng.safetensors"))
+        set_random_states(load_file(root / _RANDOM))
         state.version = int(trainer["version"])
         state.canary_ids = tuple(trainer["canary_ids"])
-    except (OSError, KeyError, ValueError, RuntimeError, SafetensorError) as problem:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as problem:
         raise UserError(
             f"the checkpoint cannot be read: {type(problem).__name__}: {problem}",
             where=str(root),
@@ -175,10 +241,10 @@ def restore_state(state: TrainerState, directory: str | Path) -> None:
 
 
 def _check_fits(trainer: Mapping[str, Any], state: TrainerState, root: Path) -> None:
-    if trainer["schema"] != SCHEMA:
+    if trainer["schema"] not in (SCHEMA, _WHOLE_SCHEMA):
         raise UserError(
             f"a checkpoint of layout {trainer['schema']!r}, this Accord reads {SCHEMA!r}",
-            where=str(root / "trainer.json"),
+            where=str(root / TRAINER),
             fix="resume with the version of Accord that wrote it",
         )
     pairs = {
@@ -189,7 +255,7 @@ def _check_fits(trainer: Mapping[str, Any], state: TrainerState, root: Path) -> 
         if theirs != ours:
             raise UserError(
                 f"{what} of the checkpoint is {theirs!r}, of the settings {ours!r}",
-                where=str(root / "trainer.json"),
+                where=str(root / TRAINER),
                 fix="resume with the settings the checkpoint was made with",
             )
 
@@ -209,60 +275,68 @@ def _optimizers(
     return found
 
 
-def _restore_policy(policy: Any, root: Path) -> None:
-    saved = load_policy(ModelConfig(path=str(root / "policy")))
-    load_full(policy, saved.state_dict())
+def _value_tensors(networks: Networks) -> dict[str, Tensor]:
+    value = networks.value
+    return {} if value is None else {f"value.{n}": t for n, t in stored_tensors(value).items()}
 
 
-def _flat(moments: Mapping[int, Mapping[str, Tensor]], keep: bool) -> dict[str, Tensor]:
-    return _plain(
-        {f"{index}.{key}": value for index, row in moments.items() for key, value in row.items()},
-        keep,
-    )
+def _parameter_names(networks: Networks) -> dict[int, str]:
+    """Parameter's id -> its name in a checkpoint."""
+    modules = {"policy": networks.policy, "value": networks.value}
+    return {
+        id(parameter): f"{kind}.{name}"
+        for kind, module in modules.items()
+        if module is not None
+        for name, parameter in module.named_parameters()
+    }
 
 
-def _restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    skips: SkipCounter,
-    described: Mapping[str, Any],
-    root: Path,
-    name: str,
-) -> None:
-    # torch numbers parameters across groups in this order, in the file as here.
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments: dict[int, dict[str, Tensor]] = {}
-    for key, value in load_file(root / f"optimizer_{name}.safetensors").items():
-        index, part = key.split(".", 1)
-        param = params[int(index)]
-        if value.shape == param.shape:  # not the count of steps
-            value = split_like(value, param)
-        moments.setdefault(int(index), {})[part] = value
-    # JSON has no tuples; a resumed optimiser holds what a fresh one does.
-    groups = [{**group, "betas": tuple(group["betas"])} for group in described["param_groups"]]
-    optimizer.load_state_dict({"state": moments, "param_groups": groups})
-    skips.total, skips.in_a_row = described["skipped"], described["skipped_in_a_row"]
+def _restore_policy(policy: Any, folder: Path) -> None:
+    layout = layout_of(policy)
+    with StoredTensors.whole(folder, weight_files(folder)) as stored:
+        if layout is not None:
+            own = stored_tensors(policy)
+            for names in layout.files.values():
+                for saved, name in names.items():
+                    stored.fill(saved, own[name])
+            return
+    # The tensors of its files are other ones, which transformers makes into the model's.
+    load_full(policy, load_policy(ModelConfig(path=str(folder))).state_dict())
 
 
-def _plain(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies on the CPU, whole, of tensors that may share memory, which safetensors refuses; none
-    on a rank that does not keep them."""
-    copies = {}
-    for name, tensor in tensors.items():
-        # On every rank and in the same order, since it is a collective where tensors are sharded.
-        full = whole(tensor.detach())
-        if keep:
-            copies[name] = full.to("cpu", copy=True).contiguous()
-    return copies
+def _restore_pieces(state: TrainerState, root: Path) -> None:
+    names = _parameter_names(state.networks)
+    with StoredTensors.indexed(root / STATE) as stored:
+        for name, tensor in _value_tensors(state.networks).items():
+            stored.fill(name, tensor)
+        keys: dict[str, dict[str, str]] = {}
+        for name in stored.index:
+            parameter, slash, key = name.rpartition("/")
+            if slash:
+                keys.setdefault(parameter, {})[key] = name
+        for optimizer, _ in _optimizers(state.optimizers).values():
+            own = [(p, names[id(p)]) for g in optimizer.param_groups for p in g["params"]]
+            rows = [(p, keys[name]) for p, name in own if name in keys]
+            restore_moments(optimizer, stored, rows)
 
 
-def _tied_again(copies: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
-    """Names of one parameter get one copy, from which `save_pretrained` sees that they are tied."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    first: dict[int, str] = {}
-    for name, parameter in parameters.items():
-        if name in copies:
-            copies[name] = copies[first.setdefault(id(parameter), name)]
-    return copies
+def _restore_whole(state: TrainerState, root: Path) -> None:
+    """Of a checkpoint of layout 1: one file for each, moments by the number of their parameter."""
+    value = state.networks.value
+    if value is not None:
+        file = root / "value.safetensors"
+        with StoredTensors.whole(root, [file]) as stored:
+            for name, tensor in stored_tensors(value).items():
+                stored.fill(name, tensor)
+    for kind, (optimizer, _) in _optimizers(state.optimizers).items():
+        # torch numbers parameters across groups in this order.
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        with StoredTensors.whole(root, [root / f"optimizer_{kind}.safetensors"]) as stored:
+            keys: dict[int, dict[str, str]] = {}
+            for name in stored.index:
+                number, key = name.split(".", 1)
+                keys.setdefault(int(number), {})[key] = name
+            restore_moments(optimizer, stored, [(params[n], named) for n, named in keys.items()])
 
 
 def random_states() -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from cluster.machine.torch_state import prepare_torch
 from cluster.weights.transports import Publisher, PublisherOptions, make_publisher
 from learner.compute.optimizer import lr_factor, set_lr
 from learner.compute.ranks import SINGLE, Ranks
+from learner.model_files import complete
 from learner.rl.catch_up import catch_up
 from learner.rl.checkpoint import Snapshot, TrainerState, restore_state, snapshot
 from learner.rl.experience import Experience, StepPlan, build_experience
@@ -171,18 +172,20 @@ class PPOLearner:
         work = step_flops(networks, self.settings, rollouts, plan.value_only)
         return [*_speed(rollouts, wall, cpu), last("perf/mfu", work / (wall * self._peak))]
 
-    def snapshot(self) -> Snapshot | None:
-        """Copy what a checkpoint holds, so that it can be written while training goes on; None on
-        all ranks but the first. Rollouts of the steps before are then on disk."""
+    def snapshot(self) -> Snapshot:
+        """Copy this rank's share of a checkpoint, so that it can be written while training goes on.
+        Rollouts of the steps before are then on disk."""
         if self._writer is not None:
             self._writer.flush()
         return snapshot(self.state)
 
     def save(self, directory: str | Path) -> tuple[FileDigest, ...]:
-        """Write policy/ and the trainer's state under `directory`; complete on return (of the
-        first rank, which alone writes)."""
-        taken = self.snapshot()
-        return () if taken is None else taken.write(directory)
+        """Write policy/ and the trainer's state under `directory`, which all ranks see; complete on
+        return. The files, on every rank."""
+        written = self._ranks.gather(self.snapshot().write(directory))
+        files = [file for theirs in written for file in theirs]
+        finished = complete(Path(directory), files) if self._ranks.first else ()
+        return self._ranks.gather(finished)[0]
 
     def restore(self, directory: str | Path) -> None:
         """Take up exactly where `save` stood. Raises UserError where that is not possible."""

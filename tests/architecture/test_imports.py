@@ -34,6 +34,7 @@ DOORS = {
         "learner/compute/ranks.py",
         "learner/compute/sharding.py",
         "learner/compute/mesh.py",
+        "learner/compute/stored.py",
         "cluster/weights/",
     ),
 }

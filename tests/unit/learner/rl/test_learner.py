@@ -170,7 +170,7 @@ def test_a_checkpoint_of_other_settings_is_refused(
     adaptive = {"algorithm": {"kl": {"controller": "adaptive"}}}
     with pytest.raises(UserError, match="KL controller"):
         _started(world, tiny, **_merged(OWN, adaptive), resume_from=str(tmp_path))
-    (tmp_path / "optimizer_policy.safetensors").write_bytes(b"torn")
+    (tmp_path / "state" / "rank-00000.safetensors").write_bytes(b"torn")
     with pytest.raises(UserError, match="cannot be read"):
         _started(world, tiny, **OWN, resume_from=str(tmp_path))
     (tmp_path / "trainer.json").unlink()
