@@ -37,7 +37,8 @@ from cluster.contracts.records import (
     WeightManifest,
 )
 from cluster.contracts.rollout_table import to_table
-from cluster.weights.manifest import check_order, verify_arrays
+from cluster.weights.intake import Intake
+from cluster.weights.manifest import check_order
 from cluster.weights.transports import Receiver
 
 LOOK_FOR_LATE_S = 5.0
@@ -83,7 +84,7 @@ class RolloutWorker:
     ) -> None:
         self._settings = settings
         self._decode = decode
-        self._receiver = receiver
+        self._intake = None if receiver is None else Intake(receiver, settings.swap_timeout_s)
         self._thread = EngineThread(make_engine, self._sample_done, self._fail, settings.name)
         self._make_scorer = make_scorer
         self._scoring: GroupScorer | None = None
@@ -338,25 +339,24 @@ class RolloutWorker:
     # -- weights ----------------------------------------------------------------------------------
 
     def load_weights(self, manifest: WeightManifest) -> SwapReport:
-        """Fetch, verify and stage while generation goes on, swap between two steps, compare the
-        canary, and prove while generation goes on again that the new weights are in force.
+        """Fetch, verify and stage bucket by bucket while generation goes on, swap between two
+        steps, compare the canary, and prove while generation goes on again that the new weights
+        are in force.
 
         Raises WeightMismatch for a duplicate, late, torn or unfitting update and Retryable when
         staging fails: the worker goes on with the weights it has. Raises WeightMismatch when the
         engine holds other weights than those published or does not compute what the learner
         computes, and EngineFailure when it computes NaN: the worker is unfit from then on.
         """
-        if self._receiver is None:
+        if self._intake is None:
             raise Fatal(f"{self._settings.name} was started without a weight transport")
         with self._swap_lock:
             check_order(-1 if self._version is None else self._version, manifest)
             began = time.perf_counter()
-            arrays = self._receiver.fetch(manifest)
-            fetched = time.perf_counter()
-            verify_arrays(manifest, arrays)
-            verified = time.perf_counter()
-            self._thread.beside(lambda engine: engine.stage(arrays, manifest.version))
-            staged = time.perf_counter()
+            incoming = self._intake.take(manifest)
+            self._thread.beside(lambda engine: engine.stage(incoming, manifest.version))
+            incoming.require_whole()
+            took_s = time.perf_counter() - began
 
             def swap(engine: Engine) -> tuple[float, float]:
                 return self._swap(engine, manifest)
@@ -376,9 +376,9 @@ class RolloutWorker:
             self._pause_s += pause_s
         return SwapReport(
             version=manifest.version,
-            fetch_s=fetched - began,
-            verify_s=verified - fetched,
-            stage_s=staged - verified,
+            fetch_s=incoming.fetch_s,
+            verify_s=incoming.verify_s,
+            stage_s=took_s - incoming.fetch_s - incoming.verify_s,
             pause_s=pause_s,
             prove_s=prove_s,
             canary_logp_diff=difference,
@@ -419,6 +419,8 @@ class RolloutWorker:
         """End all threads and free the engine; what is unfinished is dropped."""
         if self._scoring is not None:
             self._scoring.stop()
+        if self._intake is not None:
+            self._intake.close()
         self._thread.stop(self._settings.stop_timeout_s)
 
     def _fail(self, problem: BaseException) -> None:

@@ -102,15 +102,23 @@ class _History:
         self._keep = keep
         self.versions: dict[int, dict[str, Any]] = {}
 
-    def publish(
-        self, arrays: Mapping[str, Any], dtypes: Mapping[str, str], version: int, canary: Any
-    ) -> Any:
-        from cluster.weights.manifest import build_manifest
+    def open(self, version: int) -> Any:
+        from cluster.weights.update import Update
 
-        copied = {name: array.copy() for name, array in arrays.items()}
-        self.versions[version] = copied
+        self._newest = version
+        self.versions[version] = {}
         self.versions.pop(version - self._keep, None)
-        return build_manifest(copied, dtypes, version, canary, "memory", None)
+        return Update(version, "memory", self)
+
+    def put(self, arrays: Mapping[str, Any]) -> None:
+        copied = {name: array.copy() for name, array in arrays.items()}
+        self.versions[self._newest].update(copied)
+
+    def finish(self) -> None:
+        """They are where the sampler looks."""
+
+    def discard(self) -> None:
+        self.versions.pop(self._newest)
 
     def retain(self, versions: Collection[int]) -> None:
         """Nothing is held."""
@@ -203,7 +211,7 @@ class Run:
         }
 
     def _load(self, version: int) -> None:
-        self.sampler.engine.stage(self.history.versions[version], version)
+        self.sampler.engine.stage(self.history.versions[version].items(), version)
         self.sampler.engine.swap(version)
 
     def _rollouts(self, ids: range) -> Any:

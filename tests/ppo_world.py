@@ -16,17 +16,15 @@ from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, Sta
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
 from cluster.contracts.records import (
-    Canary,
     Completion,
     Prompt,
     Rollout,
     RolloutGroup,
     Score,
     VersionSpan,
-    WeightManifest,
 )
 from cluster.contracts.rollout_table import to_table
-from cluster.weights.manifest import build_manifest
+from cluster.weights.update import Update
 from learner.settings import LearnerSettings
 
 VOCAB = 24
@@ -69,15 +67,18 @@ class KeepingPublisher:
         self.arrays: dict[str, np.ndarray[Any, Any]] = {}
         self.closed = False
 
-    def publish(
-        self,
-        arrays: Mapping[str, np.ndarray[Any, Any]],
-        dtypes: Mapping[str, str],
-        version: int,
-        canary: Canary,
-    ) -> WeightManifest:
-        self.arrays = {name: array.copy() for name, array in arrays.items()}
-        return build_manifest(self.arrays, dtypes, version, canary, "test", None)
+    def open(self, version: int) -> Update:
+        self._coming: dict[str, np.ndarray[Any, Any]] = {}
+        return Update(version, "test", self)
+
+    def put(self, arrays: Mapping[str, np.ndarray[Any, Any]]) -> None:
+        self._coming |= {name: array.copy() for name, array in arrays.items()}
+
+    def finish(self) -> None:
+        self.arrays = self._coming
+
+    def discard(self) -> None:
+        """`arrays` are still those of the version before."""
 
     def retain(self, versions: Collection[int]) -> None:
         """Nothing is held."""

@@ -1,9 +1,9 @@
-"""Weight updates as an engine sees them: arrays by parameter name, checked as a whole."""
+"""Weight updates as an engine sees them: arrays by parameter name, checked as they come."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -43,24 +43,31 @@ def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def check_update(expected: Shapes, arrays: Mapping[str, Any]) -> None:
-    """Raise WeightMismatch unless ``arrays`` holds exactly the expected parameters.
+def checked(
+    expected: Shapes, tensors: Iterable[tuple[str, Any]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of an update as they come. Raises WeightMismatch for one that the model does not
+    have, has in another shape, or was given already, and at the end when one was not given.
 
     vLLM itself accepts a partial list silently and keeps the old values of the rest.
     """
-    missing = sorted(expected.keys() - arrays.keys())
-    extra = sorted(arrays.keys() - expected.keys())
-    if missing or extra:
-        raise WeightMismatch(
-            f"the update does not fit the model: {len(missing)} parameters missing "
-            f"{missing[:3]}, {len(extra)} unknown {extra[:3]}"
-        )
-    for name, shape in expected.items():
-        if tuple(arrays[name].shape) != shape:
+    missing = dict(expected)
+    for name, array in tensors:
+        shape = missing.pop(name, None)
+        if shape is None:
+            problem = "twice" if name in expected else "unknown to the model"
+            raise WeightMismatch(f"the update does not fit the model: {name!r} is {problem}")
+        if tuple(array.shape) != shape:
             raise WeightMismatch(
-                f"the update does not fit the model: {name!r} is {tuple(arrays[name].shape)}, "
+                f"the update does not fit the model: {name!r} is {tuple(array.shape)}, "
                 f"the model has {shape}"
             )
+        yield name, to_tensor(array)
+    if missing:
+        raise WeightMismatch(
+            f"the update does not fit the model: {len(missing)} parameters missing "
+            f"{sorted(missing)[:3]}"
+        )
 
 
 def to_tensor(array: np.ndarray | torch.Tensor) -> torch.Tensor:

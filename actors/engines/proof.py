@@ -7,7 +7,7 @@ on every byte, and on where it lies: it compares two sets of weights of the same
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,19 @@ def number_sum(tensors: Iterable[torch.Tensor]) -> int:
             wide *= wide
             total += _SQUARE * int(wide.sum()) + _PLAIN * plain
     return total % (1 << 64)
+
+
+class NumberSum:
+    """The `number_sum` of tensors that are gone through once."""
+
+    def __init__(self) -> None:
+        self.total = 0
+
+    def of(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """The same tensors, each added up before it is handed on."""
+        for name, tensor in tensors:
+            self.total = (self.total + number_sum([tensor])) % (1 << 64)
+            yield name, tensor
 
 
 def _wide_bits(part: torch.Tensor) -> Any:

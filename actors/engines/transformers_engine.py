@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,11 +15,11 @@ from transformers.cache_utils import DynamicCache
 from transformers.initialization import no_init_weights
 
 from actors.decoding import StopStrings, make_text
-from actors.engines.host_tensors import check_prompt, check_update, published_tensors, to_tensor
+from actors.engines.host_tensors import check_prompt, checked, published_tensors
 from actors.engines.proof import differing, fingerprint, require_none_wrong
 from actors.engines.token_limits import Kept, TokenLimits
 from actors.settings import EngineSettings
-from cluster.contracts.errors import EngineFailure, Retryable, UserError
+from cluster.contracts.errors import AccordError, EngineFailure, Retryable, UserError
 from cluster.contracts.records import Completion, FinishReason, VersionSpan
 from cluster.machine.torch_state import prepare_torch
 
@@ -229,33 +229,34 @@ class TransformersEngine:
             self._mask = self._mask[index]
 
     @torch.no_grad()
-    def stage(self, tensors: Mapping[str, Any], version: int) -> None:
+    def stage(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
         """Copy an update beside the weights in force; any thread, while another steps.
 
         The engine goes on with what it has, whatever happens here. Raises WeightMismatch when names
         or shapes do not fit, Retryable when copying fails (out of memory).
         """
-        self._staged = None
-        check_update(self._shapes, tensors)
+        self._staged, self._expected = None, {}
         try:
-            for name, parameter in self._parameters.items():
+            for name, tensor in checked(self._shapes, tensors):
+                parameter = self._parameters[name]
                 if name not in self._second:
                     self._second[name] = torch.empty_like(parameter)
-                self._second[name].copy_(to_tensor(tensors[name]))
+                self._second[name].copy_(tensor)
+                # Of what was published, not of the copy made of it.
+                self._expected |= self._digest(name, tensor)
+        except AccordError:
+            raise
         except Exception as problem:
             raise Retryable(
                 f"{self.name} failed staging version {version}, version {self.version} stays in "
                 f"force: {problem}"
             ) from problem
-        self._expected = self._digests({name: to_tensor(a) for name, a in tensors.items()})
         self._staged = version
 
-    def _digests(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-        """By name, of each tensor as the model holds it: its device, its type."""
-        found: dict[str, str] = {}
-        for name, held in self._parameters.items():  # one by one: each may need memory on a device
-            found |= fingerprint({name: tensors[name].to(held.device, held.dtype)})
-        return found
+    def _digest(self, name: str, tensor: torch.Tensor) -> dict[str, str]:
+        """Of one tensor as the model holds it: its device, its type."""
+        held = self._parameters[name]
+        return fingerprint({name: tensor.to(held.device, held.dtype)})
 
     def swap(self, version: int) -> None:
         """Exchange the two sets of weights between two steps."""
@@ -278,8 +279,10 @@ class TransformersEngine:
         Any thread, while another steps: the model's own tensors are compared with digests of the
         published arrays, not of the copy made of them.
         """
-        held = published_tensors(self._model)
-        wrong = differing(self._expected, self._digests(held))
+        found: dict[str, str] = {}
+        for name, tensor in published_tensors(self._model).items():  # one by one: memory
+            found |= self._digest(name, tensor)
+        wrong = differing(self._expected, found)
         require_none_wrong(wrong, self.name, self.version)
 
     @torch.inference_mode()

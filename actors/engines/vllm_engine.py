@@ -17,7 +17,7 @@ import threading
 import time
 from array import array
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +28,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.llm_engine import LLMEngine
 
-from actors.engines.host_tensors import check_prompt, check_update, parameter_shapes
+from actors.engines.host_tensors import check_prompt, checked, parameter_shapes, to_tensor
 from actors.engines.lora_kernels import use_grouped_kernels
 from actors.engines.proof import require_none_wrong
 from actors.engines.token_limits import Kept, TokenLimits
@@ -36,7 +36,13 @@ from actors.engines.vllm_adapters import ServedAdapters
 from actors.engines.vllm_args import engine_args
 from actors.engines.vllm_limits import request_args
 from actors.settings import EngineSettings
-from cluster.contracts.errors import AccordError, EngineFailure, Retryable, UserError
+from cluster.contracts.errors import (
+    AccordError,
+    EngineFailure,
+    Retryable,
+    UserError,
+    WeightMismatch,
+)
 from cluster.contracts.records import Completion, VersionSpan
 
 PROBE_TIMEOUT_S = 120.0  # a failed step can leave vLLM's request unfinished for ever
@@ -73,7 +79,6 @@ class VllmEngine:
         self._stepping = threading.Lock()  # the second set of weights is built between two steps
         self._prepared = False
         self._staged: int | None = None
-        self._held: Mapping[str, Any] | None = None  # an update that only the swap can hand over
         self._vocab = self._llm.model_config.get_vocab_size()
         self._limits = TokenLimits(settings, self._vocab)
         # Older releases do not say which weights sampled a token: then we count ourselves.
@@ -251,44 +256,40 @@ class VllmEngine:
 
     # -- weights ----------------------------------------------------------------------------------
 
-    def stage(self, tensors: Mapping[str, Any], version: int) -> None:
+    def stage(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
         """Load and pack an update beside the weights in force; any thread, while others step.
 
         The engine goes on with what it has, whatever happens here. Raises WeightMismatch when names
         or shapes do not fit, Retryable when vLLM fails.
-
-        With tensor parallelism vLLM's other processes take one call at a time: the update is only
-        checked here and loaded in ``swap``.
         """
-        self._staged = self._held = None
+        self._staged = None
         if self._adapters is not None:
             self._stage_adapters(self._adapters, tensors, version)
             return
-        check_update(self._shapes, tensors)
-        if self._settings.tensor_parallel > 1:
-            self._held = dict(tensors)
-        else:
-            self._fill(dict(tensors), version)
-        self._staged = version
-
-    def _fill(self, tensors: Mapping[str, Any], version: int) -> None:
         try:
             if not self._prepared:
                 with self._stepping:
                     self._llm.collective_rpc("accord_prepare")
                 self._prepared = True
-            self._llm.collective_rpc("accord_stage", args=(tensors,))
+            self._llm.collective_rpc("accord_stage", args=(checked(self._shapes, tensors),))
+        except (WeightMismatch, Retryable):
+            raise
         except Exception as problem:
-            raise Retryable(
-                f"{self.name} failed staging version {version}, version {self.version} stays in "
-                f"force: {problem}"
-            ) from problem
+            raise self._not_staged(version, problem) from problem
+        self._staged = version
+
+    def _not_staged(self, version: int, problem: Exception) -> Retryable:
+        return Retryable(
+            f"{self.name} failed staging version {version}, version {self.version} stays in "
+            f"force: {problem}"
+        )
 
     def _stage_adapters(
-        self, adapters: ServedAdapters, tensors: Mapping[str, Any], version: int
+        self, adapters: ServedAdapters, tensors: Iterable[tuple[str, Any]], version: int
     ) -> None:
         try:
-            adapters.stage(tensors)
+            # Copied: an adapter is small, and its tensors may be gone when the next ones come.
+            adapters.stage({name: to_tensor(array).clone() for name, array in tensors})
         except AccordError:
             raise
         except Exception as problem:
@@ -307,9 +308,7 @@ class VllmEngine:
             raise EngineFailure(
                 f"{self.name} was to swap in version {version}, staged is {self._staged}"
             )
-        if self._held is not None:
-            self._fill(self._held, version)
-        self._staged = self._held = None
+        self._staged = None
         try:
             if self._adapters is not None:
                 self._adapters.install()

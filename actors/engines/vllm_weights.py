@@ -1,6 +1,6 @@
 """The second set of weights of a vLLM worker: filled beside the one in force, then exchanged.
 
-stage: arrays ──load_weights──▶ a second instance of the model ──pack──▶ ready to compute
+stage: tensors ─load_weights──▶ a second instance of the model ──pack──▶ ready to compute
 swap:  every tensor and packed kernel of the two instances changes places, or, where addresses are
        fixed (CUDA graphs), the staged tensors are copied over those in force on the device
 
@@ -14,7 +14,7 @@ That what is in force after a swap is what was published is proven by ``vllm_pro
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -25,8 +25,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from actors.engines.host_tensors import to_tensor
-from actors.engines.proof import differing, number_sum
+from actors.engines.proof import NumberSum, differing, number_sum
 from actors.engines.token_limits import Kept
 from actors.engines.vllm_limits import LimitsProcessor
 from actors.engines.vllm_proof import KERNEL, LoaderCheck, digests, is_weight, mark_kernels
@@ -61,26 +60,25 @@ class Shadow:
         self._loader = LoaderCheck()
 
     @torch.no_grad()
-    def stage(self, arrays: Mapping[str, Any]) -> None:
-        """Load and pack a whole model's arrays, in the names and shapes of its checkpoint.
+    def stage(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load a whole model's tensors as they come, in the names and shapes of its checkpoint, and
+        pack them.
 
         What was staged before and not swapped in is lost, also when this fails.
         Raises Fatal when vLLM's loader left a parameter out or changed its numbers, or a layer was
         not packed.
         """
         self._ready = False
-        published = number_sum(to_tensor(array) for array in arrays.values())
+        published = NumberSum()
         with set_current_vllm_config(self._config):
             self._unpack()
-            loaded = self._twin.load_weights(
-                (name, to_tensor(array)) for name, array in arrays.items()
-            )
+            loaded = self._twin.load_weights(published.of(tensors))
             if loaded is not None:
                 left_out = {name for name, _ in self._twin.named_parameters()} - loaded
                 if left_out:
                     raise Fatal(f"vLLM's loader passed over {sorted(left_out)[:3]}")
             sums = self._loaded_sums()
-            self._loader.compare(published, sum(sums.values()) % (1 << 64))
+            self._loader.compare(published.total, sum(sums.values()) % (1 << 64))
             self._pack()
         if any(KERNEL not in packed for _, packed in self._kernels):
             raise Fatal("vLLM packed fewer layers than at the start")
@@ -165,8 +163,8 @@ class WeightStage:
         by_copy = addresses_are_fixed()
         self._accord_shadow = Shadow(self.model_runner.get_model(), self.vllm_config, by_copy)
 
-    def accord_stage(self, arrays: Mapping[str, Any]) -> None:
-        self._accord_shadow.stage(arrays)
+    def accord_stage(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        self._accord_shadow.stage(tensors)
 
     def accord_swap(self) -> None:
         self._accord_shadow.swap()

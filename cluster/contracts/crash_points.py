@@ -33,6 +33,7 @@ POINTS = {
     "not written",
     "learner.after_optimizer_step": "the weights of a step have changed",
     "learner.before_publish": "the step has its new version, which nobody has got",
+    "learner.mid_publish": "a part of the new version's weights is with the transport",
     "learner.mid_save": "the policy is in the staging folder; the optimizer is not",
 }
 """Name -> what has happened when it is passed."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,11 +54,12 @@ class Engine(Protocol):
     @property
     def unfinished(self) -> int: ...
 
-    def stage(self, tensors: Mapping[str, Any], version: int) -> None:
-        """Prepare all weights (host arrays, see ``cluster.weights``) beside those in force.
+    def stage(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
+        """Prepare all weights (name, host array or tensor) beside those in force, as they come: no
+        tensor is kept after the next one was asked for.
 
         Called from another thread while the engine steps, one call at a time. Whatever it raises,
-        the engine goes on with the weights it has.
+        and whatever going through ``tensors`` raises, the engine goes on with the weights it has.
         """
         ...
 

@@ -240,13 +240,15 @@ class PreferencePair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorEntry:
-    """One tensor of a weight update. ``checksum``: of its bytes, see ``weights.manifest``."""
+    """One tensor of a weight update. ``checksum``: of its bytes, see ``weights.manifest``.
+    ``bucket``: the number of the part of the update that it travels in."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str  # torch name without the prefix: "float32", "bfloat16"
     nbytes: int
     checksum: str
+    bucket: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,6 +277,11 @@ class WeightManifest:
     @property
     def nbytes(self) -> int:
         return sum(t.nbytes for t in self.tensors)
+
+    @property
+    def buckets(self) -> int:
+        """In how many parts the update travels."""
+        return 1 + max((t.bucket for t in self.tensors), default=-1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hmac
 import threading
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
@@ -26,13 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from cluster.contracts.errors import Retryable, WeightMismatch
-from cluster.contracts.records import Canary, WeightManifest
-from cluster.weights.device_buffer import layout, pack, unpack
+from cluster.contracts.errors import Retryable
+from cluster.contracts.records import WeightManifest
+from cluster.weights.device_buffer import SnapshotCarrier, Snapshots, layout, unpack
 from cluster.weights.gate import LOOPBACK, Gate, new_secret, pass_gate, proof
-from cluster.weights.manifest import build_manifest
+from cluster.weights.manifest import buckets_in
 from cluster.weights.stores import gloo_on, store_on
 from cluster.weights.transports import PublisherOptions
+from cluster.weights.update import Update
 
 NAME = "collective"
 TIMEOUT_S = 120.0
@@ -55,38 +56,18 @@ class CollectivePublisher:
         self._store: Any = store_on(LOOPBACK, self._timeout)
         self._gate = Gate(host, self._secret, self._store.port)
         self._asked: dict[int, int] = {}
-        self._snapshots: dict[int, Tensor] = {}
-        self._spare: Tensor | None = None
-        self._lock = threading.Lock()
+        self._snapshots = Snapshots()
         self._pairs: dict[int, Any] = {}
         self._senders: dict[int, ThreadPoolExecutor] = {}
         self._thread = threading.Thread(target=self._serve, name="weights-server", daemon=True)
         self._thread.start()
 
-    def publish(
-        self,
-        arrays: Mapping[str, Tensor],
-        dtypes: Mapping[str, str],
-        version: int,
-        canary: Canary,
-    ) -> WeightManifest:
-        """Take a snapshot on the device. ``arrays`` may be changed after the return."""
-        manifest = build_manifest(
-            arrays, dtypes, version, canary, NAME, (self._host, self._gate.port, self._secret)
-        )
-        spare, self._spare = self._spare, None
-        snapshot = pack(arrays, spare)
-        if snapshot.is_cuda:
-            torch.cuda.current_stream(snapshot.device).synchronize()
-        with self._lock:
-            self._snapshots[version] = snapshot
-        return manifest
+    def open(self, version: int) -> Update:
+        found = (self._host, self._gate.port, self._secret)
+        return Update(version, NAME, SnapshotCarrier(self._snapshots, version, lambda _: found))
 
     def retain(self, versions: Collection[int]) -> None:
-        """One of the buffers let go is written into next, so that no memory is asked for."""
-        with self._lock:
-            for version in [v for v in self._snapshots if v not in versions]:
-                self._spare = self._snapshots.pop(version)
+        self._snapshots.retain(versions)
 
     def close(self) -> None:
         self._gate.close()
@@ -113,15 +94,14 @@ class CollectivePublisher:
 
     def _answer(self, key: str, pair: int, version: int) -> None:
         try:
-            with self._lock:
-                snapshot = self._snapshots.get(version)
-            self._store.set(key, _GONE if snapshot is None else _SENT)
-            if snapshot is not None:
+            buffers = self._snapshots.of(version)
+            self._store.set(key, _GONE if buffers is None else _SENT)
+            for buffer in buffers or ():
                 if pair not in self._pairs:
                     self._pairs[pair] = _communicator(
-                        self._store.clone(), pair, 0, snapshot.device, self._timeout, self._host
+                        self._store.clone(), pair, 0, buffer.device, self._timeout, self._host
                     )
-                self._pairs[pair].send([snapshot], 1, 0).wait()
+                self._pairs[pair].send([buffer], 1, 0).wait()
         except RuntimeError:
             # The worker is gone or did not listen: it learns so from its own deadline, and the pool
             # replaces it. Its successor makes a pair of its own.
@@ -141,22 +121,23 @@ class CollectiveReceiver:
         self._asked = 0
         self._communicator: Any = None
 
-    def fetch(self, manifest: WeightManifest) -> dict[str, Tensor]:
-        """Tensors on the receiver's device.
-
-        Raises Retryable when the learner does not answer in time or has dropped the version,
-        WeightMismatch when what came is not as announced.
-        """
+    def fetch(self, manifest: WeightManifest, timeout_s: float) -> Iterator[dict[str, Tensor]]:
+        """Tensors on the receiver's device. Retryable when the learner does not answer in time or
+        has dropped the version."""
+        whole = False
         try:
-            return self._fetch(manifest)
+            yield from self._fetch(manifest)
+            whole = True
         except (RuntimeError, OSError) as problem:  # torch.distributed's, and the gate's
-            self._address = None
             raise Retryable(
                 f"weights of version {manifest.version} did not come through the communicator "
                 f"within {self._timeout.total_seconds():.0f} s: {problem}"
             ) from None
+        finally:
+            if not whole:  # what is still on its way would be taken for the next update
+                self._address = None
 
-    def _fetch(self, manifest: WeightManifest) -> dict[str, Tensor]:
+    def _fetch(self, manifest: WeightManifest) -> Iterator[dict[str, Tensor]]:
         if self._address != tuple(manifest.locator):
             self._connect(*manifest.locator)
         self._asked += 1
@@ -173,13 +154,12 @@ class CollectiveReceiver:
             self._communicator = _communicator(
                 self._store, self._pair, 1, self._device, self._timeout, self._own
             )
-        _, total = layout(entry.nbytes for entry in manifest.tensors)
-        buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
-        self._communicator.recv([buffer], 0, 0).wait()
-        try:
-            return unpack(buffer, manifest.tensors)
-        except (ValueError, RuntimeError, AttributeError) as problem:
-            raise WeightMismatch(f"weights of version {manifest.version}: {problem}") from None
+        for entries in buckets_in(manifest):
+            _, total = layout(entry.nbytes for entry in entries)
+            buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
+            self._communicator.recv([buffer], 0, 0).wait()
+            yield unpack(buffer, entries)
+            del buffer
 
     def _connect(self, host: str, port: int, secret: bytes) -> None:
         inner, self._own = pass_gate(host, port, secret)

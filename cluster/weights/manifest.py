@@ -5,14 +5,14 @@ An update is host arrays (numpy) or, for transports that stay on a device, torch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import xxhash
 
 from cluster.contracts.errors import WeightMismatch
-from cluster.contracts.records import Canary, TensorEntry, WeightManifest
+from cluster.contracts.records import TensorEntry, WeightManifest
 
 # numpy has no bfloat16, so it travels as the unsigned integers of its bits.
 CARRIERS = {"float32": "float32", "float16": "float16", "bfloat16": "uint16"}
@@ -49,41 +49,37 @@ def _fits(array: Any, dtype: str) -> bool:
     return wanted == _carrier(array) and dtype in CARRIERS
 
 
-def build_manifest(
-    arrays: Mapping[str, Any],
-    dtypes: Mapping[str, str],
-    version: int,
-    canary: Canary,
-    transport: str,
-    locator: Any,
-) -> WeightManifest:
-    """Manifest of ``arrays`` (host arrays carry bfloat16 as uint16 views, tensors as it is);
-    ``dtypes`` are torch names per tensor.
+def entries_of(
+    arrays: Mapping[str, Any], dtypes: Mapping[str, str], bucket: int
+) -> list[TensorEntry]:
+    """One entry a tensor of a bucket (host arrays carry bfloat16 as uint16 views, tensors as it
+    is); ``dtypes`` are torch names per tensor.
 
     Raises ValueError when a dtype is unknown or does not fit the array that carries it.
     """
-    entries = []
     for name, array in arrays.items():
         if not _fits(array, dtypes[name]):
             raise ValueError(f"{name}: {dtypes[name]} cannot travel as {_carrier(array)}")
     sums = checksums(arrays)
-    for name, array in arrays.items():
-        entries.append(
-            TensorEntry(
-                name=name,
-                shape=tuple(array.shape),
-                dtype=dtypes[name],
-                nbytes=array.nbytes,
-                checksum=sums[name],
-            )
+    return [
+        TensorEntry(
+            name=name,
+            shape=tuple(array.shape),
+            dtype=dtypes[name],
+            nbytes=array.nbytes,
+            checksum=sums[name],
+            bucket=bucket,
         )
-    return WeightManifest(
-        version=version,
-        tensors=tuple(entries),
-        canary=canary,
-        transport=transport,
-        locator=locator,
-    )
+        for name, array in arrays.items()
+    ]
+
+
+def buckets_in(manifest: WeightManifest) -> list[list[TensorEntry]]:
+    """The entries of each bucket of an update, in order."""
+    found: list[list[TensorEntry]] = [[] for _ in range(manifest.buckets)]
+    for entry in manifest.tensors:
+        found[entry.bucket].append(entry)
+    return found
 
 
 def check_order(current: int, manifest: WeightManifest) -> None:
@@ -96,17 +92,41 @@ def check_order(current: int, manifest: WeightManifest) -> None:
         )
 
 
-def verify_arrays(manifest: WeightManifest, arrays: Mapping[str, Any]) -> None:
-    """Raise WeightMismatch, naming the tensor, unless ``arrays`` is exactly what was published.
+def verified(
+    manifest: WeightManifest, buckets: Iterable[Mapping[str, Any]]
+) -> Iterator[Mapping[str, Any]]:
+    """The buckets of an update, each checked before it is handed on, and at the end that none is
+    missing. Raises WeightMismatch, naming the tensor, for anything but what was published.
 
     That the numbers are finite is checked once, by the learner before it publishes.
     """
-    expected = {entry.name: entry for entry in manifest.tensors}
-    # Names, shapes and sizes before checksums: they are free, and say more of what is wrong.
-    if len(expected) != len(manifest.tensors):
+    names = [entry.name for entry in manifest.tensors]
+    if len(set(names)) != len(names):
         raise WeightMismatch(f"the manifest of version {manifest.version} names a tensor twice")
-    if not expected:
+    if not names:
         raise WeightMismatch(f"the manifest of version {manifest.version} is empty")
+    announced = buckets_in(manifest)
+    number = -1
+    for number, bucket in enumerate(buckets):
+        if number >= len(announced):
+            raise WeightMismatch(
+                f"weights of version {manifest.version}: more than the {len(announced)} buckets "
+                "announced"
+            )
+        _verify(manifest, announced[number], bucket)
+        yield bucket
+    if number + 1 < len(announced):
+        raise WeightMismatch(
+            f"weights of version {manifest.version}: {number + 1} of {len(announced)} buckets came"
+        )
+
+
+def _verify(
+    manifest: WeightManifest, announced: list[TensorEntry], arrays: Mapping[str, Any]
+) -> None:
+    """Raise WeightMismatch unless ``arrays`` is exactly this bucket of the update."""
+    expected = {entry.name: entry for entry in announced}
+    # Names, shapes and sizes before checksums: they are free, and say more of what is wrong.
     missing = [name for name in expected if name not in arrays]
     if missing:
         raise WeightMismatch(_say(manifest, missing[0], f"missing ({len(missing)} in all)"))

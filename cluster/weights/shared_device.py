@@ -6,7 +6,7 @@ On the CPU the same code passes a handle of shared memory: that is how its logic
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.multiprocessing import reductions
 
 from cluster.contracts.errors import Retryable, WeightMismatch
-from cluster.contracts.records import Canary, WeightManifest
-from cluster.weights.device_buffer import pack, unpack
-from cluster.weights.manifest import build_manifest
+from cluster.contracts.records import WeightManifest
+from cluster.weights.device_buffer import SnapshotCarrier, Snapshots, unpack
+from cluster.weights.manifest import buckets_in
 from cluster.weights.transports import PublisherOptions
+from cluster.weights.update import Update
 
 NAME = "shared_device"
+_MAPPED_VERSIONS = 4
 
 
 class SharedDevicePublisher:
@@ -29,34 +31,16 @@ class SharedDevicePublisher:
     on_device = True
 
     def __init__(self) -> None:
-        self._snapshots: dict[int, Tensor] = {}
-        self._spare: Tensor | None = None
+        self._snapshots = Snapshots()
 
-    def publish(
-        self,
-        arrays: Mapping[str, Tensor],
-        dtypes: Mapping[str, str],
-        version: int,
-        canary: Canary,
-    ) -> WeightManifest:
-        """Take a snapshot on the device. ``arrays`` may be changed after the return."""
-        spare, self._spare = self._spare, None
-        snapshot = pack(arrays, spare)
-        if snapshot.is_cuda:  # the other process reads on a stream of its own
-            torch.cuda.current_stream(snapshot.device).synchronize()
-        # Only when it is whole, so that no handle of a half written buffer can be handed out.
-        self._snapshots[version] = snapshot
-        return build_manifest(arrays, dtypes, version, canary, NAME, _handle(snapshot))
+    def open(self, version: int) -> Update:
+        return Update(version, NAME, SnapshotCarrier(self._snapshots, version, _handles))
 
     def retain(self, versions: Collection[int]) -> None:
-        """One of the buffers let go is written into next: no memory is asked for, and a receiver
-        that has mapped it before knows it by its handle."""
-        for version in [v for v in self._snapshots if v not in versions]:
-            self._spare = self._snapshots.pop(version)
+        self._snapshots.retain(versions)
 
     def close(self) -> None:
         self._snapshots.clear()
-        self._spare = None
 
 
 class SharedDeviceReceiver:
@@ -65,27 +49,32 @@ class SharedDeviceReceiver:
     def __init__(self) -> None:
         self._mapped: OrderedDict[Any, Tensor] = OrderedDict()
 
-    def fetch(self, manifest: WeightManifest) -> dict[str, Tensor]:
-        """Views of the publisher's own memory: read them, never write.
+    def fetch(self, manifest: WeightManifest, timeout_s: float) -> Iterator[dict[str, Tensor]]:
+        """Views of the publisher's own memory: read them, never write. Retryable when the memory
+        is gone."""
+        for handle, entries in zip(manifest.locator, buckets_in(manifest), strict=True):
+            which = f"bucket {entries[0].bucket + 1} of {manifest.buckets}"
+            try:
+                yield unpack(self._buffer(handle, manifest, which), entries)
+            except (ValueError, RuntimeError, AttributeError) as problem:
+                raise WeightMismatch(
+                    f"weights of version {manifest.version}, {which}: {problem}"
+                ) from None
 
-        Raises Retryable when the memory is gone, WeightMismatch when it is not as announced.
-        """
-        handle = manifest.locator
+    def _buffer(self, handle: Any, manifest: WeightManifest, which: str) -> Tensor:
         if handle not in self._mapped:
             try:
                 self._mapped[handle] = _mapped(handle)
             except (RuntimeError, OSError, TypeError) as problem:
                 raise Retryable(
-                    f"weights of version {manifest.version} cannot be mapped: {problem}"
+                    f"{which} of the weights of version {manifest.version} cannot be mapped: "
+                    f"{problem}"
                 ) from None
             # A mapping costs milliseconds, so old ones are kept; but each holds the publisher's
             # memory in place, which it could not free otherwise.
-            while len(self._mapped) > 16:
+            while len(self._mapped) > _MAPPED_VERSIONS * manifest.buckets:
                 self._mapped.popitem(last=False)
-        try:
-            return unpack(self._mapped[handle], manifest.tensors)
-        except (ValueError, RuntimeError, AttributeError) as problem:
-            raise WeightMismatch(f"weights of version {manifest.version}: {problem}") from None
+        return self._mapped[handle]
 
 
 def publisher(options: PublisherOptions) -> SharedDevicePublisher:
@@ -94,6 +83,10 @@ def publisher(options: PublisherOptions) -> SharedDevicePublisher:
 
 def receiver(device: str) -> SharedDeviceReceiver:
     return SharedDeviceReceiver()
+
+
+def _handles(buffers: list[Tensor]) -> tuple[Any, ...]:
+    return tuple(map(_handle, buffers))
 
 
 def _handle(snapshot: Tensor) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""How the two ends of a weight transport are made from its name.
+"""How the two ends of a weight transport are made from its name, and what each must do.
 
 A built-in transport is the module of its name beside this one, with `publisher(options)` and
 `receiver(device)`; a plugin's is what it has registered.
@@ -7,12 +7,13 @@ A built-in transport is the module of its name beside this one, with `publisher(
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.contracts.records import Canary, WeightManifest
 from cluster.contracts.registry import WEIGHT_TRANSPORTS
+from cluster.weights.update import Update, buckets_of
 
 
 class Publisher(Protocol):
@@ -20,19 +21,26 @@ class Publisher(Protocol):
 
     on_device: bool
 
-    def publish(
-        self, arrays: Mapping[str, Any], dtypes: Mapping[str, str], version: int, canary: Canary
-    ) -> WeightManifest: ...
+    def open(self, version: int) -> Update:
+        """Begin to publish a version, which may have been begun or published before."""
+        ...
 
     def retain(self, versions: Collection[int]) -> None:
-        """Let go of all versions but these; called before the next one is published."""
+        """Let go of all versions but these; called before the next one is opened."""
         ...
 
     def close(self) -> None: ...
 
 
 class Receiver(Protocol):
-    def fetch(self, manifest: WeightManifest) -> dict[str, Any]: ...
+    def fetch(self, manifest: WeightManifest, timeout_s: float) -> Iterator[Mapping[str, Any]]:
+        """The buckets of an update in order; each may be dropped before the next is asked for.
+
+        Raises Retryable when one cannot be had, or not within ``timeout_s`` after the first was
+        asked for; WeightMismatch when it is not as announced. Names, shapes and checksums are the
+        caller's to check (``cluster.weights.intake``).
+        """
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +64,21 @@ def make_receiver(word: str, device: str) -> Receiver:
     plugin = WEIGHT_TRANSPORTS[word].receiver
     made: Receiver = (plugin or _module(word).receiver)(device)
     return made
+
+
+def publish(
+    publisher: Publisher,
+    arrays: Mapping[str, Any],
+    dtypes: Mapping[str, str],
+    version: int,
+    canary: Canary,
+    bucket_bytes: int = 64 << 20,
+) -> WeightManifest:
+    """Publish arrays that are all there already. Raises as ``Update.close`` does."""
+    with publisher.open(version) as update:
+        for bucket in buckets_of(arrays, bucket_bytes):
+            update.add(bucket, {name: dtypes[name] for name in bucket})
+        return update.close(canary)
 
 
 def _module(word: str) -> Any:

@@ -4,17 +4,17 @@ the rollouts that were saved of them. It then stands where the lost one stood, b
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cluster.contracts.errors import AccordError, RolledBack
-from cluster.contracts.records import Canary, StepInput, WeightManifest
+from cluster.contracts.records import StepInput
 from cluster.machine.torch_state import prepare_torch
-from cluster.weights.manifest import build_manifest
+from cluster.weights.update import Nowhere, Update
 from learner.rl.step_record import read_record
 
 if TYPE_CHECKING:
@@ -27,10 +27,8 @@ class Digests:
     def __init__(self, on_device: bool) -> None:
         self.on_device = on_device
 
-    def publish(
-        self, arrays: Mapping[str, Any], dtypes: Mapping[str, str], version: int, canary: Canary
-    ) -> WeightManifest:
-        return build_manifest(arrays, dtypes, version, canary, "none", None)
+    def open(self, version: int) -> Update:
+        return Update(version, "none", Nowhere())
 
     def retain(self, versions: Collection[int]) -> None:
         """Nothing is held."""

@@ -31,7 +31,7 @@ from learner.rl.experience import Experience, StepPlan, build_experience
 from learner.rl.flops import matrix_peak, step_flops
 from learner.rl.metrics import experience_metrics, sequence_kl
 from learner.rl.networks import build_kl_controller, build_networks, build_optimizers
-from learner.rl.publish import canary, canary_tokens, device_tensors, host_arrays
+from learner.rl.publish import buckets, canary, canary_tokens
 from learner.rl.rollout_files import RolloutWriter
 from learner.rl.rollouts import RolloutBatch, read_batch
 from learner.rl.short_memory import in_smaller_parts
@@ -250,19 +250,29 @@ class PPOLearner:
         # a rank that left here would leave the others waiting in the gather.
         if not first and not networks.sharded:
             return _nothing(state.version)
-        on_device = self._publisher is not None and self._publisher.on_device
-        tensors = device_tensors if on_device else host_arrays
-        arrays, dtypes = tensors(networks.policy, dtype, first)
         check = canary(
             networks.policy_root, state.canary_ids, dtype, settings.weights.canary_tolerance
         )
+        parts = buckets(
+            networks.policy,
+            dtype,
+            on_device=self._publisher is not None and self._publisher.on_device,
+            limit_bytes=int(settings.weights.bucket_mb * (1 << 20)),
+        )
         if not first:
+            for _ in parts:  # takes part in gathering them
+                pass
             return _nothing(state.version)
         if self._publisher is None:
             raise Fatal("the learner was used before it was started")
         # Before, not after: on a device the memory let go is what the new version is written to.
         self._publisher.retain([version for version in retained if version is not None])
-        manifest = self._publisher.publish(arrays, dtypes, state.version, check)
+        with self._publisher.open(state.version) as update:
+            for arrays, dtypes in parts:
+                update.add(arrays, dtypes)
+                del arrays  # two buckets at a time: the one being sent and the next
+                passing("learner.mid_publish")
+            manifest = update.close(check)
         self._digest = weights_digest(manifest)
         return manifest
 

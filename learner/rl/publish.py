@@ -1,10 +1,9 @@
-"""The policy as an engine takes it: named host arrays in its dtype, and a canary to check."""
+"""The policy as an engine takes it: buckets of named arrays in its dtype, and a canary to check."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -13,9 +12,10 @@ from torch import Tensor
 
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.records import Canary
-from learner.compute.ranks import is_sharded, whole
-from learner.compute.sharding import Gathered, bare, call, local
+from learner.compute.ranks import whole
+from learner.compute.sharding import bare, call
 from learner.models.heads import hidden_states, lm_head
+from learner.models.rounded import rounded
 from learner.settings import CANARY_PROMPT_TOKENS, CANARY_TOKENS
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
@@ -30,52 +30,57 @@ def published_tensors(policy: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def host_arrays(
-    policy: Any, dtype: str, keep: bool = True
-) -> tuple[dict[str, HostArray], dict[str, str]]:
-    """(arrays, torch dtype names) of the policy in the engine's `dtype`, bfloat16 as uint16 views.
+def buckets(
+    policy: Any, dtype: str, *, on_device: bool, limit_bytes: int
+) -> Iterator[tuple[dict[str, Any], dict[str, str]]]:
+    """(arrays, torch dtype names) of the policy in the engine's `dtype`, a bucket at a time.
 
-    keep: False on a rank that publishes nothing: it helps to gather sharded tensors, one at a time.
+    Host arrays, bfloat16 as uint16 views, or with `on_device` tensors where the policy lies. They
+    share memory with the policy where the dtype is the same: none may change before it is sent.
+    A bucket holds at most `limit_bytes`, or a single tensor. A sharded policy is gathered tensor
+    by tensor, on all ranks together: each has to go through all buckets.
 
-    float32 arrays on a CPU share memory with the model: publish (copy) before training on.
     Raises Fatal, naming the tensor, for one that is not finite: no engine may ever get it.
     """
-    arrays, dtypes = {}, {}
-    for name, tensor in _finite_tensors(policy):
-        # Not before: the loop is what gathers the next sharded tensor, on all ranks together.
-        if not keep:
-            continue
+    wire = getattr(torch, dtype)
+    bucket: dict[str, Tensor] = {}
+    used = 0
+    for name, tensor in published_tensors(policy).items():
+        nbytes = tensor.numel() * wire.itemsize
+        if bucket and used + nbytes > limit_bytes:
+            yield _checked(bucket, dtype, on_device)
+            bucket, used = {}, 0
         # Rounded here, once: learner and engine have to hold the same bits, or the checksums of
-        # what the engine decodes with would not be those of what was published.
-        host = tensor.to("cpu", getattr(torch, dtype)).contiguous()
-        arrays[name] = host.view(torch.uint16).numpy() if dtype == "bfloat16" else host.numpy()
-        dtypes[name] = dtype
+        # what the engine decodes with would not be those of what was published. And before it is
+        # gathered: half the bytes.
+        bucket[name] = whole(tensor.detach().to(wire))
+        used += nbytes
+    if bucket:
+        yield _checked(bucket, dtype, on_device)
+
+
+def _checked(
+    bucket: dict[str, Tensor], dtype: str, on_device: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    _require_finite(bucket)
+    names = dict.fromkeys(bucket, dtype)
+    if on_device:
+        return bucket, names
+    return {name: _host(tensor, dtype) for name, tensor in bucket.items()}, names
+
+
+def _host(tensor: Tensor, dtype: str) -> HostArray:
+    host = tensor.to("cpu").contiguous()
+    return host.view(torch.uint16).numpy() if dtype == "bfloat16" else host.numpy()
+
+
+def host_arrays(policy: Any, dtype: str) -> tuple[dict[str, HostArray], dict[str, str]]:
+    """All `buckets` of host arrays at once: for models that are small, or sent nowhere."""
+    arrays, dtypes = {}, {}
+    for some, names in buckets(policy, dtype, on_device=False, limit_bytes=1 << 30):
+        arrays |= some
+        dtypes |= names
     return arrays, dtypes
-
-
-def device_tensors(
-    policy: Any, dtype: str, keep: bool = True
-) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """As `host_arrays`, but tensors where the policy lies; they share its memory where the dtype
-    is the same. Raises Fatal as `host_arrays` does."""
-    wanted = getattr(torch, dtype)
-    tensors = {name: t.to(wanted) for name, t in _finite_tensors(policy) if keep}
-    return tensors, dict.fromkeys(tensors, dtype)
-
-
-def _finite_tensors(policy: Any) -> Iterator[tuple[str, Tensor]]:
-    """`published_tensors`, each whole and checked. Raises Fatal for one that is not finite."""
-    named = {name: tensor.detach() for name, tensor in published_tensors(policy).items()}
-    # All at once where they are whole, which is one look at the device instead of hundreds.
-    if not any(is_sharded(tensor) for tensor in named.values()):
-        _require_finite(named)
-        yield from named.items()
-        return
-    for name, tensor in named.items():
-        full = whole(tensor)
-        if full.is_floating_point():
-            _require_finite({name: full})
-        yield name, full
 
 
 @torch.no_grad()
@@ -119,47 +124,11 @@ def _last_logits(policy: Any, row: Tensor) -> Tensor:
 def canary(policy: Any, token_ids: Sequence[int], dtype: str, tolerance: float | None) -> Canary:
     """The canary under the weights as published: rounded to `dtype`, computed in float32."""
     row = torch.tensor([list(token_ids)], device=lm_head(bare(policy)).weight.device)
-    with _rounded(policy, dtype):
-        logp = call(policy, _row_logprobs, row)
+    logp = call(policy, _row_logprobs, row, dtype)
     return Canary(token_ids=tuple(token_ids), logprobs=tuple(logp.tolist()), tolerance=tolerance)
 
 
-def _row_logprobs(policy: Any, row: Tensor) -> Tensor:
-    hidden = hidden_states(policy, row, torch.ones_like(row))[0, :-1]
-    return lm_head(policy).logprobs(hidden, row[0, 1:])[0]
-
-
-@contextmanager
-def _rounded(policy: Any, dtype: str) -> Iterator[None]:
-    """The policy's parameters rounded to `dtype` for a while, the exact ones back afterwards."""
-    if dtype == "float32":
-        yield
-        return
-    if isinstance(policy, Gathered):
-        with _rounded_parts(policy, dtype):
-            yield
-        return
-    # References, not copies: rounding makes new tensors and the exact ones stay as they were.
-    exact = [(p, p.data) for p in policy.parameters()]
-    try:
-        for parameter, data in exact:
-            parameter.data = data.to(getattr(torch, dtype)).to(data.dtype)
-        yield
-    finally:
-        for parameter, data in exact:
-            parameter.data = data
-
-
-@contextmanager
-def _rounded_parts(policy: Gathered, dtype: str) -> Iterator[None]:
-    """As `_rounded`, in place: it is this rank's own memory that is gathered."""
-    parts = [local(p.detach()) for p in policy.parameters()]
-    # Copied, because the rounding below is written into the parts themselves.
-    exact = [part.clone() for part in parts]
-    try:
-        for part in parts:
-            part.copy_(part.to(getattr(torch, dtype)))
-        yield
-    finally:
-        for part, saved in zip(parts, exact, strict=True):
-            part.copy_(saved)
+def _row_logprobs(policy: Any, row: Tensor, dtype: str) -> Tensor:
+    with rounded(policy, dtype):
+        hidden = hidden_states(policy, row, torch.ones_like(row))[0, :-1]
+        return lm_head(policy).logprobs(hidden, row[0, 1:])[0]

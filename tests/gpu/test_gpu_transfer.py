@@ -14,6 +14,7 @@ from cluster.contracts.records import Canary
 from cluster.weights.collective import CollectivePublisher
 from cluster.weights.device_buffer import mixed_sums
 from cluster.weights.shared_device import SharedDevicePublisher
+from cluster.weights.transports import publish
 
 pytestmark = pytest.mark.gpu
 CANARY = Canary(token_ids=(1, 2), logprobs=(-1.0,), tolerance=1e-3)
@@ -52,7 +53,7 @@ def fetched_equal(helper: Any, make: str, publisher: Any, device: str, monkeypat
     try:
         for version in range(3):
             given = tensors(version)
-            made = publisher.publish(given, DTYPES, version, CANARY)
+            made = publish(publisher, given, DTYPES, version, CANARY)
             given["w"].zero_()  # the learner trains on
             began = time.perf_counter()
             got = process.fetch(made)

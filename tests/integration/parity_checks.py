@@ -122,7 +122,7 @@ def measure_dtype(folder: Path, dtype: str) -> dict[str, Any]:
     engine = start_engine(folder / dtype, dtype)
     for version in (0, 1):
         disturb(model, 0.02, 10 + version)
-        engine.stage(host_arrays(model, dtype)[0], version)
+        engine.stage(host_arrays(model, dtype)[0].items(), version)
         engine.swap(version)
     models = (model, packing(model))
     cells: list[dict[str, Any]] = []

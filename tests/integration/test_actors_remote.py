@@ -150,6 +150,7 @@ async def keep_harvesting(worker: Any) -> None:
 
 def test_a_worker_from_start_to_loss(cluster: None, model: Path) -> None:
     from cluster.weights.object_store import ObjectStorePublisher
+    from cluster.weights.transports import publish
 
     worker = make(model)(0, 0)
     arrays, dtypes, canary = weights(model)
@@ -159,11 +160,11 @@ def test_a_worker_from_start_to_loss(cluster: None, model: Path) -> None:
         info = await worker.start()
         assert info["engine"].startswith("transformers ")
         assert info["pid"] != os.getpid()
-        report = await worker.load_weights(publisher.publish(arrays, dtypes, 0, canary))
+        report = await worker.load_weights(publish(publisher, arrays, dtypes, 0, canary))
         assert report.version == 0
         assert report.canary_logp_diff < 1e-4
         with pytest.raises(WeightMismatch, match="version 0 is in force"):
-            await worker.load_weights(publisher.publish(arrays, dtypes, 0, canary))
+            await worker.load_weights(publish(publisher, arrays, dtypes, 0, canary))
         work = [Assignment(group_id=n, prompt=prompt(n), samples=2) for n in range(4)]
         await worker.submit([*work, Assignment(group_id=9, prompt=prompt(40), samples=2)])
         harvests = await collect(worker, 5)
@@ -190,6 +191,7 @@ def test_a_worker_from_start_to_loss(cluster: None, model: Path) -> None:
 
 def test_failures_keep_their_kind(cluster: None, model: Path, tmp_path: Path) -> None:
     from cluster.weights.object_store import ObjectStorePublisher
+    from cluster.weights.transports import publish
 
     async def life() -> None:
         lost = make(tmp_path)(0, 0)
@@ -199,7 +201,7 @@ def test_failures_keep_their_kind(cluster: None, model: Path, tmp_path: Path) ->
         worker = make(model, reward_outage_s=0.0)(1, 0)
         await worker.start()
         arrays, dtypes, canary = weights(model)
-        await worker.load_weights(ObjectStorePublisher().publish(arrays, dtypes, 0, canary))
+        await worker.load_weights(publish(ObjectStorePublisher(), arrays, dtypes, 0, canary))
         await worker.submit([Assignment(group_id=0, prompt=prompt(1, fail=True), samples=1)])
         with pytest.raises(Resumable, match=r"could not be had for 0 s .*: asked to fail"):
             await collect(worker, 1)

@@ -143,7 +143,7 @@ def canary(engine: Any, model: Any) -> float:
 
 
 def load(engine: Any, update: dict[str, Any], version: int) -> None:
-    engine.stage(update, version)
+    engine.stage(update.items(), version)
     engine.swap(version)
 
 

@@ -56,7 +56,7 @@ from cluster.contracts.records import (
     WeightManifest,
 )
 from cluster.contracts.rollout_table import from_table
-from cluster.weights.manifest import build_manifest
+from cluster.weights.update import Nowhere, Update
 
 STOPS = tuple(range(1, 9))  # about one token in twenty ends an answer: lengths differ
 RUNNING, REQUESTS, TEMPERATURE = 24, 44, 1.0
@@ -96,7 +96,7 @@ def tortured(engine: Any, versions: Versions, asked: dict[str, list[int]]) -> di
         for name, ids in waiting[:4]:  # they begin at different versions
             engine.submit(name, ids, None)
         del waiting[:4]
-        engine.stage(arrays(versions.at(version)), version)
+        engine.stage(arrays(versions.at(version)).items(), version)
         cpu = time.thread_time()
         engine.swap(version)
         swap_cpu.append(time.thread_time() - cpu)
@@ -218,7 +218,7 @@ def staged_beside(
     done: dict[str, Completion] = {}
     beside = 0
     for version in range(4001, 4012):
-        staging = threading.Thread(target=engine.stage, args=(updates[version], version))
+        staging = threading.Thread(target=engine.stage, args=(updates[version].items(), version))
         staging.start()
         while staging.is_alive():
             beside += engine.unfinished > 0
@@ -242,13 +242,13 @@ def half_staged(engine: Any, model: Any) -> dict[str, Any]:
         raise MemoryError("no room")
 
     twin.load_weights = fails
-    out: dict[str, Any] = {"said": said(lambda: engine.stage(arrays(model), 6000))}
+    out: dict[str, Any] = {"said": said(lambda: engine.stage(arrays(model).items(), 6000))}
     out["swap"] = said(lambda: engine.swap(6000))
     out["still"] = [canary(engine, old), engine.version - version]
     twin.load_weights = lambda weights: load_weights(list(weights)[1:])
-    out["dropped"] = said(lambda: engine.stage(arrays(model), 6000))
+    out["dropped"] = said(lambda: engine.stage(arrays(model).items(), 6000))
     del twin.load_weights
-    engine.stage(arrays(old), 6001)  # staged, then overtaken
+    engine.stage(arrays(old).items(), 6001)  # staged, then overtaken
     load(engine, arrays(model), 6002)
     out["after"] = canary(engine, model)
     return out
@@ -311,8 +311,8 @@ class Shelf:
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
 
-    def fetch(self, manifest: WeightManifest) -> dict[str, np.ndarray]:
-        return self.arrays
+    def fetch(self, manifest: WeightManifest, timeout_s: float) -> Iterator[dict[str, np.ndarray]]:
+        yield self.arrays
 
 
 class Zero:
@@ -327,7 +327,13 @@ def manifest_of(model: Any, version: int) -> WeightManifest:
         token_ids=tuple(CANARY), logprobs=tuple(reference(model, CANARY).tolist()), tolerance=1e-4
     )
     update = arrays(model)
-    return build_manifest(update, dict.fromkeys(update, "float32"), version, check, "shelf", "")
+    return announced(update, version, check)
+
+
+def announced(update: dict[str, Any], version: int, check: Canary) -> WeightManifest:
+    with Update(version, "shelf", Nowhere()) as made:
+        made.add(update, dict.fromkeys(update, "float32"))
+        return made.close(check)
 
 
 def check_refusals(folder: Path) -> dict[str, Any]:
@@ -362,9 +368,7 @@ def check_refusals(folder: Path) -> dict[str, Any]:
         shelf.arrays = update
         manifest = manifest_of(newer, {"older": 2, "duplicate": 3}.get(kind, 4))
         if kind == "unfitting":  # whole, and as announced, but not of this model
-            manifest = build_manifest(
-                update, dict.fromkeys(update, "float32"), 4, manifest.canary, "shelf", ""
-            )
+            manifest = announced(update, 4, manifest.canary)
         submit(worker, number)
         out[kind] = [said(partial(worker.load_weights, manifest))]
         out[kind] += generated(worker, model)

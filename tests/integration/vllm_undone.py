@@ -78,7 +78,7 @@ def undone_swaps(engine: Any, model: Any, dtype: str) -> dict[str, Any]:
         before = torch.tensor(engine.sequence_logprobs(CANARY))
         optimiser_step(model, 1e-7, version)
         version += 1
-        engine.stage(published(model, dtype), version)
+        engine.stage(published(model, dtype).items(), version)
         shadow.swap = fault
         engine.swap(version)
         del shadow.swap
@@ -133,7 +133,7 @@ def undone_copies(engine: Any, model: Any) -> list[str]:
     shadow, found = shadow_of(engine), []
     for version, swap in ((8000, None), (8001, lambda: None), (8002, None)):
         optimiser_step(model, 1e-7, version)
-        engine.stage(arrays(model), version)
+        engine.stage(arrays(model).items(), version)
         if swap is not None:
             shadow.swap = swap
         engine.swap(version)

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput
-from cluster.weights.manifest import verify_arrays
+from cluster.weights.manifest import verified
 from learner.rl.learner import PPOLearner
 
 VARIANTS: list[dict[str, Any]] = [
@@ -72,7 +72,7 @@ def test_published_weights_and_canary_are_what_a_plain_model_computes(
     publisher = world.KeepingPublisher()
     learner = PPOLearner(world.make_settings(tiny, rollout_dtype=dtype), publisher)
     manifest = learner.start()
-    verify_arrays(manifest, publisher.arrays)
+    assert list(verified(manifest, [publisher.arrays]))
     model = AutoModelForCausalLM.from_pretrained(tiny, attn_implementation="eager").eval()
     # The head is tied: its own name must not travel, an engine would load it twice.
     assert set(publisher.arrays) == {name for name, _ in model.named_parameters()}

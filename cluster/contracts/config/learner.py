@@ -142,6 +142,12 @@ class WeightsConfig(Section):
         "median token in bfloat16. none: 20 times the largest difference so far, "
         "within 1e-4 and 1e-3 in float32, within 0.05 and 0.5 in bfloat16.",
     )
+    bucket_mb: float = Field(
+        256,
+        gt=0,
+        description="Weights travel in buckets of at most this many MiB; a larger tensor is a "
+        "bucket of its own. Beside the weights, the learner and each worker hold two buckets.",
+    )
     timeout_s: float = Field(
         120,
         gt=0,

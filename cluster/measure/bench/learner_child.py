@@ -21,11 +21,11 @@ from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, Sta
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
 from cluster.contracts.metrics import values
-from cluster.contracts.records import Canary, StepInput, WeightManifest
+from cluster.contracts.records import StepInput
 from cluster.contracts.rollout_table import SCHEMA
 from cluster.measure.bench.children import answer
 from cluster.measure.bench.learner import MAX_TOKENS, PROMPTS, SAMPLES
-from cluster.weights.manifest import build_manifest
+from cluster.weights.update import Update
 from learner.models.tiny import fresh_model
 from learner.rl.learner import PPOLearner
 from learner.rl.microbatch import Microbatch, Microbatches
@@ -75,11 +75,20 @@ class _Publisher:
 
     on_device = False
 
-    def publish(
-        self, arrays: Mapping[str, Any], dtypes: Mapping[str, str], version: int, canary: Canary
-    ) -> WeightManifest:
-        self.kept = {name: array.copy() for name, array in arrays.items()}
-        return build_manifest(self.kept, dtypes, version, canary, "none", None)
+    def __init__(self) -> None:
+        self.kept: dict[str, Any] = {}
+
+    def open(self, version: int) -> Update:
+        return Update(version, "none", self)
+
+    def put(self, arrays: Mapping[str, Any]) -> None:
+        self.kept |= {name: array.copy() for name, array in arrays.items()}
+
+    def finish(self) -> None:
+        """Nowhere."""
+
+    def discard(self) -> None:
+        """Nothing is held."""
 
     def retain(self, versions: Collection[int]) -> None:
         """Nothing is held."""

@@ -8,11 +8,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cluster.contracts.config.file import load_config
-from cluster.contracts.records import Canary, WeightManifest
 from cluster.measure.bench.children import answer, timed
+from cluster.weights.update import Nowhere, Update
 
 CORE_OF = {"generate": 0, "learn": 1}
 SKIPPED = 2  # of the learner's steps: its first batches set up kernels and memory
@@ -104,16 +102,8 @@ class _Nowhere:
 
     on_device = False
 
-    def publish(
-        self,
-        arrays: Mapping[str, np.ndarray],
-        dtypes: Mapping[str, str],
-        version: int,
-        canary: Canary,
-    ) -> WeightManifest:
-        return WeightManifest(
-            version=version, tensors=(), canary=canary, transport="none", locator=None
-        )
+    def open(self, version: int) -> Update:
+        return Update(version, "none", Nowhere())
 
     def retain(self, versions: Collection[int]) -> None:
         """Nothing is held."""

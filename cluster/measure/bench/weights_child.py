@@ -60,6 +60,7 @@ def publish(task: dict[str, Any], folder: str) -> tuple[list[Any], float]:
     from transformers import AutoModelForCausalLM
 
     from cluster.weights.disk import DiskPublisher
+    from cluster.weights.transports import publish as sent
     from learner.rl.publish import canary, host_arrays
 
     model = AutoModelForCausalLM.from_pretrained(task["model"], dtype=torch.float32)
@@ -72,7 +73,7 @@ def publish(task: dict[str, Any], folder: str) -> tuple[list[Any], float]:
         check = canary(model, list(range(4, 36)), task["dtype"], TOLERANCE[task["dtype"]])
         began = time.perf_counter()
         arrays, dtypes = host_arrays(model, task["dtype"])
-        manifests.append(publisher.publish(arrays, dtypes, version, check))
+        manifests.append(sent(publisher, arrays, dtypes, version, check))
         seconds.append(time.perf_counter() - began)
     return manifests, statistics.median(seconds)
 

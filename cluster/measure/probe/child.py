@@ -8,23 +8,19 @@ learner trains on them: each writes its part into the folder for the next.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import statistics
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.records import (
-    Canary,
-    WeightManifest,
-)
 from cluster.contracts.rollout_table import from_table
 from cluster.measure.bench.children import answer
 from cluster.measure.probe.engine import ANSWERS, probe_engine, read_groups, write_groups
+from cluster.weights.update import Update
 
 GROUPS = "groups.arrow"
 LEARNER_STEPS, LEARNER_S = 4, 25.0
@@ -83,7 +79,7 @@ def probe_reward(config: TrainConfig, folder: Path, threads: int) -> dict[str, A
 
 
 class _Nowhere:
-    """A publisher that does a sender's work (copy, checksum) and sends nothing.
+    """A publisher that does a sender's work (checksums, a copy) and sends nothing.
 
     on_device: as every transport between processes on a CPU, it takes host arrays.
     """
@@ -91,15 +87,19 @@ class _Nowhere:
     on_device = False
     nbytes = 0
 
-    def publish(self, arrays: Any, dtypes: Any, version: int, canary: Canary) -> WeightManifest:
+    def open(self, version: int) -> Update:
         self.nbytes = 0
+        return Update(version, "none", self)
+
+    def put(self, arrays: Mapping[str, Any]) -> None:
         for array in arrays.values():
-            data = array.tobytes()
-            hashlib.sha256(data).hexdigest()
-            self.nbytes += len(data)
-        return WeightManifest(
-            version=version, tensors=(), canary=canary, transport="none", locator=None
-        )
+            self.nbytes += len(array.tobytes())
+
+    def finish(self) -> None:
+        """Nowhere."""
+
+    def discard(self) -> None:
+        """Nothing is held."""
 
     def retain(self, versions: Collection[int]) -> None:
         """Nothing is held."""

@@ -170,7 +170,7 @@ class _Flow:
         )
         arrays, _ = host_arrays(policy, config.rollout.dtype)
         usual = [self._timed(self._step) for _ in range(9)]
-        self.engine.stage(arrays, 0)
+        self.engine.stage(arrays.items(), 0)
         swap = self._timed(lambda: self.engine.swap(0))
         after = self._timed(self._step)
         return max(0.0, swap + after - statistics.median(usual))

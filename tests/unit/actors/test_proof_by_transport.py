@@ -17,7 +17,7 @@ from cluster.contracts.errors import WeightMismatch
 from cluster.contracts.records import WeightManifest
 from cluster.weights.transports import PublisherOptions, make_publisher, make_receiver
 from learner.models.load import load_policy
-from learner.rl.publish import canary, device_tensors, host_arrays
+from learner.rl.publish import buckets, canary
 
 
 class Sender:
@@ -34,10 +34,15 @@ class Sender:
         generator = torch.Generator().manual_seed(self.version)
         for parameter in self.policy.parameters():
             parameter += 1e-7 * torch.randn(parameter.shape, generator=generator).sign()
-        gather = device_tensors if self.publisher.on_device else host_arrays
-        arrays, dtypes = gather(self.policy, "float32")
         check = canary(self.policy, list(range(2, 20)), "float32", None)
-        manifest = self.publisher.publish(arrays, dtypes, self.version, check)
+        parts = buckets(
+            self.policy, "float32", on_device=self.publisher.on_device, limit_bytes=2000
+        )
+        with self.publisher.open(self.version) as update:
+            for arrays, dtypes in parts:
+                update.add(arrays, dtypes)
+            manifest = update.close(check)
+        assert manifest.buckets > 3
         self.version += 1
         return manifest
 

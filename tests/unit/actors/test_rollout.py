@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,7 +38,7 @@ from cluster.contracts.records import (
     WeightManifest,
 )
 from cluster.contracts.rollout_table import from_table
-from cluster.weights.manifest import build_manifest
+from cluster.weights.update import Nowhere, Update
 
 WAIT_S = 5.0
 
@@ -110,15 +110,16 @@ class ScriptedEngine:
     def unfinished(self) -> int:
         return len(self.rows)
 
-    def stage(self, tensors: Mapping[str, Any], version: int) -> None:
+    def stage(self, tensors: Iterable[tuple[str, Any]], version: int) -> None:
         self.staging_thread = threading.get_ident()
         self.log.append(f"stage {version}")
         assert self.stage_gate.wait(WAIT_S)
         if self.break_stage:
             raise Retryable(self.break_stage)
-        if set(tensors) != {"w"}:
+        given = dict(tensors)
+        if set(given) != {"w"}:
             raise WeightMismatch("does not fit the model")
-        self.staged = (version, float(tensors["w"][0]))
+        self.staged = (version, float(given["w"][0]))
 
     def swap(self, version: int) -> None:
         self.threads.add(threading.get_ident())
@@ -195,14 +196,16 @@ class Shelf:
         self.arrays: dict[str, np.ndarray] = {}
         self.fetched = 0
 
-    def fetch(self, manifest: WeightManifest) -> dict[str, np.ndarray]:
+    def fetch(self, manifest: WeightManifest, timeout_s: float) -> Iterator[dict[str, np.ndarray]]:
         self.fetched += 1
-        return self.arrays
+        yield self.arrays
 
     def put(self, version: int, name: str = "w") -> WeightManifest:
         self.arrays = {name: np.full(3, version, np.float32)}
         canary = Canary(token_ids=(1, 2, 3), logprobs=(-1.0, -1.0), tolerance=1e-3)
-        return build_manifest(self.arrays, {name: "float32"}, version, canary, "shelf", "")
+        with Update(version, "shelf", Nowhere()) as update:
+            update.add(self.arrays, {name: "float32"})
+            return update.close(canary)
 
 
 class Words:

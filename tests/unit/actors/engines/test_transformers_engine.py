@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from actors.engines import transformers_engine as engine_transformers
+from actors.engines import host_tensors
 from actors.engines.transformers_engine import TransformersEngine
 from actors.settings import EngineSettings
 from cluster.contracts.errors import EngineFailure, Retryable, UserError, WeightMismatch
@@ -107,7 +107,7 @@ def test_without_weights_on_disk_it_computes_with_the_published_ones(
     with pytest.raises(OSError, match=r"model\.safetensors"):
         engine(tmp_path)
     made = engine(tmp_path, weights="published")
-    made.stage(arrays(model), 0)
+    made.stage(arrays(model).items(), 0)
     made.swap(0)
     made.prove()
     for name, ids in PROMPTS.items():
@@ -133,7 +133,7 @@ def test_no_answer_ends_before_the_shortest_length(model: Any, tmp_path: Path) -
 
 
 def load(made: Any, update: dict[str, Any], version: int) -> None:
-    made.stage(update, version)
+    made.stage(update.items(), version)
     made.swap(version)
 
 
@@ -187,7 +187,7 @@ def test_nothing_changes_before_the_swap_and_the_two_sets_alternate(
     for version in range(4):
         before = made.sequence_logprobs(ids)
         disturb(model, 20 + version)
-        made.stage(arrays(model), version)
+        made.stage(arrays(model).items(), version)
         assert made.sequence_logprobs(ids) == before
         made.swap(version)
         tokens = torch.tensor(ids)
@@ -214,9 +214,9 @@ def test_a_failure_half_way_in_staging_leaves_the_old_weights(
         return torch.from_numpy(array)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine_transformers, "to_tensor", fails)
+        patch.setattr(host_tensors, "to_tensor", fails)
         with pytest.raises(Retryable, match="version 0, version -1 stays in force: no room"):
-            made.stage(update, 0)
+            made.stage(update.items(), 0)
     with pytest.raises(EngineFailure, match="staged is None"):
         made.swap(0)
     assert made.sequence_logprobs(PROMPTS["r2"]) == before
@@ -286,7 +286,7 @@ def test_a_swap_that_does_not_do_its_work_is_caught(
     load(made, published(model, dtype), 0)
     made.prove()
     optimiser_step(model, 1e-7, 3)
-    made.stage(published(model, dtype), 1)
+    made.stage(published(model, dtype).items(), 1)
     sabotage(made, 1)
     with pytest.raises(WeightMismatch, match="was to serve version 1, but"):
         made.prove()

@@ -20,8 +20,11 @@ from cluster.contracts.errors import Retryable, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
 from cluster.weights.collective import CollectivePublisher, CollectiveReceiver
 from cluster.weights.device_buffer import layout, mixed_sums, pack, unpack
-from cluster.weights.manifest import build_manifest, verify_arrays
+from cluster.weights.intake import Intake
+from cluster.weights.manifest import verified
 from cluster.weights.shared_device import SharedDevicePublisher, SharedDeviceReceiver
+from cluster.weights.transports import publish
+from cluster.weights.update import Nowhere, Update
 
 CANARY = Canary(token_ids=(1, 2, 3), logprobs=(-1.0, -2.0), tolerance=1e-3)
 DEVICE = os.environ.get("ACCORD_TEST_DEVICE", "cpu")  # set by tests/gpu for its child processes
@@ -41,8 +44,10 @@ def equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool
     return got.keys() == wanted.keys() and all(torch.equal(got[n], wanted[n]) for n in wanted)
 
 
-def manifest(given: dict[str, torch.Tensor], locator: Any = None) -> WeightManifest:
-    return build_manifest(given, DTYPES, 3, CANARY, "shared_device", locator)
+def manifest(given: dict[str, torch.Tensor]) -> WeightManifest:
+    with Update(3, "shared_device", Nowhere()) as update:
+        update.add(given, DTYPES)
+        return update.close(CANARY)
 
 
 def test_the_layout_is_aligned() -> None:
@@ -100,7 +105,11 @@ def test_damaged_tensors_are_refused_by_name(damage: Any, words: str) -> None:
     made, given = manifest(tensors(0)), tensors(0)
     damage(given)
     with pytest.raises(WeightMismatch, match=words):
-        verify_arrays(made, given)
+        list(verified(made, [given]))
+
+
+def taken(receiver: Any, made: WeightManifest) -> dict[str, torch.Tensor]:
+    return dict(Intake(receiver, 30.0).take(made))
 
 
 def serve(make: str) -> None:
@@ -112,8 +121,7 @@ def serve(make: str) -> None:
     commands, replies = Connection(0, writable=False), Connection(1, readable=False)
     while (made := commands.recv()) is not None:
         try:
-            got = receiver.fetch(made)
-            verify_arrays(made, got)
+            got = taken(receiver, made)
             reply: Any = {name: tensor.float().cpu().numpy().copy() for name, tensor in got.items()}
         except (Retryable, WeightMismatch) as problem:
             reply = str(problem)
@@ -167,7 +175,7 @@ def test_two_processes_get_every_version_bit_for_bit(world: tuple[Any, Process, 
     for version in range(4):
         given = tensors(version)
         publisher.retain([version - 1])
-        made = publisher.publish(given, DTYPES, version, CANARY)
+        made = publish(publisher, given, DTYPES, version, CANARY, bucket_bytes=100)
         given["w"].zero_()  # the learner trains on while it is fetched
         expected = {name: t.float().numpy() for name, t in tensors(version).items()}
         for process in (first, second) if version != 1 else (second,):  # one may leave one out
@@ -182,13 +190,13 @@ def test_a_dead_worker_holds_up_nobody_and_an_old_version_is_refused() -> None:
     publisher = CollectivePublisher("127.0.0.1", 10.0)
     doomed, other = Process("collective"), Process("collective")
     try:
-        made = [publisher.publish(tensors(0), DTYPES, 0, CANARY)]
+        made = [publish(publisher, tensors(0), DTYPES, 0, CANARY, bucket_bytes=100)]
         assert isinstance(doomed.fetch(made[0]), dict)
         doomed.process.kill()
         doomed.process.wait(10)
-        made.append(publisher.publish(tensors(1), DTYPES, 1, CANARY))
+        made.append(publish(publisher, tensors(1), DTYPES, 1, CANARY, bucket_bytes=100))
         publisher.retain([1])
-        made.append(publisher.publish(tensors(2), DTYPES, 2, CANARY))
+        made.append(publish(publisher, tensors(2), DTYPES, 2, CANARY, bucket_bytes=100))
         assert isinstance(other.fetch(made[2]), dict)
         assert "no longer holds weights of version 0" in other.fetch(made[0])
         assert isinstance(other.fetch(made[1]), dict)
@@ -206,11 +214,12 @@ def test_strangers_get_nothing_and_end_nothing() -> None:
     publisher = CollectivePublisher("127.0.0.1", 10.0)
     receiver = CollectiveReceiver("cpu", 10.0)
     try:
-        made = publisher.publish(tensors(0), DTYPES, 0, CANARY)
+        made = publish(publisher, tensors(0), DTYPES, 0, CANARY, bucket_bytes=100)
         host, port, _ = made.locator
         with pytest.raises(Retryable, match=r"does not know|ended within"):
-            CollectiveReceiver("cpu", 2.0).fetch(
-                dataclasses.replace(made, locator=(host, port, b"another secret"))
+            taken(
+                CollectiveReceiver("cpu", 2.0),
+                dataclasses.replace(made, locator=(host, port, b"another secret")),
             )
         for nonsense in (b"", b"GET / HTTP/1.1\r\n\r\n", bytes(4096)):
             with socket.create_connection((host, port)) as stranger:
@@ -218,7 +227,7 @@ def test_strangers_get_nothing_and_end_nothing() -> None:
         local = publisher._store.clone()
         for nonsense in (b"", b"7", b"1 1 0", b"stop", b"\xff\xfe", b"0" * 64 + b" 1 1 0"):
             local.queue_push("asks", nonsense)
-        assert equal(receiver.fetch(made), tensors(0))
+        assert equal(taken(receiver, made), tensors(0))
         assert local.num_keys() < 50  # no answer to any of them
         listening = {
             c.laddr.ip
@@ -234,12 +243,12 @@ def test_strangers_get_nothing_and_end_nothing() -> None:
 @pytest.mark.parallel
 def test_a_publisher_that_is_gone_is_retryable() -> None:
     publisher = CollectivePublisher("127.0.0.1", 2.0)
-    made = publisher.publish(tensors(0), DTYPES, 0, CANARY)
+    made = publish(publisher, tensors(0), DTYPES, 0, CANARY, bucket_bytes=100)
     receiver = CollectiveReceiver("cpu", 2.0)
-    assert equal(receiver.fetch(made), tensors(0))
+    assert equal(taken(receiver, made), tensors(0))
     publisher.close()
     with pytest.raises(Retryable, match="version 0"):
-        receiver.fetch(made)
+        taken(receiver, made)
 
 
 if __name__ == "__main__":

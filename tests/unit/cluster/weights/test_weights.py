@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +14,16 @@ from cluster.contracts.errors import Retryable, UserError, WeightMismatch
 from cluster.contracts.records import Canary, WeightManifest
 from cluster.contracts.registry import WEIGHT_TRANSPORTS
 from cluster.weights.disk import DiskPublisher, DiskReceiver
-from cluster.weights.manifest import build_manifest, check_order, checksum, verify_arrays
-from cluster.weights.transports import PublisherOptions, make_publisher, make_receiver
+from cluster.weights.intake import Intake
+from cluster.weights.manifest import check_order, checksum, verified
+from cluster.weights.transports import (
+    PublisherOptions,
+    Receiver,
+    make_publisher,
+    make_receiver,
+    publish,
+)
+from cluster.weights.update import Nowhere, Update
 
 CANARY = Canary(token_ids=(1, 2, 3), logprobs=(-1.0, -2.0), tolerance=1e-3)
 DTYPES = {"a.weight": "float32", "b": "bfloat16", "norm": "float32"}
@@ -31,13 +38,31 @@ def arrays() -> dict[str, np.ndarray]:
     }
 
 
+def announced(
+    buckets: Sequence[dict[str, np.ndarray]], version: int = 3, dtypes: dict[str, str] = DTYPES
+) -> WeightManifest:
+    with Update(version, "disk", Nowhere()) as update:
+        for bucket in buckets:
+            update.add(bucket, dtypes)
+        return update.close(CANARY)
+
+
 def manifest(version: int = 3) -> WeightManifest:
-    return build_manifest(arrays(), DTYPES, version, CANARY, "disk", "nowhere")
+    return announced([arrays()], version)
+
+
+def verify(made: WeightManifest, *buckets: dict[str, np.ndarray]) -> None:
+    for _ in verified(made, buckets):
+        pass
+
+
+def taken(receiver: Receiver, made: WeightManifest) -> dict[str, np.ndarray]:
+    return dict(Intake(receiver, 30.0).take(made))
 
 
 def test_what_was_published_is_accepted() -> None:
     made = manifest()
-    verify_arrays(made, arrays())
+    verify(made, arrays())
     assert [(t.name, t.shape, t.dtype, t.nbytes) for t in made.tensors] == [
         ("a.weight", (3, 5), "float32", 60),
         ("b", (4,), "bfloat16", 8),
@@ -96,25 +121,25 @@ def test_damage_is_refused_by_tensor(
     given = arrays()
     damage(given)
     with pytest.raises(WeightMismatch) as caught:
-        verify_arrays(manifest(), given)
+        verify(manifest(), given)
     assert words in str(caught.value)
     assert "version 3" in str(caught.value)
 
 
 def test_swapped_tensors_of_one_shape_are_refused() -> None:
     pair = {"x": np.zeros(4, np.float32), "y": np.ones(4, np.float32)}
-    made = build_manifest(pair, dict.fromkeys(pair, "float32"), 1, CANARY, "disk", "")
+    made = announced([pair], 1, dict.fromkeys(pair, "float32"))
     with pytest.raises(WeightMismatch, match="checksum"):
-        verify_arrays(made, {"x": pair["y"], "y": pair["x"]})
+        verify(made, {"x": pair["y"], "y": pair["x"]})
 
 
 def test_a_manifest_that_names_a_tensor_twice_or_none_is_refused() -> None:
     made = manifest()
     twice = dataclasses.replace(made, tensors=(*made.tensors, made.tensors[0]))
     with pytest.raises(WeightMismatch, match="twice"):
-        verify_arrays(twice, arrays())
+        verify(twice, arrays())
     with pytest.raises(WeightMismatch, match="empty"):
-        verify_arrays(dataclasses.replace(made, tensors=()), {})
+        verify(dataclasses.replace(made, tensors=()))
 
 
 @pytest.mark.parametrize(("current", "words"), [(3, "again"), (4, "after a newer one")])
@@ -130,13 +155,13 @@ def test_a_newer_update_is_in_order_even_when_one_was_left_out() -> None:
 
 def test_a_dtype_that_does_not_fit_its_carrier_is_refused() -> None:
     with pytest.raises(ValueError, match="b: float32 cannot travel as uint16"):
-        build_manifest(arrays(), {**DTYPES, "b": "float32"}, 0, CANARY, "disk", "")
+        announced([arrays()], 0, {**DTYPES, "b": "float32"})
 
 
 def test_disk_carries_everything_exactly_and_read_only(tmp_path: Path) -> None:
-    made = DiskPublisher(tmp_path).publish(arrays(), DTYPES, 7, CANARY)
-    got = DiskReceiver().fetch(made)
-    verify_arrays(made, got)
+    made = publish(DiskPublisher(tmp_path), arrays(), DTYPES, 7, CANARY)
+    got = taken(DiskReceiver(), made)
+    assert all((got[name] == array).all() for name, array in arrays().items())
     assert all(not array.flags.writeable for array in got.values())
     assert Path(made.locator).name == "v000007"
 
@@ -146,46 +171,49 @@ def test_disk_keeps_what_is_retained_and_leaves_nothing_half_written(tmp_path: P
     made = []
     for version in range(4):
         publisher.retain([version - 1])
-        made.append(publisher.publish(arrays(), DTYPES, version, CANARY))
+        made.append(publish(publisher, arrays(), DTYPES, version, CANARY))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["v000002", "v000003"]
     with pytest.raises(Retryable, match="version 1"):
-        DiskReceiver().fetch(made[1])
+        taken(DiskReceiver(), made[1])
     publisher.close()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_disk_publishes_a_version_again_after_a_restart(tmp_path: Path) -> None:
-    DiskPublisher(tmp_path).publish(arrays(), DTYPES, 1, CANARY)
+    publish(DiskPublisher(tmp_path), arrays(), DTYPES, 1, CANARY)
     changed = {**arrays(), "norm": np.float32(2).reshape(())}
-    made = DiskPublisher(tmp_path).publish(changed, DTYPES, 1, CANARY)
-    verify_arrays(made, DiskReceiver().fetch(made))
+    made = publish(DiskPublisher(tmp_path), changed, DTYPES, 1, CANARY)
+    assert taken(DiskReceiver(), made)["norm"] == 2
 
 
-def test_a_failed_write_leaves_no_version(tmp_path: Path) -> None:
-    class Unwritable:
-        def __array__(self, *args: object, **kwargs: object) -> np.ndarray:
+def test_a_failed_write_leaves_no_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+
+    def fsync(file: int) -> None:
+        written.append(file)
+        if len(written) == 2:
             raise OSError("disk full")
 
-    broken = {"a.weight": arrays()["a.weight"], "b": Unwritable()}
-    with pytest.raises(OSError, match="disk full"):
-        DiskPublisher(tmp_path).publish(broken, DTYPES, 1, CANARY)  # type: ignore[arg-type]
+    monkeypatch.setattr("os.fsync", fsync)
+    with DiskPublisher(tmp_path).open(1) as update:
+        for name, array in arrays().items():
+            update.add({name: array}, DTYPES)  # the learner's processes gather on together
+        with pytest.raises(OSError, match="disk full"):
+            update.close(CANARY)
+    assert len(written) == 2
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("how", ["truncated", "removed", "index"])
+@pytest.mark.parametrize("how", ["truncated", "removed"])
 def test_torn_files_are_refused(tmp_path: Path, how: str) -> None:
-    made = DiskPublisher(tmp_path).publish(arrays(), DTYPES, 1, CANARY)
-    folder = Path(made.locator)
-    index = json.loads((folder / "names.json").read_text())
-    file = folder / index["a.weight"]
+    made = publish(DiskPublisher(tmp_path), arrays(), DTYPES, 1, CANARY, bucket_bytes=64)
+    file = Path(made.locator) / "00001.bin"
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:-8])
-    elif how == "removed":
-        file.unlink()
     else:
-        (folder / "names.json").write_text('{"a.weight": "0000')
-    with pytest.raises(WeightMismatch, match="torn"):
-        DiskReceiver().fetch(made)
+        file.unlink()
+    with pytest.raises(WeightMismatch, match=r"bucket 2 of 2 of version 1 at .* is torn"):
+        taken(DiskReceiver(), made)
 
 
 @pytest.mark.parametrize("word", list(WEIGHT_TRANSPORTS))
@@ -198,7 +226,7 @@ def test_each_transport_is_the_module_of_its_name(word: str) -> None:
 
 def test_a_transport_is_made_by_its_name(tmp_path: Path) -> None:
     options = PublisherOptions(directory=str(tmp_path))
-    made = make_publisher("disk", options).publish(arrays(), DTYPES, 0, CANARY)
-    verify_arrays(made, make_receiver("disk", "cpu").fetch(made))
+    made = publish(make_publisher("disk", options), arrays(), DTYPES, 0, CANARY)
+    assert taken(make_receiver("disk", "cpu"), made)
     with pytest.raises(UserError, match="no weight transport of this name; did you mean 'disk'"):
         make_publisher("dsik", options)

@@ -19,7 +19,7 @@ from cluster.contracts.durable import digests_below
 from cluster.contracts.errors import Fatal, Retryable, UserError
 from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput, WeightManifest
-from cluster.weights.manifest import verify_arrays
+from cluster.weights.intake import Intake
 from cluster.weights.object_store import ObjectStoreReceiver
 from learner.remote.handle import RayLearner
 
@@ -75,7 +75,7 @@ def test_a_step_a_lost_payload_a_deadline_and_death(
     started, result = _run(live())
     assert (started.version, result.version) == (0, 1)
     assert values(result.metrics)["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
-    verify_arrays(result.manifest, ObjectStoreReceiver().fetch(result.manifest))
+    assert dict(Intake(ObjectStoreReceiver(), 30.0).take(result.manifest))
     assert (tmp_path / "checkpoint" / "policy" / "config.json").exists()
 
     async def die() -> None:
