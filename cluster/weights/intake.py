@@ -6,7 +6,7 @@ Two buckets exist at a time, however large the model is.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
@@ -80,7 +80,7 @@ class Incoming:
         self.verify_s += time.perf_counter() - began - (self.fetch_s - waited)
         return bucket
 
-    def _fetched(self) -> Iterator[Bucket]:
+    def _fetched(self) -> Generator[Bucket, None, None]:
         source = iter(self._receiver.fetch(self._manifest, self._timeout_s))
         deadline = time.monotonic() + self._timeout_s
         coming = self._thread.submit(next, source, None)

@@ -76,7 +76,8 @@ def _host(tensor: Tensor, dtype: str) -> HostArray:
 
 def host_arrays(policy: Any, dtype: str) -> tuple[dict[str, HostArray], dict[str, str]]:
     """All `buckets` of host arrays at once: for models that are small, or sent nowhere."""
-    arrays, dtypes = {}, {}
+    arrays: dict[str, HostArray] = {}
+    dtypes: dict[str, str] = {}
     for some, names in buckets(policy, dtype, on_device=False, limit_bytes=1 << 30):
         arrays |= some
         dtypes |= names
