@@ -93,7 +93,7 @@ class _Torture:
         self._disturb()
         wanted = getattr(torch, self._dtype)
         tensors = {name: p.detach().to(wanted) for name, p in self._model.named_parameters()}
-        self._engine.stage(tensors, self.version)
+        self._engine.stage(tensors.items(), self.version)
         began = time.perf_counter()
         self._engine.swap(self.version)
         torch.accelerator.synchronize() if torch.accelerator.is_available() else None

@@ -11,8 +11,7 @@ import numpy as np
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
-from cluster.contracts.records import Canary, WeightManifest
-from cluster.weights.manifest import build_manifest
+from cluster.weights.update import Update
 from learner.rl.learner import PPOLearner
 from learner.settings import LearnerSettings
 
@@ -27,15 +26,18 @@ class KeepingPublisher:
     def __init__(self) -> None:
         self.arrays: dict[str, np.ndarray] = {}
 
-    def publish(
-        self,
-        arrays: Mapping[str, np.ndarray],
-        dtypes: Mapping[str, str],
-        version: int,
-        canary: Canary,
-    ) -> WeightManifest:
-        self.arrays = {name: array.copy() for name, array in arrays.items()}
-        return build_manifest(self.arrays, dtypes, version, canary, "test", None)
+    def open(self, version: int) -> Update:
+        self._coming: dict[str, np.ndarray] = {}
+        return Update(version, "test", self)
+
+    def put(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._coming |= {name: array.copy() for name, array in arrays.items()}
+
+    def finish(self) -> None:
+        self.arrays = self._coming
+
+    def discard(self) -> None:
+        """`arrays` are still those of the version before."""
 
     def retain(self, versions: Collection[int]) -> None:
         """Nothing is held."""

@@ -271,7 +271,8 @@ class PPOLearner:
             for arrays, dtypes in parts:
                 update.add(arrays, dtypes)
                 del arrays  # two buckets at a time: the one being sent and the next
-                passing("learner.mid_publish")
+                if retained:  # of a step; a learner's start is none
+                    passing("learner.mid_publish")
             manifest = update.close(check)
         self._digest = weights_digest(manifest)
         return manifest
