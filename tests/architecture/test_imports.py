@@ -185,7 +185,7 @@ def test_the_rest_of_cluster_does_not_know_the_transports() -> None:
         for path, tree in parsed()
         if path.startswith("cluster/")
         and not path.startswith(
-            ("cluster/weights/", "cluster/measure/bench/")
+            ("cluster/weights/", "cluster/measure/bench/", "cluster/measure/probe/")
         )  # these measure them
         for line, name in imported(tree)
         if names(name, "cluster.weights")
