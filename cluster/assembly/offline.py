@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -13,21 +14,28 @@ from cluster.assembly.auto.resolve import resolve_fit
 from cluster.assembly.listeners import Listeners
 from cluster.assembly.run_session import open_run, refuse_changes, run_session, run_status
 from cluster.contracts.callbacks import AnyCallback
+from cluster.contracts.config.compute import ComputeConfig
 from cluster.contracts.config.file import load_config
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.durable import write_json
 from cluster.contracts.errors import UserError
 from cluster.loop.outages import Sinks
+from cluster.machine.cores import own_cores
 from cluster.machine.hardware import this_machine
-from cluster.machine.signals import listening
+from cluster.machine.signals import TRY_AGAIN, end_command_after, listening
 from cluster.runs.console import Reporter, Stage
 from cluster.runs.run import Run
 from cluster.runs.sinks import make_sinks
 
 if TYPE_CHECKING:
+    from learner.compute.ranks import Ranks
+    from learner.offline.companions import Command
     from learner.offline.setup import OnRows, TrainingRows
 
 OfflineConfig = SftConfig | RewardModelConfig | DpoConfig
+_HOW = ("threads", "checkpoint_every", "eval_every", *ComputeConfig.model_fields)
+FREE_ON_RESUME = ("logging", *(f"fit.{key}" for key in _HOW if key != "optimizer"))
+"""Keys that say how is trained, not what is learnt."""
 OnStep = Callable[[int, float, Mapping[str, float]], None]
 C = TypeVar("C", SftConfig, RewardModelConfig, DpoConfig)
 P = TypeVar("P", RewardModelConfig, DpoConfig)
@@ -59,8 +67,7 @@ def resume_offline(
 def _config(kind: type[C], run: Run, overrides: Sequence[str]) -> C:
     file = str(run.path / "config.toml")
     config = load_config(kind, file, overrides)
-    free = ("logging", "fit.threads", "fit.checkpoint_every", "fit.eval_every")
-    refuse_changes(load_config(kind, file), config, str(run.path), free)
+    refuse_changes(load_config(kind, file), config, str(run.path), FREE_ON_RESUME)
     if changed := run.changed_parents(config):
         raise UserError(
             f"not what the run began with: {', '.join(changed)}; the content has changed since",
@@ -79,14 +86,13 @@ def run_sft(
 ) -> Path:
     """Returns the run directory; its ``policy/`` is the result."""
     config = resolve_fit(config, this_machine())
-    from learner.offline.sft import train_sft
 
-    def train(run: Run, progress: OnStep, stop: Callable[[], bool]) -> Path:
+    def prepared(run: Run) -> SftConfig:
         if not config.data.path.endswith(".db"):
             _noted(config.data.path, run)
-        return train_sft(config, run.path, progress, stop, telling(run, reporter))
+        return config
 
-    return _run("sft", "SFT", config, reporter, resumed, train, callbacks)
+    return _run("sft", "SFT", config, reporter, resumed, prepared, callbacks)
 
 
 def with_pairs(config: P, run: Run) -> P:
@@ -127,14 +133,8 @@ def run_reward_model(
 ) -> Path:
     """Returns the run directory; its ``reward_model/`` is the result."""
     config = resolve_fit(config, this_machine())
-    from learner.offline.reward import train_reward_model
-
-    def train(run: Run, progress: OnStep, stop: Callable[[], bool]) -> Path:
-        return train_reward_model(
-            with_pairs(config, run), run.path, progress, stop, telling(run, reporter)
-        )
-
-    return _run("reward-model", "reward model", config, reporter, resumed, train, callbacks)
+    prepared = partial(with_pairs, config)
+    return _run("reward-model", "reward model", config, reporter, resumed, prepared, callbacks)
 
 
 def run_dpo(
@@ -146,14 +146,8 @@ def run_dpo(
 ) -> Path:
     """Returns the run directory; its ``policy/`` is the result."""
     config = resolve_fit(config, this_machine())
-    from learner.offline.dpo import train_dpo
-
-    return _run(
-        "dpo", "DPO", config, reporter, resumed,
-        lambda run, progress, stop: train_dpo(
-            with_pairs(config, run), run.path, progress, stop, telling(run, reporter)
-        ), callbacks,
-    )  # fmt: skip
+    prepared = partial(with_pairs, config)
+    return _run("dpo", "DPO", config, reporter, resumed, prepared, callbacks)
 
 
 def telling(run: Run, reporter: Reporter) -> OnRows:
@@ -178,17 +172,22 @@ def telling(run: Run, reporter: Reporter) -> OnRows:
 
 
 def _run(
-    command: str,
+    command: Command,
     title: str,
     config: OfflineConfig,
     reporter: Reporter,
     resumed: Run | None,
-    train: Callable[[Run, OnStep, Callable[[], bool]], Path],
+    prepared: Callable[[Run], OfflineConfig],
     callbacks: Sequence[AnyCallback],
 ) -> Path:
-    """Run, with its files; an interrupt lets the step under way end, saves, and then interrupts."""
-    from learner.compute.optimizer import release_memory
+    """Run, with its files; an interrupt lets the step under way end, saves, and then interrupts.
 
+    prepared: the config whose rows are those that the run trains on.
+    """
+    from learner.compute.optimizer import release_memory
+    from learner.offline.companions import Work, lead
+
+    launched = _launched(config)
     run = resumed or _created(command, config)
     with run_session(run, reporter, resumed=config if resumed else None) as session:
         session.sinks += make_sinks(config.logging, run.path, on_ray=False)
@@ -200,7 +199,15 @@ def _run(
                     return stopped() or listeners.stopped or listeners.problem is not None
 
                 sinks = Sinks([*session.sinks, listeners], session.event)
-                train(run, _progress(stage, sinks), should_stop)
+                with _processes(config, run, launched) as (ranks, threads):
+                    work = Work(command, _with_threads(prepared(run), threads), run.path)
+                    lead(
+                        work,
+                        ranks,
+                        progress=_progress(stage, sinks),
+                        should_stop=should_stop,
+                        on_rows=telling(run, reporter),
+                    )
         finally:
             release_memory()
         summary = json.loads((run.path / "fit.json").read_text(encoding="utf-8"))
@@ -213,6 +220,46 @@ def _run(
         if isinstance(config, RewardModelConfig):
             write_json(run.path / "reward_model.json", reward_model_figures(run.path, summary))
     return run.path
+
+
+def _launched(config: OfflineConfig) -> Ranks | None:
+    """The processes that torchrun started, None without it. Returns in the first of them only: the
+    others train here, and end."""
+    from learner.offline.companions import check_processes, follow, joined_by_torchrun
+
+    check_processes(config.fit)
+    ranks = joined_by_torchrun()
+    if ranks is None or ranks.first:
+        return ranks
+    with listening(lambda: None, patient=True):  # the first process hears the same signal
+        follow(ranks)
+        ranks.leave()
+    raise SystemExit(0)
+
+
+@contextmanager
+def _processes(
+    config: OfflineConfig, run: Run, launched: Ranks | None
+) -> Iterator[tuple[Ranks, int]]:
+    """(the processes of this fit, the compute threads of each)."""
+    from learner.offline.companions import companions
+
+    fit = config.fit
+    if launched is not None:
+        yield launched, fit.threads
+        launched.leave()
+        return
+    threads = fit.threads
+    if fit.processes > 1 and not threads:
+        threads = max(1, len(own_cores()) // fit.processes)
+    lost = partial(end_command_after, 0.0, code=TRY_AGAIN)
+    with companions(fit.processes, threads, run.path, lost) as ranks:
+        yield ranks, threads
+
+
+def _with_threads(config: OfflineConfig, threads: int) -> OfflineConfig:
+    fit = config.fit.model_copy(update={"threads": threads})
+    return config.model_copy(update={"fit": fit})
 
 
 def _created(command: str, config: OfflineConfig) -> Run:

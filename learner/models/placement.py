@@ -15,7 +15,13 @@ from learner.compute.mesh import ALONE, Mesh, require_heads
 from learner.compute.sharding import Gathered, Sharding, call, shard_layers, shard_model
 from learner.models.files import Placing
 from learner.models.heads import check_lm_head
-from learner.models.load import ValueModel, load_policy, load_trunk, load_value_head
+from learner.models.load import (
+    ValueModel,
+    load_policy,
+    load_sequence_classifier,
+    load_trunk,
+    load_value_head,
+)
 from learner.models.packed_attention import (
     choose_layout,
     require_plain_causal,
@@ -81,19 +87,49 @@ class Placement:
         roots: list[Gathered] = []
 
         def prepare(model: Any) -> nn.Module:
-            if adapt is not None:
-                adapt(model)
-            self.ready(model, frozen=frozen)
-            layers = model.config.get_text_config().num_hidden_layers
-            how = self.sharding(frozen=frozen)
-            roots.append(
-                shard_model(model.requires_grad_(not frozen), model.base_model, layers, how)
-            )
+            roots.append(self._in_parts(model.requires_grad_(not frozen), adapt, frozen=frozen))
             return roots[0]
 
         model = load_policy(cfg, self._placing(prepare, frozen=frozen))
         call(roots[0], check_lm_head)
         return model, roots[0]
+
+    def load_classifier(
+        self,
+        cfg: ModelConfig,
+        *,
+        pad_token_id: int,
+        heads: int,
+        adapt: Callable[[Any], None] | None = None,
+    ) -> Gathered:
+        """As `load_sequence_classifier`, in parts: the root; `adapt` as in `load_policy`."""
+        roots: list[Gathered] = []
+
+        def prepare(model: Any) -> nn.Module:
+            roots.append(self._in_parts(model, adapt, exact=(model.score,)))
+            return roots[0]
+
+        placing = self._placing(prepare)
+        load_sequence_classifier(cfg, pad_token_id=pad_token_id, heads=heads, placing=placing)
+        return roots[0]
+
+    def _in_parts(
+        self,
+        model: Any,
+        adapt: Callable[[Any], None] | None,
+        *,
+        frozen: bool = False,
+        exact: tuple[nn.Module, ...] = (),
+    ) -> Gathered:
+        """Shard a model that has no memory yet. exact: modules that compute in float32."""
+        if adapt is not None:
+            adapt(model)
+        self.ready(model, frozen=frozen)
+        how = self.sharding(frozen=frozen)
+        for module in exact:
+            how.apply(module, exact=True)
+        layers = model.config.get_text_config().num_hidden_layers
+        return shard_model(model, model.base_model, layers, how)
 
     def load_value(self, cfg: ModelConfig, reward_model: str | None) -> ValueModel:
         """A value network of its own in parts: from a reward model, or the policy's trunk under a

@@ -2,6 +2,8 @@
 
     checkpoints/step-00000500/  model.safetensors  optimizer.safetensors  state.json
 
+`model.safetensors` holds what is trained.
+
 `state.json` carries a fingerprint of configuration and data: continuing another run's checkpoint
 would train something nobody asked for.
 """
@@ -61,7 +63,7 @@ class FitCheckpoints:
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: FitState) -> Path:
         """Every rank has to call it; the first one writes."""
-        names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        names: dict[Tensor, str] = {p: name for name, p in _trained(model).items()}
         content = {"schema": SCHEMA, "run": self.run, **asdict(state)}
         weights = _whole({name: p for p, name in names.items()})
         moments = _whole(_flatten(optimizer, names))
@@ -113,6 +115,11 @@ def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
 
 
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    """What a step changes; a frozen base comes from its own files."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
 def _flatten(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
     return {
         f"{names[parameter]}/{key}": value
@@ -124,7 +131,7 @@ def _flatten(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> d
 def _unflatten(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
 ) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = _trained(model)
     for key, value in tensors.items():
         name, _, entry = key.rpartition("/")
         parameter = parameters[name]
@@ -136,7 +143,7 @@ def _unflatten(
 
 @torch.no_grad()
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
+    parameters = _trained(model)
     if parameters.keys() != tensors.keys():
         raise ValueError(
             f"its tensors differ from the model's: {sorted(parameters.keys() ^ tensors.keys())[:3]}"

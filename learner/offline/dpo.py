@@ -22,7 +22,8 @@ from learner.compute.microbatches import TokenRow
 from learner.compute.optimizer_step import metrics_of
 from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.sharding import bare
-from learner.models.load import load_policy, load_tokenizer
+from learner.models.load import load_tokenizer
+from learner.models.placement import Placement
 from learner.offline.completion_logps import all_completion_logps, completion_logps
 from learner.offline.datasets import read_preferences
 from learner.offline.fit import FitResult, OnStep, evaluate_rows, fit, never
@@ -39,8 +40,8 @@ from learner.offline.setup import (
     OnRows,
     TrainingRows,
     load_rows,
-    mesh_of,
-    placed,
+    place_of,
+    policy_at,
     prepare,
     unheard,
     write_summary,
@@ -66,9 +67,9 @@ def train_dpo(
     tokenizer = load_tokenizer(config.model)
     data = read_preference_rows(config, tokenizer)
     on_rows(data)
-    mesh = mesh_of(config.fit, ranks, device)
-    policy = placed(load_policy(config.model), config.fit, device, mesh)
-    task = DpoTask(policy, config, device, mesh=mesh)
+    place = place_of(config.fit, config.model, ranks, device)
+    policy = policy_at(place, config.model)
+    task = DpoTask(policy, config, device, mesh=place.mesh)
     rows, held = task.with_reference(data.train), task.with_reference(data.held)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
@@ -82,10 +83,10 @@ def train_dpo(
         on_step=progress,
         should_stop=should_stop,
         checkpoint=run_dir / "checkpoints",
-        mesh=mesh,
+        mesh=place.mesh,
     )
     if result.finished and held and config.kl_samples:
-        result = _with_own_samples(result, task, tokenizer, held)
+        result = _with_own_samples(result, task, place, tokenizer, held)
         if progress is not None:
             progress(result.steps, 1.0, result.numbers)
     write_summary(run_dir, result, data, ranks)
@@ -270,14 +271,19 @@ def _tokens(side: TokenRow | None) -> float:
 
 
 def _with_own_samples(
-    result: FitResult, task: DpoTask, tokenizer: Any, held: Sequence[PreferenceRow]
+    result: FitResult,
+    task: DpoTask,
+    place: Placement,
+    tokenizer: Any,
+    held: Sequence[PreferenceRow],
 ) -> FitResult:
-    """The result with what is measured on completions that the trained policy writes."""
+    """The result with what is measured on completions that the trained policy writes. The reference
+    is loaded for it only now, when gradients and moments have gone."""
     config = task.config
     prompts = list(dict.fromkeys(tuple(map(int, prompt_of(row.sides[0]))) for row in held))
     found = measure_own_samples(
         task.policy,
-        placed(load_policy(config.model), config.fit, task.device, task.mesh),
+        policy_at(place, config.model, frozen=True),
         tokenizer,
         prompts[: config.kl_samples],
         config.model,

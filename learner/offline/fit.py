@@ -147,7 +147,9 @@ class _Loop:
             )
         self.model, self.rows, self.loss_fn = model, rows, loss_fn
         self.config, self.seed, self.before_step = config, seed, before_step
-        self.mesh, self.device = mesh, next(model.parameters()).device
+        self.mesh = mesh
+        # Not that of the parameters, which may lie in the memory of the host.
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.optimizer = make_optimizer(
             model.parameters(), config.lr, config.betas, config.eps, config.weight_decay
         )

@@ -12,22 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cluster.contracts.config.offline import RewardModelConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import Metric
-from learner.compute.mesh import Mesh
 from learner.compute.microbatches import TokenRow
-from learner.compute.ranks import SINGLE, Ranks
-from learner.compute.sharding import bare
+from learner.compute.ranks import SINGLE, Ranks, whole
+from learner.compute.sharding import bare, local, split_like
 from learner.models.heads import LmHead, lm_head
 from learner.models.load import (
-    load_policy,
     load_sequence_classifier,
     load_tokenizer,
     stop_token_ids,
 )
+from learner.models.placement import Placement
 from learner.offline.datasets import read_demonstrations, read_rankings
 from learner.offline.fit import FitResult, OnStep, fit, never
 from learner.offline.reward_figures import drift, held_out_figures
@@ -44,8 +43,8 @@ from learner.offline.setup import (
     TrainingRows,
     encode_all,
     load_rows,
-    mesh_of,
-    placed,
+    place_of,
+    policy_at,
     prepare,
     unheard,
     write_summary,
@@ -99,12 +98,12 @@ def train_reward_model(
     data = load_rows(read, tokenizer, encode_row, lambda row: row.longest, config.fit, skip_bad)
     on_rows(data)
     samples = _policy_samples(config, tokenizer)
-    mesh = mesh_of(config.fit, ranks, device)
+    place = place_of(config.fit, config.model, ranks, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     count = 1 if config.share_trunk else config.members
     members: list[Member] = []
     for number in range(count):
-        training = _Training(config, run_dir, tokenizer, data, samples, device, number, mesh)
+        training = _Training(config, run_dir, tokenizer, data, samples, place, number)
         tell = None if progress is None else partial(_told, progress, number, count)
         member, result = training.run(tell, should_stop)
         if member is None:  # half a model, whose centring would take long: only its checkpoint
@@ -134,12 +133,11 @@ class _Training:
     tokenizer: Any
     data: TrainingRows[RewardRow]
     samples: list[TokenRow] | None
-    device: torch.device
+    place: Placement
     number: int
-    mesh: Mesh
 
     @property
-    def place(self) -> Path:
+    def directory(self) -> Path:
         whole = self.config.share_trunk or self.config.members == 1
         return self.run_dir / ("reward_model" if whole else f"members/{self.number}")
 
@@ -149,9 +147,9 @@ class _Training:
         """The member, None when stopped early."""
         config, seed = self.config, self.config.run.seed + self.number
         torch.manual_seed(seed)
-        head = _frozen_head(config, self.device)
-        model = placed(self._fresh(), config.fit, self.device, self.mesh)
-        task = RewardTask(model, config, self.device, head, self.mesh)
+        head = _frozen_head(config, self.place)
+        model = self._fresh(seed)
+        task = RewardTask(model, config, self.place.device, head, self.place.mesh)
         checkpoints = self.run_dir / "checkpoints"
         result = fit(
             bare(model),
@@ -163,17 +161,21 @@ class _Training:
             on_step=progress,
             should_stop=should_stop,
             checkpoint=checkpoints / str(self.number) if self.number else checkpoints,
-            mesh=self.mesh,
+            mesh=self.place.mesh,
         )
         return (self._member(task) if result.finished else None), result
 
-    def _fresh(self) -> Any:
+    def _fresh(self, seed: int) -> Any:
+        """The model to be trained, or the root of one in parts."""
         model, tokenizer = self.config.model, self.tokenizer
         pad = reward_padding_id(tokenizer, stop_token_ids(model.path, tokenizer, model.revision))
         heads = self.config.members if self.config.share_trunk else 1
-        fresh = load_sequence_classifier(model, pad_token_id=pad, heads=heads)
-        # Small and random: from zeros, the trunk would get no gradient until the head has grown.
-        nn.init.normal_(fresh.score.weight, std=(fresh.score.in_features + 1) ** -0.5)
+        if self.place.in_parts:
+            fresh = self.place.load_classifier(model, pad_token_id=pad, heads=heads)
+        else:
+            fresh = load_sequence_classifier(model, pad_token_id=pad, heads=heads)
+            self.place.ready(fresh.to(self.place.device))
+        _start(bare(fresh).score.weight, seed)
         return fresh
 
     def _member(self, task: RewardTask) -> Member:
@@ -185,7 +187,7 @@ class _Training:
         few = (self.data.held or self.data.train)[:GOLDEN_ROWS]
         golden = [side for row in few for side in row.ranked][:GOLDEN_ROWS]
         means, scale = centre.mean(axis=0), spread_of(centre)
-        folder = save_reward_model(task, self.tokenizer, centre, centred_on, golden, self.place)
+        folder = save_reward_model(task, self.tokenizer, centre, centred_on, golden, self.directory)
         # Whole models are each on a scale of their own; heads on one trunk share theirs.
         shared = 1.0 if self.config.share_trunk else scale
         return Member(
@@ -222,13 +224,23 @@ def _values(metrics: Sequence[Metric]) -> dict[str, float]:
     return {metric.name: metric.value for metric in metrics}
 
 
-def _frozen_head(config: RewardModelConfig, device: torch.device) -> LmHead | None:
+@torch.no_grad()
+def _start(head: Tensor, seed: int) -> None:
+    """Small and random numbers, the same however the head [K, H] is sharded: from zeros, the trunk
+    would get no gradient until the head has grown."""
+    full = torch.empty(head.shape)
+    generator = torch.Generator().manual_seed(seed)
+    nn.init.normal_(full, std=(head.shape[1] + 1) ** -0.5, generator=generator)
+    local(head).copy_(local(split_like(full, head)))
+
+
+def _frozen_head(config: RewardModelConfig, place: Placement) -> LmHead | None:
     """The starting policy's language-model head. It does not change, so only the trunk learns."""
     if not config.nll_coef:
         return None
-    head = lm_head(load_policy(config.model))
-    bias = None if head.bias is None else head.bias.detach().to(device)
-    return replace(head, weight=head.weight.detach().clone().to(device), bias=bias)
+    head = lm_head(bare(policy_at(place, config.model, frozen=True)))
+    bias = None if head.bias is None else whole(head.bias.detach())
+    return replace(head, weight=whole(head.weight.detach()).clone(), bias=bias)
 
 
 def _policy_samples(config: RewardModelConfig, tokenizer: Any) -> list[TokenRow] | None:

@@ -11,6 +11,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 
 from cluster.contracts.chat import TemplateRefusal, is_text, render_answered, require_template
+from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.offline import FitConfig
 from cluster.contracts.rows.files import BadRow
 from cluster.contracts.rows.messages import Messages
@@ -19,7 +20,8 @@ from cluster.machine.torch_state import prepare_torch
 from learner.compute.mesh import Mesh
 from learner.compute.microbatches import TokenRow, token_row
 from learner.compute.ranks import SINGLE, Ranks
-from learner.compute.sharding import shard_model
+from learner.models.load import load_policy
+from learner.models.placement import Placement
 from learner.offline.datasets import hold_out
 from learner.offline.fit import FitResult
 
@@ -79,22 +81,23 @@ def prepare(config: FitConfig, seed: int) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def mesh_of(config: FitConfig, ranks: Ranks, device: torch.device) -> Mesh:
-    """What each of the processes does with the others; every one has to ask."""
-    return Mesh.of(
-        ranks, tensor=config.tensor_parallel, sequence=config.sequence_parallel, device=device
-    )
+def place_of(
+    config: FitConfig, model: ModelConfig, ranks: Ranks, device: torch.device
+) -> Placement:
+    """Where the models of a fit lie; every one of the processes has to ask."""
+    tensor, sequence = config.tensor_parallel, config.sequence_parallel
+    mesh = Mesh.of(ranks, tensor=tensor, sequence=sequence, device=device)
+    return Placement(compute=config, device=device, dtype=model.dtype, mesh=mesh)
 
 
-def placed(model: Any, config: FitConfig, device: torch.device, mesh: Mesh) -> Any:
-    """The model on the device, ready to be trained: what its forward passes go through (see
+def policy_at(place: Placement, model: ModelConfig, *, frozen: bool = False) -> Any:
+    """A policy to be trained, or a frozen one: what its forward passes go through (see
     `learner.compute.sharding.call`), which `bare` makes the model again."""
-    model = model.to(device)
-    if mesh.shards.size > 1 and config.sharding == "fsdp2":
-        return shard_model(
-            model, model.base_model, model.config.get_text_config().num_hidden_layers
-        )
-    return model
+    if place.in_parts:
+        return place.load_policy(model, frozen=frozen)[1]
+    policy = load_policy(model).to(place.device)
+    place.ready(policy, frozen=frozen)
+    return policy.requires_grad_(not frozen)
 
 
 def encode_all(

@@ -22,7 +22,7 @@ from learner.compute.optimizer import compute_in
 from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.sharding import bare, call
 from learner.models.heads import hidden_states, lm_head, token_logprobs
-from learner.models.load import load_policy, load_tokenizer
+from learner.models.load import load_tokenizer
 from learner.offline.datasets import Demonstration, read_demonstrations
 from learner.offline.fit import OnStep, evaluate_rows, fit, never
 from learner.offline.saving import save_trained
@@ -30,8 +30,8 @@ from learner.offline.setup import (
     OnRows,
     answered,
     load_rows,
-    mesh_of,
-    placed,
+    place_of,
+    policy_at,
     prepare,
     unheard,
     write_summary,
@@ -62,9 +62,9 @@ def train_sft(
     read = read_demonstrations(config.data.path, config.data.split, skip_bad)
     data = load_rows(read, tokenizer, encode, len, config.fit, skip_bad)
     on_rows(data)
-    mesh = mesh_of(config.fit, ranks, device)
-    policy = placed(load_policy(config.model), config.fit, device, mesh)
-    task = SftTask(policy, config.model.dtype, device, mesh)
+    place = place_of(config.fit, config.model, ranks, device)
+    policy = policy_at(place, config.model)
+    task = SftTask(policy, config.model.dtype, device, place.mesh)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
         bare(policy),
@@ -76,7 +76,7 @@ def train_sft(
         on_step=progress,
         should_stop=should_stop,
         checkpoint=run_dir / "checkpoints",
-        mesh=mesh,
+        mesh=place.mesh,
     )
     write_summary(run_dir, result, data, ranks)
     return save_trained(policy, tokenizer, run_dir / "policy", ranks)
