@@ -24,10 +24,7 @@ class FitConfig(ComputeConfig):
 
     section: ClassVar[str] = "fit"
     unsupported: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        (
-            *("tensor_parallel", "sequence_parallel", "gradient_checkpointing"),
-            *("reshard_after_forward", "prefetch_layers", "offload", "optimizer"),
-        ),
+        ("tensor_parallel", "sequence_parallel", "offload", "optimizer"),
         "offline training does not do it yet",
     )
 

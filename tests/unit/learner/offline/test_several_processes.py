@@ -35,6 +35,7 @@ FIT = {"lr": 0.1, "eps": 1.0, "rows_per_step": 12, "tokens_per_microbatch": 96, 
 FIT |= {"eval_every": 2, "eval_fraction": 0.3, "max_tokens": 32, "schedule": "constant"}
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
+    "sft-recomputed": ("sft", {"fit": {"gradient_checkpointing": True}}),
     "reward": ("reward", {"centre_coef": 0.01, "nll_coef": 0.01, "members": 3}),
     "ensemble": ("reward", {"members": 2, "share_trunk": False}),
     "dpo": ("dpo", {"kl_samples": 8}),
