@@ -393,7 +393,7 @@ class RolloutWorker:
             engine.swap(manifest.version)
             pause_s = time.perf_counter() - began
             got = engine.sequence_logprobs(manifest.canary.token_ids)
-            dtype = manifest.tensors[0].dtype
+            dtype = manifest.dtype
             difference = self._canary.compare(manifest.canary, got, manifest.version, dtype)
         except Exception as problem:
             self._thread.break_off(problem)

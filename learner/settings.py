@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
 from cluster.contracts.config.base import DType, ModelConfig, Section
 from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
+from cluster.contracts.config.lora import LoraConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.plugins import PluginFile, loaded
 from cluster.machine.shipment import Shipment, known_as
@@ -30,6 +31,7 @@ class LearnerSettings:
 
     rollout_dtype: the type the engines compute in; weights are published in it.
     canary_prompt: token ids of the run's first prompt; the learner continues it greedily.
+    lora: the adapters that are trained, None for all weights.
     run_dir: where `rollouts/` is written; None with `save_rollouts` off.
     resume_from: directory of a checkpoint written by `save`, or None.
     replay: rollouts files of the steps since, or parcels of them, to be trained again.
@@ -50,6 +52,7 @@ class LearnerSettings:
     max_tokens: int
     seed: int
     canary_prompt: tuple[int, ...]
+    lora: LoraConfig | None = None
     run_dir: str | None = None
     save_rollouts: bool = False
     resume_from: str | None = None
@@ -81,6 +84,7 @@ def learner_settings(
         max_tokens=config.rollout.max_tokens,
         seed=config.run.seed,
         canary_prompt=canary_prompt,
+        lora=config.lora,
         run_dir=run_dir,
         save_rollouts=config.logging.save_rollouts and run_dir is not None,
         resume_from=resume_from,

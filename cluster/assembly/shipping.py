@@ -1,7 +1,8 @@
 """What the command was given, on its way to roles on hosts that have none of it.
 
 On a cluster that was joined, the driver packs the files once (`cluster.machine.parcels`). Workers
-are sent a model without its weights, which they take from the learner.
+are sent a model without its weights, which they take from the learner; under LoRA the learner sends
+them adapters, and they merge these into the model's own weights.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def role_files(config: TrainConfig, ray_info: Mapping[str, Any]) -> Iterator[Rol
     software = ray_info["software"]
     rewards = {} if config.reward.address else _reward_parcels(config.reward)
     packed = RoleFiles(
-        worker=Shipment(worker_parcels(config.model), software),
+        worker=Shipment(worker_parcels(config), software),
         learner=Shipment(_learner_parcels(config), software),
         reward=Shipment(rewards, software),
     )
@@ -92,8 +93,11 @@ def clear_hosts(shipments: Sequence[Shipment]) -> None:
         on_every_node(sweep, digests, PATIENCE_S, timeout_s=SWEEP_S)
 
 
-def worker_parcels(model: ModelConfig) -> dict[str, Parcel]:
-    """All of a model but its weights."""
+def worker_parcels(config: TrainConfig) -> dict[str, Parcel]:
+    """All of a model but its weights; with adapters, which workers merge, its weights as well."""
+    model = config.model
+    if config.lora is not None:
+        return model_parcels(model.path, model.revision)
     return {known_as(model.path): pack(_folder(model.path, model.revision), _without_weights)}
 
 

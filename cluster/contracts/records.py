@@ -265,14 +265,35 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoraUpdate:
+    """What makes a whole model of an update that holds an adapter alone: W + ``scale`` B A.
+
+    ``base``: fingerprint of the base weights in ``base_dtype`` (``weights.merging``), which the
+    receiver has. ``dtype``: the engine's, to which merged weights are rounded.
+    """
+
+    base: str
+    base_dtype: str
+    scale: float
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightManifest:
-    """Everything a receiver needs to check an update before, while and after it is applied."""
+    """Everything a receiver needs to check an update before, while and after it is applied.
+    ``lora``: where the tensors are an adapter's, to be merged; None: they are the whole model."""
 
     version: int
     tensors: tuple[TensorEntry, ...]
     canary: Canary
     transport: str
     locator: Any  # where to fetch: an object reference, a path, a communicator name
+    lora: LoraUpdate | None = None
+
+    @property
+    def dtype(self) -> str:
+        """The type that the engine is to hold the weights in."""
+        return self.tensors[0].dtype if self.lora is None else self.lora.dtype
 
     @property
     def nbytes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +30,14 @@ def quick_imports() -> Iterator[None]:
             gc.enable()
 
 
+def quiet_torchao() -> None:
+    """``transformers`` imports it, and it warns of kernels that were made for other machines."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
 def _import_transformers() -> None:
+    quiet_torchao()
     hidden = "scipy" not in sys.modules and "transformers" not in sys.modules
     if hidden:
         sys.modules["scipy"] = None  # type: ignore[assignment]  # as if it were not installed

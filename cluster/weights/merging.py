@@ -6,11 +6,22 @@ by a rounding error, and a run could not be replayed bit for bit.
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from cluster.contracts.errors import WeightMismatch
+from cluster.weights.manifest import checksum
+
 PEFT_PREFIX = "base_model.model."
 """Of every name in an adapter's file, as peft writes it."""
+_A = ".lora_A.weight"
+_CHUNK = {"cpu": 1 << 17}  # numbers at a time: their 64-bit images stay in a CPU's cache
+_CHUNK_ELSEWHERE = 1 << 24  # bounds the extra memory on a device
 
 
 @torch.no_grad()
@@ -19,11 +30,19 @@ def merged_weight(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
     base: [out, in], bfloat16 or float32; a: [rank, in]; b: [out, rank]. The caller rounds the
     result, once, to the type that is computed in.
+
+    Sums are taken in float64 and rounded to float32 at the end. So their order, which changes with
+    the kernel, the number of threads and the device, does not show in the result.
     """
-    # Outside any autocast of the caller: the product has to be float32 at the learner, too.
+    merged = torch.empty(base.shape, device=base.device)
+    rows = max(1, _CHUNK.get(base.device.type, _CHUNK_ELSEWHERE) // base.shape[1])
+    wide = a.double()
+    # Outside any autocast of the caller, which would round the factors.
     with torch.autocast(base.device.type, enabled=False):
-        change = b.float() @ a.float()
-    return change.mul_(scale).add_(base)
+        for start in range(0, base.shape[0], rows):
+            part = slice(start, start + rows)
+            merged[part] = torch.addmm(base[part].double(), b[part].double(), wide, alpha=scale)
+    return merged
 
 
 def adapted_name(module: str) -> str:
@@ -36,8 +55,30 @@ def factor_names(module: str) -> tuple[str, str]:
     return f"{PEFT_PREFIX}{module}.lora_A.weight", f"{PEFT_PREFIX}{module}.lora_B.weight"
 
 
-def adapted_modules(names: object) -> list[str]:
-    """The layers whose A is among `names` of an adapter's tensors, in order."""
-    end = ".lora_A.weight"
-    found = [str(name) for name in names if str(name).endswith(end)]  # type: ignore[attr-defined]
-    return [name.removeprefix(PEFT_PREFIX).removesuffix(end) for name in found]
+def factors_by_weight(tensors: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Name of each weight that an adapter changes -> its (A, B), of tensors under peft's names.
+
+    Raises WeightMismatch for a tensor that is no factor, or that lacks the other one.
+    """
+    left, found = set(tensors), {}
+    for name in tensors:
+        if name.endswith(_A):
+            module = name.removeprefix(PEFT_PREFIX).removesuffix(_A)
+            a, b = factor_names(module)
+            if b not in tensors:
+                raise WeightMismatch(f"the adapter of {module} has an A and no B")
+            found[adapted_name(module)] = (tensors[a], tensors[b])
+            left -= {a, b}
+    if left:
+        raise WeightMismatch(f"the adapter holds {min(left)!r}, which belongs to no layer")
+    return found
+
+
+def base_fingerprint(tensors: Iterable[tuple[str, Tensor]], dtype: str) -> str:
+    """Hex SHA-256 over name, shape and checksum of every tensor of a base in `dtype`, ordered by
+    name: learner and workers merge into the same numbers, or do not merge."""
+    rows = []
+    for name, tensor in tensors:
+        held = tensor.detach().to("cpu", getattr(torch, dtype)).contiguous()
+        rows.append((name, list(held.shape), checksum(held.view(-1).view(torch.uint8).numpy())))
+    return hashlib.sha256(json.dumps([dtype, sorted(rows)]).encode()).hexdigest()

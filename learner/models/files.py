@@ -21,11 +21,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from cluster.contracts.errors import UserError
+from cluster.machine.imports import quiet_torchao
 from learner.compute.sharding import materialise
 from learner.models.fill import fill, fill_from, names_in_files, without_weights
 from learner.models.weight_files import check_weight_files, holds_safetensors
 
 _log = logging.getLogger(__name__)
+
+quiet_torchao()  # before transformers imports it, with the first model class that is asked for
 
 
 def load_checked(

@@ -222,9 +222,11 @@ class ValueModel(nn.Module):
         return cls(model.base_model, _value_head(model.score.weight, artifact, normalised))
 
     @classmethod
-    def from_policy(cls, policy: Any) -> ValueModel:
-        """A copy of the policy's trunk under a head that gives 0."""
-        trunk = copy.deepcopy(policy.base_model)
+    def from_policy(cls, policy: Any, *, shared: bool = False) -> ValueModel:
+        """A copy of the policy's trunk under a head that gives 0. shared: its parameters are the
+        policy's own, to be frozen under adapters."""
+        held = {id(p): p for p in policy.parameters()} if shared else {}
+        trunk = copy.deepcopy(policy.base_model, dict(held))
         return cls(trunk, zero_linear(policy.config.get_text_config().hidden_size))
 
     def forward(

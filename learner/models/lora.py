@@ -10,10 +10,9 @@ B starts as zeros, so that a fresh adapter changes nothing.
 from __future__ import annotations
 
 import copy
-import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from cluster.contracts.config.lora import LoraConfig
 from cluster.contracts.errors import UserError
+from cluster.machine.imports import quiet_torchao
 from cluster.weights.merging import PEFT_PREFIX, adapted_name, factor_names, merged_weight
 from learner.compute.ranks import whole
 from learner.compute.sharding import local, split_like
@@ -76,6 +76,13 @@ def initialise_adapter(model: Any, name: str = DEFAULT, seed: int = 0) -> None:
         local(b).zero_()
 
 
+def hold_base_in(model: Any, dtype: str) -> None:
+    """Keep the parameters of a base, which will not change any more, in `dtype`. Buffers, such as
+    rotary tables, stay as they are: they are computed, and rounding would move every position."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+
+
 def has_adapters(model: Any) -> bool:
     return any(hasattr(module, "lora_A") for module in model.modules())
 
@@ -102,10 +109,14 @@ def without_adapters(model: Any) -> Iterator[None]:
             layer._disable_adapters = state
 
 
+def adapter_dropouts(model: Any) -> list[nn.Module]:
+    return [m for x in model.modules() for m in getattr(x, "lora_dropout", {}).values()]
+
+
 @contextmanager
 def adapter_dropout(model: Any) -> Iterator[None]:
     """The adapters' dropout is on for a while (it is off else); nothing else of the model is."""
-    drops = [m for x in model.modules() for m in getattr(x, "lora_dropout", {}).values()]
+    drops = adapter_dropouts(model)
     for module in drops:
         module.train()
     try:
@@ -180,6 +191,24 @@ def merged_tensors(
         yield key, full.to(dtype) if full.is_floating_point() else full
 
 
+def merged_parameters(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
+    """By the id of a parameter what stands in its place in a merged model: merged weights for the
+    base's, zeros for B, with which an adapter adds nothing. For layers whose parameters are whole.
+    """
+    found: dict[int, Tensor] = {}
+    for layer in (module for module in modules if hasattr(module, "lora_A")):
+        adapted: Any = layer
+        base = adapted.get_base_layer().weight
+        weight = base
+        for name in (name for name in adapted.active_adapters if name in adapted.lora_A):
+            b = adapted.lora_B[name].weight
+            a, scale = adapted.lora_A[name].weight, float(adapted.scaling[name])
+            weight = merged_weight(weight, a, b, scale)
+            found[id(b)] = torch.zeros_like(b)
+        found[id(base)] = weight
+    return found
+
+
 def save_adapter(
     model: Any,
     directory: Path,
@@ -227,16 +256,11 @@ def _is_factor(name: str) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torchao, which peft imports, warns of kernels that were made for other machines; peft of a
-    second adapter, which is wanted."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            yield
-    finally:
-        logging.disable(level)
+    """Without peft's warning of a second adapter, which is wanted."""
+    quiet_torchao()  # peft imports it
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        yield
 
 
 def _peft_config(model: Any, cfg: LoraConfig, targets: list[str]) -> Any:

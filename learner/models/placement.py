@@ -11,6 +11,7 @@ from torch import nn
 
 from cluster.contracts.config.base import DType, ModelConfig
 from cluster.contracts.config.compute import ComputeConfig
+from cluster.contracts.config.lora import LoraConfig
 from learner.compute.mesh import ALONE, Mesh, require_heads
 from learner.compute.sharding import Gathered, Sharding, call, shard_layers, shard_model
 from learner.models.files import Placing
@@ -22,6 +23,7 @@ from learner.models.load import (
     load_trunk,
     load_value_head,
 )
+from learner.models.lora import adapter_dropouts, add_adapter, hold_base_in, initialise_adapter
 from learner.models.packed_attention import (
     choose_layout,
     require_plain_causal,
@@ -34,7 +36,8 @@ class Placement:
     """Where the models of a trainer lie, and what is done to each before it has memory.
 
     compute: `learner` or `fit` of a config. dtype: what is computed in. packing: see
-    `choose_layout`, which decides it for all models when the first is loaded.
+    `choose_layout`, which decides it for all models when the first is loaded. lora: the adapters
+    that models get, on a frozen base that lies in the type that is computed in; seed: of these.
     """
 
     compute: ComputeConfig
@@ -43,6 +46,8 @@ class Placement:
     mesh: Mesh = ALONE
     packing: str = "padded"
     packed: bool | None = None
+    lora: LoraConfig | None = None
+    seed: int = 0
 
     @property
     def in_parts(self) -> bool:
@@ -59,6 +64,16 @@ class Placement:
             on_host="parameters" in offload or (frozen and "reference" in offload),
         )
 
+    def adapt(self, model: Any, seed: int | None = None) -> None:
+        """Freeze a whole model in memory and give it adapters, where `lora` says so."""
+        if self.lora is not None:
+            hold_base_in(model, self.dtype)
+            add_adapter(model, self.lora, seed=self.seed if seed is None else seed)
+
+    def adapt_value(self, value: ValueModel) -> None:
+        # Of another seed, or policy and value would start from the same numbers.
+        self.adapt(value.trunk, self.seed + 1)
+
     def ready(self, model: Any, *, frozen: bool = False) -> None:
         """What is done in place to a model, with memory or without, before it is sharded."""
         if self.packed is None:
@@ -72,25 +87,21 @@ class Placement:
         if self.compute.gradient_checkpointing and not frozen:
             checkpoint_gradients(model, on_host="activations" in self.compute.offload)
 
-    def load_policy(
-        self,
-        cfg: ModelConfig,
-        *,
-        frozen: bool = False,
-        adapt: Callable[[Any], None] | None = None,
-    ) -> tuple[Any, Gathered]:
+    def load_policy(self, cfg: ModelConfig, *, frozen: bool = False) -> tuple[Any, Gathered]:
         """(model, the root that forward passes go through) of a causal model in parts.
 
-        frozen: a reference; it needs no gradient, and lies in the type that is computed in. adapt:
-        changes the model in place before it has memory. Raises UserError as `load_policy`.
+        frozen: a reference; it needs no gradient and no adapter, and lies in the type that is
+        computed in. Raises UserError as `load_policy`.
         """
         roots: list[Gathered] = []
 
         def prepare(model: Any) -> nn.Module:
-            roots.append(self._in_parts(model.requires_grad_(not frozen), adapt, frozen=frozen))
+            roots.append(self._in_parts(model, frozen=frozen))
             return roots[0]
 
         model = load_policy(cfg, self._placing(prepare, frozen=frozen))
+        if self.lora is not None and not frozen:
+            initialise_adapter(model, seed=self.seed)
         call(roots[0], check_lm_head)
         return model, roots[0]
 
@@ -100,30 +111,34 @@ class Placement:
         *,
         pad_token_id: int,
         heads: int,
-        adapt: Callable[[Any], None] | None = None,
     ) -> Gathered:
-        """As `load_sequence_classifier`, in parts: the root; `adapt` as in `load_policy`."""
+        """As `load_sequence_classifier`, in parts: the root."""
         roots: list[Gathered] = []
 
         def prepare(model: Any) -> nn.Module:
-            roots.append(self._in_parts(model, adapt, exact=(model.score,)))
+            roots.append(self._in_parts(model, exact=(model.score,)))
             return roots[0]
 
         placing = self._placing(prepare)
-        load_sequence_classifier(cfg, pad_token_id=pad_token_id, heads=heads, placing=placing)
+        model = load_sequence_classifier(
+            cfg, pad_token_id=pad_token_id, heads=heads, placing=placing
+        )
+        if self.lora is not None:
+            initialise_adapter(model, seed=self.seed)
         return roots[0]
 
     def _in_parts(
         self,
         model: Any,
-        adapt: Callable[[Any], None] | None,
         *,
         frozen: bool = False,
         exact: tuple[nn.Module, ...] = (),
     ) -> Gathered:
         """Shard a model that has no memory yet. exact: modules that compute in float32."""
-        if adapt is not None:
-            adapt(model)
+        if frozen:
+            model.requires_grad_(False)
+        elif self.lora is not None:
+            add_adapter(model, self.lora)
         self.ready(model, frozen=frozen)
         how = self.sharding(frozen=frozen)
         for module in exact:
@@ -137,6 +152,8 @@ class Placement:
         made: list[ValueModel] = []
 
         def prepare(trunk: Any) -> nn.Module:
+            if self.lora is not None:
+                add_adapter(trunk, self.lora)
             self.ready(trunk)
             config = trunk.config.get_text_config()
             how = self.sharding()
@@ -148,11 +165,13 @@ class Placement:
             how.apply(made[0])
             return made[0]
 
-        load_trunk(cfg, self._placing(prepare), reward_model=reward_model)
+        trunk = load_trunk(cfg, self._placing(prepare), reward_model=reward_model)
+        if self.lora is not None:
+            initialise_adapter(trunk, seed=self.seed + 1)
         return made[0]
 
     def _placing(self, prepare: Callable[[Any], nn.Module], *, frozen: bool = False) -> Placing:
-        short = frozen and self.dtype == "bfloat16"
+        short = (frozen or self.lora is not None) and self.dtype == "bfloat16"
         return Placing(
             prepare=prepare,
             device=self.device,
@@ -167,10 +186,11 @@ def checkpoint_gradients(model: Any, *, on_host: bool = False) -> None:
 
     transformers recomputes activations in training mode only, so dropout goes to 0 instead.
     """
+    own = adapter_dropouts(model)
     for module in model.modules():
         # Dropout would also make old and new log-probabilities differ at equal weights, and every
         # ratio with them.
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.Dropout) and module not in own:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
@@ -178,3 +198,5 @@ def checkpoint_gradients(model: Any, *, on_host: bool = False) -> None:
         gradient_checkpointing_kwargs={"use_reentrant": False}, offload=on_host
     )
     model.train()
+    for dropout in own:  # which `adapter_dropout` switches on
+        dropout.eval()

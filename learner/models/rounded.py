@@ -11,7 +11,9 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from learner.models.lora import merged_parameters
 
 Held = list[tuple[nn.Module, str, nn.Parameter]]
 
@@ -19,7 +21,8 @@ Held = list[tuple[nn.Module, str, nn.Parameter]]
 @contextmanager
 def rounded(model: Any, dtype: str) -> Iterator[None]:
     """`model` (not `Gathered`: what belongs to no layer has to be whole) with its parameters
-    rounded to `dtype` and back to their own; the exact ones are in place again afterwards."""
+    rounded to `dtype` and back to their own; the exact ones are in place again afterwards.
+    Adapters are merged first, as a worker does it."""
     wire = getattr(torch, dtype)
     if all(parameter.dtype == wire for parameter in model.parameters()):
         yield
@@ -70,19 +73,20 @@ def _replace(modules: Iterable[nn.Module], wire: torch.dtype) -> Held:
     """Put rounded parameters in place of the exact ones, which are returned; a shared one once."""
     exact: Held = []
     made: dict[int, nn.Parameter] = {}
+    modules = list(modules)
+    merged = merged_parameters(modules)
     for module in modules:
         for name, parameter in module._parameters.items():
             if parameter is None or not parameter.is_floating_point():
                 continue
             if id(parameter) not in made:
-                made[id(parameter)] = nn.Parameter(_rounded(parameter, wire), requires_grad=False)
+                value = merged.get(id(parameter), parameter).detach()
+                # Back to its own type, which the layer computes in.
+                short = value.to(wire).to(parameter.dtype)
+                made[id(parameter)] = nn.Parameter(short, requires_grad=False)
             exact.append((module, name, parameter))
             module._parameters[name] = made[id(parameter)]
     return exact
-
-
-def _rounded(parameter: Tensor, wire: torch.dtype) -> Tensor:
-    return parameter.detach().to(wire).to(parameter.dtype)
 
 
 def _restore(exact: Held) -> None:

@@ -55,15 +55,17 @@ def step_flops(
     trunk = TrunkFlops.of(networks.policy.base_model, networks.policy.config)
     answers = float(batch.response_ids.lengths.sum())
     policy = trunk.forward(batch) + 2.0 * lm_head(networks.policy).weight.numel() * answers
-    # Backward costs twice the forward pass: gradients of inputs and of weights.
-    trained = 1.0 if value_only else 3.0
+    # Backward costs twice the forward pass: gradients of inputs and of weights. Of frozen weights,
+    # with adapters, only the first.
+    both = 3.0 if settings.lora is None else 2.0
+    trained = 1.0 if value_only else both
     measured = float(learner.epochs * learner.minibatches > 1)
     passes = trained * learner.epochs + measured
     if value_only and not networks.shared:
         passes = 1.0
     total = passes * policy + (policy if networks.reference is not None else 0.0)
     if networks.value is not None and not networks.shared:
-        total += (3.0 * learner.epochs + measured) * trunk.forward(batch)
+        total += (both * learner.epochs + measured) * trunk.forward(batch)
     return total
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +15,7 @@ from learner.compute.optimizer import compute_in
 from learner.compute.ranks import Ranks
 from learner.compute.sharding import Gathered, call
 from learner.models.heads import hidden_states, lm_head
+from learner.models.lora import without_adapters
 from learner.rl.microbatch import Microbatch
 
 
@@ -30,7 +33,8 @@ class PolicyOutputs:
 class Networks:
     """The models of a learner, on one device.
 
-    reference: frozen, or None where nothing asks for a KL. value: a network of its own, or, with
+    reference: frozen, or None where nothing asks for a KL. Under LoRA it may be the policy itself,
+    which `as_reference` then runs without its adapters. value: a network of its own, or, with
     `shared`, a head on the policy's trunk; None for estimators without values.
     compute_dtype: "float32" or "bfloat16" (autocast; parameters stay float32).
     packed: the models take packed microbatches (see `learner.packing`). mesh: the processes that
@@ -67,8 +71,18 @@ class Networks:
         return self.roots.get("policy", self.policy)
 
     @property
-    def reference_root(self) -> Any:
-        return self.roots.get("reference", self.reference)
+    def reference_is_base(self) -> bool:
+        """Whether the reference is the policy's own base."""
+        return self.reference is self.policy
+
+    @contextmanager
+    def as_reference(self) -> Iterator[Any]:
+        """What `policy_outputs` takes for the reference's numbers, meanwhile."""
+        if self.reference_is_base:
+            with without_adapters(self.policy):
+                yield self.policy_root
+        else:
+            yield self.roots.get("reference", self.reference)
 
     def values(self, micro: Microbatch, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(values of the states before each answer token [b, width], after the last one [b]).

@@ -19,7 +19,7 @@ from cluster.contracts.crash_points import passing
 from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, last
-from cluster.contracts.records import Canary, StepInput, StepResult, WeightManifest
+from cluster.contracts.records import Canary, LoraUpdate, StepInput, StepResult, WeightManifest
 from cluster.machine.torch_state import prepare_torch
 from cluster.weights.transports import Publisher, PublisherOptions, make_publisher
 from learner.compute.optimizer import lr_factor, set_lr
@@ -31,7 +31,7 @@ from learner.rl.experience import Experience, StepPlan, build_experience
 from learner.rl.flops import matrix_peak, step_flops
 from learner.rl.metrics import experience_metrics, sequence_kl
 from learner.rl.networks import build_kl_controller, build_networks, build_optimizers
-from learner.rl.publish import buckets, canary, canary_tokens
+from learner.rl.publish import buckets, canary, canary_tokens, lora_update
 from learner.rl.rollout_files import RolloutWriter
 from learner.rl.rollouts import RolloutBatch, read_batch
 from learner.rl.short_memory import in_smaller_parts
@@ -64,6 +64,7 @@ class PPOLearner:
         self._writer: RolloutWriter | None = None
         self._peak = math.inf  # FLOP/s
         self._digest = ""  # of the weights published last
+        self._lora: LoraUpdate | None = None  # how workers merge what is published
 
     def start(self) -> WeightManifest:
         """Load models (or the checkpoint `resume_from`) and publish what training starts from.
@@ -84,6 +85,7 @@ class PPOLearner:
             version=0,
             canary_ids=canary_tokens(networks.policy_root, settings.canary_prompt),
         )
+        self._lora = lora_update(networks, settings)
         self._peak = matrix_peak(settings.model.dtype, networks.device) * self._ranks.size
         # After the canary's tokens: a checkpoint brings those of its run's start.
         if settings.resume_from is not None:
@@ -255,7 +257,8 @@ class PPOLearner:
         )
         parts = buckets(
             networks.policy,
-            dtype,
+            # Adapters are sent as they are trained: workers round once, after the merge.
+            dtype if settings.lora is None else "float32",
             on_device=self._publisher is not None and self._publisher.on_device,
             limit_bytes=int(settings.weights.bucket_mb * (1 << 20)),
         )
@@ -273,7 +276,7 @@ class PPOLearner:
                 del arrays  # two buckets at a time: the one being sent and the next
                 if retained:  # of a step; a learner's start is none
                     passing("learner.mid_publish")
-            manifest = update.close(check)
+            manifest = dataclasses.replace(update.close(check), lora=self._lora)
         self._digest = weights_digest(manifest)
         return manifest
 

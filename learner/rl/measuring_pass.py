@@ -185,11 +185,10 @@ def _any(said: bool, networks: Networks) -> bool:
 def _reference_passes(
     ref_logp: Tensor, micros: Sequence[Microbatch], networks: Networks, settings: LearnerSettings
 ) -> None:
-    for micro in micros:
-        out = policy_outputs(
-            networks.reference_root, micro, settings.temperature, networks.compute_dtype
-        )
-        micro.put(ref_logp, out.logp)
+    with networks.as_reference() as reference:
+        for micro in micros:
+            out = policy_outputs(reference, micro, settings.temperature, networks.compute_dtype)
+            micro.put(ref_logp, out.logp)
 
 
 def _memory_limit(settings: LearnerSettings, networks: Networks) -> float:

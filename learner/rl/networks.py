@@ -27,7 +27,8 @@ from learner.settings import LearnerSettings
 
 def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Networks, Any]:
     """(networks, tokenizer), all trainable but the reference; sharded over `ranks` if there are
-    several and `learner.sharding` says so.
+    several and `learner.sharding` says so. With `settings.lora` only adapters and value heads are
+    trained, and the reference is the policy's own base.
 
     Raises UserError for settings that do not fit together or files that are not as they say.
     """
@@ -46,6 +47,8 @@ def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Ne
         dtype=settings.model.dtype,
         mesh=mesh,
         packing=learner.packing,
+        lora=settings.lora,
+        seed=settings.seed,
     )
     make = _in_parts if place.in_parts else _whole
     return make(settings, place, tokenizer), tokenizer
@@ -58,20 +61,24 @@ def _whole(settings: LearnerSettings, place: Placement, tokenizer: Any) -> Netwo
     # state with the policy.
     reference = None
     if _wants_reference(settings):
-        reference = _reference(settings, policy).to(device).requires_grad_(False)
+        reference = _reference(settings, policy)
     value: nn.Module | None = None
     kind = _value_kind(settings, tokenizer)
     if kind == "shared":
         value = SharedValueHead(policy.config.get_text_config().hidden_size)
     elif kind == "own" and learner.value_path is None:
-        value = ValueModel.from_policy(policy)
+        # Under LoRA both have the same frozen base, which is held once.
+        value = ValueModel.from_policy(policy, shared=settings.lora is not None)
     elif kind == "own":
         value = ValueModel.from_reward_model(str(learner.value_path))
-    place.ready(policy)
-    if reference is not None:
-        place.ready(reference, frozen=True)
     if isinstance(value, ValueModel):
+        place.adapt_value(value)
         place.ready(value.trunk)
+    place.adapt(policy)
+    place.ready(policy)
+    if reference is not None and reference is not policy:
+        reference = reference.to(device).requires_grad_(False)
+        place.ready(reference, frozen=True)
     # In place, after checkpointing is switched on: what is compiled is what will run.
     if learner.compile:
         _compile(policy, reference, value)
@@ -93,7 +100,9 @@ def _in_parts(settings: LearnerSettings, place: Placement, tokenizer: Any) -> Ne
     roots, learner = {}, settings.learner
     policy, roots["policy"] = place.load_policy(settings.model)
     reference = None
-    if _wants_reference(settings):
+    if _wants_reference(settings) and _reference_is_base(settings):
+        reference = policy
+    elif _wants_reference(settings):
         source = _reference_source(settings)
         reference, roots["reference"] = place.load_policy(source, frozen=True)
         _require_same_vocabulary(policy, reference, source.path)
@@ -170,6 +179,9 @@ def _wants_reference(settings: LearnerSettings) -> bool:
 
 
 def _reference(settings: LearnerSettings, policy: Any) -> Any:
+    # Adapters leave the base as it is: the reference is the policy without them.
+    if _reference_is_base(settings):
+        return policy
     # The starting policy as it is in memory: reading the files again could give other weights.
     if settings.learner.reference_path is None:
         return copy.deepcopy(policy)
@@ -177,6 +189,10 @@ def _reference(settings: LearnerSettings, policy: Any) -> Any:
     reference = load_policy(source)
     _require_same_vocabulary(policy, reference, source.path)
     return reference
+
+
+def _reference_is_base(settings: LearnerSettings) -> bool:
+    return settings.lora is not None and settings.learner.reference_path is None
 
 
 def _reference_source(settings: LearnerSettings) -> ModelConfig:

@@ -11,18 +11,24 @@ import torch
 from torch import Tensor
 
 from cluster.contracts.errors import Fatal, UserError
-from cluster.contracts.records import Canary
+from cluster.contracts.records import Canary, LoraUpdate
+from cluster.weights.merging import base_fingerprint
 from learner.compute.ranks import whole
 from learner.compute.sharding import bare, call
 from learner.models.heads import hidden_states, lm_head
+from learner.models.lora import adapter_tensors, base_tensors, has_adapters
 from learner.models.rounded import rounded
-from learner.settings import CANARY_PROMPT_TOKENS, CANARY_TOKENS
+from learner.rl.forward import Networks
+from learner.settings import CANARY_PROMPT_TOKENS, CANARY_TOKENS, LearnerSettings
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
 
 
 def published_tensors(policy: Any) -> dict[str, Tensor]:
-    """Parameters under their Hugging Face names, a tied one once, and persistent buffers."""
+    """Parameters under their Hugging Face names, a tied one once, and persistent buffers; of a
+    policy with an adapter the adapter alone, under peft's names."""
+    if has_adapters(policy):
+        return adapter_tensors(policy)
     tensors = dict(policy.named_parameters())
     # Buffers that are not saved (rotary tables, say) are computed by the engine itself.
     kept = policy.state_dict().keys()
@@ -74,6 +80,21 @@ def _host(tensor: Tensor, dtype: str) -> HostArray:
     return host.view(torch.uint16).numpy() if dtype == "bfloat16" else host.numpy()
 
 
+def lora_update(networks: Networks, settings: LearnerSettings) -> LoraUpdate | None:
+    """How workers make whole models of what is published; None where that is the model. Of a
+    sharded policy every rank has to ask."""
+    if settings.lora is None:
+        return None
+    dtype = settings.model.dtype
+    base = ((name, whole(t.detach())) for name, t in base_tensors(networks.policy).items())
+    return LoraUpdate(
+        base=base_fingerprint(base, dtype),
+        base_dtype=dtype,
+        scale=settings.lora.scale,
+        dtype=settings.rollout_dtype,
+    )
+
+
 def host_arrays(policy: Any, dtype: str) -> tuple[dict[str, HostArray], dict[str, str]]:
     """All `buckets` of host arrays at once: for models that are small, or sent nowhere."""
     arrays: dict[str, HostArray] = {}
@@ -123,7 +144,8 @@ def _last_logits(policy: Any, row: Tensor) -> Tensor:
 
 @torch.no_grad()
 def canary(policy: Any, token_ids: Sequence[int], dtype: str, tolerance: float | None) -> Canary:
-    """The canary under the weights as published: rounded to `dtype`, computed in float32."""
+    """The canary under the weights as engines hold them: adapters merged, rounded to `dtype`;
+    computed in the type of the parameters."""
     row = torch.tensor([list(token_ids)], device=lm_head(bare(policy)).weight.device)
     logp = call(policy, _row_logprobs, row, dtype)
     return Canary(token_ids=tuple(token_ids), logprobs=tuple(logp.tolist()), tolerance=tolerance)

@@ -86,8 +86,11 @@ def step_record(
 
 
 def weights_digest(manifest: WeightManifest) -> str:
-    """Hex SHA-256 over name, shape, type and checksum of every tensor, ordered by name."""
-    rows = sorted((t.name, t.shape, t.dtype, t.checksum) for t in manifest.tensors)
+    """Hex SHA-256 over name, shape, type and checksum of every tensor, ordered by name; of an
+    adapter also over the base and how it is merged."""
+    rows: list[Any] = sorted((t.name, t.shape, t.dtype, t.checksum) for t in manifest.tensors)
+    if manifest.lora is not None:
+        rows.append(asdict(manifest.lora))
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
@@ -105,6 +108,8 @@ def settings_digest(settings: LearnerSettings) -> str:
                 values[key] = value
         content[name] = values
     content |= {name: getattr(settings, name) for name in _VALUES}
+    if settings.lora is not None:
+        content["lora"] = settings.lora.model_dump(mode="json")
     if settings.reference_for_monitors:  # measured in passes that may move the last bits
         content["reference_for_monitors"] = True
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
+from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.learner import LearnerConfig
+from cluster.contracts.config.lora import LoraConfig
 from cluster.contracts.config.monitors import MonitorsConfig
 from cluster.contracts.config.parallel_modes import mode_problems
 from cluster.contracts.config.reward import RewardConfig
@@ -62,6 +64,31 @@ def train_problems(
             f"monitors.second_judge = {monitors.second_judge!r} is none of reward.sources "
             f"({', '.join(map(str, names))}): give one of these names, or add the source with "
             "weight = 0"
+        )
+    return found
+
+
+def lora_problems(
+    lora: LoraConfig, learner: LearnerConfig, model: ModelConfig, rollout: RolloutConfig
+) -> list[str]:
+    """What on-line training with adapters cannot have."""
+    found = ["[lora] of `accord train` has no checkpoints yet: leave it out"]
+    if lora.dropout > 0:
+        found.append(
+            "lora.dropout would make two passes over the same tokens differ, and every probability "
+            "ratio with them: set it to 0 (SFT, reward model and DPO may use it)"
+        )
+    if learner.compile:
+        found.append("learner.compile cannot be had together with [lora]: leave one out")
+    if learner.tensor_parallel > 1:
+        found.append(
+            "learner.tensor_parallel cuts layers by the names that adapters change: set it to 1 "
+            "with [lora], and learner.sharding = 'fsdp2' where the base does not fit"
+        )
+    if model.dtype == "bfloat16" and rollout.dtype == "float32":
+        found.append(
+            "with [lora] and model.dtype = 'bfloat16' the learner holds the base in bfloat16, so "
+            "that engines in float32 could not be compared with it: set rollout.dtype = 'bfloat16'"
         )
     return found
 

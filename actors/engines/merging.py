@@ -1,0 +1,122 @@
+"""LoRA on a worker: an adapter comes, the whole model goes to the engine.
+
+The engine serves plain weights at full speed and knows nothing of adapters: canary and proof of a
+swap are those of a whole update. The base is read from the model's files, again for each update and
+from the operating system's cache, so that it takes no memory of the process's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from actors.engines.host_tensors import parameter_shapes, published_tensors, to_tensor
+from actors.settings import EngineSettings
+from cluster.contracts.errors import WeightMismatch
+from cluster.contracts.records import LoraUpdate
+from cluster.weights.merging import base_fingerprint, factors_by_weight, merged_weight
+
+Read = Callable[[str], Tensor]
+
+
+class Base:
+    """The weights of the model that adapters are merged into, by their published names."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self.names = tuple(parameter_shapes(settings))
+        self._read = _from_files(settings, self.names) or _from_transformers(settings)
+        self._fingerprints: dict[str, str] = {}
+
+    def tensor(self, name: str, dtype: str) -> Tensor:
+        """On the host; only to be read."""
+        return self._read(name).to(getattr(torch, dtype))
+
+    def fingerprint(self, dtype: str) -> str:
+        """Of all of it in `dtype`; computed once."""
+        if dtype not in self._fingerprints:
+            every = ((name, self._read(name)) for name in self.names)
+            self._fingerprints[dtype] = base_fingerprint(every, dtype)
+        return self._fingerprints[dtype]
+
+
+class Merger:
+    """Makes whole updates of adapters. device: where it computes, which is the engine's."""
+
+    def __init__(self, settings: EngineSettings, device: str) -> None:
+        self._settings, self._device = settings, torch.device(device)
+        self._base: Base | None = None
+
+    def whole(
+        self, update: LoraUpdate, tensors: Iterable[tuple[str, Any]]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """(name, weight) of the whole model in the engine's type, one at a time.
+
+        tensors: of the adapter, checked as they come. Raises WeightMismatch for a base other than
+        the learner's, and for an adapter that does not fit it.
+        """
+        # All of it before the first weight is made: what is missing is known then.
+        factors = factors_by_weight({name: to_tensor(array) for name, array in tensors})
+        if self._base is None:
+            self._base = Base(self._settings)
+        base = self._base
+        if base.fingerprint(update.base_dtype) != update.base:
+            raise WeightMismatch(
+                f"the base model in {self._settings.model_path} is not the one that the learner "
+                "has: its adapters cannot be merged into other weights"
+            )
+        if unknown := factors.keys() - set(base.names):
+            raise WeightMismatch(f"the adapter changes {min(unknown)!r}, which the base lacks")
+        for name in base.names:
+            yield (
+                name,
+                self._merged(update, base.tensor(name, update.base_dtype), factors.get(name)),
+            )
+
+    def _merged(
+        self, update: LoraUpdate, weight: Tensor, factors: tuple[Tensor, Tensor] | None
+    ) -> Tensor:
+        weight = weight.to(self._device)
+        if factors is not None:
+            a, b = (factor.to(self._device) for factor in factors)
+            if (b.shape[0], a.shape[1]) != tuple(weight.shape) or a.shape[0] != b.shape[1]:
+                raise WeightMismatch(
+                    f"an adapter of {tuple(b.shape)} x {tuple(a.shape)} came for a weight of "
+                    f"{tuple(weight.shape)}"
+                )
+            weight = merged_weight(weight, a, b, update.scale)
+        # Rounded once, from float32, as the learner rounds what it publishes whole.
+        return weight.to(getattr(torch, update.dtype)) if weight.is_floating_point() else weight
+
+
+def _from_files(settings: EngineSettings, names: tuple[str, ...]) -> Read | None:
+    """Reads single tensors out of the safetensors files, which stay mapped; None where these do not
+    hold the model under its own names."""
+    folder = Path(settings.model_path)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    where: dict[str, Any] = {}
+    for file in files:
+        opened = safe_open(file, framework="pt")  # type: ignore[no-untyped-call]
+        where |= dict.fromkeys(opened.keys(), opened)
+    if not where.keys() >= set(names):
+        return None
+    return lambda name: where[name].get_tensor(name)
+
+
+def _from_transformers(settings: EngineSettings) -> Read:
+    """For models whose names transformers changes as it loads them, and for those of a hub."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        settings.model_path,
+        revision=settings.revision,
+        trust_remote_code=settings.trust_remote_code,
+        dtype="auto",
+    )
+    tensors: Mapping[str, Tensor] = published_tensors(model)
+    return lambda name: tensors[name].detach()
