@@ -21,6 +21,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from cluster.contracts.config.lora import LoraConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import PeerLost
 from cluster.contracts.metrics import values
@@ -40,6 +41,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "own": {"learner": {"value_model": "own", "value_lr": 0.05, "minibatches": 2}},
     "grpo": {"algorithm": {"advantage": "grpo", "entropy_coef": 0.01}},
     "recomputed": {"learner": {"gradient_checkpointing": True}},
+    "lora": {"lora": LoraConfig(rank=4), "learner": {"value_model": "own", "minibatches": 2}},
     "one-microbatch": {"learner": {"tokens_per_microbatch": 4096}},
 }
 MODES: dict[str, dict[str, Any]] = {
@@ -77,6 +79,7 @@ class Trained:
             Path(task["tiny"]),
             learner={**PLAIN, **several, **given.get("learner", {})},
             algorithm=given.get("algorithm"),
+            lora=given.get("lora"),
             staleness={"bound": STEPS},
             resume_from=resume_from,
         )
@@ -204,6 +207,11 @@ def assert_same(got: dict[str, Any], wanted: dict[str, Any], steps: slice = slic
             assert ours[name] == pytest.approx(number, rel=1e-5, abs=1e-6), name
 
 
+def _published_name(name: str) -> str:
+    plain = name.removeprefix("policy.")
+    return f"base_model.model.{plain.replace('.default.', '.')}" if ".lora_" in name else plain
+
+
 @pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -216,16 +224,21 @@ def test_two_processes_train_what_one_trains(
     for result in ours:
         assert_same(result, wanted)
     start = AutoModelForCausalLM.from_pretrained(tiny)
-    moved = [
-        np.abs(wanted["parameters"][f"policy.{name}"] - p.detach().numpy()).max()
-        for name, p in start.named_parameters()
-    ]
+    before = {f"policy.{name}": p.detach().numpy() for name, p in start.named_parameters()}
+    policy = {n: t for n, t in wanted["parameters"].items() if n.startswith("policy.")}
+    # Of a base under adapters nothing moves; B, which moves, starts from zeros.
+    moved = [np.abs(t - before[n]).max() for n, t in policy.items() if n in before]
+    if variant == "lora":
+        assert max(moved) == 0
+        moved = [np.abs(t).max() for n, t in policy.items() if ".lora_B." in n]
     assert max(moved) > 1e-2
-    # Published by the first alone, and nothing but the parameters.
+    # Published by the first alone, and nothing but the parameters that are trained.
     assert ours[1]["published"] == {}
-    policy = {n: t for n, t in ours[0]["parameters"].items() if n.startswith("policy.")}
-    assert {f"policy.{name}" for name in ours[0]["published"]} == policy.keys()
-    assert all((ours[0]["published"][n.removeprefix("policy.")] == policy[n]).all() for n in policy)
+    sent = {_published_name(name): t for name, t in ours[0]["parameters"].items() if name in policy}
+    if variant == "lora":
+        sent = {name: t for name, t in sent.items() if ".lora_" in name}
+    assert ours[0]["published"].keys() == sent.keys()
+    assert all((ours[0]["published"][n] == t).all() for n, t in sent.items())
     # The same bits everywhere, or the ranks would drift apart.
     assert all((ours[1]["parameters"][n] == t).all() for n, t in ours[0]["parameters"].items())
     total = sum(tensor.size for tensor in ours[0]["parameters"].values())
