@@ -60,8 +60,9 @@ class Merger:
         tensors: of the adapter, checked as they come. Raises WeightMismatch for a base other than
         the learner's, and for an adapter that does not fit it.
         """
-        # All of it before the first weight is made: what is missing is known then.
-        factors = factors_by_weight({name: to_tensor(array) for name, array in tensors})
+        # All of it before the first weight is made: what is missing is known then. Copied, because
+        # the transport may take its memory back when the next tensors come.
+        factors = factors_by_weight({name: to_tensor(array).clone() for name, array in tensors})
         if self._base is None:
             self._base = Base(self._settings)
         base = self._base
