@@ -155,6 +155,7 @@ class RolloutActor:
                 reward_outage_s=spec.reward_outage_s,
                 request_timeout_s=spec.request_timeout_s,
             ),
+            lambda: _merger(settings, device),
         )
         info: dict[str, Any] = self._worker.start()
         info |= {"seconds": round(time.perf_counter() - began, 3)}
@@ -186,6 +187,12 @@ class RolloutActor:
     def stop(self) -> None:
         if self._worker is not None:
             self._worker.stop()
+
+
+def _merger(settings: EngineSettings, device: str) -> Any:
+    from actors.engines.merging import Merger  # torch, which is imported after the environment
+
+    return Merger(settings, device)
 
 
 def worker_name(index: int) -> str:

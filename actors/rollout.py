@@ -14,8 +14,9 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from actors.canary import CanaryCheck
 from actors.engine_thread import EngineThread
@@ -30,6 +31,7 @@ from cluster.contracts.records import (
     Draw,
     GroupMeta,
     Harvest,
+    LoraUpdate,
     Prompt,
     Rollout,
     RolloutGroup,
@@ -61,6 +63,14 @@ class WorkerSettings:
     request_timeout_s: float = 0.0  # from the engine's being given a group to its end; 0: no limit
 
 
+class Merger(Protocol):
+    def whole(
+        self, update: LoraUpdate, tensors: Iterable[tuple[str, Any]]
+    ) -> Iterable[tuple[str, Any]]:
+        """The whole model of an adapter's tensors, to be gone through once."""
+        ...
+
+
 @dataclass(slots=True)
 class _Open:
     """A group being generated; only the engine thread looks inside."""
@@ -72,7 +82,8 @@ class _Open:
 
 
 class RolloutWorker:
-    """Thread-safe; every wait has a deadline. ``make_scorer`` None: only ``sample`` may be used."""
+    """Thread-safe; every wait has a deadline. ``make_scorer`` None: only ``sample`` may be used.
+    ``make_merger``: makes what merges adapters (LoRA), when the first one comes."""
 
     def __init__(
         self,
@@ -81,12 +92,15 @@ class RolloutWorker:
         receiver: Receiver | None,
         make_scorer: Callable[[], Scorer] | None,
         settings: WorkerSettings,
+        make_merger: Callable[[], Merger] | None = None,
     ) -> None:
         self._settings = settings
         self._decode = decode
         self._intake = None if receiver is None else Intake(receiver, settings.swap_timeout_s)
         self._thread = EngineThread(make_engine, self._sample_done, self._fail, settings.name)
         self._make_scorer = make_scorer
+        self._make_merger = make_merger
+        self._merger: Merger | None = None
         self._scoring: GroupScorer | None = None
         self._open: dict[str, _Open] = {}
         self._numbers = itertools.count()
@@ -354,7 +368,8 @@ class RolloutWorker:
             check_order(-1 if self._version is None else self._version, manifest)
             began = time.perf_counter()
             incoming = self._intake.take(manifest)
-            self._thread.beside(lambda engine: engine.stage(incoming, manifest.version))
+            tensors = self._whole_model(manifest, incoming)
+            self._thread.beside(lambda engine: engine.stage(tensors, manifest.version))
             incoming.require_whole()
             took_s = time.perf_counter() - began
 
@@ -383,6 +398,18 @@ class RolloutWorker:
             prove_s=prove_s,
             canary_logp_diff=difference,
         )
+
+    def _whole_model(
+        self, manifest: WeightManifest, incoming: Iterable[tuple[str, Any]]
+    ) -> Iterable[tuple[str, Any]]:
+        """What the engine takes: an adapter comes alone, and is merged here."""
+        if manifest.lora is None:
+            return incoming
+        if self._merger is None:
+            if self._make_merger is None:
+                raise Fatal(f"{self._settings.name} was sent an adapter and has no base for it")
+            self._merger = self._make_merger()
+        return self._merger.whole(manifest.lora, incoming)
 
     def _swap(self, engine: Engine, manifest: WeightManifest) -> tuple[float, float]:
         # Before the swap, not after it: a group could finish and be harvested in between.
