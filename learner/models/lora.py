@@ -57,7 +57,7 @@ def add_adapter(model: Any, cfg: LoraConfig, name: str = DEFAULT, seed: int = 0)
         layer.eval()
     for head in _HEADS:
         if isinstance(module := getattr(model, head, None), nn.Module):
-            module.requires_grad_(True)
+            module.to(torch.float32).requires_grad_(True)
     if not next(iter(adapter_layers(model, name).values())).lora_A[name].weight.is_meta:
         initialise_adapter(model, name, seed)
 
