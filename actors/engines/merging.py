@@ -102,7 +102,7 @@ def _from_files(settings: EngineSettings, names: tuple[str, ...]) -> Read | None
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     where: dict[str, Any] = {}
     for file in files:
-        opened = safe_open(file, framework="pt")  # type: ignore[no-untyped-call]
+        opened = safe_open(file, framework="pt")
         where |= dict.fromkeys(opened.keys(), opened)
     if not where.keys() >= set(names):
         return None
