@@ -31,7 +31,15 @@ VOCAB = 24
 EOS = 1
 
 
-def make_model(directory: Path, *, hidden: int = 32, layers: int = 2, vocab: int = VOCAB) -> Path:
+def make_model(
+    directory: Path,
+    *,
+    hidden: int = 32,
+    layers: int = 2,
+    vocab: int = VOCAB,
+    heads: int = 2,
+    keys: int = 1,
+) -> Path:
     """A fresh Qwen2 with a word tokenizer, seeded."""
     torch.manual_seed(7)
     config = Qwen2Config(
@@ -39,8 +47,8 @@ def make_model(directory: Path, *, hidden: int = 32, layers: int = 2, vocab: int
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        num_attention_heads=heads,
+        num_key_value_heads=keys,
         max_position_embeddings=128,
         tie_word_embeddings=True,
         eos_token_id=EOS,

@@ -29,16 +29,18 @@ class TokenSets:
     offsets: Tensor
     ids: Tensor
 
-    def forbid(self, logits: Tensor, rows: slice = slice(None)) -> Tensor:
+    def forbid(self, logits: Tensor, rows: slice = slice(None), start: int = 0) -> Tensor:
         """`logits` [n, V] of the tokens `rows`, -inf in place where a token could not be sampled.
+
+        start: the logits are those of the token ids from here on.
 
         The memory it takes is n * V bytes and what the n sets hold. Not for logits that autograd
         still needs as they are.
         """
-        return logits.masked_fill_(self.forbidden(rows, logits.shape[-1]), -torch.inf)
+        return logits.masked_fill_(self.forbidden(rows, logits.shape[-1], start), -torch.inf)
 
-    def forbidden(self, rows: slice, vocabulary: int) -> Tensor:
-        """bool [n, V]: the tokens that could not be sampled."""
+    def forbidden(self, rows: slice, vocabulary: int, start: int = 0) -> Tensor:
+        """bool [n, V]: the tokens from id `start` on that could not be sampled."""
         sets = self.set_of[rows]
         device = sets.device
         some = sets >= 0
@@ -49,5 +51,9 @@ class TokenSets:
         first = (lengths.cumsum(0) - lengths)[token]
         within = torch.arange(len(token), device=device) - first
         listed = torch.zeros(len(sets), vocabulary, dtype=torch.bool, device=device)
-        listed[token, self.ids[self.offsets[known][token] + within]] = True
+        ids = self.ids[self.offsets[known][token] + within] - start
+        if start > 0 or (len(ids) and int(ids.max()) >= vocabulary):
+            here = (ids >= 0) & (ids < vocabulary)
+            token, ids = token[here], ids[here]
+        listed[token, ids] = True
         return listed ^ (self.keeps[known] & some)[:, None]

@@ -37,9 +37,9 @@ def make_optimizer(
     if not unique:
         raise ValueError("no trainable parameters")
     groups = [
-        {"params": group, "lr": lr, "initial_lr": lr, "weight_decay": decay}
+        {"params": alike, "lr": lr, "initial_lr": lr, "weight_decay": decay}
         for group, decay in ((matrices, weight_decay), (others, 0.0))
-        if group
+        for alike in by_mesh(group)  # one fused operation takes no others together
     ]
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 

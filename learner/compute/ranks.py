@@ -96,6 +96,32 @@ class Ranks:
             dist.all_gather_object(found, item, group=self.group)
         return found
 
+    @classmethod
+    def along(cls, tensor: Tensor, dim: str) -> Ranks:
+        """The ranks over which a DTensor is sharded along one dimension of its mesh."""
+        mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+        group = mesh.get_group(dim)
+        return cls(mesh.get_local_rank(dim), group.size(), group=group)
+
+    def add_(self, tensor: Tensor) -> None:
+        """`sum_` of one tensor."""
+        self.sum_([tensor])
+
+    def largest_(self, tensor: Tensor) -> None:
+        """Replace a tensor by its element-wise maximum over ranks."""
+        if self.size > 1:
+            with self._named("compare tensors"):
+                dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
+
+    def joined(self, part: Tensor) -> Tensor:
+        """The parts of ranks, of one shape, end to end along the last dimension; no gradient."""
+        if self.size == 1:
+            return part
+        parts = [torch.empty_like(part) for _ in range(self.size)]
+        with self._named("join tensors"):
+            dist.all_gather(parts, part.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
+
     def gather_metrics(self, metrics: Iterable[Metric]) -> list[Metric]:
         """Metrics of all ranks, merged."""
         found = self.gather(list(metrics))

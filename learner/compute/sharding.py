@@ -52,12 +52,13 @@ def bare(model: Any) -> Any:
 class Sharding:
     """How `fully_shard` deals a model out.
 
-    mesh: the processes that get a part each; None: all. bfloat16: weights are gathered in bfloat16
-    and layers compute in it; parts, gradients and moments stay float32, and gradients are summed
-    in float32. reshard, prefetch, on_host: see `reshard_after_forward`, `prefetch_layers` and
-    `offload` of `ComputeConfig`.
+    on: False leaves modules as they are. mesh: the processes that get a part each; None: all.
+    bfloat16: weights are gathered in bfloat16 and layers compute in it; parts, gradients and
+    moments stay float32, and gradients are summed in float32. reshard, prefetch, on_host: see
+    `reshard_after_forward`, `prefetch_layers` and `offload` of `ComputeConfig`.
     """
 
+    on: bool = True
     mesh: Any = None
     bfloat16: bool = False
     reshard: bool = True
@@ -69,6 +70,8 @@ class Sharding:
 
         exact: compute in float32 whatever `bfloat16` says.
         """
+        if not self.on:
+            return
         from torch.distributed.fsdp import (
             CPUOffloadPolicy,
             MixedPrecisionPolicy,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cluster.contracts.errors import UserError
 from learner.algorithms.logprobs import (
+    VocabularyPart,
     chunked_linear_logprobs,
     entropy_from_logits,
     logprobs_from_logits,
@@ -21,6 +22,8 @@ from learner.algorithms.logprobs import (
 from learner.algorithms.masked import last_valid_index
 from learner.algorithms.token_sets import TokenSets
 from learner.compute.microbatches import PaddedRows, position_ids
+from learner.compute.ranks import Ranks, is_sharded
+from learner.compute.sharding import local
 from learner.compute.ulysses import SequencePart
 from learner.models.packed_attention import Spans, run_trunk
 
@@ -72,7 +75,8 @@ def trunk_states(
 class LmHead:
     """logits = softcap * tanh(z / softcap) with z = scale * (hidden @ weight.T + bias).
 
-    weight: [V, H], bias: [V] or None, both still attached to the model. scale is 1 but for Cohere
+    weight: [V, H], bias: [V] or None, both still attached to the model; DTensors where processes
+    have a part of the vocabulary each. scale is 1 but for Cohere
     (`logit_scale`) and Granite (1 / `logits_scaling`); softcap is None but for Gemma 2 and 3 with
     `final_logit_softcapping`.
     """
@@ -83,12 +87,21 @@ class LmHead:
     softcap: float | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V], as the model itself computes them, in float32 at least."""
+        """[..., H] -> [..., V], as the model itself computes them, in float32 at least. Without a
+        gradient where processes have a part of the vocabulary each."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        bias = None if self.bias is None else self.bias.to(dtype)
+        bias = None if self.bias is None else local(self.bias).to(dtype)
         with torch.autocast(hidden.device.type, enabled=False):
-            z = nn.functional.linear(hidden.to(dtype), self.weight.to(dtype), bias) * self.scale
-            return z if self.softcap is None else self.softcap * (z / self.softcap).tanh()
+            z = nn.functional.linear(hidden.to(dtype), local(self.weight).to(dtype), bias)
+            z = z * self.scale
+            if self.softcap is not None:
+                return self.softcap * (z / self.softcap).tanh()
+            ranks = self._ranks()
+            return z if ranks is None else ranks.joined(z.detach())
+
+    def _ranks(self) -> Ranks | None:
+        """The processes that have a part of the vocabulary each."""
+        return Ranks.along(self.weight, "tensor") if is_sharded(self.weight) else None
 
     def logprobs(
         self,
@@ -109,19 +122,25 @@ class LmHead:
         """
         if self.softcap is None:
             rows, vocabulary = hidden.shape[0], self.weight.shape[0]
+            weight, ranks = local(self.weight), self._ranks()
+            part = None
+            if ranks is not None:
+                begin = ranks.rank * weight.shape[0]
+                part = VocabularyPart(start=begin, add=ranks.add_, largest=ranks.largest_)
             kind = "cuda" if hidden.device.type == "cuda" else "cpu"
             logp, spread = chunked_linear_logprobs(
                 hidden,
-                self.weight,
+                weight,
                 labels,
                 temperature / self.scale,
-                self.bias,
+                None if self.bias is None else local(self.bias),
                 max(1, _CHUNK[kind] // vocabulary),
                 entropy_gradient,
                 entropy=entropy,
                 keep=rows * vocabulary <= _KEPT[kind],
                 reduced=reduced,
                 sets=sets,
+                part=part,
             )
             return logp, spread if entropy else None
         logits = self.logits(hidden)

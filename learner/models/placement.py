@@ -29,6 +29,7 @@ from learner.models.packed_attention import (
     require_plain_causal,
     use_packed_attention,
 )
+from learner.models.tensor_plan import split_matrices
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -52,11 +53,13 @@ class Placement:
     @property
     def in_parts(self) -> bool:
         """Whether no process holds a whole model."""
-        return self.compute.sharding == "fsdp2" and self.mesh.everyone.size > 1
+        split = self.compute.sharding == "fsdp2" or self.compute.tensor_parallel > 1
+        return split and self.mesh.everyone.size > 1
 
     def sharding(self, *, frozen: bool = False) -> Sharding:
         offload = self.compute.offload
         return Sharding(
+            on=self.compute.sharding == "fsdp2",
             mesh=self.mesh.shard_devices,
             bfloat16=self.dtype == "bfloat16",
             reshard=self.compute.reshard_after_forward,
@@ -84,6 +87,7 @@ class Placement:
         require_heads(model, self.mesh, self.compute.section)
         if self.packed or split_rows:
             use_packed_attention(model)
+        split_matrices(model, self.mesh, self.compute.section)
         if self.compute.gradient_checkpointing and not frozen:
             checkpoint_gradients(model, on_host="activations" in self.compute.offload)
 

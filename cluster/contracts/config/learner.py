@@ -21,10 +21,7 @@ from cluster.contracts.registry import WEIGHT_TRANSPORTS
 
 class LearnerConfig(ComputeConfig):
     unsupported: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        (
-            "tensor_parallel",
-            *("reshard_after_forward", "prefetch_layers", "offload", "optimizer"),
-        ),
+        (*("reshard_after_forward", "prefetch_layers", "offload", "optimizer"),),
         "this version of the learner does not do it yet",
     )
 

@@ -48,6 +48,7 @@ MODES: dict[str, dict[str, Any]] = {
     "none": {},
     "fsdp2": {"sharding": "fsdp2"},
     "sequence": {"sequence_parallel": 2},
+    "tensor": {"tensor_parallel": 2},
 }
 
 
@@ -146,6 +147,12 @@ def work(rank: int, port: int, folder: Path) -> None:
 
 
 @pytest.fixture(scope="module")
+def tiny(world: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As everybody's, with enough heads for two processes."""
+    return Path(world.make_model(tmp_path_factory.mktemp("tiny") / "model", heads=4, keys=2))
+
+
+@pytest.fixture(scope="module")
 def task(world: ModuleType, tiny: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(tiny).eval()
     tables = [
@@ -204,7 +211,9 @@ def assert_same(got: dict[str, Any], wanted: dict[str, Any], steps: slice = slic
     for ours, theirs in zip(got["metrics"], wanted["metrics"][steps], strict=True):
         assert ours.keys() == theirs.keys()
         for name, number in theirs.items():
-            assert ours[name] == pytest.approx(number, rel=1e-5, abs=1e-6), name
+            # Of counted tokens, one may lie on the limit, where the last bit decides.
+            near = 1e-2 if name.endswith("clipfrac") else 1e-6
+            assert ours[name] == pytest.approx(number, rel=1e-5, abs=near), name
 
 
 def _published_name(name: str) -> str:
@@ -242,7 +251,11 @@ def test_two_processes_train_what_one_trains(
     # The same bits everywhere, or the ranks would drift apart.
     assert all((ours[1]["parameters"][n] == t).all() for n, t in ours[0]["parameters"].items())
     total = sum(tensor.size for tensor in ours[0]["parameters"].values())
-    assert sum(result["held"] for result in ours) == (total if mode == "fsdp2" else 2 * total)
+    held = sum(result["held"] for result in ours)
+    # Tensor parallelism leaves norms, some biases and the value head whole.
+    most = {"fsdp2": 1.0, "tensor": 1.02}.get(mode, 2.0) * total
+    assert total <= held <= most
+    assert mode == "tensor" or held == most
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Rows split over processes give the numbers and gradients of whole rows, wherever the cut falls.
+"""Rows split over processes give the numbers and gradients of whole rows, wherever the cut falls,
+and so does a vocabulary of which each has a part.
 
 The processes are threads here: what they exchange goes through a list instead of a network. Real
 processes are compared in tests/unit/learner/rl/test_ranks.py.
@@ -19,6 +20,8 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from learner.algorithms.logprobs import VocabularyPart, chunked_linear_logprobs
+from learner.algorithms.token_sets import TokenSets
 from learner.compute.mesh import Mesh
 from learner.compute.ranks import SINGLE, Ranks
 from learner.models.heads import SharedValueHead
@@ -53,6 +56,9 @@ class ThreadRanks(Ranks):
     def exchange(self, parts: Tensor) -> Tensor:
         every = self.group.all(self.rank, parts.contiguous())
         return torch.stack([given[self.rank] for given in every])
+
+    def largest_(self, tensor: Tensor) -> None:
+        tensor.copy_(torch.stack(self.group.all(self.rank, tensor.clone())).amax(0))
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
@@ -182,6 +188,48 @@ def test_split_rows_give_the_numbers_and_gradients_of_whole_rows(
     for got, grad in zip(total, grads, strict=True):
         assert (got - grad).abs().max() < 1e-5 * grad.abs().max()
     assert min(grad.abs().max() for grad in grads) > 0
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("limited", [False, True])
+def test_parts_of_a_vocabulary_give_the_numbers_of_the_whole(
+    size: int, keep: bool, limited: bool
+) -> None:
+    torch.manual_seed(size)
+    hidden, weight, bias = torch.randn(40, 6), 2 * torch.randn(12, 6), torch.randn(12)
+    labels = torch.randint(12, (40,))
+    sets = None
+    if limited:
+        ids = torch.stack([labels, (labels + 1) % 12, (labels + 5) % 12], dim=1)
+        sets = TokenSets(
+            set_of=torch.arange(40),
+            keeps=torch.ones(40, dtype=torch.bool),
+            offsets=torch.arange(0, 123, 3),
+            ids=ids.flatten(),
+        )
+
+    def outcome(part: VocabularyPart | None, rows: slice) -> list[Tensor]:
+        given = [x.clone().requires_grad_() for x in (hidden, weight[rows], bias[rows])]
+        logp, entropy = chunked_linear_logprobs(
+            given[0], given[1], labels, 0.7, given[2], 16, True, keep=keep, sets=sets, part=part
+        )
+        loss = (logp * torch.linspace(-1, 1, 40)).sum() + entropy.square().sum()
+        return [logp.detach(), entropy.detach(), *torch.autograd.grad(loss, given)]
+
+    def work(ranks: Ranks) -> list[Tensor]:
+        width = 12 // size
+        begin = ranks.rank * width
+        part = VocabularyPart(start=begin, add=ranks.add_, largest=ranks.largest_)
+        return outcome(part, slice(begin, begin + width))
+
+    found, wanted = on_ranks(size, work), outcome(None, slice(None))
+    for parts in found:
+        for got, number in zip(parts[:3], wanted[:3], strict=True):
+            assert (got - number).abs().max() < 2e-6 * number.abs().max()
+    for at in (3, 4):
+        rows = torch.cat([parts[at] for parts in found])
+        assert (rows - wanted[at]).abs().max() < 2e-6 * wanted[at].abs().max()
 
 
 def test_each_token_belongs_to_one_process() -> None:
