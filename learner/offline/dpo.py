@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from learner.compute.optimizer_step import metrics_of
 from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.sharding import bare
 from learner.models.load import load_tokenizer
+from learner.models.lora import without_adapters
 from learner.models.placement import Placement
 from learner.offline.completion_logps import all_completion_logps, completion_logps
 from learner.offline.datasets import read_preferences
@@ -67,7 +69,7 @@ def train_dpo(
     tokenizer = load_tokenizer(config.model)
     data = read_preference_rows(config, tokenizer)
     on_rows(data)
-    place = place_of(config.fit, config.model, ranks, device)
+    place = place_of(config, ranks, device)
     policy = policy_at(place, config.model)
     task = DpoTask(policy, config, device, mesh=place.mesh)
     rows, held = task.with_reference(data.train), task.with_reference(data.held)
@@ -90,7 +92,7 @@ def train_dpo(
         if progress is not None:
             progress(result.steps, 1.0, result.numbers)
     write_summary(run_dir, result, data, ranks)
-    return save_trained(policy, tokenizer, run_dir / "policy", ranks)
+    return save_trained(policy, tokenizer, run_dir, config.model.path, ranks)
 
 
 def read_preference_rows(config: DpoConfig, tokenizer: Any) -> TrainingRows[PreferenceRow]:
@@ -270,6 +272,13 @@ def _tokens(side: TokenRow | None) -> float:
     return 1.0 if side is None else float(side.trained)
 
 
+def _reference(task: DpoTask, place: Placement) -> AbstractContextManager[Any]:
+    """The starting policy: what adapters were added to, or another model."""
+    if place.lora is None:
+        return nullcontext(policy_at(place, task.config.model, frozen=True))
+    return without_adapters(task.policy)
+
+
 def _with_own_samples(
     result: FitResult,
     task: DpoTask,
@@ -283,7 +292,7 @@ def _with_own_samples(
     prompts = list(dict.fromkeys(tuple(map(int, prompt_of(row.sides[0]))) for row in held))
     found = measure_own_samples(
         task.policy,
-        policy_at(place, config.model, frozen=True),
+        _reference(task, place),
         tokenizer,
         prompts[: config.kl_samples],
         config.model,

@@ -28,6 +28,7 @@ from learner.compute.mesh import ALONE, Mesh
 from learner.compute.optimizer import lr_factor, make_optimizer, set_lr
 from learner.compute.optimizer_step import SkipCounter, optimiser_step
 from learner.compute.ranks import Ranks
+from learner.models.lora import adapter_dropout
 from learner.offline.checkpoint import FitCheckpoints, FitState, fingerprint
 from learner.offline.shares import shares
 
@@ -208,14 +209,15 @@ class _Loop:
             for part, counts in share
         ]
         lr = set_lr(self.optimizer, self._lr_factor())
-        outcome = optimiser_step(
-            self.optimizer,
-            self.model.parameters(),
-            calls,
-            config.max_grad_norm,
-            self.skips,
-            self.mesh,
-        )
+        with adapter_dropout(self.model):
+            outcome = optimiser_step(
+                self.optimizer,
+                self.model.parameters(),
+                calls,
+                config.max_grad_norm,
+                self.skips,
+                self.mesh,
+            )
         metrics = self.mesh.data.gather_metrics(outcome.metrics)
         self.state.step += 1
         seconds = time.monotonic() - begun

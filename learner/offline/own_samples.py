@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -26,7 +27,7 @@ _PROMPTS_AT_ONCE = 64
 
 def measure_own_samples(
     policy: Any,
-    reference: Any,
+    reference: AbstractContextManager[Any],
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     start: ModelConfig,
@@ -54,10 +55,10 @@ def measure_own_samples(
         part = usable[first : first + _PROMPTS_AT_ONCE]
         rows += sample(policy, part, longest, ends, seed, device)
     rows = mesh.everyone.from_first(rows)
-    ours, theirs = (
-        all_completion_logps(model, rows, start.dtype, device, fit.tokens_per_microbatch, mesh)
-        for model in (policy, reference)
-    )
+    measured = (start.dtype, device, fit.tokens_per_microbatch, mesh)
+    ours = all_completion_logps(policy, rows, *measured)
+    with reference as other:  # None: the policy, changed within
+        theirs = all_completion_logps(policy if other is None else other, rows, *measured)
     ratios = [a - b for a, b in zip(ours, theirs, strict=True)]
     error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else 0.0
     return {

@@ -43,6 +43,7 @@ from learner.offline.setup import (
     TrainingRows,
     encode_all,
     load_rows,
+    made_ready,
     place_of,
     policy_at,
     prepare,
@@ -98,12 +99,13 @@ def train_reward_model(
     data = load_rows(read, tokenizer, encode_row, lambda row: row.longest, config.fit, skip_bad)
     on_rows(data)
     samples = _policy_samples(config, tokenizer)
-    place = place_of(config.fit, config.model, ranks, device)
+    place = place_of(config, ranks, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     count = 1 if config.share_trunk else config.members
     members: list[Member] = []
     for number in range(count):
-        training = _Training(config, run_dir, tokenizer, data, samples, place, number)
+        own = replace(place, seed=config.run.seed + number)
+        training = _Training(config, run_dir, tokenizer, data, samples, own, number)
         tell = None if progress is None else partial(_told, progress, number, count)
         member, result = training.run(tell, should_stop)
         if member is None:  # half a model, whose centring would take long: only its checkpoint
@@ -174,7 +176,7 @@ class _Training:
             fresh = self.place.load_classifier(model, pad_token_id=pad, heads=heads)
         else:
             fresh = load_sequence_classifier(model, pad_token_id=pad, heads=heads)
-            self.place.ready(fresh.to(self.place.device))
+            fresh = made_ready(self.place, fresh)
         _start(bare(fresh).score.weight, seed)
         return fresh
 

@@ -12,7 +12,12 @@ import torch
 
 from cluster.contracts.chat import TemplateRefusal, is_text, render_answered, require_template
 from cluster.contracts.config.base import ModelConfig
-from cluster.contracts.config.offline import FitConfig
+from cluster.contracts.config.offline import (
+    DpoConfig,
+    FitConfig,
+    RewardModelConfig,
+    SftConfig,
+)
 from cluster.contracts.rows.files import BadRow
 from cluster.contracts.rows.messages import Messages
 from cluster.contracts.rows.reader import NOTHING, LeftOut, ReadRows
@@ -26,6 +31,7 @@ from learner.offline.datasets import hold_out
 from learner.offline.fit import FitResult
 
 SUMMARY = "fit.json"
+TrainedConfig = SftConfig | RewardModelConfig | DpoConfig
 
 
 class Source(Protocol):
@@ -81,13 +87,18 @@ def prepare(config: FitConfig, seed: int) -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def place_of(
-    config: FitConfig, model: ModelConfig, ranks: Ranks, device: torch.device
-) -> Placement:
+def place_of(config: TrainedConfig, ranks: Ranks, device: torch.device) -> Placement:
     """Where the models of a fit lie; every one of the processes has to ask."""
-    tensor, sequence = config.tensor_parallel, config.sequence_parallel
-    mesh = Mesh.of(ranks, tensor=tensor, sequence=sequence, device=device)
-    return Placement(compute=config, device=device, dtype=model.dtype, mesh=mesh)
+    fit, model = config.fit, config.model
+    tensor, sequence = fit.tensor_parallel, fit.sequence_parallel
+    return Placement(
+        compute=fit,
+        device=device,
+        dtype=model.dtype,
+        mesh=Mesh.of(ranks, tensor=tensor, sequence=sequence, device=device),
+        lora=config.lora,
+        seed=config.run.seed,
+    )
 
 
 def policy_at(place: Placement, model: ModelConfig, *, frozen: bool = False) -> Any:
@@ -95,9 +106,17 @@ def policy_at(place: Placement, model: ModelConfig, *, frozen: bool = False) -> 
     `learner.compute.sharding.call`), which `bare` makes the model again."""
     if place.in_parts:
         return place.load_policy(model, frozen=frozen)[1]
-    policy = load_policy(model).to(place.device)
-    place.ready(policy, frozen=frozen)
-    return policy.requires_grad_(not frozen)
+    policy = load_policy(model).requires_grad_(not frozen)
+    return made_ready(place, policy, frozen=frozen)
+
+
+def made_ready(place: Placement, model: Any, *, frozen: bool = False) -> Any:
+    """A whole model on its device, with adapters where a fit trains those."""
+    if not frozen:
+        place.adapt(model)
+    model = model.to(place.device)
+    place.ready(model, frozen=frozen)
+    return model
 
 
 def encode_all(

@@ -49,7 +49,8 @@ def train_sft(
     on_rows: OnRows = unheard,
     ranks: Ranks = SINGLE,
 ) -> Path:
-    """Fine-tune config.model on config.data; returns run_dir/policy, a complete model directory.
+    """Fine-tune config.model on config.data; returns run_dir/policy, a complete model directory;
+    with config.lora also run_dir/adapter, which peft, transformers and vLLM load.
 
     Continues from run_dir/checkpoints if there are any. Reports train/loss, eval/loss (nats a
     token) and eval/accuracy (share of tokens that are the most likely one). Stopped early by
@@ -62,7 +63,7 @@ def train_sft(
     read = read_demonstrations(config.data.path, config.data.split, skip_bad)
     data = load_rows(read, tokenizer, encode, len, config.fit, skip_bad)
     on_rows(data)
-    place = place_of(config.fit, config.model, ranks, device)
+    place = place_of(config, ranks, device)
     policy = policy_at(place, config.model)
     task = SftTask(policy, config.model.dtype, device, place.mesh)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -79,7 +80,7 @@ def train_sft(
         mesh=place.mesh,
     )
     write_summary(run_dir, result, data, ranks)
-    return save_trained(policy, tokenizer, run_dir / "policy", ranks)
+    return save_trained(policy, tokenizer, run_dir, config.model.path, ranks)
 
 
 def encode(tokenizer: Any, row: Demonstration) -> TokenRow:

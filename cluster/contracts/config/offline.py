@@ -16,6 +16,7 @@ from cluster.contracts.config.base import (
     Section,
 )
 from cluster.contracts.config.compute import ComputeConfig
+from cluster.contracts.config.lora import LoraConfig
 from cluster.contracts.registry import PREFERENCE_LOSSES
 
 
@@ -97,6 +98,10 @@ class SftConfig(Section):
     model: ModelConfig
     data: SftDataConfig
     fit: FitConfig = FitConfig()
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train adapters (LoRA) instead of all weights. none: all weights.",
+    )
     logging: LoggingConfig = LoggingConfig()
 
 
@@ -123,6 +128,10 @@ class RewardModelConfig(Section):
     model: ModelConfig
     data: PairsConfig
     fit: FitConfig = FitConfig()
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train adapters (LoRA) and the head instead of all weights. none: all weights.",
+    )
     use_margin: bool = Field(
         False,
         description="Margin loss: the chosen score must exceed the rejected one by the row's "
@@ -218,6 +227,11 @@ class DpoConfig(Section):
     model: ModelConfig
     data: PairsConfig
     fit: FitConfig = FitConfig()
+    lora: LoraConfig | None = Field(
+        None,
+        description="Train adapters (LoRA) instead of all weights. The reference is then the model "
+        "without them. none: all weights.",
+    )
     loss: Annotated[str, AfterValidator(PREFERENCE_LOSSES.check)] = Field(
         "dpo",
         description="dpo: the odds that the chosen completion is better. ipo: a squared distance "

@@ -33,6 +33,7 @@ TIMEOUT_S = 120.0
 # One plain gradient step: Adam would turn rounding of tiny gradients into whole steps.
 FIT = {"lr": 0.1, "eps": 1.0, "rows_per_step": 12, "tokens_per_microbatch": 96, "max_steps": 4}
 FIT |= {"eval_every": 2, "eval_fraction": 0.3, "max_tokens": 32, "schedule": "constant"}
+LORA = {"rank": 4, "alpha": 16}
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "sft": ("sft", {}),
     "sft-recomputed": ("sft", {"fit": {"gradient_checkpointing": True}}),
@@ -40,7 +41,11 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "ensemble": ("reward", {"members": 2, "share_trunk": False}),
     "dpo": ("dpo", {"kl_samples": 8}),
     "kto": ("dpo", {"loss": "kto", "kl_samples": 0}),
+    "sft-lora": ("sft", {"lora": LORA}),
+    "reward-lora": ("reward", {"lora": LORA, "members": 2}),
+    "dpo-lora": ("dpo", {"lora": LORA, "kl_samples": 8}),
 }
+RESULTS = {"policy", "reward_model", "adapter"}
 SHARDINGS = ("none", "fsdp2")
 
 
@@ -142,7 +147,7 @@ def found(folder: Path, name: str) -> Any:
 def assert_same_run(ours: Path, theirs: Path) -> None:
     """Weights to 1e-6 of each tensor's scale, evaluations and figures to 1e-5."""
     files = [file.relative_to(theirs) for file in theirs.rglob("*.safetensors")]
-    results = [file for file in files if file.parts[0] in {"policy", "reward_model"}]
+    results = [file for file in files if file.parts[0] in RESULTS]
     assert results
     for file in results:
         got, wanted = load_file(ours / file), load_file(theirs / file)
