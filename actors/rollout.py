@@ -293,6 +293,7 @@ class RolloutWorker:
                     assignment.prompt.token_ids,
                     self._seed(assignment, sample, draw),
                     draw.temperature,
+                    assignment.prompt.policy,
                 )
         except UserError as problem:
             engine.abort(ids)

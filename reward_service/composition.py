@@ -28,6 +28,8 @@ class Composition:
     """value = clip(sum, or smallest, of weight * part, less what constraints lack).
 
     A source with a number in ``at_least`` is a constraint: it adds weight * min(0, part - number).
+    One with names in ``policies`` scores the completions of these policies alone; which policy an
+    item is of stands in its column ``policy``.
     ``version`` changes with all that can change a value. ``score`` raises what a source raises; a
     source that fails never counts as 0.
     """
@@ -40,12 +42,14 @@ class Composition:
         *,
         combine: Literal["sum", "minimum"] = "sum",
         at_least: Sequence[float | None] = (),
+        policies: Sequence[Sequence[str]] = (),
     ) -> None:
         self._sources = tuple(sources)
         self._weights = tuple(weights)
         self._clip = clip
         self._combine = combine
         self._at_least = tuple(at_least) or (None,) * len(self._sources)
+        self._policies = tuple(map(tuple, policies)) or ((),) * len(self._sources)
         names = [source.name for source in sources]
         if len(set(names)) != len(names):
             raise UserError(
@@ -59,7 +63,9 @@ class Composition:
         )
         self.tokenizer = next((s.tokenizer for s in sources if s.tokenizer), "")
         parts = [[s.name, s.type, s.weight, s.content] for s in self.sources]
-        rule = [parts, clip, combine, self._at_least]
+        rule: list[Any] = [parts, clip, combine, self._at_least]
+        if any(self._policies):
+            rule.append(self._policies)
         self.version = hashlib.sha256(json.dumps(rule).encode()).hexdigest()
 
     def info(self, max_batch: int) -> ServiceInfo:
@@ -72,10 +78,18 @@ class Composition:
         )
 
     def score(self, items: Sequence[ScoreItem]) -> list[Score]:
-        columns = [self._parts(source, items) for source in self._sources]
-        return [
-            self._sum(item, [column[row] for column in columns]) for row, item in enumerate(items)
-        ]
+        found: list[dict[int, Part]] = [{} for _ in items]
+        for place, source in enumerate(self._sources):
+            rows = [row for row, item in enumerate(items) if self._scores(place, item)]
+            if rows:
+                parts = self._parts(source, [items[row] for row in rows])
+                for row, part in zip(rows, parts, strict=True):
+                    found[row][place] = part
+        return [self._sum(item, parts) for item, parts in zip(items, found, strict=True)]
+
+    def _scores(self, place: int, item: ScoreItem) -> bool:
+        wanted = self._policies[place]
+        return not wanted or item.metadata.get("policy") in wanted
 
     def _parts(self, source: Source, items: Sequence[ScoreItem]) -> list[Part]:
         try:
@@ -98,35 +112,43 @@ class Composition:
                 )
         return parts
 
-    def _sum(self, item: ScoreItem, parts: Sequence[Part]) -> Score:
-        value = self._combined([part.value for part in parts])
+    def _sum(self, item: ScoreItem, parts: Mapping[int, Part]) -> Score:
+        value = self._combined(item, {place: part.value for place, part in parts.items()})
         if not math.isfinite(value):
             raise BadReward(f"the rewards of {item.label} together are {value}")
         if self._clip is not None:
             value = max(-self._clip, min(self._clip, value))
         return Score(
             value=value,
-            parts=_named(self._sources, parts),
+            parts=_named({self._sources[place].name: part for place, part in parts.items()}),
             scorer_version=self.version,
-            vetoes=tuple(veto for part in parts for veto in part.vetoes),
+            vetoes=tuple(veto for part in parts.values() for veto in part.vetoes),
         )
 
-    def _combined(self, values: Sequence[float]) -> float:
-        found = list(zip(values, self._weights, self._at_least, strict=True))
-        wanted = [weight * value for value, weight, bound in found if bound is None]
-        lacking = [w * min(0.0, value - b) for value, w, b in found if b is not None]
-        return (min(wanted) if self._combine == "minimum" else sum(wanted)) + sum(lacking)
+    def _combined(self, item: ScoreItem, values: Mapping[int, float]) -> float:
+        wanted, lacking = [], 0.0
+        for place, value in values.items():
+            weight, bound = self._weights[place], self._at_least[place]
+            if bound is None:
+                wanted.append(weight * value)
+            else:
+                lacking += weight * min(0.0, value - bound)
+        if not wanted:
+            raise BadReward(
+                f"no source scores {item.label}, of policy {item.metadata.get('policy')!r}"
+            )
+        return (min(wanted) if self._combine == "minimum" else sum(wanted)) + lacking
 
     def close(self) -> None:
         for source in self._sources:
             source.close()
 
 
-def _named(sources: Sequence[Source], parts: Sequence[Part]) -> dict[str, float]:
+def _named(parts: Mapping[str, Part]) -> dict[str, float]:
     named: dict[str, float] = {}
-    for source, part in zip(sources, parts, strict=True):
-        named[source.name] = part.value
-        named |= {f"{source.name}/{key}": value for key, value in part.detail.items()}
+    for name, part in parts.items():
+        named[name] = part.value
+        named |= {f"{name}/{key}": value for key, value in part.detail.items()}
     return named
 
 
@@ -147,6 +169,7 @@ def build(
             cfg.clip,
             combine=cfg.combine,
             at_least=[source.at_least for source in cfg.sources],
+            policies=[source.policies for source in cfg.sources],
         )
     except BaseException:
         for loaded in sources:

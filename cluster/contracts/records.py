@@ -26,6 +26,8 @@ FinishReason = Literal["stop", "length"]
 class Prompt:
     """One prompt, tokenised once. ``metadata`` (columns of its row) reaches reward functions.
 
+    ``policy``: which of the run's policies answers it; "" where there is only one. Its reward finds
+    the name in the column ``policy``, too.
     ``where``: file and row it was read from, for messages; "" where that is not known.
     """
 
@@ -33,6 +35,7 @@ class Prompt:
     messages: tuple[Message, ...]
     token_ids: tuple[int, ...]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    policy: str = ""
     where: str = field(default="", compare=False)
 
 

@@ -3,8 +3,8 @@
 A row is one sample. Lists of tokens, log-probabilities and versions stay Arrow lists, so no Python
 object is made per token on the way.
 
-set_end, set_count and set_ids are the `TokenSets` of a completion, empty lists where there are
-none. Tables that were written before there were any do not have these columns.
+policy is "" in a run with one policy. set_end, set_count and set_ids are the `TokenSets` of a completion, empty lists where there are
+none. Tables of older runs do not have these columns.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
     [
         ("group_id", pa.int64()),
         ("sample", pa.int32()),
+        ("policy", pa.string()),
         ("prompt_id", pa.string()),
         ("prompt_ids", pa.list_(pa.int32())),
         ("token_ids", pa.list_(pa.int32())),
@@ -77,6 +78,7 @@ def _prompt_columns(prompts: Iterable[Prompt]) -> dict[str, pa.Array]:
     metadata = [json.dumps(dict(p.metadata), ensure_ascii=False, default=str) for p in made]
     messages = [json.dumps([dict(m) for m in p.messages], ensure_ascii=False) for p in made]
     return {
+        "policy": pa.array([prompt.policy for prompt in made], pa.string()),
         "prompt_id": pa.array([prompt.id for prompt in made], pa.string()),
         "prompt_ids": pa.array([prompt.token_ids for prompt in made], pa.list_(pa.int32())),
         "messages": pa.array(messages, pa.string()),
@@ -141,6 +143,7 @@ def _sample(row: dict[str, Any]) -> tuple[Rollout, Score]:
         messages=tuple(json.loads(row["messages"])),
         token_ids=tuple(row["prompt_ids"]),
         metadata=json.loads(row["metadata"]),
+        policy=row.get("policy") or "",
     )
     completion = Completion(
         token_ids=row["token_ids"],

@@ -29,6 +29,14 @@ def _constraint() -> Any:
     )
 
 
+def _policies() -> Any:
+    return Field(
+        (),
+        description="Names of `[[policies]]`: this reward scores their completions alone. Empty: "
+        "those of all.",
+    )
+
+
 class RewardModelSource(Section):
     type: Literal["model"] = Field("model", description="A trained reward model.")
     path: str = Field(description="A reward-model directory made by `accord reward-model`.")
@@ -48,6 +56,7 @@ class RewardModelSource(Section):
         1.0, ge=0, description="Weight of the members' standard deviation."
     )
     at_least: float | None = _constraint()
+    policies: tuple[str, ...] = _policies()
 
 
 class FunctionSource(Section):
@@ -61,6 +70,7 @@ class FunctionSource(Section):
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("function", description="Name in metrics and reports.")
     at_least: float | None = _constraint()
+    policies: tuple[str, ...] = _policies()
 
 
 class RulesSource(Section):
@@ -80,6 +90,7 @@ class RulesSource(Section):
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("rules", description="Name in metrics and reports.")
     at_least: float | None = _constraint()
+    policies: tuple[str, ...] = _policies()
 
 
 class TlsSection(Section):
@@ -116,6 +127,7 @@ class GrpcSource(Section):
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("grpc", description="Name in metrics and reports.")
     at_least: float | None = _constraint()
+    policies: tuple[str, ...] = _policies()
 
 
 class JudgeSource(JudgeConfig):
@@ -128,6 +140,7 @@ class JudgeSource(JudgeConfig):
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("judge", description="Name in metrics and reports.")
     at_least: float | None = _constraint()
+    policies: tuple[str, ...] = _policies()
 
     @model_validator(mode="after")
     def _check_source(self) -> JudgeSource:
@@ -148,6 +161,7 @@ class SafetySource(SafetyConfig):
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("safety", description="Name in metrics and reports.")
     at_least: float | None = _constraint()
+    policies: tuple[str, ...] = _policies()
 
 
 BUILT_IN = (
@@ -173,6 +187,7 @@ class PluginSource(Section):
     weight: float = Field(1.0, description="Factor of this reward in the weighted sum.")
     name: str = Field("plugin", description="Name in metrics and reports.")
     at_least: float | None = _constraint()
+    policies: tuple[str, ...] = _policies()
 
     @property
     def options(self) -> dict[str, Any]:
@@ -286,3 +301,7 @@ class RewardConfig(Section):
         if all(source.at_least is not None for source in self.sources):
             raise ValueError("every source is a constraint (at_least): leave one without")
         return self
+
+    def of_policy(self, name: str) -> list[Any]:
+        """The sources that score the completions of this policy."""
+        return [s for s in self.sources if not s.policies or name in s.policies]
