@@ -27,6 +27,7 @@ from cluster.contracts.protocols import Engine, Scorer
 from cluster.contracts.records import (
     AS_TRAINED,
     Assignment,
+    Canary,
     Completion,
     Draw,
     GroupMeta,
@@ -109,7 +110,7 @@ class RolloutWorker:
         self._pending: set[tuple[int, int]] = set()  # (group, attempt) not harvested yet
         self._failure: BaseException | None = None
         self._swap_lock = threading.Lock()
-        self._canary = CanaryCheck()
+        self._canaries: dict[str, CanaryCheck] = {}  # by adapter
         self._looked_for_late = time.perf_counter()
         self._unproven = False  # swapped in, not proven yet: nothing leaves the worker
         self._version: int | None = None
@@ -420,13 +421,19 @@ class RolloutWorker:
         try:
             engine.swap(manifest.version)
             pause_s = time.perf_counter() - began
-            got = engine.sequence_logprobs(manifest.canary.token_ids)
-            dtype = manifest.dtype
-            difference = self._canary.compare(manifest.canary, got, manifest.version, dtype)
+            difference = max(
+                self._compare(engine, canary, manifest)
+                for canary in (manifest.canary, *manifest.more_canaries)
+            )
         except Exception as problem:
             self._thread.break_off(problem)
             raise
         return pause_s, difference
+
+    def _compare(self, engine: Engine, canary: Canary, manifest: WeightManifest) -> float:
+        check = self._canaries.setdefault(canary.adapter, CanaryCheck())
+        got = engine.sequence_logprobs(canary.token_ids, canary.adapter)
+        return check.compare(canary, got, manifest.version, manifest.dtype)
 
     def _prove(self) -> float:
         """Seconds it took. Raises WeightMismatch when the swap did not do what it was to do."""

@@ -28,6 +28,7 @@ class Prepared:
 
 def prepare(config: TrainConfig) -> Prepared:
     """Read tokenizer and prompts, check what can be checked without starting anything."""
+    from actors.policy_prompts import load_prompts_of_policies
     from actors.prompts import load_prompts
     from learner.models.load import load_tokenizer, stop_token_ids
     from learner.models.reward_artifact import require_same_tokenizer, tokenizer_fingerprint
@@ -37,7 +38,13 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.learner.value_path is not None:
         require_same_tokenizer(config.learner.value_path, tokenizer)
     room = prompt_room(config.model, config.rollout.max_tokens)
-    prompts = load_prompts(config.data, tokenizer, config.run.seed, room)
+    prompts: Any
+    if config.policies:
+        prompts = load_prompts_of_policies(
+            config.policies, config.data, tokenizer, config.run.seed, room
+        )
+    else:
+        prompts = load_prompts(config.data, tokenizer, config.run.seed, room)
     check_rewards(config.reward, prompts.all())
     held_out, leaked = _held_out(config, prompts, tokenizer, room)
     return Prepared(
@@ -56,6 +63,7 @@ def _held_out(
 ) -> tuple[tuple[Prompt, ...], int]:
     """The prompts of `[evaluation]`, and how many of them were left out as training prompts. Raises
     UserError for ones that cannot be read, or a judge that cannot be used."""
+    from actors.policy_prompts import held_out_of_policies
     from actors.prompts import load_prompts
 
     evaluation = config.evaluation
@@ -72,6 +80,8 @@ def _held_out(
             fix="give prompts that are not in data.prompts",
         )
     held_out = tuple(apart[: evaluation.max_prompts])
+    if config.policies:
+        held_out = held_out_of_policies(held_out, [policy.name for policy in config.policies])
     if evaluation.judge is not None:
         check_rewards(evaluation.judge, held_out)
     return held_out, len(found) - len(apart)

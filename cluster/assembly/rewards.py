@@ -24,7 +24,8 @@ def check_rewards(config: RewardConfig, prompts: Sequence[Prompt]) -> None:
     from reward_service.composition import check_source
 
     for source in config.sources:
-        check_source(source, prompts)
+        theirs = [p for p in prompts if not source.policies or p.policy in source.policies]
+        check_source(source, theirs or prompts)
 
 
 def _reach(address: str, access: Access) -> None:

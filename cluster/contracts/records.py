@@ -260,11 +260,13 @@ class Canary:
 
     The engine computes the same after the swap. ``tolerance`` (nats) is the most by which the two
     may differ; None: what follows from the noise that the engine has shown (``actors.canary``).
+    ``adapter``: which of the engine's adapters computes it; "": the only model there is.
     """
 
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     tolerance: float | None
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +294,7 @@ class WeightManifest:
     transport: str
     locator: Any  # where to fetch: an object reference, a path, a communicator name
     lora: LoraUpdate | None = None
+    more_canaries: tuple[Canary, ...] = ()  # of further adapters, where a run has several policies
 
     @property
     def dtype(self) -> str:

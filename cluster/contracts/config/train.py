@@ -20,6 +20,10 @@ from cluster.contracts.config.evaluation import EvaluationConfig
 from cluster.contracts.config.learner import CheckpointConfig, LearnerConfig, WeightsConfig
 from cluster.contracts.config.lora import LoraConfig
 from cluster.contracts.config.monitors import MonitorsConfig
+from cluster.contracts.config.policies import (
+    Policies,
+    with_prompts_of_policies,
+)
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 
@@ -36,6 +40,11 @@ class TrainConfig(Section):
     model: ModelConfig
     data: DataConfig
     reward: RewardConfig
+    policies: Policies = Field(
+        [],
+        description="Several policies in one run: a LoRA adapter each, on the same base, with "
+        "prompts of its own and the rewards that name it. Empty: one policy.",
+    )
     batch: BatchConfig = BatchConfig()
     rollout: RolloutConfig = RolloutConfig()
     staleness: StalenessConfig = StalenessConfig()
@@ -63,6 +72,11 @@ class TrainConfig(Section):
             return tree  # the message about what it is instead comes later
         rest = {key: value for key, value in tree.items() if key != "alarms"}
         return {**rest, "monitors": {**tree["alarms"], **tree.get("monitors", {})}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _prompts_of_policies(cls, tree: Any) -> Any:
+        return with_prompts_of_policies(tree)
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:

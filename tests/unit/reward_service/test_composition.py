@@ -9,7 +9,7 @@ import pytest
 
 from cluster.contracts.config.file import check_config
 from cluster.contracts.config.reward import RewardConfig
-from cluster.contracts.errors import UserError
+from cluster.contracts.errors import BadReward, UserError
 from reward_service.composition import Composition
 from reward_service.source import Part, ScoreItem
 
@@ -58,3 +58,38 @@ def test_the_rule_is_part_of_the_version_and_details_are_kept() -> None:
 def test_constraints_alone_are_refused() -> None:
     with pytest.raises(UserError, match="every source is a constraint"):
         check_config(RewardConfig, {"sources": [{"type": "rules", "at_least": 0}]}, where="t")
+
+
+def test_a_source_of_some_policies_scores_their_completions_alone() -> None:
+    asked: list[str] = []
+
+    class Noted(Fixed):
+        def score(self, items: Sequence[ScoreItem]) -> list[Part]:
+            asked.extend(f"{self.name} {item.id}" for item in items)
+            return super().score(items)
+
+    items = [
+        ScoreItem(id=name, messages=ITEM.messages, response="a", metadata={"policy": name})
+        for name in ("brief", "wordy", "brief")
+    ]
+    sources = [Noted("short", 1.0), Noted("long", 2.0), Noted("safe", 4.0)]
+    routed = Composition(sources, [1.0] * 3, policies=[("brief",), ("wordy",), ()])
+    scores = routed.score(items)
+    assert [score.value for score in scores] == [5.0, 6.0, 5.0]
+    assert [set(score.parts) for score in scores] == [
+        {"short", "safe"},
+        {"long", "safe"},
+        {"short", "safe"},
+    ]
+    assert asked == [
+        *("short brief", "short brief"),
+        "long wordy",
+        *("safe brief", "safe wordy", "safe brief"),
+    ]
+    assert routed.version != Composition(sources, [1.0] * 3).version
+
+
+def test_a_policy_that_no_source_scores_is_an_error_not_a_zero() -> None:
+    routed = Composition([Fixed("short", 1.0)], [1.0], policies=[("brief",)])
+    with pytest.raises(BadReward, match="no source scores .*'wordy'"):
+        routed.score([ScoreItem(id="i", messages=(), response="a", metadata={"policy": "wordy"})])
