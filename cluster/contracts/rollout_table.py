@@ -3,8 +3,8 @@
 A row is one sample. Lists of tokens, log-probabilities and versions stay Arrow lists, so no Python
 object is made per token on the way.
 
-policy is "" in a run with one policy. set_end, set_count and set_ids are the `TokenSets` of a completion, empty lists where there are
-none. Tables of older runs do not have these columns.
+policy is "" in a run with one policy. set_end, set_count and set_ids are the `TokenSets` of a
+completion, empty lists where there are none. Tables of older runs do not have these columns.
 """
 
 from __future__ import annotations

@@ -123,6 +123,8 @@ def _reward_problems(names: Sequence[str], reward: RewardConfig) -> list[str]:
                 f"the reward {source.name!r} is of the policy {unknown[0]!r}, but [[policies]] "
                 f"names {there}"
             )
+    if reward.address is not None:
+        return found  # its own sources score
     for name in names:
         if all(source.at_least is not None for source in reward.of_policy(name)):
             found.append(

@@ -91,5 +91,5 @@ def test_a_source_of_some_policies_scores_their_completions_alone() -> None:
 
 def test_a_policy_that_no_source_scores_is_an_error_not_a_zero() -> None:
     routed = Composition([Fixed("short", 1.0)], [1.0], policies=[("brief",)])
-    with pytest.raises(BadReward, match="no source scores .*'wordy'"):
+    with pytest.raises(BadReward, match=r"no source scores .*'wordy'"):
         routed.score([ScoreItem(id="i", messages=(), response="a", metadata={"policy": "wordy"})])
