@@ -31,7 +31,8 @@ class LearnerSettings:
 
     rollout_dtype: the type the engines compute in; weights are published in it.
     canary_prompt: token ids of the run's first prompt; the learner continues it greedily.
-    lora: the adapters that are trained, None for all weights.
+    lora: the adapters that are trained, None for all weights. policies: their names, where there
+    are several; the canary's prompt is then that of the first.
     run_dir: where `rollouts/` is written; None with `save_rollouts` off.
     resume_from: directory of a checkpoint written by `save`, or None.
     replay: rollouts files of the steps since, or parcels of them, to be trained again.
@@ -53,6 +54,7 @@ class LearnerSettings:
     seed: int
     canary_prompt: tuple[int, ...]
     lora: LoraConfig | None = None
+    policies: tuple[str, ...] = ()
     run_dir: str | None = None
     save_rollouts: bool = False
     resume_from: str | None = None
@@ -85,6 +87,7 @@ def learner_settings(
         seed=config.run.seed,
         canary_prompt=canary_prompt,
         lora=config.lora,
+        policies=tuple(policy.name for policy in config.policies),
         run_dir=run_dir,
         save_rollouts=config.logging.save_rollouts and run_dir is not None,
         resume_from=resume_from,

@@ -41,7 +41,7 @@ def add_adapter(model: Any, cfg: LoraConfig, name: str = DEFAULT, seed: int = 0)
 
     The base keeps its type; the adapter is float32. The A matrices are a function of (seed, name,
     layer), see `initialise_adapter`, which the caller runs itself on a model without memory (meta).
-    A second adapter of another name joins the first; all are active until peft is told otherwise.
+    A second adapter of another name joins the first; both learn, each in `one_adapter`.
 
     Raises UserError for targets that are not there or cannot be adapted; it names those there are.
     """
@@ -55,6 +55,10 @@ def add_adapter(model: Any, cfg: LoraConfig, name: str = DEFAULT, seed: int = 0)
         for factor in (layer.lora_A[name], layer.lora_B[name]):
             factor.to(torch.float32)
         layer.eval()
+    # peft stops the gradients of all adapters but the newest.
+    for key, parameter in model.named_parameters():
+        if is_factor(key):
+            parameter.requires_grad_(True)
     for head in _HEADS:
         if isinstance(module := getattr(model, head, None), nn.Module):
             module.to(torch.float32).requires_grad_(True)
@@ -91,6 +95,28 @@ def adapter_layers(model: Any, name: str = DEFAULT) -> dict[str, Any]:
     """Module name in the base model -> peft's layer, of the layers that adapter `name` changes."""
     found = ((n, m) for n, m in model.named_modules() if name in getattr(m, "lora_A", ()))
     return {base_name(n): layer for n, layer in found}
+
+
+def adapter_names(model: Any) -> list[str]:
+    """In the order in which they were added."""
+    layer = next((module for module in model.modules() if hasattr(module, "lora_A")), None)
+    return [] if layer is None else list(layer.lora_A)
+
+
+@contextmanager
+def one_adapter(model: Any, name: str) -> Iterator[None]:
+    """Of a model with several adapters, this one alone is computed with for a while."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    before = [layer._active_adapter for layer in layers]
+    # Not peft's `set_adapter`, which also stops the gradients of the others: a forward pass of
+    # theirs that waits for its backward pass would lose them.
+    for layer in layers:
+        layer._active_adapter = [name]
+    try:
+        yield
+    finally:
+        for layer, names in zip(layers, before, strict=True):
+            layer._active_adapter = names
 
 
 @contextmanager
@@ -169,7 +195,7 @@ def base_tensors(model: Any) -> dict[str, Tensor]:
     kept = model.state_dict().keys()
     named = dict(model.named_parameters())
     named.update({name: buffer for name, buffer in model.named_buffers() if name in kept})
-    return {base_name(n): tensor for n, tensor in named.items() if not _is_factor(n)}
+    return {base_name(n): tensor for n, tensor in named.items() if not is_factor(n)}
 
 
 @torch.no_grad()
@@ -250,8 +276,10 @@ def _trained_heads(model: Any) -> dict[str, Tensor]:
     return found
 
 
-def _is_factor(name: str) -> bool:
-    return ".lora_A." in name or ".lora_B." in name
+def is_factor(name: str, adapter: str | None = None) -> bool:
+    """Whether a parameter of this name is an A or B, of this adapter if one is given."""
+    _, found, rest = name.rpartition(".lora_A." if ".lora_A." in name else ".lora_B.")
+    return bool(found) and adapter in (None, rest.removesuffix(".weight"))
 
 
 @contextmanager

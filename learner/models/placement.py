@@ -23,7 +23,13 @@ from learner.models.load import (
     load_trunk,
     load_value_head,
 )
-from learner.models.lora import adapter_dropouts, add_adapter, hold_base_in, initialise_adapter
+from learner.models.lora import (
+    DEFAULT,
+    adapter_dropouts,
+    add_adapter,
+    hold_base_in,
+    initialise_adapter,
+)
 from learner.models.packed_attention import (
     choose_layout,
     require_plain_causal,
@@ -39,6 +45,7 @@ class Placement:
     compute: `learner` or `fit` of a config. dtype: what is computed in. packing: see
     `choose_layout`, which decides it for all models when the first is loaded. lora: the adapters
     that models get, on a frozen base that lies in the type that is computed in; seed: of these.
+    adapters: their names in the policy.
     """
 
     compute: ComputeConfig
@@ -49,6 +56,7 @@ class Placement:
     packed: bool | None = None
     lora: LoraConfig | None = None
     seed: int = 0
+    adapters: tuple[str, ...] = (DEFAULT,)
 
     @property
     def in_parts(self) -> bool:
@@ -67,15 +75,19 @@ class Placement:
             on_host="parameters" in offload or (frozen and "reference" in offload),
         )
 
-    def adapt(self, model: Any, seed: int | None = None) -> None:
-        """Freeze a whole model in memory and give it adapters, where `lora` says so."""
+    def adapt(self, model: Any) -> None:
+        """Freeze a whole policy in memory and give it its adapters, where `lora` says so."""
         if self.lora is not None:
             hold_base_in(model, self.dtype)
-            add_adapter(model, self.lora, seed=self.seed if seed is None else seed)
+            for name in self.adapters:
+                add_adapter(model, self.lora, name, self.seed)
 
     def adapt_value(self, value: ValueModel) -> None:
-        # Of another seed, or policy and value would start from the same numbers.
-        self.adapt(value.trunk, self.seed + 1)
+        """As `adapt`, for a value network of its own: one adapter."""
+        if self.lora is not None:
+            hold_base_in(value.trunk, self.dtype)
+            # Of another seed, or policy and value would start from the same numbers.
+            add_adapter(value.trunk, self.lora, seed=self.seed + 1)
 
     def ready(self, model: Any, *, frozen: bool = False) -> None:
         """What is done in place to a model, with memory or without, before it is sharded."""
@@ -105,7 +117,8 @@ class Placement:
 
         model = load_policy(cfg, self._placing(prepare, frozen=frozen))
         if self.lora is not None and not frozen:
-            initialise_adapter(model, seed=self.seed)
+            for name in self.adapters:
+                initialise_adapter(model, name, self.seed)
         call(roots[0], check_lm_head)
         return model, roots[0]
 
@@ -142,7 +155,8 @@ class Placement:
         if frozen:
             model.requires_grad_(False)
         elif self.lora is not None:
-            add_adapter(model, self.lora)
+            for name in self.adapters:
+                add_adapter(model, self.lora, name)
         self.ready(model, frozen=frozen)
         how = self.sharding(frozen=frozen)
         for module in exact:

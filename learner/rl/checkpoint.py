@@ -67,7 +67,11 @@ _RANDOM = "rng.safetensors"
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class TrainerState:
-    """Everything that changes as a learner trains."""
+    """Everything that changes as a learner trains.
+
+    policy: its name, where a run has several; others: those of the further ones, which have the
+    same version.
+    """
 
     networks: Networks
     tokenizer: Any
@@ -75,6 +79,12 @@ class TrainerState:
     kl: FixedKL | AdaptiveKL
     version: int
     canary_ids: tuple[int, ...]
+    policy: str = ""
+    others: tuple[TrainerState, ...] = ()
+
+    def each(self) -> tuple[TrainerState, ...]:
+        """Of every policy, in the order of the config."""
+        return (self, *self.others)
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from learner.compute.optimizer import compute_in
 from learner.compute.ranks import Ranks
 from learner.compute.sharding import Gathered, call
 from learner.models.heads import hidden_states, lm_head
-from learner.models.lora import without_adapters
+from learner.models.lora import DEFAULT, is_factor, one_adapter, without_adapters
 from learner.rl.microbatch import Microbatch
 
 
@@ -39,6 +39,7 @@ class Networks:
     compute_dtype: "float32" or "bfloat16" (autocast; parameters stay float32).
     packed: the models take packed microbatches (see `learner.packing`). mesh: the processes that
     train them together. roots: of sharded models, what forward passes have to go through.
+    adapter: which of the policy's LoRA adapters is trained here, where it has any.
     """
 
     policy: Any
@@ -50,6 +51,16 @@ class Networks:
     packed: bool = False
     mesh: Mesh = ALONE
     roots: dict[str, Gathered] = field(default_factory=dict)
+    adapter: str = DEFAULT
+
+    def policy_parameters(self) -> list[nn.Parameter]:
+        """Of the policy, without the adapters of other policies."""
+        named = self.policy.named_parameters()
+        return [p for name, p in named if not is_factor(name) or is_factor(name, self.adapter)]
+
+    def own_adapter(self) -> AbstractContextManager[None]:
+        """The policy computes with `adapter` alone, meanwhile."""
+        return one_adapter(self.policy, self.adapter)
 
     @property
     def ranks(self) -> Ranks:

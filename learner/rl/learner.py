@@ -29,8 +29,10 @@ from learner.rl.catch_up import catch_up
 from learner.rl.checkpoint import Snapshot, TrainerState, restore_state, snapshot
 from learner.rl.experience import Experience, StepPlan, build_experience
 from learner.rl.flops import matrix_peak, step_flops
+from learner.rl.forward import Networks
 from learner.rl.metrics import experience_metrics, sequence_kl
 from learner.rl.networks import build_kl_controller, build_networks, build_optimizers
+from learner.rl.policies import by_policy, merged, networks_of_policies
 from learner.rl.publish import buckets, canary, canary_tokens, lora_update
 from learner.rl.rollout_files import RolloutWriter
 from learner.rl.rollouts import RolloutBatch, read_batch
@@ -77,14 +79,12 @@ class PPOLearner:
         # Models with code of their own may draw random numbers when they are built or run.
         torch.manual_seed(settings.seed)
         networks, tokenizer = build_networks(settings, self._ranks)
-        self._state = TrainerState(
-            networks=networks,
-            tokenizer=tokenizer,
-            optimizers=build_optimizers(networks, settings.learner),
-            kl=build_kl_controller(settings),
-            version=0,
-            canary_ids=canary_tokens(networks.policy_root, settings.canary_prompt),
-        )
+        first, *others = [
+            self._state_of(name, of_policy, tokenizer)
+            for name, of_policy in networks_of_policies(networks, settings).items()
+        ]
+        first.others = tuple(others)
+        self._state = first
         self._lora = lora_update(networks, settings)
         self._peak = matrix_peak(settings.model.dtype, networks.device) * self._ranks.size
         # After the canary's tokens: a checkpoint brings those of its run's start.
@@ -119,26 +119,19 @@ class PPOLearner:
         # that can be asked for the same step again.
         tables = [_as_table(payload) for payload in batch.payloads]
         rollouts = read_batch(tables, batch.group_ids, settings.batch.samples_per_prompt)
-        if batch.kl_coef is not None:
-            state.kl.coef = batch.kl_coef
-        plan = StepPlan(
-            step=batch.step, kl_coef=state.kl.coef, value_only=self._value_only(batch.step)
+        parts = by_policy(
+            rollouts,
+            [one.policy for one in state.each()],
+            settings.batch.samples_per_prompt,
         )
-
-        def train(settings: LearnerSettings) -> tuple[Experience, UpdateResult, float]:
-            experience = build_experience(rollouts, state.networks, settings, plan)
-            built_s = time.perf_counter() - began
-            return experience, self._update(experience, plan), built_s
-
-        (experience, update, built_s), trained_with = in_smaller_parts(
-            train, settings, state, rollouts
-        )
-        metrics = [last("time/experience", built_s)]
-        passing("learner.after_optimizer_step")
-        metrics += update.metrics
-        in_reward = settings.algorithm.kl.place == "reward"
-        metrics += experience_metrics(experience, update.proximal, plan.kl_coef, in_reward)
-        state.version += 1
+        trained = {
+            one.policy: self._train(one, parts[one.policy], batch, began)
+            for one in state.each()
+            if one.policy in parts
+        }
+        metrics = merged({name: done.metrics for name, done in trained.items()})
+        for one in state.each():
+            one.version += 1
         # The record of a step holds the digests on both sides of it, so that a replay can tell a
         # wrong start from a wrong step.
         before = self._digest
@@ -151,27 +144,77 @@ class PPOLearner:
             # Only after publishing: a step whose weights nobody has got leaves no rollouts file.
             self._writer.write(batch.step, attach(rollouts.table, record))
         # After publishing: what a step costs includes its weights.
-        metrics += self._cost(rollouts, plan, began, cpu_began)
+        metrics += self._cost(rollouts, batch.step, began, cpu_began)
         return StepResult(
             step=batch.step,
             version=state.version,
             metrics=tuple(metrics),
             manifest=manifest,
-            trained_tokens=int(experience.loss_mask.sum()),
+            trained_tokens=sum(done.tokens for done in trained.values()),
             not_written=() if self._writer is None else self._writer.take_not_written(),
-            smaller_microbatches=None
+            smaller_microbatches=min(
+                (done.smaller for done in trained.values() if done.smaller is not None),
+                default=None,
+            ),
+        )
+
+    def _state_of(self, policy: str, networks: Networks, tokenizer: Any) -> TrainerState:
+        """Of one policy, as training starts."""
+        settings = self.settings
+        with networks.own_adapter():
+            tokens = canary_tokens(networks.policy_root, settings.canary_prompt)
+        return TrainerState(
+            networks=networks,
+            tokenizer=tokenizer,
+            optimizers=build_optimizers(networks, settings.learner),
+            kl=build_kl_controller(settings),
+            version=0,
+            canary_ids=tokens,
+            policy=policy,
+        )
+
+    def _train(
+        self, state: TrainerState, rollouts: RolloutBatch, batch: StepInput, began: float
+    ) -> _Trained:
+        """Train one policy on its part of a step that began at `began`."""
+        settings = self.settings
+        if batch.kl_coef is not None:
+            state.kl.coef = batch.kl_coef
+        plan = StepPlan(
+            step=batch.step, kl_coef=state.kl.coef, value_only=self._value_only(batch.step)
+        )
+
+        def train(settings: LearnerSettings) -> tuple[Experience, UpdateResult, float]:
+            experience = build_experience(rollouts, state.networks, settings, plan)
+            built_s = time.perf_counter() - began
+            return experience, self._update(state, experience, plan), built_s
+
+        with state.networks.own_adapter():
+            (experience, update, built_s), trained_with = in_smaller_parts(
+                train, settings, state, rollouts
+            )
+        passing("learner.after_optimizer_step")
+        in_reward = settings.algorithm.kl.place == "reward"
+        return _Trained(
+            metrics=[
+                last("time/experience", built_s),
+                *update.metrics,
+                *experience_metrics(experience, update.proximal, plan.kl_coef, in_reward),
+            ],
+            tokens=int(experience.loss_mask.sum()),
+            smaller=None
             if trained_with is settings
             else trained_with.learner.tokens_per_microbatch,
         )
 
     def _cost(
-        self, rollouts: RolloutBatch, plan: StepPlan, began: float, cpu_began: float
+        self, rollouts: RolloutBatch, step: int, began: float, cpu_began: float
     ) -> list[Metric]:
         """Of a step that began at these seconds of the wall clock and of the process's CPU."""
         networks = self.state.networks
         wall = time.perf_counter() - began
         cpu = self._ranks.total(time.process_time() - cpu_began, networks.device)
-        work = step_flops(networks, self.settings, rollouts, plan.value_only)
+        work = step_flops(networks, self.settings, rollouts, self._value_only(step))
         return [*_speed(rollouts, wall, cpu), last("perf/mfu", work / (wall * self._peak))]
 
     def snapshot(self) -> Snapshot:
@@ -226,9 +269,9 @@ class PPOLearner:
     def _value_only(self, step: int) -> bool:
         return self.state.networks.has_values and step < self.settings.learner.value_warmup_steps
 
-    def _update(self, experience: Experience, plan: StepPlan) -> UpdateResult:
+    def _update(self, state: TrainerState, experience: Experience, plan: StepPlan) -> UpdateResult:
         """Train on the experience, then let the KL coefficient follow."""
-        state, learner = self.state, self.settings.learner
+        learner = self.settings.learner
         total = self.settings.batch.steps
         factor = lr_factor(learner.schedule, plan.step, total, learner.warmup_steps)
         rate = set_lr(state.optimizers.policy, factor)
@@ -244,6 +287,15 @@ class PPOLearner:
         rate_metric = last("policy/lr", 0.0 if plan.value_only else rate)
         return dataclasses.replace(result, metrics=[*result.metrics, rate_metric])
 
+    def _canary(self, state: TrainerState) -> Canary:
+        settings, networks = self.settings, state.networks
+        tolerance = settings.weights.canary_tolerance
+        with networks.own_adapter():
+            check = canary(
+                networks.policy_root, state.canary_ids, settings.rollout_dtype, tolerance
+            )
+        return dataclasses.replace(check, adapter=state.policy)
+
     def _publish(self, retained: Collection[int | None] = ()) -> WeightManifest:
         """retained: the older versions that a worker may still ask for."""
         state, settings, networks = self.state, self.settings, self.state.networks
@@ -252,9 +304,7 @@ class PPOLearner:
         # a rank that left here would leave the others waiting in the gather.
         if not first and not networks.sharded:
             return _nothing(state.version)
-        check = canary(
-            networks.policy_root, state.canary_ids, dtype, settings.weights.canary_tolerance
-        )
+        checks = [self._canary(one) for one in state.each()]
         parts = buckets(
             networks.policy,
             # Adapters are sent as they are trained: workers round once, after the merge.
@@ -276,9 +326,21 @@ class PPOLearner:
                 del arrays  # two buckets at a time: the one being sent and the next
                 if retained:  # of a step; a learner's start is none
                     passing("learner.mid_publish")
-            manifest = dataclasses.replace(update.close(check), lora=self._lora)
+            manifest = dataclasses.replace(
+                update.close(checks[0]), lora=self._lora, more_canaries=tuple(checks[1:])
+            )
         self._digest = weights_digest(manifest)
         return manifest
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Trained:
+    """One policy's part of a step. tokens: trained. smaller: the `learner.tokens_per_microbatch`
+    that it took, where memory ran out with that of the config."""
+
+    metrics: list[Metric]
+    tokens: int
+    smaller: int | None
 
 
 def _nothing(version: int) -> WeightManifest:

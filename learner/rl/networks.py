@@ -21,6 +21,7 @@ from learner.models.load import ValueModel, load_policy, load_tokenizer
 from learner.models.placement import Placement
 from learner.models.reward_artifact import require_same_tokenizer
 from learner.rl.forward import Networks
+from learner.rl.policies import adapter_of
 from learner.rl.update import Optimizers
 from learner.settings import LearnerSettings
 
@@ -49,6 +50,7 @@ def build_networks(settings: LearnerSettings, ranks: Ranks = SINGLE) -> tuple[Ne
         packing=learner.packing,
         lora=settings.lora,
         seed=settings.seed,
+        adapters=tuple(adapter_of(name) for name in settings.policies or ("",)),
     )
     make = _in_parts if place.in_parts else _whole
     return make(settings, place, tokenizer), tokenizer
@@ -131,7 +133,7 @@ def build_optimizers(networks: Networks, learner: LearnerConfig) -> Optimizers:
     optimiser with its own rate and no decay."""
     value_lr = learner.lr if learner.value_lr is None else learner.value_lr
     rest = (learner.betas, learner.eps, learner.weight_decay)
-    policy = make_optimizer(networks.policy.parameters(), learner.lr, *rest)
+    policy = make_optimizer(networks.policy_parameters(), learner.lr, *rest)
     if networks.value is None:
         return Optimizers(policy=policy, value=None)
     if not networks.shared:

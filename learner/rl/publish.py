@@ -19,6 +19,7 @@ from learner.models.heads import hidden_states, lm_head
 from learner.models.lora import adapter_tensors, base_tensors, has_adapters
 from learner.models.rounded import rounded
 from learner.rl.forward import Networks
+from learner.rl.policies import adapter_of, policies_of
 from learner.settings import CANARY_PROMPT_TOKENS, CANARY_TOKENS, LearnerSettings
 
 HostArray = np.ndarray[Any, np.dtype[Any]]
@@ -26,7 +27,14 @@ HostArray = np.ndarray[Any, np.dtype[Any]]
 
 def published_tensors(policy: Any) -> dict[str, Tensor]:
     """Parameters under their Hugging Face names, a tied one once, and persistent buffers; of a
-    policy with an adapter the adapter alone, under peft's names."""
+    policy with an adapter the adapter alone, under peft's names; of one with the adapters of
+    several policies all of these, as ``NAME/PEFT'S NAME``."""
+    if names := policies_of(policy):
+        return {
+            f"{name}/{key}": tensor
+            for name in names
+            for key, tensor in adapter_tensors(policy, adapter_of(name)).items()
+        }
     if has_adapters(policy):
         return adapter_tensors(policy)
     tensors = dict(policy.named_parameters())

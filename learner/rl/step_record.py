@@ -110,6 +110,8 @@ def settings_digest(settings: LearnerSettings) -> str:
     content |= {name: getattr(settings, name) for name in _VALUES}
     if settings.lora is not None:
         content["lora"] = settings.lora.model_dump(mode="json")
+    if settings.policies:
+        content["policies"] = list(settings.policies)
     if settings.reference_for_monitors:  # measured in passes that may move the last bits
         content["reference_for_monitors"] = True
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

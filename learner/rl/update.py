@@ -123,7 +123,10 @@ class PolicyUpdate:
             loss = partial(self._policy_and_shared_loss, experience, plan, part, first)
             metrics += self._optimise(
                 optimizers.policy,
-                [networks.policy, *([networks.value] if networks.shared else [])],
+                [
+                    *networks.policy_parameters(),
+                    *(_parameters(networks.value) if networks.shared else []),
+                ],
                 self._losses(experience, part, loss),
                 optimizers.policy_skips,
                 "value/grad_norm" if plan.value_only else "policy/grad_norm",
@@ -132,7 +135,7 @@ class PolicyUpdate:
             loss = partial(self._own_value_loss, experience, part)
             metrics += self._optimise(
                 optimizers.value,
-                [networks.value],
+                _parameters(networks.value),
                 self._losses(experience, part, loss),
                 optimizers.value_skips,
                 "value/grad_norm",
@@ -142,13 +145,12 @@ class PolicyUpdate:
     def _optimise(
         self,
         optimizer: torch.optim.Optimizer,
-        modules: list[nn.Module | None],
+        params: list[nn.Parameter],
         losses: tuple[Meter, Iterator[MicrobatchLoss]],
         skips: SkipCounter,
         norm_name: str,
     ) -> list[Metric]:
         """One update; its metrics, none where it was skipped."""
-        params = [p for module in modules if module is not None for p in module.parameters()]
         limit = self.settings.learner.max_grad_norm
         networks, (meter, calls) = self.networks, losses
         # One context for all microbatches: autocast casts each weight once, not once a microbatch.
@@ -226,6 +228,10 @@ class PolicyUpdate:
         # A network of its own reads the tokens, not the policy's hidden states.
         ids = micro.input_ids
         return self._objective.value_loss(experience, part, micro, waiting, ids, meter)
+
+
+def _parameters(module: nn.Module | None) -> list[nn.Parameter]:
+    return [] if module is None else list(module.parameters())
 
 
 def _empty_pass(experience: Experience) -> PolicyPass:
