@@ -22,7 +22,7 @@ from ray.exceptions import (
 
 from actors.decoding import make_decoder
 from actors.environment import EngineKind, choose_engine, make_engine, prepare_environment
-from actors.settings import EngineSettings, derive_seed, engine_settings
+from actors.settings import EngineSettings, adapter_settings, derive_seed, engine_settings
 from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.deadlines import within
@@ -91,9 +91,11 @@ def worker_spec(
     # randomness does not: a repeated step then repeats what it sampled.
     seed = config.run.seed + (0 if rollout.request_seeds else first_step)
     engine = engine_settings(config.model, rollout, stop_ids, prompt, context)
+    adapters = adapter_settings(config)
     return WorkerSpec(
-        # It takes its first weights from the learner, which need not be on its disk.
-        engine=replace(engine, weights="published"),
+        # It takes its first weights from the learner, which need not be on its disk; adapters of
+        # several policies are served on the model's own weights.
+        engine=replace(engine, weights="disk" if adapters else "published", adapters=adapters),
         kind=rollout.engine,
         seed=seed,
         per_request_seeds=rollout.request_seeds,
@@ -136,8 +138,8 @@ class RolloutActor:
 
         device = "cuda" if ray.get_gpu_ids() else "cpu"
         seed = derive_seed(spec.seed, "worker", self._index, self._incarnation)
-        path = spec.files.here(spec.engine.model_path)
-        settings = replace(spec.engine, seed=seed, model_path=path)
+        settings = spec.engine.with_paths(spec.files.here)
+        settings = replace(settings, seed=seed)
         with quick_imports():
             decoder = make_decoder(settings)
         self._worker = RolloutWorker(

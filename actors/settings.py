@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.rollout import RolloutConfig
+from cluster.contracts.config.train import TrainConfig
 from cluster.machine.shipment import known_as
 
 
@@ -69,12 +71,31 @@ class EngineSettings:
     weights: Literal["disk", "published"] = "disk"
     adapters: AdapterSettings | None = None
 
+    def with_paths(self, here: Callable[[str], str]) -> EngineSettings:
+        """For a worker's process: with the paths at which its host has model and adapters."""
+        adapters = self.adapters
+        if adapters is not None:
+            fixed = tuple((name, here(folder), rank) for name, folder, rank in adapters.fixed)
+            adapters = replace(adapters, fixed=fixed)
+        return replace(self, model_path=here(self.model_path), adapters=adapters)
+
     @property
     def limits_tokens(self) -> bool:
         """Whether anything but the temperature shapes what can be sampled."""
         varies = self.top_k > 0 or self.top_p < 1 or self.min_p > 0
         early = self.min_tokens > 0 and bool(self.stop_token_ids)
         return bool(varies or early or self.allowed_tokens or self.banned_tokens)
+
+
+def adapter_settings(config: TrainConfig) -> AdapterSettings | None:
+    """The adapters of `[[policies]]`, None where a run has one policy."""
+    if not config.policies or config.lora is None:
+        return None
+    return AdapterSettings(
+        trained=tuple(policy.name for policy in config.policies),
+        rank=config.lora.rank,
+        alpha=config.lora.scale * config.lora.rank,
+    )
 
 
 def derive_seed(*parts: int | str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cluster.assembly.adapted import adapted
 from cluster.assembly.contest import Written, next_turn, turn_prompt
 from cluster.assembly.prepare import prompt_room
 from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
@@ -50,7 +51,7 @@ def sample_all(
     say: Say | None = None,
 ) -> Written:
     """All turns of all policies; needs Ray running."""
-    models = list(config.contestants.values())
+    models = [adapted(model) for model in config.contestants.values()]
     sent = files or [Shipment()] * len(models)
     turns = [_sample(config, models, prompts, sent, config.samples)]
     for turn in range(1, config.turns):

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cluster.assembly.adapted import adapted
 from cluster.assembly.ai_evaluation import judge_by_ai
 from cluster.assembly.ai_judge import make_asker
 from cluster.assembly.auto.resolve import resolve_evaluation
@@ -131,7 +132,7 @@ def _ready(config: EvaluateConfig) -> EvaluateConfig:
             update[side] = placed(model)
     config = config.model_copy(update=update)
     first = next(iter(config.contestants.values()))
-    return resolve_evaluation(config, this_machine(), read_model_facts(first)).config
+    return resolve_evaluation(config, this_machine(), read_model_facts(adapted(first))).config
 
 
 def evaluation_key(config: EvaluateConfig) -> str:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cluster.assembly.adapted import adapted
 from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_in_cluster
 from cluster.assembly.shipping import sampled_models
 from cluster.contracts.config.base import ClusterConfig, ModelConfig
@@ -68,7 +69,7 @@ def generate_completions(
     """
     from learner.models.hub import pinned
 
-    config = pinned(ModelConfig(path=model))
+    config = pinned(adapted(ModelConfig(path=model)))
     data = DataConfig(prompts=prompts, shuffle=False)
     sampling = {"max_tokens": max_tokens, "temperature": temperature, **(limits or {})}
     rollout = check_config(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from cluster.assembly.adapted import adapted
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.records import Rollout, Score
@@ -21,7 +22,9 @@ def scores_of(
     scorer = build(rewards)
     try:
         return [
-            scorer.score(wire.items_of(rollouts, tokenizer_fingerprint(load_tokenizer(model))))
+            scorer.score(
+                wire.items_of(rollouts, tokenizer_fingerprint(load_tokenizer(adapted(model))))
+            )
             for model, rollouts in answered
         ]
     finally:

@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from actors.settings import engine_settings
+from actors.settings import AdapterSettings, engine_settings
+from cluster.assembly.adapted import AdaptedModel, adapted
 from cluster.assembly.auto.resolve import resolve_sampling
 from cluster.assembly.model_facts import read_model_facts
 from cluster.assembly.prepare import context_length, prompt_room
@@ -20,7 +21,10 @@ from cluster.contracts.records import Prompt, Rollout
 from cluster.machine.cores import own_cores
 from cluster.machine.event_loop import run_coroutine
 from cluster.machine.hardware import Machine, this_machine
-from cluster.machine.shipment import Shipment
+from cluster.machine.shipment import Shipment, known_as
+
+ADAPTER = "adapter"
+"""The only one of an engine that samples from it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +56,7 @@ def prompts_for(
     from learner.models.files import check_causal_model
     from learner.models.load import load_tokenizer
 
+    model = adapted(model)
     check_causal_model(model.path, model.revision, model.trust_remote_code)
     room = None if max_tokens is None else prompt_room(model, max_tokens)
     in_order = data.model_copy(update={"shuffle": False})
@@ -87,7 +92,7 @@ def _resolved(job: Sampling, machine: Machine, workers: int, engines: int) -> Sa
     rollout = resolve_sampling(
         job.rollout,
         machine,
-        read_model_facts(job.model),
+        read_model_facts(adapted(job.model)),
         engines=engines,
         prompt_tokens=job.max_prompt_tokens,
         # A job's own completions; engines of other jobs have as many.
@@ -108,14 +113,18 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
     from actors.remote import WorkerSpec, generate_all, make_worker_factory
     from learner.models.load import load_tokenizer, stop_token_ids
 
-    stop_ids = stop_token_ids(job.model.path, load_tokenizer(job.model), job.model.revision)
+    model, prompts = adapted(job.model), job.prompts
+    stop_ids = stop_token_ids(model.path, load_tokenizer(model), model.revision)
+    engine = replace(
+        engine_settings(model, job.rollout, stop_ids, job.max_prompt_tokens, context_length(model)),
+        record_token_sets=False,  # only a learner asks what a token was sampled from
+    )
+    if isinstance(model, AdaptedModel):
+        fixed = (ADAPTER, known_as(model.adapter), model.rank)
+        engine = replace(engine, adapters=AdapterSettings(fixed=(fixed,)))
+        prompts = [replace(prompt, policy=ADAPTER) for prompt in prompts]
     spec = WorkerSpec(
-        engine=replace(
-            engine_settings(
-                job.model, job.rollout, stop_ids, job.max_prompt_tokens, context_length(job.model)
-            ),
-            record_token_sets=False,  # only a learner asks what a token was sampled from
-        ),
+        engine=engine,
         kind=job.rollout.engine,
         seed=job.seed,
         transport=None,
@@ -134,7 +143,7 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
     workers = [make(index, 0) for index in range(max(1, count))]
     try:
         await asyncio.gather(*(worker.start() for worker in workers))
-        return await generate_all(workers, job.prompts, job.samples, job.timeout_s)
+        return await generate_all(workers, prompts, job.samples, job.timeout_s)
     finally:
         await asyncio.gather(*(worker.stop() for worker in workers), return_exceptions=True)
 

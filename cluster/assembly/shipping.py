@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.assembly.adapted import AdaptedModel, adapted
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.reward import FunctionSource, JudgeSource, RewardConfig
 from cluster.contracts.config.train import TrainConfig
@@ -58,7 +59,7 @@ def sampled_models(
         yield [Shipment() for _ in models]
         return
     software = ray_info["software"]
-    files = [Shipment(model_parcels(model.path, model.revision), software) for model in models]
+    files = [Shipment(_sampled_parcels(adapted(model)), software) for model in models]
     try:
         yield files
     finally:
@@ -91,6 +92,13 @@ def clear_hosts(shipments: Sequence[Shipment]) -> None:
     digests = [parcel.digest for sent in shipments for parcel in sent.parcels.values()]
     with suppress(Exception):  # a cluster that is gone: nothing more can be done, or needs to be
         on_every_node(sweep, digests, PATIENCE_S, timeout_s=SWEEP_S)
+
+
+def _sampled_parcels(model: ModelConfig) -> dict[str, Parcel]:
+    found = model_parcels(model.path, model.revision)
+    if isinstance(model, AdaptedModel):
+        found[known_as(model.adapter)] = pack(Path(model.adapter).expanduser(), _not_hidden)
+    return found
 
 
 def worker_parcels(config: TrainConfig) -> dict[str, Parcel]:

@@ -52,13 +52,17 @@ class LocalVoice:
     """A policy loaded with transformers."""
 
     def __init__(self, name: str, path: str) -> None:
+        from cluster.assembly.adapted import AdaptedModel, adapted
         from cluster.contracts.config.base import ModelConfig
         from learner.models.load import load_policy, load_tokenizer
+        from learner.models.lora import attach_saved
 
-        config = ModelConfig(path=policy_directory(path))
+        config = adapted(ModelConfig(path=policy_directory(path)))
         self.name = name
         self._tokenizer = load_tokenizer(config)
         self._policy = load_policy(config).eval()
+        if isinstance(config, AdaptedModel):
+            attach_saved(self._policy, config.adapter)
         self.plain = not getattr(self._tokenizer, "chat_template", None)
 
     @property

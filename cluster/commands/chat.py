@@ -29,6 +29,14 @@ def chat(
     after: Annotated[
         str | None, typer.Option(help="The same as MODEL, beside --before.", **_MODEL)
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Of a run of several policies: the one of this name. Or the folder of a LoRA "
+            "adapter on MODEL.",
+            metavar="NAME",
+        ),
+    ] = None,
     store: Annotated[
         str | None,
         typer.Option(
@@ -90,6 +98,10 @@ def chat(
             where="--page",
             fix="add --before MODEL and --store preferences.db",
         )
+    if adapter is not None:
+        from cluster.runs.policies import adapter_directory
+
+        chosen = [adapter_directory(chosen[0], adapter)]
     say_at_once("loading ...", quiet=not sys.stdin.isatty() and not page)
     from cluster.chat.voice import ChatSettings
 

@@ -49,11 +49,23 @@ Stop = Annotated[
     list[str] | None,
     typer.Option(metavar="TEXT", help="Ends a completion. Can be given often."),
 ]
+Adapter = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME",
+        help="MODEL is a run of several policies: the one of this name.",
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of sampling.")]
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="A model directory or a hub id.", metavar="MODEL")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A model directory, a hub id, or the folder of a LoRA adapter.", metavar="MODEL"
+        ),
+    ],
     prompts: Annotated[
         str,
         typer.Argument(
@@ -70,6 +82,7 @@ def generate(
     min_p: MinP = 0.0,
     stop: Stop = None,
     seed: Seed = 0,
+    adapter: Adapter = None,
     quiet: Quiet = False,
 ) -> None:
     """Sample completions with vLLM and write them to a file.
@@ -79,7 +92,10 @@ def generate(
     Example: `accord generate runs/q/sft/policy prompts.jsonl --samples 4 --out answers.jsonl`
     """
     from cluster.assembly.generate import generate_to_file
+    from cluster.runs.policies import adapter_directory
 
+    if adapter is not None:
+        model = adapter_directory(model, adapter)
     limits = {
         "top_k": top_k, "top_p": top_p, "min_p": min_p, "min_tokens": min_tokens,
         "stop": stop or [],

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 import xxhash
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cluster.contracts.config.lora import LoraConfig
@@ -177,6 +178,25 @@ def load_adapter(model: Any, tensors: Mapping[str, Tensor], name: str = DEFAULT)
         if tensor.shape != given.shape:
             raise RuntimeError(f"{key}: {tuple(given.shape)} for {tuple(tensor.shape)}")
         local(tensor).copy_(local(split_like(given.to(tensor.dtype), tensor)))
+
+
+def attach_saved(model: Any, folder: str, name: str = DEFAULT) -> None:
+    """Give a model the adapter that was saved in `folder` (peft's layout). Raises UserError where
+    it does not fit the model."""
+    with _quiet():
+        from peft import PeftConfig, inject_adapter_in_model
+
+        try:
+            config = PeftConfig.from_pretrained(folder)
+            inject_adapter_in_model(config, model, adapter_name=name)
+            load_adapter(model, load_file(Path(folder) / "adapter_model.safetensors"), name)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as problem:
+            raise UserError(
+                f"the adapter does not fit the model: {problem}",
+                where=folder,
+                fix="give an adapter that was trained on this model",
+            ) from None
+    model.eval()
 
 
 def scale_of(model: Any, name: str = DEFAULT) -> float:

@@ -69,7 +69,8 @@ def _section(
         elif kinds and not given and every_key and _is_left_out(model.model_fields[name]):
             yield ""
             yield from _comment(model.model_fields[name].description or "")
-            yield f"# [{prefix}{name}]"
+            table = f"{prefix}{name}"
+            yield f"# [[{table}]]" if _default(model.model_fields[name]) == [] else f"# [{table}]"
         elif kinds and (given or every_key):
             body = list(_section(kinds[0], given, f"{prefix}{name}.", every_key))
             yield from ([f"\n[{prefix}{name}]"] if _has_keys(body) else [])
@@ -108,7 +109,7 @@ def _comment(text: str) -> list[str]:
 
 def _is_left_out(field: FieldInfo) -> bool:
     """Whether a section that is not given is none at all: one with defaults would turn it on."""
-    return not field.is_required() and field.get_default(call_default_factory=True) is None
+    return not field.is_required() and _default(field) in (None, [])
 
 
 def _default(field: FieldInfo) -> Any:

@@ -22,6 +22,7 @@ from cluster.contracts.config.lora import LoraConfig
 from cluster.contracts.config.monitors import MonitorsConfig
 from cluster.contracts.config.policies import (
     Policies,
+    policy_problems,
     with_prompts_of_policies,
 )
 from cluster.contracts.config.reward import RewardConfig
@@ -88,6 +89,9 @@ class TrainConfig(Section):
             self.rollout,
             self.reward,
             self.monitors,
+        )
+        problems += policy_problems(
+            self.policies, self.lora, self.batch, self.rollout, self.learner, self.reward
         )
         if self.lora is not None:
             problems += lora_problems(self.lora, self.learner, self.model, self.rollout)

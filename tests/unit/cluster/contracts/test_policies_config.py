@@ -50,7 +50,7 @@ def test_the_record_names_the_files_of_all_policies() -> None:
         ({"learner": {"minibatches": 64}}, "completions of a policy"),
         ({"policies": [{"name": "Brief!", "prompts": "p"}]}, "pattern"),
         ({"policies": [{"name": "brief", "prompts": "p"}] * 2}, "same name twice"),
-        ({"policies": []}, "names none"),
+        ({"policies": [], "data": {"prompts": "p"}}, "names none"),
         ({"reward": {"sources": REWARDS[:1]}}, "no reward scores the policy 'wordy'"),
     ],
 )
