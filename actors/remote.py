@@ -192,9 +192,10 @@ class RolloutActor:
 
 
 def _merger(settings: EngineSettings, device: str) -> Any:
-    from actors.engines.merging import Merger  # torch, which is imported after the environment
+    # torch, which is imported after the environment
+    from actors.engines.merging import Merger, Unmerged
 
-    return Merger(settings, device)
+    return Merger(settings, device) if settings.adapters is None else Unmerged(settings)
 
 
 def worker_name(index: int) -> str:

@@ -7,7 +7,7 @@ from the operating system's cache, so that it takes no memory of the process's o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from actors.engines.host_tensors import parameter_shapes, published_tensors, to_
 from actors.settings import EngineSettings
 from cluster.contracts.errors import WeightMismatch
 from cluster.contracts.records import LoraUpdate
+from cluster.weights.low_precision import round_trip
 from cluster.weights.merging import base_fingerprint, factors_by_weight, merged_weight
 
 Read = Callable[[str], Tensor]
@@ -31,18 +32,39 @@ class Base:
         self._settings = settings
         self.names = tuple(parameter_shapes(settings))
         self._read = _from_files(settings, self.names) or _from_transformers(settings)
-        self._fingerprints: dict[str, str] = {}
+        self._fingerprints: dict[tuple[str, str], str] = {}
 
-    def tensor(self, name: str, dtype: str) -> Tensor:
-        """On the host; only to be read."""
-        return self._read(name).to(getattr(torch, dtype))
+    def tensor(self, name: str, update: LoraUpdate, adapted: Collection[str]) -> Tensor:
+        """As the learner's base has it, on the host; only to be read. adapted: the weights with an
+        adapter, which may be held in fewer bits."""
+        tensor = self._read(name).to(getattr(torch, update.base_dtype))
+        return round_trip(tensor, update.held) if name in adapted else tensor
 
-    def fingerprint(self, dtype: str) -> str:
-        """Of all of it in `dtype`; computed once."""
-        if dtype not in self._fingerprints:
-            every = ((name, self._read(name)) for name in self.names)
-            self._fingerprints[dtype] = base_fingerprint(every, dtype)
-        return self._fingerprints[dtype]
+    def fingerprint(self, update: LoraUpdate, adapted: Collection[str]) -> str:
+        """Of all of it; computed once."""
+        key = (update.base_dtype, update.held)
+        if key not in self._fingerprints:
+            every = ((name, self.tensor(name, update, adapted)) for name in self.names)
+            self._fingerprints[key] = base_fingerprint(every, update.base_dtype)
+        return self._fingerprints[key]
+
+
+class Unmerged:
+    """In place of a `Merger` for an engine that computes with adapters beside its base: they reach
+    it as they are, once the base is known to be the learner's."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._checked: str | None = None
+
+    def whole(
+        self, update: LoraUpdate, tensors: Iterable[tuple[str, Any]]
+    ) -> Iterable[tuple[str, Any]]:
+        """Raises WeightMismatch for a base other than the learner's."""
+        if self._checked != update.base:
+            _require_same_base(Base(self._settings), update, (), self._settings)
+            self._checked = update.base
+        return tensors
 
 
 class Merger:
@@ -66,17 +88,13 @@ class Merger:
         if self._base is None:
             self._base = Base(self._settings)
         base = self._base
-        if base.fingerprint(update.base_dtype) != update.base:
-            raise WeightMismatch(
-                f"the base model in {self._settings.model_path} is not the one that the learner "
-                "has: its adapters cannot be merged into other weights"
-            )
+        _require_same_base(base, update, factors, self._settings)
         if unknown := factors.keys() - set(base.names):
             raise WeightMismatch(f"the adapter changes {min(unknown)!r}, which the base lacks")
         for name in base.names:
             yield (
                 name,
-                self._merged(update, base.tensor(name, update.base_dtype), factors.get(name)),
+                self._merged(update, base.tensor(name, update, factors), factors.get(name)),
             )
 
     def _merged(
@@ -93,6 +111,16 @@ class Merger:
             weight = merged_weight(weight, a, b, update.scale)
         # Rounded once, from float32, as the learner rounds what it publishes whole.
         return weight.to(getattr(torch, update.dtype)) if weight.is_floating_point() else weight
+
+
+def _require_same_base(
+    base: Base, update: LoraUpdate, adapted: Collection[str], settings: EngineSettings
+) -> None:
+    if base.fingerprint(update, adapted) != update.base:
+        raise WeightMismatch(
+            f"the base model in {settings.model_path} is not the one that the learner has: its "
+            "adapters belong to other weights"
+        )
 
 
 def _from_files(settings: EngineSettings, names: tuple[str, ...]) -> Read | None:

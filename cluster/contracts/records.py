@@ -274,13 +274,15 @@ class LoraUpdate:
     """What makes a whole model of an update that holds an adapter alone: W + ``scale`` B A.
 
     ``base``: fingerprint of the base weights in ``base_dtype`` (``weights.merging``), which the
-    receiver has. ``dtype``: the engine's, to which merged weights are rounded.
+    receiver has. ``held``: how the learner holds those under adapters, which decides what numbers
+    they stand for (``lora.base``). ``dtype``: the engine's, to which merged weights are rounded.
     """
 
     base: str
     base_dtype: str
     scale: float
     dtype: str
+    held: Literal["full", "8bit", "4bit"] = "full"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

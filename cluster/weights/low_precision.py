@@ -41,9 +41,9 @@ def quantised(weight: Tensor, precision: Precision) -> Tensor:
 def plain(tensor: Tensor) -> Tensor:
     """The numbers that a quantised tensor stands for, in its own type; another one as it is."""
     if hasattr(tensor, "get_original_weight"):  # NF4
-        return tensor.get_original_weight()  # type: ignore[no-any-return]
+        return tensor.get_original_weight()
     if type(tensor).__module__.startswith("torchao."):
-        return tensor.dequantize()  # type: ignore[no-any-return, no-untyped-call]
+        return tensor.dequantize()
     return tensor
 
 
@@ -52,12 +52,18 @@ def round_trip(weight: Tensor, precision: Precision) -> Tensor:
     return plain(quantised(weight, precision))
 
 
+def pieces(tensor: Tensor) -> list[Tensor]:
+    """The tensors with memory of their own that a quantised one is made of; another one itself."""
+    if not type(tensor).__module__.startswith("torchao."):
+        return [tensor]
+    held: Any = tensor
+    names, _ = held.__tensor_flatten__()
+    return [piece for name in names for piece in pieces(getattr(held, name))]
+
+
 def held_bytes(tensor: Tensor) -> int:
     """Bytes that the tensor takes, with the scales of a quantised one."""
-    if hasattr(tensor, "__tensor_flatten__") and type(tensor).__module__.startswith("torchao."):
-        names, _ = tensor.__tensor_flatten__()
-        return sum(held_bytes(getattr(tensor, name)) for name in names)
-    return tensor.numel() * tensor.element_size()
+    return sum(piece.numel() * piece.element_size() for piece in pieces(tensor))
 
 
 def _int8(weight: Tensor) -> Tensor:
@@ -83,7 +89,7 @@ def _nf4(weight: Tensor) -> Tensor:
         )
     shared = next(count for count in _SCALES if blocks % count == 0)
     tensor: Any = to_nf4(weight.detach(), block_size=_BLOCK, scaler_block_size=shared)
-    return tensor  # type: ignore[no-any-return]
+    return tensor
 
 
 @contextmanager

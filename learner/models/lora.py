@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from cluster.contracts.config.lora import LoraConfig
 from cluster.contracts.errors import UserError
 from cluster.machine.imports import quiet_torchao
+from cluster.weights.low_precision import plain
 from cluster.weights.merging import PEFT_PREFIX, adapted_name, factor_names, merged_weight
 from learner.compute.ranks import whole
 from learner.compute.sharding import local, split_like
@@ -229,7 +230,7 @@ def merged_tensors(
     """
     layers = {adapted_name(module): layer for module, layer in adapter_layers(model, name).items()}
     for key, tensor in base_tensors(model).items():
-        full = whole(tensor.detach())
+        full = plain(whole(tensor.detach()))
         layer = layers.get(key)
         if layer is not None:
             a, b = (whole(f[name].weight.detach()) for f in (layer.lora_A, layer.lora_B))
@@ -245,7 +246,7 @@ def merged_parameters(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
     for layer in (module for module in modules if hasattr(module, "lora_A")):
         adapted: Any = layer
         base = adapted.get_base_layer().weight
-        weight = base
+        weight = plain(base.detach())
         for name in (name for name in adapted.active_adapters if name in adapted.lora_A):
             b = adapted.lora_B[name].weight
             a, scale = adapted.lora_A[name].weight, float(adapted.scaling[name])

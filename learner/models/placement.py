@@ -35,6 +35,7 @@ from learner.models.packed_attention import (
     require_plain_causal,
     use_packed_attention,
 )
+from learner.models.quantised import quantise_base
 from learner.models.tensor_plan import split_matrices
 
 
@@ -81,6 +82,7 @@ class Placement:
             hold_base_in(model, self.dtype)
             for name in self.adapters:
                 add_adapter(model, self.lora, name, self.seed)
+            quantise_base(model, self.lora.base)
 
     def adapt_value(self, value: ValueModel) -> None:
         """As `adapt`, for a value network of its own: one adapter."""
@@ -88,6 +90,7 @@ class Placement:
             hold_base_in(value.trunk, self.dtype)
             # Of another seed, or policy and value would start from the same numbers.
             add_adapter(value.trunk, self.lora, seed=self.seed + 1)
+            quantise_base(value.trunk, self.lora.base)
 
     def ready(self, model: Any, *, frozen: bool = False) -> None:
         """What is done in place to a model, with memory or without, before it is sharded."""

@@ -18,6 +18,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cluster.weights.low_precision import pieces
 from learner.compute.optimizer import compute_in
 from learner.compute.sharding import local
 from learner.rl.forward import Networks, PolicyOutputs, policy_outputs
@@ -208,7 +209,8 @@ class _SavedBytes:
 
     def __init__(self, networks: Networks) -> None:
         modules = [networks.policy, *([networks.value] if networks.value is not None else [])]
-        params = [local(p) for module in modules for p in module.parameters()]
+        held = [local(p.detach()) for module in modules for p in module.parameters()]
+        params = [piece for tensor in held for piece in pieces(tensor)]
         self._seen = {p.untyped_storage().data_ptr() for p in params}
         self.total = 0
 
@@ -216,10 +218,11 @@ class _SavedBytes:
         return torch.autograd.graph.saved_tensors_hooks(self._count if wanted else _same, _same)
 
     def _count(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self.total += storage.nbytes()
+        for piece in pieces(tensor):
+            storage = piece.untyped_storage()
+            if storage.data_ptr() not in self._seen:
+                self._seen.add(storage.data_ptr())
+                self.total += storage.nbytes()
         return tensor
 
 

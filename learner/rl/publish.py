@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.records import Canary, LoraUpdate
+from cluster.weights.low_precision import plain
 from cluster.weights.merging import base_fingerprint
 from learner.compute.ranks import whole
 from learner.compute.sharding import bare, call
@@ -94,12 +95,13 @@ def lora_update(networks: Networks, settings: LearnerSettings) -> LoraUpdate | N
     if settings.lora is None:
         return None
     dtype = settings.model.dtype
-    base = ((name, whole(t.detach())) for name, t in base_tensors(networks.policy).items())
+    base = ((name, plain(whole(t.detach()))) for name, t in base_tensors(networks.policy).items())
     return LoraUpdate(
         base=base_fingerprint(base, dtype),
         base_dtype=dtype,
         scale=settings.lora.scale,
         dtype=settings.rollout_dtype,
+        held=settings.lora.base,
     )
 
 

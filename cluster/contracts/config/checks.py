@@ -80,6 +80,11 @@ def lora_problems(
         )
     if learner.compile:
         found.append("learner.compile cannot be had together with [lora]: leave one out")
+    if lora.base != "full" and learner.sharding != "none":
+        found.append(
+            "lora.base in 8 or 4 bits cannot be dealt out to processes: set learner.sharding = "
+            "'none', or lora.base = 'full'"
+        )
     if learner.tensor_parallel > 1:
         found.append(
             "learner.tensor_parallel cuts layers by the names that adapters change: set it to 1 "

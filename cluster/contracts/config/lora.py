@@ -33,6 +33,14 @@ class LoraConfig(Section):
         "only: on-line training computes exact probability ratios, which dropout would blur.",
     )
 
+    base: Literal["full", "8bit", "4bit"] = Field(
+        "full",
+        description="How the frozen weights under the adapters are held. full: in `model.dtype`. "
+        "8bit: int8, a scale for each row. 4bit: NF4, as in QLoRA. Both take less memory, compute "
+        "more slowly, and move the base a little (docs/train.md). Workers merge adapters into the "
+        "same numbers.",
+    )
+
     @field_validator("targets")
     @classmethod
     def _some_targets(cls, targets: Literal["all-linear"] | list[str]) -> str | list[str]:

@@ -85,6 +85,11 @@ def policy_problems(
         found.append(
             "[[policies]] are LoRA adapters on one base: add a [lora] section (rank = 16, say)"
         )
+    elif lora.base != "full":
+        found.append(
+            "lora.base in 8 or 4 bits cannot be had together with [[policies]]: engines serve "
+            "several adapters on the base as it is on the disk. Set lora.base = 'full'"
+        )
     total = sum(policy.share for policy in policies)
     if batch.prompts_per_step % total:
         found.append(

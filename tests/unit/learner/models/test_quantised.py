@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
+from actors.engines.merging import Merger
+from actors.settings import EngineSettings
 from cluster.contracts.config.lora import LoraConfig
-from cluster.contracts.errors import UserError
+from cluster.contracts.errors import UserError, WeightMismatch
+from cluster.contracts.records import StepInput
 from cluster.weights.low_precision import Precision, held_bytes, plain, quantised, round_trip
 from learner.models.lora import add_adapter, merged_tensors
 from learner.models.quantised import base_bytes, quantise_base
+from learner.rl.learner import PPOLearner
 
 IDS = torch.arange(3, 43)[None, :] % 60
 
@@ -61,10 +68,10 @@ def test_a_quantised_base_starts_near_the_whole_one_and_its_adapters_learn(
     precision: Precision, share: float, near: float
 ) -> None:
     made = model()
-    whole, start = base_bytes(made), float(loss(made))
+    whole, start = base_bytes(made), float(loss(made).detach())
     quantise_base(made, precision)
     assert base_bytes(made) < share * whole
-    assert abs(float(loss(made)) - start) < near
+    assert abs(float(loss(made).detach()) - start) < near
     params = [p for p in made.parameters() if p.requires_grad]
     assert len(params) == 2 * 7 * 2
     optimizer = torch.optim.AdamW(params, lr=1e-2)
@@ -72,7 +79,7 @@ def test_a_quantised_base_starts_near_the_whole_one_and_its_adapters_learn(
         optimizer.zero_grad()
         loss(made).backward()
         optimizer.step()
-    assert float(loss(made)) < start - 0.5
+    assert float(loss(made).detach()) < start - 0.5
 
 
 @pytest.mark.parametrize("precision", ["8bit", "4bit"])
@@ -96,3 +103,42 @@ def test_what_is_exported_is_what_was_trained(precision: Precision) -> None:
 def test_a_shape_without_a_four_bit_form_is_said() -> None:
     with pytest.raises(UserError, match=r"blocks of 64 .*no 4-bit form"):
         quantised(torch.randn(10, 10), "4bit")
+
+
+@pytest.mark.parametrize("precision", ["8bit", "4bit"])
+def test_a_worker_merges_into_the_numbers_that_the_learner_computed_with(
+    world: ModuleType, tiny: Path, precision: str
+) -> None:
+    publisher = world.KeepingPublisher()
+    lora = LoraConfig.model_validate({"rank": 4, "base": precision})
+    settings = world.make_settings(
+        tiny,
+        learner={"lr": 0.1, "eps": 1e-3},
+        algorithm={"advantage": "grpo", "kl": {"coef": 0.1, "estimator": "k1"}},
+        lora=lora,
+    )
+    learner = PPOLearner(settings, publisher)
+    learner.start()
+    source = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
+    table = world.table_of(world.make_groups(source))
+    result = learner.step(StepInput(step=0, group_ids=(0, 1, 2, 3), payloads=(table,)))
+    update = result.manifest.lora
+    assert update is not None
+    assert update.held == precision
+    engine = EngineSettings(
+        model_path=str(tiny), max_tokens=4, stop_token_ids=(1,), max_model_len=32
+    )
+    merger = Merger(engine, "cpu")
+    whole = dict(merger.whole(update, publisher.arrays.items()))
+    moved = max(float((whole[n] - p).abs().max()) for n, p in source.named_parameters())
+    assert moved > 1e-4
+    for name, parameter in source.named_parameters():
+        parameter.data.copy_(whole[name])
+    canary = result.manifest.canary
+    ids = torch.tensor([canary.token_ids])
+    with torch.no_grad():
+        every = source(ids).logits[0, :-1].log_softmax(dim=-1)
+    wanted = every.gather(1, ids[0, 1:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(canary.logprobs), wanted, rtol=0, atol=2e-5)
+    with pytest.raises(WeightMismatch, match="other weights"):
+        list(merger.whole(dataclasses.replace(update, held="full"), publisher.arrays.items()))
