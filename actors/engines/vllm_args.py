@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from vllm.engine.arg_utils import EngineArgs
@@ -9,6 +10,7 @@ from vllm.platforms import current_platform
 
 from actors.engines.vllm_adapters import AdapterStage, adapter_args
 from actors.engines.vllm_limits import limit_args
+from actors.engines.vllm_parts import PartStage
 from actors.engines.vllm_weights import WeightStage
 from actors.settings import EngineSettings
 
@@ -16,9 +18,14 @@ from actors.settings import EngineSettings
 def _platform_args(settings: EngineSettings) -> dict[str, Any]:
     """Engine arguments that differ between CPU and CUDA."""
     if current_platform.is_cpu():
+        if settings.tensor_parallel > 1:
+            # Its processes would take cores of their own, wherever this one was put.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # threads run here
         return {
             "enforce_eager": True,  # compiling costs 25 s and gains nothing on a CPU
             "kv_cache_memory_bytes": settings.kv_cache_mb << 20,
+            "tensor_parallel_size": settings.tensor_parallel,
         }
     return {
         "enforce_eager": False,
@@ -29,6 +36,8 @@ def _platform_args(settings: EngineSettings) -> dict[str, Any]:
 
 def engine_args(settings: EngineSettings) -> EngineArgs:
     extension = WeightStage if settings.adapters is None else AdapterStage
+    if settings.tensor_parallel > 1:
+        extension = PartStage
     return EngineArgs(
         model=settings.model_path,
         revision=settings.revision,

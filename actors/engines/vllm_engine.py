@@ -3,11 +3,12 @@
 ``LLMEngine`` is driven step by step by one thread: a weight swap falls exactly between two tokens.
 Call ``actors.environment.prepare_environment`` before this module is imported.
 
-Run on CPU only so far: the CUDA choices in ``vllm_args`` and ``tensor_parallel`` follow vLLM's
+Run on CPU only so far, tensor parallelism included: the CUDA choices in ``vllm_args`` follow vLLM's
 documentation and have not been run by us.
 
-Weights come as host arrays. They are loaded and packed into a second set beside the one that
-decodes (``actors.engines.vllm_weights``); the swap only exchanges the two.
+Weights are loaded as they come and packed into a second set beside the one that decodes
+(``actors.engines.vllm_weights``, for a divided engine ``vllm_parts``); the swap only exchanges the
+two.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import time
 from array import array
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,7 @@ from actors.engines.token_limits import Kept, TokenLimits
 from actors.engines.vllm_adapters import ServedAdapters
 from actors.engines.vllm_args import engine_args
 from actors.engines.vllm_limits import request_args
+from actors.engines.vllm_parts import CALL_S, Parts
 from actors.settings import EngineSettings
 from cluster.contracts.errors import (
     AccordError,
@@ -76,6 +77,7 @@ class VllmEngine:
         self._adapters: ServedAdapters | None = None
         if settings.adapters is not None:
             self._adapters = ServedAdapters(settings.adapters, self._in_worker)
+        self._parts = Parts(self._ask_parts) if settings.tensor_parallel > 1 else None
         self._stepping = threading.Lock()  # the second set of weights is built between two steps
         self._prepared = False
         self._staged: int | None = None
@@ -271,7 +273,10 @@ class VllmEngine:
                 with self._stepping:
                     self._llm.collective_rpc("accord_prepare")
                 self._prepared = True
-            self._llm.collective_rpc("accord_stage", args=(checked(self._shapes, tensors),))
+            if self._parts is not None:
+                self._parts.stage(self._shapes, tensors)
+            else:
+                self._llm.collective_rpc("accord_stage", args=(checked(self._shapes, tensors),))
         except (WeightMismatch, Retryable):
             raise
         except Exception as problem:
@@ -297,6 +302,11 @@ class VllmEngine:
                 f"{self.name} failed staging the adapters of version {version}: {problem}"
             ) from problem
         self._staged = version
+
+    def _ask_parts(self, method: str, args: tuple[Any, ...]) -> list[Any]:
+        """vLLM's other processes take one call at a time: this one waits for its turn."""
+        with self._stepping:
+            return self._llm.collective_rpc(method, timeout=CALL_S, args=args)
 
     def _in_worker(self, method: str, args: tuple[Any, ...]) -> Any:
         """vLLM's worker is in this process, as an engine with adapters is not divided."""
@@ -330,14 +340,15 @@ class VllmEngine:
     def prove(self) -> None:
         """Raise WeightMismatch unless the next step computes with exactly what was staged last.
 
-        Any thread, while others step. With tensor parallelism it takes its turn between two steps.
+        Any thread, while others step.
         """
         if self._adapters is not None:
             self._adapters.prove(self.name, self.version)
             return
-        alone = self._stepping if self._settings.tensor_parallel > 1 else nullcontext()
-        with alone:
-            wrong = [name for part in self._llm.collective_rpc("accord_wrong") for name in part]
+        if self._parts is not None:
+            wrong = self._parts.wrong()
+        else:
+            wrong = self._llm.collective_rpc("accord_wrong")[0]
         require_none_wrong(wrong, self.name, self.version)
 
     def _label(self) -> None:

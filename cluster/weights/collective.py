@@ -111,6 +111,8 @@ class CollectivePublisher:
 class CollectiveReceiver:
     """One worker's end. device: where the weights are to arrive, "cpu" or "cuda:0"."""
 
+    in_any_process = True
+
     def __init__(self, device: str = "cpu", timeout_s: float = TIMEOUT_S) -> None:
         self._device = torch.device(device)
         self._timeout = timedelta(seconds=timeout_s)

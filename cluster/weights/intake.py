@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import dataclass
 from typing import Any
 
 from cluster.contracts.errors import Fatal, Retryable
@@ -17,6 +18,14 @@ from cluster.weights.manifest import verified
 from cluster.weights.transports import Receiver
 
 Bucket = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where another process of the same worker can fetch an update for itself."""
+
+    manifest: WeightManifest
+    timeout_s: float
 
 
 class Intake:
@@ -67,6 +76,16 @@ class Incoming:
                 del bucket
         finally:
             buckets.close()
+        self._whole = True
+
+    @property
+    def source(self) -> Source | None:
+        """None where only this process can read the transport."""
+        anywhere = getattr(self._receiver, "in_any_process", False)
+        return Source(self._manifest, self._timeout_s) if anywhere else None
+
+    def taken_elsewhere(self) -> None:
+        """Other processes have gone through all of it."""
         self._whole = True
 
     def require_whole(self) -> None:

@@ -46,6 +46,8 @@ class SharedDevicePublisher:
 class SharedDeviceReceiver:
     """Maps the publisher's memory; a buffer that was mapped before is recognised by its handle."""
 
+    in_any_process = True
+
     def __init__(self) -> None:
         self._mapped: OrderedDict[Any, Tensor] = OrderedDict()
 

@@ -33,6 +33,9 @@ class Publisher(Protocol):
 
 
 class Receiver(Protocol):
+    """A receiver of which every process of a divided engine may have one of its own says so by
+    ``in_any_process = True``; what others receive, one process receives and shares."""
+
     def fetch(self, manifest: WeightManifest, timeout_s: float) -> Iterator[Mapping[str, Any]]:
         """The buckets of an update in order; each may be dropped before the next is asked for.
 

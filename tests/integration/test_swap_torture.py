@@ -120,7 +120,7 @@ def test_a_failure_half_way_in_staging_leaves_the_old_weights(measured: dict[str
         ("missing", "version 4, tensor 'model.embed_tokens.weight': missing (1 in all)"),
         ("older", "version 2 arrived after a newer one: version 3 is in force"),
         ("duplicate", "version 3 arrived again: version 3 is in force"),
-        ("unfitting", "does not fit the model: 0 parameters missing [], 1 unknown"),
+        ("unfitting", "does not fit the model: 'extra.weight' is unknown to the model"),
     ],
 )
 def test_a_bad_update_is_refused_and_the_worker_goes_on(
