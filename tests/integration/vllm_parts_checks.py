@@ -6,6 +6,7 @@ Usage: python vllm_parts_checks.py FOLDER; writes FOLDER/results.json.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -47,9 +48,9 @@ class InOneProcess(DiskReceiver):
     in_any_process = False
 
 
-def said(work: Callable[[], Any]) -> str:
+def said(work: Callable[..., Any], *args: Any) -> str:
     try:
-        work()
+        work(*args)
     except AccordError as problem:
         return f"{type(problem).__name__}: {problem}"
     return "accepted"
@@ -121,16 +122,16 @@ def refusals(engine: Any, sender: Sender) -> dict[str, Any]:
         "extra": {**whole, "extra.weight": np.ones(3, np.float32)},
         "shape": {**whole, first: whole[first][:-1]},
     }
-    out = {kind: said(lambda: engine.stage(update.items(), 90)) for kind, update in wrong.items()}
+    out = {kind: said(engine.stage, update.items(), 90) for kind, update in wrong.items()}
     for kind, receiver in (("torn here", InOneProcess()), ("torn there", DiskReceiver())):
         manifest = sender.next()
         file = sorted(Path(manifest.locator).iterdir())[2]
         data = bytearray(file.read_bytes())
         data[40] ^= 1
         file.write_bytes(bytes(data))
-        out[kind] = said(lambda: engine.stage(incoming(receiver, manifest), manifest.version))
+        out[kind] = said(engine.stage, incoming(receiver, manifest), manifest.version)
     disturb_back(model, sender, version)
-    out["swap"] = said(lambda: engine.swap(sender.version))
+    out["swap"] = said(engine.swap, sender.version)
     out["canary"] = [before, canary(engine, model)]
     out["proof"] = said(engine.prove)
     return out
@@ -162,21 +163,16 @@ def _break_swap_of_second(worker: Any) -> None:
         shadow.swap = lambda: vars(shadow).pop("swap", None)
 
 
-def most_files(work: Callable[[], Any]) -> int:
+def most_files(shared: Path, work: Callable[[], Any]) -> int:
     """The most buckets that lay in shared memory at a time while the work went on."""
     most, ended = 0, threading.Event()
 
     def look() -> None:
         nonlocal most
         while not ended.is_set():
-            names = [n for n in os.listdir("/dev/shm") if n.startswith("accord-")]
-            counts = []
-            for name in names:
-                try:
-                    counts.append(len(os.listdir(f"/dev/shm/{name}")))
-                except FileNotFoundError:
-                    continue
-            most = max([most, *counts])
+            for folder in shared.iterdir():
+                with contextlib.suppress(FileNotFoundError):
+                    most = max(most, len(os.listdir(folder)))
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -192,6 +188,9 @@ def main(folder: Path) -> None:
         "vllm", settings(folder / "qwen2-tied", tensor_parallel=2, weights="published")
     )
     vllm_parts.BUCKET_BYTES = 30_000
+    shared = folder / "shared"
+    shared.mkdir()
+    vllm_parts._SHARED_MEMORY = str(shared)
     sender = Sender(model, folder / "weights")
     publish, versions = sender.next, itertools.count(1)
 
@@ -206,10 +205,10 @@ def main(folder: Path) -> None:
         out["there"].append(swapped(engine, sender, DiskReceiver()))
         out["here"].append(swapped(engine, sender, InOneProcess()))
     whole, _ = host_arrays(model, "float32")
-    out["most"] = most_files(lambda: engine.stage(whole.items(), 50))
+    out["most"] = most_files(shared, lambda: engine.stage(whole.items(), 50))
     out["refused"] = refusals(engine, sender)
     out["undone"] = undone(engine, sender)
-    out["left"] = [n for n in os.listdir("/dev/shm") if n.startswith("accord-")]
+    out["left"] = os.listdir(shared)
     engine.close()
     (folder / "results.json").write_text(json.dumps(out), encoding="utf-8")
 
