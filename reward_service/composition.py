@@ -179,7 +179,10 @@ def build(
 
 def _load(source: Any, cfg: RewardConfig, threads: int, remote: Mapping[str, Access]) -> Source:
     context = SourceContext(
-        threads=threads, deadline_s=cfg.deadline_s, access=remote.get(source.name)
+        threads=threads,
+        device=cfg.device,
+        deadline_s=cfg.deadline_s,
+        access=remote.get(source.name),
     )
     made: Source = _module(source).make(source, context)
     return made

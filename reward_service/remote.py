@@ -234,7 +234,12 @@ def begin_reward_service(
     of the files that the sources name.
     """
     kind: Any = ray.remote(_RewardActor)
-    options = {"num_cpus": num_cpus, "resources": dict(cfg.resources), "max_concurrency": 4}
+    options = {
+        "num_cpus": num_cpus,
+        "num_gpus": cfg.gpus,
+        "resources": dict(cfg.resources),
+        "max_concurrency": 4,
+    }
     if cfg.labels:
         options["label_selector"] = dict(cfg.labels)
 

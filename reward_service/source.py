@@ -68,10 +68,12 @@ class SourceContext:
     `reward_service/sources/`, with `make(source, context) -> Source` and `check(source, prompts)`,
     which raises UserError for what can be found wrong before anything is started.
 
-    threads: of torch. access: what lets a source of type grpc in (None: it reads that itself).
+    threads: of torch. device: of models, "auto", "cpu" or "cuda". access: what lets a source of
+    type grpc in (None: it reads that itself).
     """
 
     threads: int = 1
+    device: str = "auto"
     deadline_s: float = 30.0
     access: Access | None = None
 

@@ -10,7 +10,14 @@ FREE_ON_RESUME = (
     *("logging", "monitors", "cluster", "checkpoint", "weights"),
     # Addresses, deadlines and places of the rewards; what scores stays the same.
     *("reward.address", "reward.tls", "reward.deadline_s", "reward.outage_s", "reward.max_batch"),
-    *("reward.max_wait_ms", "reward.replicas", "reward.cpus", "reward.resources", "reward.labels"),
+    *(
+        "reward.max_wait_ms",
+        "reward.replicas",
+        "reward.cpus",
+        "reward.gpus",
+        "reward.resources",
+        "reward.labels",
+    ),
     # How many workers, where, how fast; each samples from the same distribution.
     *("rollout.workers", "rollout.cpus", "rollout.gpus", "rollout.resources", "rollout.labels"),
     *("rollout.min_workers", "rollout.workers_timeout_s", "rollout.autoscale"),

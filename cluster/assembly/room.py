@@ -54,7 +54,7 @@ def resource_needs(config: TrainConfig, workers: int | None = None) -> list[Need
     services = 0 if reward.address else reward.replicas
     return [
         _need("a learner process", "learner", learner, learner.processes, learner.gpus),
-        *([_need("a reward service", "reward", reward, services, 0.0)] if services else []),
+        *([_need("a reward service", "reward", reward, services, reward.gpus)] if services else []),
         _need("a rollout worker", "rollout", rollout, count, rollout.gpus),
     ]
 

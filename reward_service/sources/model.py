@@ -10,7 +10,7 @@ import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.contracts.chat import is_text, render_answered, require_template
 from cluster.contracts.config.reward import RewardModelSource
@@ -19,13 +19,18 @@ from cluster.contracts.records import Prompt
 from cluster.machine.torch_state import prepare_torch
 from reward_service.source import Part, ScoreItem, SourceContext
 
+if TYPE_CHECKING:
+    from learner.models.reward_artifact import RewardArtifact
+
 log = logging.getLogger("accord.reward")
 
-TOKENS_PER_MICROBATCH = 4096
+TOKENS_PER_MICROBATCH = {"cpu": 4096, "cuda": 65536}
+BFLOAT16_TOLERANCE = 0.1
+"""Of golden scores on a GPU, in standard deviations of the scores that the model was centred on."""
 
 
 def make(source: RewardModelSource, context: SourceContext) -> ModelScorer:
-    return ModelScorer(source, context.threads)
+    return ModelScorer(source, context.threads, context.device)
 
 
 def check(source: RewardModelSource, prompts: Sequence[Prompt]) -> None:
@@ -43,11 +48,14 @@ class ModelScorer:
     Token ids are used as they are when they belong to the reward model's own tokenizer and
     template; otherwise messages and text are rendered with those. Rows too long for the model's
     positions are a BadReward: an answer is never cut to be scored. One thread only.
+
+    device: see `RewardConfig.device`. On a GPU the trunk is held in bfloat16, and the head in
+    float32. Raises UserError where there is none, and where golden scores come out too far off.
     """
 
     type = "model"
 
-    def __init__(self, source: RewardModelSource, threads: int = 1) -> None:
+    def __init__(self, source: RewardModelSource, threads: int = 1, device: str = "auto") -> None:
         # torch: not before a model is really wanted
         from learner.models.heads import member_scores
         from learner.models.load import load_reward_members
@@ -63,11 +71,18 @@ class ModelScorer:
         self.tokenizer = self._artifact.tokenizer
         self._scores = member_scores
         self._positions = _positions(model)
+        self._device = _device(device)
+        self._budget = TOKENS_PER_MICROBATCH[self._device]
         self._pad = model.config.get_text_config().pad_token_id or 0
         self._warned_long = False
         rule = f"normalise={source.normalise}"
         if self._combine != "mean":
             rule += f" {self._combine} {self._uncertainty}"
+        if self._device == "cuda":
+            rule += " bfloat16"
+            for each, artifact in self._members:
+                to_gpu(each, self._device)
+                self._check_golden(each, artifact)
         self.content = directory_hash(Path(source.path), rule)
 
     def score(self, items: Sequence[ScoreItem]) -> list[Part]:
@@ -75,7 +90,7 @@ class ModelScorer:
         for item, row in zip(items, rows, strict=True):
             self._check_length(item, len(row))
         found: list[list[float]] = [[] for _ in rows]
-        for batch in microbatches([len(row) for row in rows], TOKENS_PER_MICROBATCH):
+        for batch in microbatches([len(row) for row in rows], self._budget):
             for index, values in zip(batch, self._forward([rows[i] for i in batch]), strict=True):
                 found[index] = values
         return [self._part(values) for values in found]
@@ -122,6 +137,14 @@ class ModelScorer:
 
     def _forward(self, rows: Sequence[Sequence[int]]) -> list[list[float]]:
         """The scores of each row by every member."""
+        found: list[list[float]] = [[] for _ in rows]
+        for model, artifact in self._members:
+            for own, raw in zip(found, self._raw(model, rows), strict=True):
+                own += artifact.normalise_members(raw) if self._normalise else raw
+        return found
+
+    def _raw(self, model: Any, rows: Sequence[Sequence[int]]) -> list[list[float]]:
+        """[B][K] raw scores by one model."""
         import torch
 
         width = max(len(row) for row in rows)
@@ -130,12 +153,21 @@ class ModelScorer:
         for index, row in enumerate(rows):
             ids[index, : len(row)] = torch.tensor(row)
             mask[index, : len(row)] = 1
-        found: list[list[float]] = [[] for _ in rows]
         with torch.inference_mode():
-            for model, artifact in self._members:
-                for own, raw in zip(found, self._scores(model, ids, mask).tolist(), strict=True):
-                    own += artifact.normalise_members(raw) if self._normalise else raw
-        return found
+            scores = self._scores(model, ids.to(self._device), mask.to(self._device))
+        numbers: list[list[float]] = scores.tolist()
+        return numbers
+
+    def _check_golden(self, model: Any, artifact: RewardArtifact) -> None:
+        for row in artifact.golden:
+            score = statistics.fmean(self._raw(model, [row.token_ids])[0])
+            if not abs(score - row.score) <= BFLOAT16_TOLERANCE * artifact.centre_std:
+                raise UserError(
+                    f"scores {score:.4f} in bfloat16 where it scored {row.score:.4f} when it was "
+                    f"saved (standard deviation of its scores: {artifact.centre_std:.4f})",
+                    where=self._path,
+                    fix="set reward.device = 'cpu', or train the reward model with a larger margin",
+                )
 
     def close(self) -> None:
         """Nothing outside this process is held."""
@@ -191,6 +223,30 @@ def directory_hash(directory: Path, also: str = "") -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _device(wanted: str) -> str:
+    """ "cpu" or "cuda". Raises UserError for a GPU that is not there."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UserError(
+            "no GPU that torch can use here",
+            where="reward.device",
+            fix="set reward.device = 'auto', or reward.gpus for the services of a run",
+        )
+    return "cuda" if there and wanted != "cpu" else "cpu"
+
+
+def to_gpu(model: Any, device: str) -> None:
+    """In place: the trunk's weights in bfloat16. Buffers such as rotary tables stay as they are,
+    for rounding would move every position, and so does the head."""
+    import torch
+
+    for parameter in model.base_model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    model.to(device)
 
 
 def _positions(model: Any) -> int | None:

@@ -21,7 +21,9 @@ VERSIONS = 3  # of the weights, on their way at once at most
 
 
 def choose_gpus(choices: Choices[TrainConfig]) -> None:
-    config, count = choices.config, choices.machine.gpus
+    config = choices.config
+    services = 0 if config.reward.address else config.reward.replicas
+    count = max(0, choices.machine.gpus - math.floor(services * config.reward.gpus))
     workers, processes = config.rollout.workers, config.learner.processes
     each = config.rollout.tensor_parallel
     wanted = workers * each + processes

@@ -293,6 +293,18 @@ class RewardConfig(Section):
         "fewest calls outstanding, and another when it fails.",
     )
     cpus: float = Field(1, gt=0, description="CPU cores that Ray reserves for a reward service.")
+    gpus: float = Field(
+        0,
+        ge=0,
+        description="GPUs that Ray reserves for a reward service. 0: a run's services score on "
+        "CPUs.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where reward models score. cuda: on a GPU, in bfloat16. auto: on a GPU where "
+        "the service sees one (`accord serve-reward` sees all, a service of a run sees those of "
+        "`reward.gpus`).",
+    )
     resources: Resources = resources("a reward service")
     labels: Labels = labels("a reward service")
 

@@ -26,7 +26,12 @@ from learner.models.reward_artifact import (
 )
 from reward_service.composition import build
 from reward_service.source import ScoreItem
-from reward_service.sources.model import ModelScorer, microbatches
+from reward_service.sources.model import (
+    BFLOAT16_TOLERANCE,
+    ModelScorer,
+    microbatches,
+    to_gpu,
+)
 
 # One character a token, by bytes: transformers picks the tokenizer's class by the model's, and that
 # of Qwen2 splits so, whatever the files were made with (and adds a token of its own).
@@ -125,6 +130,35 @@ def test_a_score_does_not_depend_on_its_batch(made: tuple[Path, Any]) -> None:
     alone = [served.score([one])[0].value for one in items]
     assert together == pytest.approx(alone, abs=1e-5)
     assert len({round(value, 4) for value in together}) == 8
+
+
+def test_on_a_gpu_the_trunk_is_held_in_bfloat16_and_the_scores_are_checked(
+    made: tuple[Path, Any],
+) -> None:
+    """By what is done for a GPU, on the CPU."""
+    served = scorer(made[0])
+    items = [item("abcdefgh"[: n % 8 + 1]) for n in range(8)]
+    exact = [part.value for part in served.score(items)]
+    model, artifact = served._members[0]
+    to_gpu(model, "cpu")
+    assert model.score.weight.dtype == torch.float32
+    kinds = {p.dtype for p in model.base_model.parameters()}
+    assert kinds == {torch.bfloat16}
+    assert all(buffer.dtype == torch.float32 for buffer in model.base_model.buffers())
+    rounded = [part.value for part in served.score(items)]
+    assert rounded != exact
+    assert rounded == pytest.approx(exact, abs=BFLOAT16_TOLERANCE)
+    served._check_golden(model, artifact)
+    with torch.no_grad():
+        model.score.weight.mul_(1.5)
+    with pytest.raises(UserError, match=r"in bfloat16 where it scored"):
+        served._check_golden(model, artifact)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_refused(made: tuple[Path, Any]) -> None:
+    with pytest.raises(UserError, match=r"reward\.device: no GPU"):
+        ModelScorer(RewardModelSource(path=str(made[0])), 1, "cuda")
 
 
 def test_normalised_as_stored(made: tuple[Path, Any]) -> None:
