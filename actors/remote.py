@@ -155,6 +155,7 @@ class RolloutActor:
                 swap_timeout_s=spec.weights_timeout_s,
                 score_batch=spec.score_batch,
                 reward_outage_s=spec.reward_outage_s,
+                precision=settings.precision,
                 request_timeout_s=spec.request_timeout_s,
             ),
             lambda: _merger(settings, device),

@@ -61,6 +61,7 @@ class WorkerSettings:
     scoring_threads: int = 2  # one waits for the reward service while the other prepares a call
     score_batch: int = 64  # most rollouts in one call of the scorer
     reward_outage_s: float = 300.0  # for so long finished groups wait for a scorer that is away
+    precision: str | None = None  # `EngineSettings.precision`; None: the manifest's
     request_timeout_s: float = 0.0  # from the engine's being given a group to its end; 0: no limit
 
 
@@ -433,7 +434,8 @@ class RolloutWorker:
     def _compare(self, engine: Engine, canary: Canary, manifest: WeightManifest) -> float:
         check = self._canaries.setdefault(canary.adapter, CanaryCheck())
         got = engine.sequence_logprobs(canary.token_ids, canary.adapter)
-        return check.compare(canary, got, manifest.version, manifest.dtype)
+        dtype = self._settings.precision or manifest.dtype
+        return check.compare(canary, got, manifest.version, dtype)
 
     def _prove(self) -> float:
         """Seconds it took. Raises WeightMismatch when the swap did not do what it was to do."""

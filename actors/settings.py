@@ -47,6 +47,7 @@ class EngineSettings:
 
     model_path: str
     dtype: str = "float32"
+    quantization: Literal["none", "int8", "fp8"] = "none"
     temperature: float = 1.0
     max_tokens: int
     min_tokens: int = 0
@@ -78,6 +79,11 @@ class EngineSettings:
             fixed = tuple((name, here(folder), rank) for name, folder, rank in adapters.fixed)
             adapters = replace(adapters, fixed=fixed)
         return replace(self, model_path=here(self.model_path), adapters=adapters)
+
+    @property
+    def precision(self) -> str:
+        """What its rounding noise depends on."""
+        return self.dtype if self.quantization == "none" else self.quantization
 
     @property
     def limits_tokens(self) -> bool:
@@ -120,6 +126,7 @@ def engine_settings(
     return EngineSettings(
         model_path=known_as(model.path),
         dtype=rollout.dtype,
+        quantization=rollout.quantization,
         temperature=rollout.temperature,
         max_tokens=rollout.max_tokens,
         min_tokens=rollout.min_tokens,

@@ -16,11 +16,14 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def parameter_shapes(settings: EngineSettings) -> Shapes:
-    """Name -> shape of everything in an update of the model in ``settings.model_path``.
+    """Name -> shape of everything in an update of the model in ``settings.model_path``: what a
+    learner publishes, whatever the engine has fused or packed it into."""
+    tensors = published_tensors(model_without_memory(settings))
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
-    The model is built without memory, from its configuration: this is what a learner publishes,
-    whatever the engine has fused or packed it into.
-    """
+
+def model_without_memory(settings: EngineSettings) -> Any:
+    """The model as transformers builds it, from its configuration, on torch's device "meta"."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(
@@ -29,10 +32,9 @@ def parameter_shapes(settings: EngineSettings) -> Shapes:
         trust_remote_code=settings.trust_remote_code,
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        return AutoModelForCausalLM.from_config(
             config, trust_remote_code=settings.trust_remote_code
         )
-    return {name: tuple(tensor.shape) for name, tensor in published_tensors(model).items()}
 
 
 def published_tensors(model: torch.nn.Module) -> dict[str, torch.Tensor]:

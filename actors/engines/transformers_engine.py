@@ -74,6 +74,12 @@ class TransformersEngine:
                 where="rollout.engine",
                 fix="use rollout.engine = 'vllm' on a machine that has it",
             )
+        if settings.quantization != "none":
+            raise UserError(
+                "an engine in 8 bits is vLLM",
+                where="rollout.quantization",
+                fix="leave it out, or use rollout.engine = 'vllm' on a machine that has it",
+            )
         self.name = f"transformers {transformers.__version__}"
         self.version = -1
         self._settings = settings

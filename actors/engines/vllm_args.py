@@ -11,6 +11,7 @@ from vllm.platforms import current_platform
 from actors.engines.vllm_adapters import AdapterStage, adapter_args
 from actors.engines.vllm_limits import limit_args
 from actors.engines.vllm_parts import PartStage
+from actors.engines.vllm_quantization import quantization_args
 from actors.engines.vllm_weights import WeightStage
 from actors.settings import EngineSettings
 
@@ -57,6 +58,7 @@ def engine_args(settings: EngineSettings) -> EngineArgs:
         disable_log_stats=True,
         worker_extension_cls=f"{extension.__module__}.{extension.__name__}",
         **limit_args(settings),
+        **quantization_args(settings),
         **adapter_args(settings.adapters),
         **_platform_args(settings),
     )

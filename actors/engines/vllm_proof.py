@@ -12,7 +12,7 @@ published bytes themselves are nowhere to be found.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from cluster.contracts.errors import Fatal
 log = logging.getLogger("accord.engine")
 
 KERNEL = "cpu_linear"  # vLLM's name for the closure over a layer's packed weight
+HANDLER = "dnnl_handler"  # the same of a layer in 8 bits, in its scheme's kernel
 _ORIGIN = "accord_packed_from"  # our mark on such a kernel: the sums of what it was packed from
 
 
@@ -49,6 +50,15 @@ class LoaderCheck:
             raise Fatal("vLLM's loader did not load the numbers that were published")
 
 
+def kernels(module: torch.nn.Module) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a layer holds packed weights that are none of its tensors: (attributes, name)."""
+    if KERNEL in vars(module):
+        yield vars(module), KERNEL
+    eight_bits = getattr(getattr(module, "scheme", None), "kernel", None)
+    if HANDLER in getattr(eight_bits, "__dict__", {}):
+        yield vars(eight_bits), HANDLER
+
+
 def mark_kernels(weights: Iterable[tuple[torch.nn.Module, str, int]]) -> None:
     """Loaded = packed: each packed kernel carries the sums of its layer's weights, as the packed
     memory itself belongs to a library that does not show it.
@@ -59,9 +69,11 @@ def mark_kernels(weights: Iterable[tuple[torch.nn.Module, str, int]]) -> None:
     for module, name, total in weights:
         held.setdefault(module, []).append(f"{name}:{total:016x}")
     for module, sums in held.items():
-        kernel = vars(module).get(KERNEL)
-        if getattr(kernel, "__closure__", None):  # else it reads the layer's own tensors
-            setattr(kernel, _ORIGIN, " ".join(sums))
+        for holder, name in kernels(module):
+            kernel = holder[name]
+            # A function without a closure reads the layer's own tensors.
+            if name == HANDLER or getattr(kernel, "__closure__", None):
+                setattr(kernel, _ORIGIN, " ".join(sums))
 
 
 def digests(modules: Iterable[tuple[str, torch.nn.Module]]) -> dict[str, str]:
@@ -72,14 +84,13 @@ def digests(modules: Iterable[tuple[str, torch.nn.Module]]) -> dict[str, str]:
         for holder in (module._parameters, module._buffers, vars(module)):
             held: dict[str, Any] = dict(holder)
             tensors |= {f"{name}.{key}": held[key] for key in held if is_weight(key, held[key])}
-        if KERNEL not in vars(module):
-            continue
-        kernel = vars(module)[KERNEL]
-        origins[f"{name}.{KERNEL}"] = getattr(kernel, _ORIGIN, "unknown")
-        # Some kernels hold their packed weight as a tensor: then that is looked at as well.
-        for place, cell in enumerate(getattr(kernel, "__closure__", None) or ()):
-            if isinstance(cell.cell_contents, torch.Tensor):
-                tensors[f"{name}.{KERNEL}.{place}"] = cell.cell_contents
+        for holder, kind in kernels(module):
+            kernel = holder[kind]
+            origins[f"{name}.{kind}"] = getattr(kernel, _ORIGIN, "unknown")
+            # Some kernels hold their packed weight as a tensor: then that is looked at as well.
+            for place, cell in enumerate(getattr(kernel, "__closure__", None) or ()):
+                if isinstance(cell.cell_contents, torch.Tensor):
+                    tensors[f"{name}.{kind}.{place}"] = cell.cell_contents
     return fingerprint(tensors) | origins
 
 

@@ -28,7 +28,8 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 from actors.engines.proof import NumberSum, differing, number_sum
 from actors.engines.token_limits import Kept
 from actors.engines.vllm_limits import LimitsProcessor
-from actors.engines.vllm_proof import KERNEL, LoaderCheck, digests, is_weight, mark_kernels
+from actors.engines.vllm_proof import LoaderCheck, digests, is_weight, kernels, mark_kernels
+from actors.engines.vllm_quantization import stored
 from cluster.contracts.errors import Fatal
 
 Modules = list[tuple[torch.nn.Module, torch.nn.Module]]
@@ -50,12 +51,16 @@ class Shadow:
             (module, name, parameter, parameter.shape, parameter.dtype)
             for _, module in self._pairs
             for name, parameter in module._parameters.items()
-            if parameter is not None
+            if parameter is not None and not is_deferred_attention_layer(module)
         ]
+        # Attention layers hold no weights of the model: what is there are scales of a cache in 8
+        # bits, made with the value that says "none", and removed by vLLM the first time it packs.
+        own = {id(parameter) for _, _, parameter, _, _ in self._raw}
+        self._loadable = {n for n, p in self._twin.named_parameters() if id(p) in own}
         self._exchange: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._kernels = [(vars(a), vars(b)) for a, b in self._pairs if KERNEL in vars(a)]
+        self._packed_layers = [pair for pair in self._pairs if any(kernels(pair[0]))]
         self._names = {id(module): name for name, module in live.named_modules()}
-        self._ready = False
+        self._ready = self._packed = False
         self._staged: dict[str, str] = {}  # digests of what was staged last
         self._loader = LoaderCheck()
 
@@ -72,15 +77,15 @@ class Shadow:
         published = NumberSum()
         with set_current_vllm_config(self._config):
             self._unpack()
-            loaded = self._twin.load_weights(published.of(tensors))
+            loaded = self._twin.load_weights(published.of(stored(self._config, tensors)))
             if loaded is not None:
-                left_out = {name for name, _ in self._twin.named_parameters()} - loaded
+                left_out = self._loadable - loaded
                 if left_out:
                     raise Fatal(f"vLLM's loader passed over {sorted(left_out)[:3]}")
             sums = self._loaded_sums()
             self._loader.compare(published.total, sum(sums.values()) % (1 << 64))
             self._pack()
-        if any(KERNEL not in packed for _, packed in self._kernels):
+        if not all(any(kernels(twin)) for _, twin in self._packed_layers):
             raise Fatal("vLLM packed fewer layers than at the start")
         mark_kernels(
             (module, name, sums[id(parameter)]) for module, name, parameter, *_ in self._raw
@@ -101,8 +106,9 @@ class Shadow:
                 mine.data.copy_(staged.data)
             else:
                 mine.data, staged.data = staged.data, mine.data
-        for mine_packed, staged_packed in self._kernels:
-            mine_packed[KERNEL], staged_packed[KERNEL] = staged_packed[KERNEL], mine_packed[KERNEL]
+        for live, twin in self._packed_layers:
+            for (mine, name), (staged, _) in zip(kernels(live), kernels(twin), strict=True):
+                mine[name], staged[name] = staged[name], mine[name]
         _synchronize()  # the next stage overwrites what was copied from
 
     @torch.no_grad()
@@ -125,7 +131,8 @@ class Shadow:
         One that packing replaced gets new memory: its old one may have been handed to ``live``.
         """
         for module, name, parameter, shape, dtype in self._raw:
-            vars(module).pop(KERNEL, None)  # frees the packed weight of two versions ago
+            for holder, kernel in list(kernels(module)):
+                del holder[kernel]  # frees the packed weight of two versions ago
             kept = module._parameters.get(name) is parameter
             if not (kept and parameter.shape == shape and parameter.dtype == dtype):
                 parameter.data = torch.empty(shape, dtype=dtype, device=parameter.device)
@@ -139,7 +146,8 @@ class Shadow:
             raw.setdefault(id(module), []).append((name, parameter))
         for _, module in self._pairs:
             method = getattr(module, "quant_method", None)
-            if isinstance(method, QuantizeMethodBase):
+            scales = is_deferred_attention_layer(module)  # of a cache: vLLM takes them up once
+            if isinstance(method, QuantizeMethodBase) and not (scales and self._packed):
                 method.process_weights_after_loading(module)
             for name, parameter in raw.get(id(module), ()):
                 if module._parameters.get(name) is not parameter and id(parameter) not in shared:
@@ -150,6 +158,7 @@ class Shadow:
                 deferred.process_weights_after_loading(self._config.model_config.dtype)
         if callable(whole := getattr(self._twin, "process_weights_after_loading", None)):
             whole()
+        self._packed = True
 
 
 class WeightStage:

@@ -93,6 +93,8 @@ def make_rules(config: MonitorsConfig, past: Past, samples_per_prompt: int) -> t
         (signal, "no-learning-signal", rules.equal_groups),
         (config.entropy_share, "entropy-collapse", rules.entropy),
         (config.kl_budget, "kl-budget", rules.kl),
+        (config.engine_mismatch, "engine-mismatch", rules.mismatch),
+        (config.effective_samples, "effective-samples", rules.effective),
         (config.clipped_ratio, "clipped-completions", rules.clipped),
         (config.length_factor, "length-drift", rules.length),
         (config.repeated_share, "repetition", rules.repetition),
@@ -148,6 +150,16 @@ class _Rules:
         by_length = max(LEAST_KL, KL_PER_TOKEN * numbers.get(LENGTH, 0.0))
         budget = by_length if wanted == "auto" else float(wanted)
         return Reading(kl, budget, kl / budget)
+
+    def mismatch(self, numbers: Numbers) -> Reading | None:
+        """Steps without a token of the learner's own version say nothing."""
+        found = numbers.get("sampling/mismatch_kl")
+        # An estimate: it may be negative by chance, and an engine that is wrong may make it so.
+        return _share(None if found is None else abs(found), self.config.engine_mismatch)
+
+    def effective(self, numbers: Numbers) -> Reading | None:
+        share, limit = numbers.get("async/ess"), self.config.effective_samples
+        return None if share is None else Reading(share, limit, limit / max(share, EQUAL))
 
     def jump(self, numbers: Numbers) -> Reading | None:
         score, deviation = numbers.get(SCORE), numbers.get("rewards/std")

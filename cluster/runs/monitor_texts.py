@@ -50,6 +50,24 @@ def _kl(reading: Figures) -> str:
     )
 
 
+def _mismatch(reading: Figures) -> str:
+    return (
+        f"Engine and learner are {reading.value:.2g} nats per token apart with the same weights, "
+        f"over {reading.limit:.2g}: completions come from another policy than the one that is "
+        "trained. Set rollout.dtype or rollout.quantization to a more exact one, or "
+        "staleness.correction = 'token-tis'."
+    )
+
+
+def _effective(reading: Figures) -> str:
+    return (
+        f"The weights of {reading.value:.0%} of the tokens make up the step (limit "
+        f"{reading.limit:.0%}): the completions are too far from the policy that learns from "
+        "them. Lower staleness.bound or learner.lr, or set rollout.dtype or rollout.quantization "
+        "to a more exact one."
+    )
+
+
 def _jump(reading: Figures) -> str:
     return (
         f"The mean score went from {reading.before:.3g} to {reading.value:.3g} within a step: "
@@ -117,6 +135,8 @@ TEXTS: dict[str, Callable[[Figures], str]] = {
     "constant-reward": _constant,
     "no-learning-signal": _signal,
     "entropy-collapse": _entropy,
+    "engine-mismatch": _mismatch,
+    "effective-samples": _effective,
     "kl-budget": _kl,
     "reward-jump": _jump,
     "clipped-completions": _clipped,

@@ -1,5 +1,4 @@
-"""All tensors of a bucket in one flat buffer, versions of such buffers, and a checksum that is
-computed where the tensors lie.
+"""All tensors of a bucket in one flat buffer, and a checksum that is computed where they lie.
 
 For transports that never leave the device: one message instead of hundreds, and no copy to the host
 only to hash it.
@@ -7,9 +6,7 @@ only to hash it.
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -51,81 +48,6 @@ def unpack(buffer: Tensor, entries: Iterable[TensorEntry]) -> dict[str, Tensor]:
         entry.name: _view(buffer, start, getattr(torch, entry.dtype), entry.shape, entry.nbytes)
         for start, entry in zip(starts, entries, strict=True)
     }
-
-
-class Snapshots:
-    """The versions that are retained, each as flat buffers on the device, one a bucket.
-
-    Buffers let go are written into again, so that no memory is asked for, and a receiver that has
-    mapped one before knows it by its handle.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[int, list[Tensor]] = {}
-        self._spare: list[Tensor] = []
-        self._lock = threading.Lock()
-
-    def of(self, version: int) -> list[Tensor] | None:
-        with self._lock:
-            return self._held.get(version)
-
-    def retain(self, versions: Collection[int]) -> None:
-        with self._lock:
-            for version in [v for v in self._held if v not in versions]:
-                self._spare += self._held.pop(version)
-
-    def clear(self) -> None:
-        with self._lock:
-            self._held.clear()
-            self._spare.clear()
-
-    def take(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """A copy of ``tensors``, complete on the device on return."""
-        _, total = layout(tensor.nbytes for tensor in tensors.values())
-        with self._lock:
-            fitting = (i for i, spare in enumerate(self._spare) if spare.nbytes == total)
-            place = next(fitting, None)
-            spare = None if place is None else self._spare.pop(place)
-        buffer = pack(tensors, spare)
-        if buffer.is_cuda:  # others read it on streams of their own
-            torch.cuda.current_stream(buffer.device).synchronize()
-        return buffer
-
-    def keep(self, version: int, buffers: list[Tensor]) -> None:
-        """From now on the buffers are the version; what is left over of older ones is freed."""
-        with self._lock:
-            self._spare += self._held.pop(version, [])
-            self._held[version] = buffers
-            self._spare.clear()
-
-    def give_back(self, buffers: list[Tensor]) -> None:
-        with self._lock:
-            self._spare += buffers
-
-
-class SnapshotCarrier:
-    """A version on its way into ``snapshots`` (``cluster.weights.update.Carrier``).
-
-    locator: makes the manifest's of the version's buffers.
-    """
-
-    def __init__(
-        self, snapshots: Snapshots, version: int, locator: Callable[[list[Tensor]], Any]
-    ) -> None:
-        self._snapshots, self._version, self._locator = snapshots, version, locator
-        self._buffers: list[Tensor] = []
-
-    def put(self, arrays: Mapping[str, Tensor]) -> None:
-        self._buffers.append(self._snapshots.take(arrays))
-
-    def finish(self) -> Any:
-        # Only when it is whole, so that nobody gets a half written version.
-        found = self._locator(self._buffers)
-        self._snapshots.keep(self._version, self._buffers)
-        return found
-
-    def discard(self) -> None:
-        self._snapshots.give_back(self._buffers)
 
 
 def _view(

@@ -14,10 +14,12 @@ import torch.multiprocessing as multiprocessing
 from torch import Tensor
 from torch.multiprocessing import reductions
 
-from cluster.contracts.errors import Retryable, WeightMismatch
+from cluster.contracts.errors import Retryable, UserError, WeightMismatch
 from cluster.contracts.records import WeightManifest
-from cluster.weights.device_buffer import SnapshotCarrier, Snapshots, unpack
+from cluster.weights.device_buffer import unpack
 from cluster.weights.manifest import buckets_in
+from cluster.weights.snapshots import Snapshot, SnapshotCarrier, Snapshots
+from cluster.weights.streams import indexed
 from cluster.weights.transports import PublisherOptions
 from cluster.weights.update import Update
 
@@ -34,7 +36,7 @@ class SharedDevicePublisher:
         self._snapshots = Snapshots()
 
     def open(self, version: int) -> Update:
-        return Update(version, NAME, SnapshotCarrier(self._snapshots, version, _handles))
+        return Update(version, NAME, SnapshotCarrier(self._snapshots, version, _locator))
 
     def retain(self, versions: Collection[int]) -> None:
         self._snapshots.retain(versions)
@@ -48,13 +50,16 @@ class SharedDeviceReceiver:
 
     in_any_process = True
 
-    def __init__(self) -> None:
+    def __init__(self, device: str = "cpu") -> None:
+        self._device = indexed(device)
         self._mapped: OrderedDict[Any, Tensor] = OrderedDict()
 
     def fetch(self, manifest: WeightManifest, timeout_s: float) -> Iterator[dict[str, Tensor]]:
         """Views of the publisher's own memory: read them, never write. Retryable when the memory
-        is gone."""
-        for handle, entries in zip(manifest.locator, buckets_in(manifest), strict=True):
+        is gone. Raises UserError when the publisher's memory is another GPU's."""
+        theirs, handles = manifest.locator
+        require_same(theirs, gpu_of(self._device))
+        for handle, entries in zip(handles, buckets_in(manifest), strict=True):
             which = f"bucket {entries[0].bucket + 1} of {manifest.buckets}"
             try:
                 yield unpack(self._buffer(handle, manifest, which), entries)
@@ -84,11 +89,36 @@ def publisher(options: PublisherOptions) -> SharedDevicePublisher:
 
 
 def receiver(device: str) -> SharedDeviceReceiver:
-    return SharedDeviceReceiver()
+    return SharedDeviceReceiver(device)
 
 
-def _handles(buffers: list[Tensor]) -> tuple[Any, ...]:
-    return tuple(map(_handle, buffers))
+def gpu_of(device: torch.device) -> str | None:
+    """What tells the GPU from all others, whatever its number is here; None without one."""
+    if device.type != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(device).uuid)
+
+
+def require_same(learner: str | None, worker: str | None) -> None:
+    """Raise UserError unless both compute on one GPU, or both on none."""
+    if learner == worker:
+        return
+    here, there = (f"GPU {uuid}" if uuid else "a CPU" for uuid in (worker, learner))
+    raise UserError(
+        f"the learner's weights are on {there}, and this worker computes on {here}: they share no "
+        "memory",
+        where="weights.transport = 'shared_device'",
+        fix="let Ray put both on one GPU (learner.gpus + rollout.workers * rollout.gpus at most 1, "
+        "on a machine with one GPU), or set weights.transport = 'collective'",
+    )
+
+
+def _locator(snapshot: Snapshot) -> tuple[str | None, tuple[Any, ...]]:
+    # A handle carries an event only the first time it is opened, so the copies end here. This is
+    # the update's own thread: neither training nor decoding waits.
+    if snapshot.ready is not None:
+        snapshot.ready.synchronize()
+    return gpu_of(snapshot.device), tuple(map(_handle, snapshot.buckets))
 
 
 def _handle(snapshot: Tensor) -> tuple[Any, ...]:

@@ -48,10 +48,12 @@ class Receiver(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PublisherOptions:
-    """directory: shared by learner and workers. host: this node as the workers see it."""
+    """directory: shared by learner and workers. host: this node as the workers see it. timeout_s:
+    `weights.timeout_s`."""
 
     directory: str = "weights"
     host: str = "127.0.0.1"
+    timeout_s: float = 120.0
 
 
 def make_publisher(word: str, options: PublisherOptions) -> Publisher:

@@ -361,6 +361,7 @@ def _publisher(settings: LearnerSettings) -> Publisher:
         PublisherOptions(
             directory=str(Path(settings.run_dir or "") / "weights"),
             host=settings.host,
+            timeout_s=settings.weights.timeout_s,
         ),
     )
 

@@ -116,3 +116,13 @@ def test_abort_seeds_and_bad_prompts(measured: dict[str, Any]) -> None:
 
 def test_bfloat16_weights_arrive(measured: dict[str, Any]) -> None:
     assert measured["bfloat16"]["canary"] < 0.3
+
+
+def test_an_engine_in_8_bits_takes_every_update_and_is_close_to_the_learner(
+    measured: dict[str, Any],
+) -> None:
+    found = measured["int8"]
+    assert max(found["canary"]) < 0.1, "the median token"
+    assert min(found["moved"]) > 3 * max(found["canary"]), "else an old kernel would pass"
+    assert "down_proj" in found["left_behind"]
+    assert "no kernel for fp8" in found["fp8"]

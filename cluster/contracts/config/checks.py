@@ -51,6 +51,12 @@ def train_problems(
         )
     found += _loss_problems(algorithm)
     found += _staleness_problems(staleness)
+    if rollout.quantization != "none" and staleness.correction == "none":
+        found.append(
+            f"rollout.quantization = {rollout.quantization!r} samples from another policy than the "
+            "one that learns, even of the same version: set staleness.correction = 'token-tis' (or "
+            "'decoupled')"
+        )
     samples = batch.prompts_per_step * batch.samples_per_prompt
     if learner.minibatches > samples:
         found.append(f"learner.minibatches is over the {samples} samples of a step")
@@ -112,6 +118,11 @@ def _sampling_problems(rollout: RolloutConfig) -> list[str]:
         found.append(
             f"rollout.top_k = {rollout.top_k} is over {MOST_KEPT}, the most ids that a token "
             "carries to the learner: lower it, or set 0 for no limit"
+        )
+    if rollout.quantization != "none" and rollout.engine == "transformers":
+        found.append(
+            f"rollout.quantization = {rollout.quantization!r} needs vLLM: set rollout.engine = "
+            "'vllm', or leave rollout.quantization out"
         )
     if rollout.tensor_parallel > 1 and rollout.limits_tokens:
         found.append(

@@ -136,8 +136,9 @@ class WeightsConfig(Section):
         gt=0,
         description="Largest difference in nats between engine and learner on the canary "
         "(docs/glossary.md) that is accepted: of any token in float32, of the "
-        "median token in bfloat16. none: 20 times the largest difference so far, "
-        "within 1e-4 and 1e-3 in float32, within 0.05 and 0.5 in bfloat16.",
+        "median token otherwise. none: 20 times the largest difference so far, "
+        "within 1e-4 and 1e-3 in float32, within 0.05 and 0.5 in bfloat16, within 0.5 and 1 in "
+        "8 bits (`rollout.quantization`).",
     )
     bucket_mb: float = Field(
         256,

@@ -34,6 +34,10 @@ class ActionsConfig(Section):
     repetition: Action = _action("completions repeat themselves")
     refusals: Action = _action("the share of refusals changes")
     entropy_collapse: Action = _action("the policy's entropy falls")
+    engine_mismatch: Action = _action(
+        "engine and learner disagree about the probabilities of fresh tokens"
+    )
+    effective_samples: Action = _action("few tokens carry the weight of a step")
     reward_jump: Action = _action("the mean score jumps")
     constant_reward: Action = _action("all scores are equal")
     no_learning_signal: Action = _action("most groups have equal scores")
@@ -95,6 +99,20 @@ class MonitorsConfig(Section):
         "auto",
         description="Alarm when the KL to the reference is over this many nats per completion. "
         "auto: 0.2 per token of the mean completion, at least 20. 0: off.",
+    )
+    engine_mismatch: float = Field(
+        0.1,
+        ge=0,
+        description="Alarm when the KL between what the engine sampled from and what the learner "
+        "computes with the same weights (`sampling/mismatch_kl`) is over this many nats per token. "
+        "An engine in 8 bits needs it most. 0: off.",
+    )
+    effective_samples: float = Field(
+        0.3,
+        ge=0,
+        lt=1,
+        description="Alarm when the effective share of a step's tokens (`async/ess`) is under "
+        "this: a few tokens then carry most of its weight. 0: off.",
     )
     reward_jump: float = Field(
         3.0,

@@ -58,6 +58,14 @@ class RolloutConfig(Section):
         rule="bfloat16 on a GPU, float32 on a CPU",
         description="Number type that the engine computes in.",
     )
+    quantization: Literal["none", "int8", "fp8"] = Field(
+        "none",
+        description="Number type of the engine's matrices (vLLM only, in training). none: that of "
+        "`dtype`. int8, fp8: 8 bits with a scale per row, activations per token; embeddings, head "
+        "and norms stay in `dtype`. It is faster, and less exact: use it with "
+        "`staleness.correction` = 'token-tis' and watch `monitors.engine_mismatch`. fp8 needs a "
+        "GPU.",
+    )
     temperature: float = Field(
         1.0, gt=0, description="Sampling temperature. The learner uses it too."
     )

@@ -26,6 +26,8 @@ def train(*overrides: str) -> TrainConfig:
             ["rollout.banned_tokens=[3]", "rollout.tensor_parallel=2"],
             "cannot be recorded with rollout.tensor_parallel over 1",
         ),
+        (["rollout.quantization=int8", "rollout.engine=transformers"], "needs vLLM"),
+        (["rollout.quantization=int8", "staleness.correction=none"], "another policy"),
         (["rollout.top_k=20", "rollout.temperature=1e-6"], "as good as none"),
         (['rollout.stop=[""]'], "empty string"),
         (["rollout.top_p=0"], "top_p"),

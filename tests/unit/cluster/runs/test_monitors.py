@@ -45,6 +45,7 @@ def only(name: str, *values: float) -> list[dict[str, float]]:
 ENTROPY, KL, SCORE = "policy/entropy", "objective/kl", "objective/scores"
 LENGTH, REPEATED = "completions/mean_length", "completions/repeated_frac"
 REFUSES, APART = "completions/refusal_rate", "rewards/members/disagreement/mean"
+MISMATCH, ESS = "sampling/mismatch_kl", "async/ess"
 EQUAL, CUT = "rewards/zero_std_frac", "completions/clipped_ratio"
 
 
@@ -68,6 +69,11 @@ EQUAL, CUT = "rewards/zero_std_frac", "completions/clipped_ratio"
         (only(EQUAL, *[1.0] * 4), [("no-learning-signal", "start", 3)]),
         (only(ENTROPY, *[0.2] * 5, 0.1, 0.05, *[0.03] * 3), [("entropy-collapse", "start", 10)]),
         (only(ENTROPY, *[0.2] * 5, *[0.06] * 20), []),
+        (only(MISMATCH, *[0.2] * 3), [("engine-mismatch", "start", 3)]),
+        (only(MISMATCH, *[-0.2] * 3), [("engine-mismatch", "start", 3)]),
+        (only(MISMATCH, *[0.09] * 9), []),
+        (only(ESS, *[0.29] * 3), [("effective-samples", "start", 3)]),
+        (only(ESS, *[0.31] * 9), []),
         (only(KL, *[19.0] * 9), []),
         (only(KL, *[21.0] * 9), [("kl-budget", "start", 3)]),
         ([{KL: 21.0, "completions/mean_length": 1000.0}] * 9, []),  # 0.2 nats a token
