@@ -107,8 +107,8 @@ class Shadow:
             else:
                 mine.data, staged.data = staged.data, mine.data
         for live, twin in self._packed_layers:
-            for (mine, name), (staged, _) in zip(kernels(live), kernels(twin), strict=True):
-                mine[name], staged[name] = staged[name], mine[name]
+            for (own, name), (other, _) in zip(kernels(live), kernels(twin), strict=True):
+                own[name], other[name] = other[name], own[name]
         _synchronize()  # the next stage overwrites what was copied from
 
     @torch.no_grad()

@@ -220,7 +220,7 @@ class CollectiveReceiver:
     in_any_process = True
 
     def __init__(self, device: str = "cpu") -> None:
-        self._device = indexed(device)
+        self._device = torch.device(device)
         self._address: tuple[str, int, bytes] | None = None
         self._own = ""  # this machine, as the learner sees it
         self._store: Any = None
@@ -251,9 +251,11 @@ class CollectiveReceiver:
     def _fetch(
         self, manifest: WeightManifest, timeout_s: float, deadline: float
     ) -> Iterator[dict[str, Tensor]]:
+        self._device = indexed(self._device)  # not before: the engine sets up its GPU itself
         if self._address != tuple(manifest.locator):
             self._leave()
-            self._connect(*manifest.locator, timeout_s)
+            host, port, secret = manifest.locator
+            self._connect(host, port, secret, timeout_s)
         buckets = buckets_in(manifest)
         sizes = [layout(entry.nbytes for entry in entries)[1] for entries in buckets]
         done, busy_s = 0, 0.0

@@ -51,14 +51,14 @@ class SharedDeviceReceiver:
     in_any_process = True
 
     def __init__(self, device: str = "cpu") -> None:
-        self._device = indexed(device)
+        self._device = torch.device(device)
         self._mapped: OrderedDict[Any, Tensor] = OrderedDict()
 
     def fetch(self, manifest: WeightManifest, timeout_s: float) -> Iterator[dict[str, Tensor]]:
         """Views of the publisher's own memory: read them, never write. Retryable when the memory
         is gone. Raises UserError when the publisher's memory is another GPU's."""
         theirs, handles = manifest.locator
-        require_same(theirs, gpu_of(self._device))
+        require_same(theirs, gpu_of(indexed(self._device)))
         for handle, entries in zip(handles, buckets_in(manifest), strict=True):
             which = f"bucket {entries[0].bucket + 1} of {manifest.buckets}"
             try:

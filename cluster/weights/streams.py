@@ -27,7 +27,7 @@ def beside(device: torch.device, after: Any = None) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    stream = _side(device)
+    stream = _side(indexed(device))
     if after is not None:
         stream.wait_event(after)
     with torch.cuda.stream(stream):
@@ -44,9 +44,8 @@ def mark(device: torch.device) -> Any:
     return event
 
 
-def indexed(device: str) -> torch.device:
+def indexed(device: torch.device) -> torch.device:
     """The device by its number: "cuda" is the one that this process works on."""
-    found = torch.device(device)
-    if found.type == "cuda" and found.index is None:
+    if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
-    return found
+    return device
