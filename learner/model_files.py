@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -121,8 +121,3 @@ def _require_pieces(folder: Path, index: Index, table: FileTable) -> None:
             held = table.of(path).get(name) if path.is_file() else None
             if held is None or held.shape != piece.sizes:
                 raise NotSaved(f"{path} does not hold the piece of {name} that {INDEX} names")
-
-
-def names_of(layout: Layout) -> Sequence[str]:
-    """Names in the files."""
-    return [name for names in layout.files.values() for name in names]

@@ -118,16 +118,20 @@ def tensors_in(file: Path) -> dict[str, Held]:
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else size + 1
         if length > min(size, _LONGEST_HEADER):
             raise ValueError(f"{file}: its header is cut off")
-        header = json.loads(stream.read(length))
-    header.pop("__metadata__", None)
-    held = {
-        name: Held(row["dtype"], tuple(row["shape"]), 8 + length + row["data_offsets"][0])
-        for name, row in header.items()
-    }
-    whole = 8 + length + max((row["data_offsets"][1] for row in header.values()), default=0)
+        text = stream.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        held = {
+            name: Held(row["dtype"], tuple(row["shape"]), 8 + length + row["data_offsets"][0])
+            for name, row in header.items()
+        }
+        whole = 8 + length + max((row["data_offsets"][1] for row in header.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as problem:
+        raise ValueError(f"{file} is no safetensors file: {problem!r}") from None
     if size < whole:
         raise ValueError(f"{file} is cut off: it has {size} of {whole} bytes")
     return held

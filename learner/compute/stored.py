@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ import torch
 from torch import Tensor
 
 from cluster.contracts.durable import FileDigest, digest_of, write_text
+from cluster.contracts.errors import NotSaved
 from learner.compute.ranks import Ranks, is_sharded
 from learner.compute.sharding import local
+from learner.model_files import complete
 from learner.pieces import (
     INDEX,
     Entry,
@@ -101,8 +104,11 @@ class Copied:
 
 
 @torch.no_grad()
-def copied(tensors: Mapping[str, Tensor], ranks: Ranks) -> Copied:
+def copied(tensors: Mapping[str, Tensor], ranks: Ranks, *, copy: bool = True) -> Copied:
     """Copy this process's share of `tensors`. Every rank gives the same names.
+
+    copy: False where nothing changes before they are written; what is in this host's memory is then
+    not copied.
 
     A sharded tensor is written by those who hold its shards, each of them once; one that all ranks
     hold by the rank that has least to write.
@@ -129,7 +135,7 @@ def copied(tensors: Mapping[str, Tensor], ranks: Ranks) -> Copied:
     }
     parts: dict[str, Tensor] = {}
     for item in plans[ranks.rank].items:
-        parts |= _host_copies(item.index.fqn, local(tensors[item.index.fqn]))
+        parts |= _on_host(item.index.fqn, local(tensors[item.index.fqn]), copy)
     return Copied(ranks.rank, index, parts)
 
 
@@ -141,15 +147,37 @@ def _is_coded(part: Tensor) -> bool:
     return hasattr(part, "codes") and hasattr(part, "qmap")
 
 
-def _host_copies(name: str, part: Any) -> dict[str, Tensor]:
-    if not _is_coded(part):
-        return {name: _host_copy(part)}
-    found = {name: part.codes, name + _SCALE: part.scale, name + _TABLE: part.qmap}
-    return {key: _host_copy(tensor) for key, tensor in found.items()}
+def _on_host(name: str, part: Any, copy: bool) -> dict[str, Tensor]:
+    found = {name: part}
+    if _is_coded(part):
+        found = {name: part.codes, name + _SCALE: part.scale, name + _TABLE: part.qmap}
+    return {key: t.detach().to("cpu", copy=copy).contiguous() for key, t in found.items()}
 
 
-def _host_copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+def write_shares(
+    ranks: Ranks, root: Path, write: Callable[[], Iterable[FileDigest]]
+) -> tuple[FileDigest, ...]:
+    """Have every rank write its share of a checkpoint below `root`, which all of them see, and the
+    first one finish it; the files it then has, on every rank.
+
+    Raises NotSaved, on all ranks, where a disk does not take what one of them writes.
+    """
+
+    def tried(work: Callable[[], Iterable[FileDigest]]) -> tuple[FileDigest, ...] | str:
+        try:
+            return tuple(work())
+        except (OSError, NotSaved) as problem:
+            return str(problem)
+
+    def all_of(told: list[tuple[FileDigest, ...] | str]) -> list[FileDigest]:
+        for said in told:
+            if isinstance(said, str):
+                raise NotSaved(f"{root}: {said}")
+        return [file for files in told for file in files if isinstance(file, FileDigest)]
+
+    files = all_of(ranks.gather(tried(write)))
+    finish: Callable[[], Iterable[FileDigest]] = partial(complete, root, files)
+    return tuple(all_of(ranks.gather(tried(finish if ranks.first else tuple))))
 
 
 class StoredTensors:
@@ -308,26 +336,29 @@ def moments_of(optimizer: torch.optim.Optimizer, names: Mapping[int, str]) -> di
 def restore_moments(
     optimizer: torch.optim.Optimizer,
     stored: StoredTensors,
-    rows: Iterable[tuple[torch.nn.Parameter, Mapping[str, str]]],
+    names: Mapping[int, str],
+    separator: str = "/",
 ) -> None:
-    """Fill an optimiser that has not done a step. rows: a parameter, and by key of its state
-    (exp_avg, step) the name under which that is stored; sharded or not, in 8 bits or not."""
-    settings = {
-        id(parameter): group for group in optimizer.param_groups for parameter in group["params"]
-    }
+    """Fill an optimiser that has not done a step with what `moments_of` gave, sharded or not, in 8
+    bits or not. names: of parameters, by their id; separator: between them and exp_avg."""
+    keys: dict[str, dict[str, str]] = {}
+    for name in stored.index:
+        parameter, _, key = name.rpartition(separator)
+        keys.setdefault(parameter, {})[key] = name
     optimizer.state.clear()
-    for parameter, named in rows:
-        row: dict[str, Tensor] = {}
-        for key, name in named.items():
-            if key == "step":
-                # Fused kernels read the count of steps where the parameter lies.
-                fused = settings[id(parameter)].get("fused")
-                device = parameter.device if fused else torch.device("cpu")
-                row[key] = torch.empty((), device=device)
-            else:
-                row[key] = _empty_moment(optimizer, parameter, key)
-            stored.fill(name, row[key])
-        optimizer.state[parameter] = row
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            row: dict[str, Tensor] = {}
+            for key, name in keys.get(names[id(parameter)], {}).items():
+                if key == "step":
+                    # Fused kernels read the count of steps where the parameter lies.
+                    device = parameter.device if group.get("fused") else torch.device("cpu")
+                    row[key] = torch.empty((), device=device)
+                else:
+                    row[key] = _empty_moment(optimizer, parameter, key)
+                stored.fill(name, row[key])
+            if row:
+                optimizer.state[parameter] = row
 
 
 def _empty_moment(optimizer: Any, parameter: Tensor, key: str) -> Tensor:

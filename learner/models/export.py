@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.contracts.durable import FileDigest, digests_below
 from learner.compute.stored import nbytes_of
-from learner.model_files import POLICY, Layout
+from learner.model_files import FILE_BYTES, POLICY, Layout
 from learner.models.files import as_list, quiet_transformers
 
 
@@ -24,8 +24,9 @@ def stored_tensors(model: Any) -> dict[str, Tensor]:
     return tensors
 
 
-def layout_of(model: Any) -> Layout | None:
-    """Names and files as `save_pretrained` would choose them, but for the size of a file. None for
+def layout_of(model: Any, limit: int = FILE_BYTES) -> Layout | None:
+    """Names and files as `save_pretrained` would choose them, but for the ``limit`` on the size of
+    a file. None for
     a model whose tensors are other ones in its files (experts kept apart there, say): those have to
     be made of the whole state dict, by `converted`."""
     own = stored_tensors(model)
@@ -42,7 +43,7 @@ def layout_of(model: Any) -> Layout | None:
     names = _saved_names(model, own)
     renamed = {saved: names[sources[id(tensor)]] for saved, tensor in found.items()}
     sizes = {saved: nbytes_of(own[name]) for saved, name in sorted(renamed.items())}
-    return Layout.of(sizes, renamed)
+    return Layout.of(sizes, renamed, limit)
 
 
 def converted(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,12 @@
 """Checkpoints of the offline loop: safetensors and JSON, written whole or not at all.
 
-    checkpoints/step-00000500/  model.safetensors  optimizer.safetensors  state.json
+    checkpoints/step-00000500/  state.json
+                                state/  index.json  rank-00000.safetensors …
 
-`model.safetensors` holds what is trained.
+Each process writes its own part of what is trained and of the optimiser's moments, and any number
+of processes reads it (`learner/compute/stored.py`). What is frozen is not in it.
+Those of older versions ("accord.fit/1": `model.safetensors`, `optimizer.safetensors`, whole) are
+read, too.
 
 `state.json` carries a fingerprint of configuration and data: continuing another run's checkpoint
 would train something nobody asked for.
@@ -12,24 +16,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from cluster.contracts.config.offline import FitConfig
+from cluster.contracts.durable import sync, write_text
 from cluster.contracts.errors import UserError
-from learner.compute.ranks import SINGLE, Ranks, whole
-from learner.compute.sharding import local, split_like
-from learner.models.files import replace_directory
+from learner.compute.ranks import SINGLE, Ranks
+from learner.compute.stored import StoredTensors, copied, moments_of, restore_moments, write_shares
+from learner.model_files import STATE
 
-SCHEMA = "accord.fit/1"
+SCHEMA = "accord.fit/2"
+_WHOLE_SCHEMA = "accord.fit/1"
 KEEP = 2
 HOW = {
     *("threads", "checkpoint_every", "eval_every"),
@@ -56,33 +61,43 @@ def fingerprint(config: FitConfig, seed: int, costs: Sequence[tuple[int, float]]
 
 
 class FitCheckpoints:
-    """The checkpoints of one run in `folder`; the newest KEEP are kept."""
+    """The checkpoints of one run in `folder`, which all ranks see; the newest KEEP are kept."""
 
     def __init__(self, folder: Path, run: str, ranks: Ranks = SINGLE) -> None:
         self.folder, self.run, self.ranks = folder, run, ranks
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: FitState) -> Path:
-        """Every rank has to call it; the first one writes."""
-        names: dict[Tensor, str] = {p: name for name, p in _trained(model).items()}
-        content = {"schema": SCHEMA, "run": self.run, **asdict(state)}
-        weights = _whole({name: p for p, name in names.items()})
-        moments = _whole(_flatten(optimizer, names))
+        """Every rank has to call it, and writes its share. Raises NotSaved on all of them where a
+        disk does not take it."""
         directory = self.folder / f"step-{state.step:08d}"
-
-        def write(fresh: Path) -> None:
-            save_file(weights, fresh / "model.safetensors")
-            save_file(moments, fresh / "optimizer.safetensors")
-            (fresh / "state.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-
+        fresh = directory.with_name(f".{directory.name}.new")
         if self.ranks.first:
-            replace_directory(directory, write)
+            shutil.rmtree(fresh, ignore_errors=True)
+        self.ranks.barrier()
+        names = {id(p): name for name, p in model.named_parameters()}
+        tensors = _trained(model) | moments_of(optimizer, names)
+        # Not copied: training waits until it is written.
+        shares = copied(tensors, self.ranks, copy=False)
+        write_shares(self.ranks, fresh, lambda: shares.write(fresh, STATE))
+        if self.ranks.first:
+            content = {"schema": SCHEMA, "run": self.run, **asdict(state)}
+            write_text(fresh / "state.json", json.dumps(content, indent=2))
+            for folder in (fresh / STATE, fresh):
+                sync(folder)
+            before = directory.with_name(f".{directory.name}.old")
+            shutil.rmtree(before, ignore_errors=True)
+            if directory.exists():
+                directory.rename(before)
+            os.replace(fresh, directory)
+            shutil.rmtree(before, ignore_errors=True)
             for old in self._all()[:-KEEP]:
                 shutil.rmtree(old)
         self.ranks.barrier()
         return directory
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> FitState | None:
-        """Load the newest checkpoint into model and optimizer; None where there is none.
+        """Load the newest checkpoint into model and optimizer, each rank its part; None where there
+        is none.
 
         Raises UserError for a damaged one and for one of another run.
         """
@@ -92,7 +107,7 @@ class FitCheckpoints:
         where, fix = str(found[-1]), f"remove {self.folder} to start anew, or give another run.name"
         try:
             content = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
-            if content["schema"] != SCHEMA:
+            if content["schema"] not in (SCHEMA, _WHOLE_SCHEMA):
                 raise ValueError(f"its schema is {content['schema']}, not {SCHEMA}")
             if content["run"] != self.run:
                 raise UserError(
@@ -100,8 +115,16 @@ class FitCheckpoints:
                     where=where,
                     fix=fix,
                 )
-            _fill(model, load_file(found[-1] / "model.safetensors"))
-            _unflatten(optimizer, model, load_file(found[-1] / "optimizer.safetensors"))
+            with _stored(found[-1], content["schema"]) as stored:
+                trained = _trained(model)
+                there = {name for name in stored.index if "/" not in name}
+                # An older one holds what is frozen, too.
+                if missing := sorted(trained.keys() - there):
+                    raise ValueError(f"its tensors lack those of the model: {missing[:3]}")
+                for name, parameter in trained.items():
+                    stored.fill(name, parameter)
+                names = {id(p): name for name, p in model.named_parameters()}
+                restore_moments(optimizer, stored, names)
             return FitState(content["step"], content["seconds"], content["skipped"])
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as problem:
             raise UserError(f"damaged: {problem}", where=where, fix=fix) from problem
@@ -110,45 +133,14 @@ class FitCheckpoints:
         return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
 
 
-def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Put together from all ranks where they are sharded, in the order that all of them have."""
-    return {name: whole(tensor.detach()).contiguous() for name, tensor in tensors.items()}
-
-
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """What a step changes; a frozen base comes from its own files."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
-def _flatten(optimizer: torch.optim.Optimizer, names: Mapping[Tensor, str]) -> dict[str, Tensor]:
-    return {
-        f"{names[parameter]}/{key}": value
-        for parameter, entries in optimizer.state.items()
-        for key, value in entries.items()
-    }
-
-
-def _unflatten(
-    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]
-) -> None:
-    parameters = _trained(model)
-    for key, value in tensors.items():
-        name, _, entry = key.rpartition("/")
-        parameter = parameters[name]
-        state: dict[str, Any] = optimizer.state.setdefault(parameter, {})
-        # The count of steps is whole everywhere; moments lie as their parameter does.
-        like = parameter if value.shape == parameter.shape else value
-        state[entry] = split_like(value.to(parameter.device), like)
-
-
-@torch.no_grad()
-def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    parameters = _trained(model)
-    if parameters.keys() != tensors.keys():
-        raise ValueError(
-            f"its tensors differ from the model's: {sorted(parameters.keys() ^ tensors.keys())[:3]}"
-        )
-    for name, parameter in parameters.items():
-        if parameter.shape != tensors[name].shape:
-            raise ValueError(f"{name} has shape {tuple(tensors[name].shape)}")
-        local(parameter).copy_(local(split_like(tensors[name], parameter)))
+def _stored(checkpoint: Path, schema: str) -> StoredTensors:
+    """The same names in both layouts."""
+    if schema == SCHEMA:
+        return StoredTensors.indexed(checkpoint / STATE)
+    files = [checkpoint / f"{name}.safetensors" for name in ("model", "optimizer")]
+    return StoredTensors.whole(checkpoint, files)

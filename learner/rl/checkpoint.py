@@ -319,15 +319,8 @@ def _restore_pieces(state: TrainerState, root: Path) -> None:
     with StoredTensors.indexed(root / STATE) as stored:
         for name, tensor in _value_tensors(state.networks).items():
             stored.fill(name, tensor)
-        keys: dict[str, dict[str, str]] = {}
-        for name in stored.index:
-            parameter, slash, key = name.rpartition("/")
-            if slash:
-                keys.setdefault(parameter, {})[key] = name
         for optimizer, _ in _optimizers(state.optimizers).values():
-            own = [(p, names[id(p)]) for g in optimizer.param_groups for p in g["params"]]
-            rows = [(p, keys[name]) for p, name in own if name in keys]
-            restore_moments(optimizer, stored, rows)
+            restore_moments(optimizer, stored, names)
 
 
 def _restore_whole(state: TrainerState, root: Path) -> None:
@@ -341,12 +334,9 @@ def _restore_whole(state: TrainerState, root: Path) -> None:
     for kind, (optimizer, _) in _optimizers(state.optimizers).items():
         # torch numbers parameters across groups in this order.
         params = [p for group in optimizer.param_groups for p in group["params"]]
+        numbers = {id(parameter): str(number) for number, parameter in enumerate(params)}
         with StoredTensors.whole(root, [root / f"optimizer_{kind}.safetensors"]) as stored:
-            keys: dict[int, dict[str, str]] = {}
-            for name in stored.index:
-                number, key = name.split(".", 1)
-                keys.setdefault(int(number), {})[key] = name
-            restore_moments(optimizer, stored, [(params[n], named) for n, named in keys.items()])
+            restore_moments(optimizer, stored, numbers, separator=".")
 
 
 def random_states() -> dict[str, Tensor]:

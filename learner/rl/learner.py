@@ -24,7 +24,7 @@ from cluster.machine.torch_state import prepare_torch
 from cluster.weights.transports import Publisher, PublisherOptions, make_publisher
 from learner.compute.optimizer import lr_factor, set_lr
 from learner.compute.ranks import SINGLE, Ranks
-from learner.model_files import complete
+from learner.compute.stored import write_shares
 from learner.rl.catch_up import catch_up
 from learner.rl.checkpoint import Snapshot, TrainerState, restore_state, snapshot
 from learner.rl.experience import Experience, StepPlan, build_experience
@@ -227,10 +227,8 @@ class PPOLearner:
     def save(self, directory: str | Path) -> tuple[FileDigest, ...]:
         """Write policy/ and the trainer's state under `directory`, which all ranks see; complete on
         return. The files, on every rank."""
-        written = self._ranks.gather(self.snapshot().write(directory))
-        files = [file for theirs in written for file in theirs]
-        finished = complete(Path(directory), files) if self._ranks.first else ()
-        return self._ranks.gather(finished)[0]
+        root, taken = Path(directory), self.snapshot()
+        return write_shares(self._ranks, root, lambda: taken.write(root))
 
     def restore(self, directory: str | Path) -> None:
         """Take up exactly where `save` stood. Raises UserError where that is not possible."""

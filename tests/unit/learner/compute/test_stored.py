@@ -162,13 +162,9 @@ def save(folder: Path, model: Any, optimizer: Any, ranks: Any) -> None:
 
 def load(folder: Path, model: Any, optimizer: Any) -> None:
     with StoredTensors.indexed(folder / STATE) as stored:
-        rows = []
         for name, parameter in model.named_parameters():
             stored.fill(name, parameter)
-            prefix = f"{name}/"
-            keys = {n.removeprefix(prefix): n for n in stored.index if n.startswith(prefix)}
-            rows.append((parameter, keys))
-        restore_moments(optimizer, stored, rows)
+        restore_moments(optimizer, stored, named(model))
     restore_groups(optimizer, json.loads((folder / "groups.json").read_text()))
 
 

@@ -97,7 +97,7 @@ def test_a_checkpoint_of_another_run_or_a_damaged_one_is_refused(tmp_path: Path)
         fit(model, rows[1:], loss, CONFIG, seed=3, checkpoint=tmp_path)
     with pytest.raises(UserError, match="another configuration"):
         fit(model, rows, loss, CONFIG.model_copy(update={"lr": 0.5}), seed=3, checkpoint=tmp_path)
-    (tmp_path / "step-00000035" / "optimizer.safetensors").write_bytes(b"half")
+    (tmp_path / "step-00000035" / "state" / "rank-00000.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="damaged"):
         fit(model, rows, loss, CONFIG, seed=3, checkpoint=tmp_path)
     assert json.loads((tmp_path / "step-00000030" / "state.json").read_text())["step"] == 30
