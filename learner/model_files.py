@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -61,13 +61,13 @@ class Layout:
         return Layout(found["files"], found["nbytes"])
 
 
-def write_model(root: Path, layout: Layout, entry: Callable[[str, str], Entry]) -> list[FileDigest]:
-    """Write the weight files of ``root``/policy. entry: (name in the file, name in the learner) ->
-    the tensor. In memory at once: what ``Entry.blocks`` gives at once."""
+def write_model(
+    folder: Path, layout: Layout, entry: Callable[[str, str], Entry]
+) -> list[FileDigest]:
+    """Write the weight files of a model below ``folder``. entry: (name in the file, name in the
+    learner) -> the tensor. In memory at once: what ``Entry.blocks`` gives at once."""
     written = [
-        write_tensors(
-            root / POLICY / file, f"{POLICY}/{file}", [entry(*pair) for pair in names.items()]
-        )
+        write_tensors(folder / file, file, [entry(*pair) for pair in names.items()])
         for file, names in layout.files.items()
     ]
     if len(layout.files) > 1:
@@ -76,10 +76,23 @@ def write_model(root: Path, layout: Layout, entry: Callable[[str, str], Entry]) 
             "metadata": {"total_size": layout.nbytes},
             "weight_map": dict(sorted(places.items())),
         }
-        path = root / POLICY / "model.safetensors.index.json"
+        path = folder / "model.safetensors.index.json"
         write_text(path, json.dumps(content, indent=2) + "\n")
-        written.append(digest_of(path, f"{POLICY}/{path.name}"))
+        written.append(digest_of(path, path.name))
     return written
+
+
+def put_together(parts: Path, folder: Path) -> list[FileDigest]:
+    """Write the weight files of a model below ``folder`` from what all processes wrote below
+    ``parts``: pieces, their index, and the layout. Raises NotSaved where a piece is missing,
+    OSError where the disk does not take a file."""
+    table = FileTable()
+    index = _read_complete(parts, table)
+    try:
+        layout = Layout.read(parts / LAYOUT)
+        return write_model(folder, layout, partial(_from_pieces, parts, index, table))
+    except (ValueError, KeyError, TypeError) as problem:
+        raise NotSaved(f"{parts}: {type(problem).__name__}: {problem}") from problem
 
 
 def complete(root: Path, files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
@@ -89,35 +102,36 @@ def complete(root: Path, files: Iterable[FileDigest]) -> tuple[FileDigest, ...]:
     Raises NotSaved where a process's file is missing or another than the index says, OSError where
     the disk does not take the policy.
     """
-    written = {file.name: file for file in files}
-    table = FileTable()
-    try:
-        if (root / STATE / INDEX).exists():
-            _require_pieces(root / STATE, read_index(root / STATE), table)
-        if not (root / PARTS).is_dir():
-            return tuple(written[name] for name in sorted(written))
-        index = read_index(root / PARTS)
-        _require_pieces(root / PARTS, index, table)
-        layout = Layout.read(root / PARTS / LAYOUT)
-        made = write_model(root, layout, partial(_put_together, root / PARTS, index, table))
-    except (ValueError, KeyError, TypeError) as problem:
-        raise NotSaved(f"{root}: {type(problem).__name__}: {problem}") from problem
-    shutil.rmtree(root / PARTS)
-    kept = [file for name, file in written.items() if not name.startswith(f"{PARTS}/")]
-    return tuple(sorted([*kept, *made], key=lambda file: file.name))
+    written = [file for file in files if not file.name.startswith(f"{PARTS}/")]
+    if (root / STATE / INDEX).exists():
+        _read_complete(root / STATE, FileTable())
+    if (root / PARTS).is_dir():
+        made = put_together(root / PARTS, root / POLICY)
+        written += [below(POLICY, file) for file in made]
+        shutil.rmtree(root / PARTS)
+    return tuple(sorted(written, key=lambda file: file.name))
 
 
-def _put_together(folder: Path, index: Index, table: FileTable, name: str, source: str) -> Entry:
+def below(folder: str, file: FileDigest) -> FileDigest:
+    return replace(file, name=f"{folder}/{file.name}")
+
+
+def _from_pieces(folder: Path, index: Index, table: FileTable, name: str, source: str) -> Entry:
     stored = index[source]
     blocks = partial(row_blocks, folder, source, stored, table)
     return Entry(name, stored.dtype, stored.shape, blocks)
 
 
-def _require_pieces(folder: Path, index: Index, table: FileTable) -> None:
-    """Raise NotSaved for a piece that no file holds as the index says."""
-    for name, stored in index.items():
-        for piece in stored.pieces:
-            path = folder / piece.file
-            held = table.of(path).get(name) if path.is_file() else None
-            if held is None or held.shape != piece.sizes:
-                raise NotSaved(f"{path} does not hold the piece of {name} that {INDEX} names")
+def _read_complete(folder: Path, table: FileTable) -> Index:
+    """The index of a folder. Raises NotSaved for a piece that no file holds as it says."""
+    try:
+        index = read_index(folder)
+        for name, stored in index.items():
+            for piece in stored.pieces:
+                path = folder / piece.file
+                held = table.of(path).get(name) if path.is_file() else None
+                if held is None or held.shape != piece.sizes:
+                    raise NotSaved(f"{path} does not hold the piece of {name} that {INDEX} names")
+    except (ValueError, KeyError, TypeError) as problem:
+        raise NotSaved(f"{folder}: {type(problem).__name__}: {problem}") from problem
+    return index

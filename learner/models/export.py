@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cluster.contracts.durable import FileDigest, digests_below
 from learner.compute.stored import nbytes_of
-from learner.model_files import FILE_BYTES, POLICY, Layout
+from learner.model_files import FILE_BYTES, Layout
 from learner.models.files import as_list, quiet_transformers
 
 
@@ -52,19 +52,18 @@ def converted(model: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return _reverted(model, saved)
 
 
-def write_small_files(model: Any, tokenizer: Any, root: Path) -> list[FileDigest]:
-    """Everything of ``root``/policy but the weights: config, generation config with the end tokens,
-    code of its own, tokenizer with template."""
+def write_small_files(model: Any, tokenizer: Any, folder: Path) -> tuple[FileDigest, ...]:
+    """Everything of a model's ``folder`` but the weights: config, generation config with the end
+    tokens, code of its own, tokenizer with template. The files of the folder."""
     ends = [tokenizer.eos_token_id, *as_list(model.generation_config.eos_token_id)]
     unique = list(dict.fromkeys(int(end) for end in ends))
     model.generation_config.eos_token_id = unique if len(unique) > 1 else unique[0]
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     with quiet_transformers():
-        model.save_pretrained(root / POLICY, state_dict={})
-    tokenizer.save_pretrained(root / POLICY)
-    files = digests_below(root / POLICY)
-    return [FileDigest(f"{POLICY}/{f.name}", f.nbytes, f.sha256) for f in files]
+        model.save_pretrained(folder, state_dict={})
+    tokenizer.save_pretrained(folder)
+    return digests_below(folder)
 
 
 def _saved_names(model: Any, own: Mapping[str, Any]) -> dict[str, str]:

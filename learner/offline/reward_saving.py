@@ -14,6 +14,7 @@ import transformers
 from cluster.contracts.errors import UserError
 from learner.compute.microbatches import TokenRow
 from learner.compute.sharding import bare
+from learner.model_files import put_together
 from learner.models.files import load_checked, replace_directory
 from learner.models.heads import reward_scores
 from learner.models.reward_artifact import (
@@ -25,7 +26,7 @@ from learner.models.reward_artifact import (
     write_artifact,
 )
 from learner.offline.reward_task import RewardTask, Scores
-from learner.offline.saving import whole_tensors
+from learner.offline.saving import parts_on_disk, whole_tensors
 
 
 def spread_of(centre: Scores) -> float:
@@ -57,18 +58,21 @@ def save_reward_model(
     centre: see `spread_of`. golden: completions whose scores show on loading that the very same
     function is served; a model that is whole moves to the CPU for them.
     """
-    tensors = whole_tensors(task.model, task.mesh.everyone.first)
+    ranks = task.mesh.everyone
+    with parts_on_disk(task.model, directory, ranks) as parts:
+        tensors = whole_tensors(task.model, ranks.first) if parts is None else {}
 
-    def write(folder: Path) -> None:
-        bare(task.model).save_pretrained(folder, state_dict=tensors)
-        tokenizer.save_pretrained(folder)
-        scorer = task.model.to("cpu") if tensors is None else _loaded(folder)
-        scores = tuple(_golden(scorer, row) for row in golden)
-        write_artifact(folder, _artifact(task, tokenizer, centre, centred_on, scores))
+        def write(folder: Path) -> None:
+            bare(task.model).save_pretrained(folder, state_dict=tensors)
+            if parts is not None:
+                put_together(parts, folder)
+            tokenizer.save_pretrained(folder)
+            scorer = task.model.to("cpu") if tensors is None else _loaded(folder)
+            scores = tuple(_golden(scorer, row) for row in golden)
+            write_artifact(folder, _artifact(task, tokenizer, centre, centred_on, scores))
 
-    if task.mesh.everyone.first:
-        replace_directory(directory, write)
-    task.mesh.everyone.barrier()
+        if ranks.first:
+            replace_directory(directory, write)
     return directory
 
 

@@ -51,7 +51,7 @@ from learner.compute.stored import (
     restore_groups,
     restore_moments,
 )
-from learner.model_files import LAYOUT, PARTS, POLICY, STATE, Layout, write_model
+from learner.model_files import LAYOUT, PARTS, POLICY, STATE, Layout, below, write_model
 from learner.models.export import converted, layout_of, stored_tensors, write_small_files
 from learner.models.load import load_policy
 from learner.models.weight_files import weight_files
@@ -117,8 +117,7 @@ class Snapshot:
         root, first = Path(directory), self.ranks.first
         try:
             root.mkdir(parents=True, exist_ok=True)
-            written = write_small_files(self.model, self.tokenizer, root) if first else []
-            written += self._write_policy(root)
+            written = self._write_policy(root)
             passing("learner.mid_save")
             written += self.state.write(root, STATE)
             if first:
@@ -138,17 +137,19 @@ class Snapshot:
             raise NotSaved(f"{root}: {problem}") from problem
 
     def _write_policy(self, root: Path) -> list[FileDigest]:
-        policy = self.policy
-        if not isinstance(policy, Copied):
-            if not self.ranks.first:
-                return []
-            return write_model(
-                root, self.layout, lambda name, source: entry_of(name, policy[source])
-            )
-        written = policy.write(root, PARTS)
+        policy, found = self.policy, list[FileDigest]()
         if self.ranks.first:
-            write_text(root / PARTS / LAYOUT, self.layout.text())
-            written.append(digest_of(root / PARTS / LAYOUT, f"{PARTS}/{LAYOUT}"))
+            found += write_small_files(self.model, self.tokenizer, root / POLICY)
+            if not isinstance(policy, Copied):
+                found += write_model(
+                    root / POLICY, self.layout, lambda name, source: entry_of(name, policy[source])
+                )
+        written = [below(POLICY, file) for file in found]
+        if isinstance(policy, Copied):
+            written += policy.write(root, PARTS)
+            if self.ranks.first:
+                write_text(root / PARTS / LAYOUT, self.layout.text())
+                written.append(digest_of(root / PARTS / LAYOUT, f"{PARTS}/{LAYOUT}"))
         return written
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from learner.compute.ranks import SINGLE
 from learner.compute.stored import copied, entry_of
-from learner.model_files import LAYOUT, PARTS, POLICY, Layout, complete, write_model
+from learner.model_files import LAYOUT, PARTS, POLICY, Layout, below, complete, write_model
 from learner.models.export import converted, layout_of, stored_tensors, write_small_files
 from learner.models.load import load_tokenizer
 
@@ -41,7 +41,9 @@ def written(model: Any, root: Path) -> dict[str, torch.Tensor]:
         tensors = converted(model, tensors)
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         layout = Layout.of(sizes, {name: name for name in sizes})
-    write_model(root, layout, lambda name, source: entry_of(name, tensors[source].detach()))
+    write_model(
+        root / POLICY, layout, lambda name, source: entry_of(name, tensors[source].detach())
+    )
     return load_file(root / POLICY / "model.safetensors")
 
 
@@ -74,7 +76,8 @@ def test_a_model_in_several_files_put_together_from_pieces_loads(
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
     layout = layout_of(model, limit=30_000)
     assert layout is not None
-    files = write_small_files(model, load_tokenizer(tiny), tmp_path)
+    small = write_small_files(model, load_tokenizer(tiny), tmp_path / POLICY)
+    files = [below(POLICY, file) for file in small]
     files += copied(stored_tensors(model), SINGLE).write(tmp_path, PARTS)
     (tmp_path / PARTS / LAYOUT).write_text(layout.text())
     finished = {file.name: file for file in complete(tmp_path, files)}
