@@ -1,9 +1,10 @@
 """Named places at which a run can be told to end as if killed, to test what a resume finds.
 
     ACCORD_CRASH_AT=driver.before_commit:2 accord train …   # at the second passing of this place
+    ACCORD_CRASH_AT=learner.mid_save@1 accord train …       # of the learner's process 1 alone
 
-A point of the driver ends the command, one of the learner ends the process of the run's first
-learner. Both end with exit code 137 and without any cleaning up, as `kill -9` would end them.
+A point of the driver ends the command, one of the learner ends the processes of the run's first
+learner. They end with exit code 137 and without any cleaning up, as `kill -9` would end them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ POINTS = {
 class _Armed:
     name: str
     left: int  # passings until the end
+    process: int | None  # of the learner's; None: all
 
 
 _armed: _Armed | None = None
@@ -69,18 +71,19 @@ def arm_from(environment: Mapping[str, str]) -> None:
     arm(environment.get(VARIABLE))
 
 
-def take_learners() -> str | None:
-    """The place of the learner's that was named, once: a learner that takes over from the one that
-    ended there must not end there too."""
+def take_learners() -> tuple[str, int | None] | None:
+    """The place of the learner's that was named, and the number of its process (None: all), once: a
+    learner that takes over from the one that ended there must not end there too."""
     global _armed
     if _armed is None or not _armed.name.startswith(LEARNER):
         return None
     taken, _armed = _armed, None
-    return f"{taken.name}:{taken.left}"
+    return f"{taken.name}:{taken.left}", taken.process
 
 
 def _read(text: str) -> _Armed:
-    name, _, count = text.partition(":")
+    place, _, count = text.partition(":")
+    name, at, process = place.partition("@")
     if name not in POINTS:
         names = "".join(f"\n       {point}" for point in POINTS)
         raise UserError(f"no crash point {name!r}", where=VARIABLE, fix=f"one of{names}")
@@ -88,7 +91,13 @@ def _read(text: str) -> _Armed:
         raise UserError(
             f"{count!r} is not a number of passings", where=VARIABLE, fix=f"for example {name}:2"
         )
-    return _Armed(name, int(count or 1))
+    if at and not (process.isdecimal() and name.startswith(LEARNER)):
+        raise UserError(
+            f"{place!r} names no process of the learner",
+            where=VARIABLE,
+            fix=f"for example {LEARNER}mid_save@1",
+        )
+    return _Armed(name, int(count or 1), int(process) if at else None)
 
 
 _end = os._exit

@@ -65,8 +65,10 @@ class RayLearner:
         self.nodes = frozenset(await asyncio.gather(*processes.each("node")))
         limit, purpose = learner.start_timeout_s, "to load its models"
         await self._files.open(self._settings, limit)
-        if (crash_point := take_learners()) is not None:
-            await processes.call("crash_at", limit, "to arm a crash point", crash_point)
+        if (crash := take_learners()) is not None:
+            place, number = crash
+            ending = [a for rank, a in enumerate(processes.actors) if number in (None, rank)]
+            await processes.ask(ending, "crash_at", limit, "to arm a crash point", place)
         several = learner.processes > 1
         place = (await processes.first("open_place", limit, purpose),) if several else ()
         manifest: WeightManifest = await processes.call("start", limit, purpose, *place)

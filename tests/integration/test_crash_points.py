@@ -28,6 +28,7 @@ from tests.integration.same_run import (
     exact,
     policy_files,
     repeatable,
+    rows,
     run_of,
     steps_done,
 )
@@ -120,6 +121,22 @@ def test_a_run_ended_at_every_crash_point_equals_one_that_nobody_disturbed(
         assert policy_files(accord, world) == policy_files(line, world)
     finally:
         line.close()
+
+
+def test_one_of_two_processes_ends_while_it_writes_its_share_of_a_checkpoint(
+    world: Any, accord: Any, monkeypatch: Any
+) -> None:
+    two = ("learner.processes=2", "learner.sharding=fsdp2")
+    run = Crashes(accord, monkeypatch, repeatable(accord, world), *two)
+    # Its first checkpoint is whole; of the second one it writes half of its share.
+    run.go_on(8, "learner.mid_save@1", 2)
+    kinds = [row["kind"] for row in rows(run_of(accord) / "events.jsonl")]
+    # The second one came into being only when another learner wrote it.
+    assert kinds[: kinds.index("learner_lost")].count("checkpoint") == 1
+    assert kinds.count("checkpoint") > 2
+    kept = [path.name for path in (run_of(accord) / "checkpoints").iterdir()]
+    assert not [name for name in kept if name.startswith((".staging", "damaged"))], kept
+    exact(accord)
 
 
 def test_an_asynchronous_run_ended_at_every_crash_point_trains_each_prompt_once_per_epoch(

@@ -74,8 +74,10 @@ def test_a_run_that_was_told_nothing_passes_them_all(
 
 def test_a_point_of_the_learner_is_handed_over_once() -> None:
     crash_points.arm_from({"ACCORD_CRASH_AT": "learner.mid_save:3"})
-    assert crash_points.take_learners() == "learner.mid_save:3"
+    assert crash_points.take_learners() == ("learner.mid_save:3", None)
     assert crash_points.take_learners() is None  # the one that takes over must live
+    crash_points.arm("learner.mid_save@1:2")
+    assert crash_points.take_learners() == ("learner.mid_save:2", 1)
     crash_points.arm("driver.after_step")
     assert crash_points.take_learners() is None
     crash_points.arm(None)
@@ -87,6 +89,8 @@ def test_a_point_of_the_learner_is_handed_over_once() -> None:
         ("driver.lunch", r"ACCORD_CRASH_AT: no crash point 'driver.lunch'\n  fix: one of\n"),
         ("driver.mid_save:0", "'0' is not a number of passings"),
         ("driver.mid_save:soon", "'soon' is not a number of passings"),
+        ("driver.mid_save@1", "'driver.mid_save@1' names no process of the learner"),
+        ("learner.mid_save@one", "'learner.mid_save@one' names no process of the learner"),
     ],
 )
 def test_a_name_that_no_place_has_is_one_clear_message(text: str, words: str) -> None:
