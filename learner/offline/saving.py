@@ -85,8 +85,8 @@ def save_adapters(model: Any, run_dir: Path, base: str, ranks: Ranks) -> None:
 
 def whole_tensors(model: Any, keep: bool) -> dict[str, Tensor] | None:
     """The state dict to be saved, on the CPU of the ranks that `keep` it: of a sharded model put
-    together, of an adapted one merged; all of it is in one host's memory. None where the model's own will do. Every rank has to ask.
-    Tied parameters share memory."""
+    together, of an adapted one merged; all of it is in one host's memory. None where the model's
+    own will do. Every rank has to ask. Tied parameters share memory."""
     inner = bare(model)
     if has_adapters(inner):
         merged = ((name, tensor.cpu()) for name, tensor in merged_tensors(inner))
