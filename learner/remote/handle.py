@@ -66,9 +66,9 @@ class RayLearner:
         limit, purpose = learner.start_timeout_s, "to load its models"
         await self._files.open(self._settings, limit)
         if (crash := take_learners()) is not None:
-            place, number = crash
+            point, number = crash
             ending = [a for rank, a in enumerate(processes.actors) if number in (None, rank)]
-            await processes.ask(ending, "crash_at", limit, "to arm a crash point", place)
+            await processes.ask(ending, "crash_at", limit, "to arm a crash point", point)
         several = learner.processes > 1
         place = (await processes.first("open_place", limit, purpose),) if several else ()
         manifest: WeightManifest = await processes.call("start", limit, purpose, *place)
