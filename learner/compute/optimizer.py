@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from learner.compute.lean_adamw import LeanAdamW
 from learner.compute.ranks import whole
 from learner.compute.sharding import by_mesh
 
@@ -25,11 +26,15 @@ def make_optimizer(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), fused. Matrices decay; norms and biases never do.
+    *,
+    eight_bits: bool = False,
+    on_host: bool = False,
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019). Matrices decay; norms and biases never do.
 
-    Each group remembers `initial_lr`, which `set_lr` scales. A parameter given twice (tied) counts
-    once. Raises ValueError when nothing is trainable.
+    Fused, with moments in float32 on the parameters' device, unless they are to be in `eight_bits`
+    or `on_host` (see `LeanAdamW`). Each group remembers `initial_lr`, which `set_lr` scales. A
+    parameter given twice (tied) counts once. Raises ValueError when nothing is trainable.
     """
     unique = {id(p): p for p in params if p.requires_grad}
     matrices = [p for p in unique.values() if p.ndim >= 2]
@@ -41,6 +46,8 @@ def make_optimizer(
         for group, decay in ((matrices, weight_decay), (others, 0.0))
         for alike in by_mesh(group)  # one fused operation takes no others together
     ]
+    if eight_bits or on_host:
+        return LeanAdamW(groups, lr, betas, eps, eight_bits=eight_bits, on_host=on_host)
     return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 

@@ -206,6 +206,23 @@ def split_like(full: Tensor, example: Tensor) -> Tensor:
     return distribute_tensor(full.to(example.device), mesh, where, src_data_rank=None)
 
 
+def sharded_as(part: Tensor, example: Tensor) -> Tensor:
+    """This rank's `part` of a tensor that is sharded as `example` is; it may lie on the host."""
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(example, DTensor)
+    sharded = DTensor.from_local(
+        part,
+        example.device_mesh,
+        example.placements,
+        run_check=False,
+        shape=example.shape,
+        stride=example.stride(),
+    )
+    # torch has moved it to the devices of the mesh.
+    return sharded.to(part.device)
+
+
 @torch.no_grad()
 def load_full(module: nn.Module, state: dict[str, Tensor]) -> None:
     """Fill a module, sharded or not, with a complete state dict.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -132,12 +133,19 @@ def build_optimizers(networks: Networks, learner: LearnerConfig) -> Optimizers:
     """AdamW for the policy, and for a value network of its own; a shared head joins the policy's
     optimiser with its own rate and no decay."""
     value_lr = learner.lr if learner.value_lr is None else learner.value_lr
-    rest = (learner.betas, learner.eps, learner.weight_decay)
-    policy = make_optimizer(networks.policy_parameters(), learner.lr, *rest)
+    make = partial(
+        make_optimizer,
+        betas=learner.betas,
+        eps=learner.eps,
+        weight_decay=learner.weight_decay,
+        eight_bits=learner.optimizer == "adamw8bit",
+        on_host="optimizer" in learner.offload,
+    )
+    policy = make(networks.policy_parameters(), learner.lr)
     if networks.value is None:
         return Optimizers(policy=policy, value=None)
     if not networks.shared:
-        own = make_optimizer(networks.value.parameters(), value_lr, *rest)
+        own = make(networks.value.parameters(), value_lr)
         return Optimizers(policy=policy, value=own)
     # In the policy's optimiser, because one backward pass gives both gradients and one clip
     # limits them together; `initial_lr` is what a schedule's factor multiplies.
