@@ -33,7 +33,7 @@ FREE_ON_RESUME = (
     *("learner.processes", "learner.sharding", "learner.tokens_per_microbatch"),
     *("learner.packing", "learner.activation_memory_mb", "learner.gradient_checkpointing"),
     *("learner.tensor_parallel", "learner.sequence_parallel", "learner.offload"),
-    *("learner.reshard_after_forward", "learner.prefetch_layers"),
+    *("learner.reshard_after_forward", "learner.prefetch_layers", "learner.gradient_reduction"),
     *("learner.compile", "learner.cpus", "learner.gpus", "learner.resources", "learner.labels"),
     *("learner.start_timeout_s", "learner.step_timeout_s", "learner.max_restarts"),
     # Free where no schedule ends with it: `refuse_other_horizon`.

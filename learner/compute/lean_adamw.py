@@ -8,6 +8,7 @@ here the same arithmetic runs a piece of a tensor at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from cluster.contracts.errors import UserError
 from learner.compute.ranks import is_sharded
 from learner.compute.sharding import local, sharded_as
 
@@ -109,7 +111,16 @@ class LeanAdamW(torch.optim.Optimizer):
 
 
 def _eight_bit_zeros(like: Tensor, signed: bool, device: torch.device) -> Tensor:
-    from torchao.optim.subclass_8bit import OptimState8bit
+    # It warns of kernels that were made for other machines.
+    logging.getLogger("torchao").setLevel(logging.ERROR)
+    try:
+        from torchao.optim.subclass_8bit import OptimState8bit
+    except ImportError as problem:
+        raise UserError(
+            "an optimiser with eight bits needs torchao, which is not installed",
+            where="optimizer",
+            fix="pip install -r requirements/quantised.txt, or set optimizer = 'adamw'",
+        ) from problem
 
     zeros: Any = OptimState8bit.zeros(like.shape, signed, _BLOCK, device, dtype=like.dtype)
     # torchao's signed codes reach from -0.99 to 1 times a block's largest number. With -1, what

@@ -7,7 +7,7 @@ denominator, so that gradients add up to those of the whole batch however it was
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from cluster.contracts.errors import Fatal
 from cluster.contracts.metrics import Metric, mean, merge
 from learner.compute.mesh import ALONE, Mesh
 from learner.compute.optimizer import global_norm
-from learner.compute.sharding import by_mesh, local, summed_already
+from learner.compute.sharding import by_mesh, local, reduce_gradients, summed_already
 
 MAX_SKIPS_IN_A_ROW = 3
 
@@ -62,6 +62,7 @@ def optimiser_step(
     max_grad_norm: float,
     skips: SkipCounter,
     mesh: Mesh = ALONE,
+    reduced_once: Sequence[nn.Module | None] = (),
 ) -> StepOutcome:
     """Accumulate gradients of all microbatches, clip to `max_grad_norm`, update once.
 
@@ -69,12 +70,13 @@ def optimiser_step(
     `skips`, which raises Fatal at the third in a row. Gradients are freed on return.
     With several ranks each gives its own microbatches; loss and gradients are their sums, so that
     all ranks do, or leave out, the same step. Ranks of one replica (`mesh`) know the same loss, and
-    each has its part of the gradients. Raises ValueError if there is no microbatch.
+    each has its part of the gradients. reduced_once: sharded modules whose gradients are summed
+    over ranks with the last microbatch only. Raises ValueError if there is no microbatch.
     """
     trainable = [p for p in params if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
     try:
-        total, metrics = _accumulate(microbatches)
+        total, metrics = _accumulate(microbatches, reduced_once)
         grads = [p.grad for p in trainable if p.grad is not None]
         mesh.data.sum_([total])
         mesh.shards.sum_([local(grad) for grad in grads if not summed_already(grad)])
@@ -94,10 +96,16 @@ def optimiser_step(
         optimizer.zero_grad(set_to_none=True)
 
 
-def _accumulate(microbatches: Iterable[MicrobatchLoss]) -> tuple[Tensor, list[Metric]]:
+def _accumulate(
+    microbatches: Iterable[MicrobatchLoss], reduced_once: Sequence[nn.Module | None]
+) -> tuple[Tensor, list[Metric]]:
     """(0-d float64 sum of the losses, merged metrics); gradients are in the parameters."""
     total, metrics = None, list[Metric]()
-    for run in microbatches:
+    waiting = iter(microbatches)
+    following = next(waiting, None)
+    while (run := following) is not None:
+        following = next(waiting, None)
+        reduce_gradients(reduced_once, now=following is None)
         loss, measured = run()
         loss.backward()
         value = loss.detach().double()

@@ -96,8 +96,17 @@ class Sharding:
             mp_policy=mixed,
             offload_policy=offload,
         )
+        if not self.reshard:
+            # A backward pass would give the weights back; without one they would stay, and
+            # parameters would be whole where everybody expects parts.
+            module.register_forward_hook(_give_back_without_gradient)
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)
+
+
+def _give_back_without_gradient(module: Any, inputs: Any, output: Any) -> None:
+    if not torch.is_grad_enabled():
+        module.reshard()
 
 
 def shard_model(model: Any, trunk: nn.Module, layers: int, how: Sharding | None = None) -> Gathered:
@@ -130,6 +139,17 @@ def shard_layers(trunk: nn.Module, layers: int, how: Sharding) -> None:
             ahead, behind = found[at + 1 :][: how.prefetch], found[:at][::-1][: how.prefetch]
             layer.set_modules_to_forward_prefetch(list(ahead))
             layer.set_modules_to_backward_prefetch(list(behind))
+
+
+def reduce_gradients(modules: Iterable[nn.Module | None], now: bool) -> None:
+    """Whether the next backward pass sums the gradients of these sharded modules over ranks; until
+    one does, each rank adds up whole gradients of its own."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in modules:
+        if isinstance(module, FSDPModule):
+            module.set_requires_gradient_sync(now)
+            module.set_is_last_backward(now)
 
 
 def local_region(tensor: Tensor) -> tuple[slice, ...]:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from cluster.contracts.config.base import DType, ModelConfig
 from cluster.contracts.config.compute import ComputeConfig
@@ -122,7 +124,8 @@ class Placement:
         if self.lora is not None and not frozen:
             for name in self.adapters:
                 initialise_adapter(model, name, self.seed)
-        call(roots[0], check_lm_head)
+        with torch.no_grad():
+            call(roots[0], check_lm_head)
         return model, roots[0]
 
     def load_classifier(
@@ -215,9 +218,16 @@ def checkpoint_gradients(model: Any, *, on_host: bool = False) -> None:
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
-    model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False}, offload=on_host
-    )
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if on_host:
+        # As transformers does with `offload=True`, which needs a GPU to pin memory for.
+        model._set_gradient_checkpointing(True, _checkpoint_on_host)
     model.train()
     for dropout in own:  # which `adapter_dropout` switches on
         dropout.eval()
+
+
+def _checkpoint_on_host(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    gpu = torch.cuda.is_available()
+    with save_on_cpu(pin_memory=gpu, device_type="cuda" if gpu else "cpu"):
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)

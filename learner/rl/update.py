@@ -151,11 +151,21 @@ class PolicyUpdate:
         norm_name: str,
     ) -> list[Metric]:
         """One update; its metrics, none where it was skipped."""
-        limit = self.settings.learner.max_grad_norm
-        networks, (meter, calls) = self.networks, losses
+        learner, networks, (meter, calls) = self.settings.learner, self.networks, losses
+        once = learner.gradient_reduction == "step"
         # One context for all microbatches: autocast casts each weight once, not once a microbatch.
-        with compute_in(networks.compute_dtype, networks.device, cached=not networks.sharded):
-            outcome = optimiser_step(optimizer, params, calls, limit, skips, networks.mesh)
+        # That keeps all weights in bfloat16; with checkpointing, memory is worth more than time.
+        cached = not networks.sharded and not learner.gradient_checkpointing
+        with compute_in(networks.compute_dtype, networks.device, cached=cached):
+            outcome = optimiser_step(
+                optimizer,
+                params,
+                calls,
+                learner.max_grad_norm,
+                skips,
+                networks.mesh,
+                [networks.roots.get("policy"), networks.value] if once else (),
+            )
         if outcome.skipped is not None:
             return []
         return [*meter.read(), mean(norm_name, outcome.grad_norm, 1)]

@@ -58,6 +58,13 @@ class ComputeConfig(Section):
         description="With sharding = 'fsdp2': how many layers ahead of the one that computes are "
         "being gathered. More hides a slow network, and holds so many more layers.",
     )
+    gradient_reduction: Literal["microbatch", "step"] = Field(
+        "microbatch",
+        description="With sharding = 'fsdp2': when gradients are summed over processes. "
+        "microbatch: after each one, so that a process holds the gradients of its part. step: "
+        "once per optimiser step, which communicates less; until then a process holds the "
+        "gradients of all parameters (4 bytes per parameter).",
+    )
     offload: list[Offload] = Field(
         [],
         description="What lies in the memory of the host instead of the device's. optimizer: the "
@@ -105,7 +112,7 @@ def compute_problems(config: ComputeConfig) -> list[str]:
             f"{at}.sharding = 'fsdp2' deals weights out to several processes: set "
             f"{at}.processes to 2 or more, or {at}.sharding = 'none'"
         )
-    for key in ("reshard_after_forward", "prefetch_layers"):
+    for key in ("reshard_after_forward", "prefetch_layers", "gradient_reduction"):
         if key in changed and not sharded:
             found.append(f"{at}.{key} does nothing without {at}.sharding = 'fsdp2': leave it out")
     return found + _offload_problems(config)

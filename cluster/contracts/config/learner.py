@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -20,11 +19,6 @@ from cluster.contracts.registry import WEIGHT_TRANSPORTS
 
 
 class LearnerConfig(ComputeConfig):
-    unsupported: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        (*("reshard_after_forward", "prefetch_layers", "offload", "optimizer"),),
-        "this version of the learner does not do it yet",
-    )
-
     lr: float = Field(1e-5, gt=0, description="Highest learning rate of the policy.")
     value_lr: float | None = Field(
         None, gt=0, description="Highest learning rate of the value network. none: as `lr`."
