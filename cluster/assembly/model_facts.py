@@ -21,7 +21,10 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx")
 class ModelFacts:
     """Shapes of a decoder. parameters: estimated from the shapes, good to some per cent.
 
-    context: tokens it can attend to, None when its config does not say.
+    layer_parameters: of one decoder layer. outer_parameters: of embeddings and head. intermediate:
+    width inside a feed-forward (of all active experts). These and heads are 0 where only sizes of
+    the whole are wanted. context: tokens it can attend to, None when
+    its config does not say.
     """
 
     parameters: int
@@ -31,6 +34,17 @@ class ModelFacts:
     head_size: int
     vocabulary: int
     context: int | None
+    layer_parameters: int = 0
+    outer_parameters: int = 0
+    intermediate: int = 0
+    heads: int = 0
+
+    def adapter_parameters(self, rank: int) -> int:
+        """Numbers of LoRA factors of this rank on all linear layers of a dense decoder."""
+        attention = self.head_size * (self.heads + 2 * self.kv_heads)  # out of q, k, v
+        ends = 4 * self.hidden + attention + self.head_size * self.heads  # q, k, v, o
+        ends += 3 * (self.hidden + self.intermediate)  # gate, up, down
+        return self.layers * rank * ends
 
     def cache_bytes(self, width: int) -> int:
         """Bytes of the keys and values of one token, ``width`` bytes a number."""
@@ -85,10 +99,17 @@ def facts_of(tree: Mapping[str, Any]) -> ModelFacts:
     expert = 3 * hidden * _number(text, "moe_intermediate_size", default=inner)
     # GPT-2's feed-forward has two matrices instead of three.
     feed_forward = 2 * hidden * inner if "n_embd" in text else experts * expert
+    layer = attention + feed_forward
+    outer = (1 if tied else 2) * vocabulary * hidden
+    active = _number(text, "num_experts_per_tok", default=1) if experts > 1 else 1
     return ModelFacts(
-        parameters=layers * (attention + feed_forward) + (1 if tied else 2) * vocabulary * hidden,
+        parameters=layers * layer + outer,
+        layer_parameters=layer,
+        outer_parameters=outer,
         layers=layers,
         hidden=hidden,
+        intermediate=expert // (3 * hidden) * active if experts > 1 else inner,
+        heads=heads,
         kv_heads=kv_heads,
         head_size=head_size,
         vocabulary=vocabulary,

@@ -17,6 +17,7 @@ from learner.algorithms.kl import AdaptiveKL, FixedKL
 from learner.compute.mesh import Mesh
 from learner.compute.optimizer import make_optimizer
 from learner.compute.ranks import SINGLE, Ranks
+from learner.models.halved import halve_frozen
 from learner.models.heads import SharedValueHead
 from learner.models.load import ValueModel, load_policy, load_tokenizer
 from learner.models.placement import Placement
@@ -81,6 +82,8 @@ def _whole(settings: LearnerSettings, place: Placement, tokenizer: Any) -> Netwo
     place.ready(policy)
     if reference is not None and reference is not policy:
         reference = reference.to(device).requires_grad_(False)
+        if settings.model.dtype == "bfloat16":
+            halve_frozen(reference)
         place.ready(reference, frozen=True)
     # In place, after checkpointing is switched on: what is compiled is what will run.
     if learner.compile:
@@ -101,6 +104,14 @@ def _in_parts(settings: LearnerSettings, place: Placement, tokenizer: Any) -> Ne
     """Each model is made without memory, sharded, and then filled from its files: no process ever
     holds a whole one."""
     roots, learner = {}, settings.learner
+    gathered_short = learner.sharding == "fsdp2" and settings.model.dtype == "bfloat16"
+    if gathered_short and settings.rollout_dtype == "float32":
+        raise UserError(
+            "sharded weights are gathered in model.dtype = 'bfloat16', so that the learner cannot "
+            "check workers that compute in float32",
+            where="rollout.dtype",
+            fix="set rollout.dtype = 'bfloat16', or model.dtype = 'float32'",
+        )
     policy, roots["policy"] = place.load_policy(settings.model)
     reference = None
     if _wants_reference(settings) and _reference_is_base(settings):

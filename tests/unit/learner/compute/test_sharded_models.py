@@ -10,7 +10,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +149,7 @@ def work(rank: int, port: int, folder: Path) -> None:
             for dtype in ("float32", "bfloat16") if name in ("plain", "all") else ("float32",):
                 place, model, root = placed(folder, "qwen2", mesh, options, dtype)  # type: ignore[arg-type]
                 found[name, dtype, learns] = train(model, root, mesh, place.compute, learns)
-    (folder / f"found-{rank}.pkl").write_bytes(ForkingPickler.dumps(found))
+    torch.save(found, folder / f"found-{rank}.pt")
     ranks.leave()
 
 
@@ -179,8 +178,7 @@ def found(folder: Path) -> list[dict[Any, Any]]:
             process.kill()
             process.wait(10)
     return [
-        ForkingPickler.loads((folder / f"found-{rank}.pkl").read_bytes())
-        for rank in range(PROCESSES)
+        torch.load(folder / f"found-{rank}.pt", weights_only=False) for rank in range(PROCESSES)
     ]
 
 

@@ -1,0 +1,164 @@
+"""Bytes of a learner process and of an engine by what they are for, from the shapes of the models.
+
+Nothing is loaded and no GPU is needed. The figures of the learner are compared with measured peaks
+by `benchmarks/sharded_memory.py` (docs/scale.md has the table).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cluster.assembly.auto.choices import WIDTH
+from cluster.assembly.model_facts import ModelFacts
+from cluster.contracts.config.compute import ComputeConfig
+from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.registry import ADVANTAGE_ESTIMATORS
+
+MB = 1 << 20
+PROCESS = 1536 * MB
+"""CUDA's context, its libraries and NCCL's buffers in a process (an assumption)."""
+_CHUNK, _KEPT = 1 << 27, 1 << 29  # logits at once, probabilities kept: learner/models/heads.py
+_QUANTISED = {"8bit": 1.0, "4bit": 0.53}  # bytes a number, with scales
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """Bytes by purpose of one process: on its device, and in the memory of its host."""
+
+    device: Mapping[str, float]
+    host: Mapping[str, float]
+
+    @property
+    def total(self) -> float:
+        return sum(self.device.values())
+
+
+def learner_sizes(config: TrainConfig, model: ModelFacts, tokens: int | None = None) -> Sizes:
+    """Of one process of the learner. The reference and a value network of its own are taken to have
+    the policy's shape. tokens: of the largest microbatch; None: `tokens_per_microbatch`."""
+    learner, dtype = config.learner, WIDTH[config.model.dtype]
+    parts = learner.processes if learner.sharding == "fsdp2" else learner.tensor_parallel
+    tokens = learner.tokens_per_microbatch if tokens is None else tokens
+    weights, trained = _weights(config, model, dtype)
+    own_value = _has_own_value(config)
+    networks = 2 if own_value else 1
+    moments = (2 if learner.optimizer == "adamw8bit" else 8) * trained / parts
+    held = {
+        "weights": weights / parts,
+        "gradients": 4 * trained / (1 if _keeps_gradients(learner) else parts),
+        "moments of the optimiser": moments,
+        "reference": _reference(config, model, dtype) / parts,
+        "value network of its own": own_value * (weights / parts + 4 * trained / parts + moments),
+        **_passing(config, model, dtype, tokens, networks),
+    }
+    on_host = dict.fromkeys(held, 0.0)
+    for kind, names in _OFFLOADED.items():
+        if kind in learner.offload:
+            for name in names:
+                on_host[name], held[name] = held[name], 0.0
+    device = {name: size for name, size in held.items() if size}
+    return Sizes(
+        device=device | {"CUDA context and libraries": float(PROCESS)},
+        host={name: size for name, size in on_host.items() if size},
+    )
+
+
+_OFFLOADED = {
+    "optimizer": ("moments of the optimiser",),
+    "parameters": (
+        *("weights", "gradients", "moments of the optimiser", "reference"),
+        "value network of its own",
+    ),
+    "reference": ("reference",),
+    "activations": ("activations kept",),
+}
+
+
+def _weights(config: TrainConfig, model: ModelFacts, dtype: int) -> tuple[float, int]:
+    """(bytes of a whole policy's weights, numbers of it that are trained)."""
+    if config.lora is None:
+        return 4.0 * model.parameters, model.parameters
+    adapters = model.adapter_parameters(config.lora.rank) * max(1, len(config.policies))
+    base = _QUANTISED.get(config.lora.base, dtype) * model.layers * model.layer_parameters
+    return base + dtype * model.outer_parameters + 4 * adapters, adapters
+
+
+def _reference(config: TrainConfig, model: ModelFacts, dtype: int) -> float:
+    named = config.learner.reference_path is not None
+    wanted = config.algorithm.kl.coef > 0 or named
+    # Under LoRA it is the policy's own base, with the adapters off.
+    return float(dtype * model.parameters) if wanted and (named or config.lora is None) else 0.0
+
+
+def _has_own_value(config: TrainConfig) -> bool:
+    learner = config.learner
+    needed = ADVANTAGE_ESTIMATORS[config.algorithm.advantage].needs_values
+    return needed and (learner.value_path is not None or learner.value_model == "own")
+
+
+def _keeps_gradients(learner: ComputeConfig) -> bool:
+    return learner.sharding == "fsdp2" and learner.gradient_reduction == "step"
+
+
+def _passing(
+    config: TrainConfig, model: ModelFacts, dtype: int, tokens: int, networks: int
+) -> dict[str, float]:
+    """What a forward and backward pass needs for a while."""
+    learner, width = config.learner, config.rollout
+    split = learner.tensor_parallel
+    tokens = -(-tokens // learner.sequence_parallel)
+    layer, outer = model.layer_parameters / split, model.outer_parameters / split
+    stream = tokens * model.hidden * dtype
+    inside = _inside_a_layer(model, tokens, dtype) / split
+    if learner.gradient_checkpointing:
+        kept, once = networks * model.layers * stream, inside
+    else:
+        kept, once = networks * model.layers * inside, 0.0
+    passing = {
+        "activations kept": float(kept),
+        "activations of one layer": float(once),
+        "logits": _logits(model, tokens / 2, dtype),
+        "weights being sent": 2 * config.weights.bucket_mb * MB
+        + WIDTH[width.dtype] * model.vocabulary * model.hidden,
+    }
+    if learner.sharding == "fsdp2":
+        layers = 1 + learner.prefetch_layers
+        if not learner.reshard_after_forward:
+            layers = model.layers
+        # Its gradient as it is computed, and in float32 as it is dealt out.
+        passing["layers gathered"] = dtype * layers * layer + (dtype + 4) * layer
+        passing["embeddings and head gathered"] = (2 * dtype + 4) * outer
+    elif config.model.dtype == "bfloat16" and config.lora is None:
+        every = 0 if learner.gradient_checkpointing else model.layers
+        passing["weights rounded for a pass"] = dtype * (every or 1) * layer
+    return passing
+
+
+def _inside_a_layer(model: ModelFacts, tokens: int, dtype: int) -> float:
+    """Bytes that autograd keeps of one decoder layer with flash attention: what goes into each
+    matrix, the gate and its product, and the norms' float32 copies."""
+    attention = model.head_size * (2 * model.heads + 2 * model.kv_heads)
+    numbers = 4 * model.hidden + attention + 4 * model.intermediate
+    return float(tokens * (dtype * numbers + 2 * 4 * model.hidden))
+
+
+def _logits(model: ModelFacts, rows: float, dtype: int) -> float:
+    """Rows: completion tokens, the only ones whose logits are computed."""
+    every = rows * model.vocabulary
+    return 3 * 4 * min(every, _CHUNK) + (dtype * every if every <= _KEPT else 0)
+
+
+def engine_sizes(config: TrainConfig, model: ModelFacts, gpu_bytes: float) -> Sizes:
+    """Of one GPU of a worker. New weights are staged beside those in force; the cache gets what is
+    left of `rollout.gpu_memory_fraction`."""
+    rollout = config.rollout
+    weights = WIDTH[rollout.dtype] * model.parameters / rollout.tensor_parallel
+    fixed = {
+        "weights in force": weights,
+        "weights staged": weights,
+        "buckets being received": 2.0 * config.weights.bucket_mb * MB,
+        "CUDA context, graphs, activations": 4096.0 * MB,
+    }
+    left = gpu_bytes * rollout.gpu_memory_fraction - sum(fixed.values())
+    return Sizes(device=fixed | {"key-value cache (what is left)": max(0.0, left)}, host={})
