@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cluster.contracts.config.algorithm import AlgorithmConfig, BatchConfig, StalenessConfig
-from cluster.contracts.config.base import ModelConfig
+from cluster.contracts.config.base import DType, ModelConfig
 from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
 from cluster.weights.update import Update
 from learner.rl.learner import PPOLearner
@@ -54,7 +54,7 @@ def make_learner(
     groups: int,
     samples: int,
     steps: int = 50,
-    rollout_dtype: str = "float32",
+    rollout_dtype: DType = "float32",
     **learner: Any,
 ) -> PPOLearner:
     """PPO with a value head on the trunk and a reference; ``learner``: keys of LearnerConfig."""

@@ -110,22 +110,17 @@ def _passing(
     tokens = -(-tokens // learner.sequence_parallel)
     layer, outer = model.layer_parameters / split, model.outer_parameters / split
     stream = tokens * model.hidden * dtype
-    inside = _inside_a_layer(model, tokens, dtype) / split
-    if learner.gradient_checkpointing:
-        kept, once = networks * model.layers * stream, inside
-    else:
-        kept, once = networks * model.layers * inside, 0.0
+    inside = float(_inside_a_layer(model, tokens, dtype) / split)
+    again = learner.gradient_checkpointing
     passing = {
-        "activations kept": float(kept),
-        "activations of one layer": float(once),
+        "activations kept": float(networks * model.layers * (stream if again else inside)),
+        "activations of one layer": inside if again else 0.0,
         "logits": _logits(model, tokens / 2, dtype),
         "weights being sent": 2 * config.weights.bucket_mb * MB
         + WIDTH[width.dtype] * model.vocabulary * model.hidden,
     }
     if learner.sharding == "fsdp2":
-        layers = 1 + learner.prefetch_layers
-        if not learner.reshard_after_forward:
-            layers = model.layers
+        layers = 1 + learner.prefetch_layers if learner.reshard_after_forward else model.layers
         # Its gradient as it is computed, and in float32 as it is dealt out.
         passing["layers gathered"] = dtype * layers * layer + (dtype + 4) * layer
         passing["embeddings and head gathered"] = (2 * dtype + 4) * outer
