@@ -103,6 +103,12 @@ class Ranks:
         group = mesh.get_group(dim)
         return cls(mesh.get_local_rank(dim), group.size(), group=group)
 
+    def summed(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over ranks."""
+        total = tensor.clone()
+        self.sum_([total])
+        return total
+
     def add_(self, tensor: Tensor) -> None:
         """`sum_` of one tensor."""
         self.sum_([tensor])

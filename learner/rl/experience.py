@@ -1,8 +1,9 @@
 """What a step trains on: everything about its samples that is fixed before the first update.
 
 Log-probabilities under the weights of now (the proximal policy) and of the reference, values,
-rewards, advantages, importance weights: all [B, R], R the longest answer, zero where there is no
-token, computed in microbatches and normalised over the whole batch.
+rewards, advantages, importance weights: all [B, R], B this process's rows of the step (`own_rows`),
+R the longest answer among them, zero where there is no token. They are computed in microbatches and
+normalised over the whole step, of which processes tell each other sums.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from learner.algorithms.advantages import (
 from learner.algorithms.importance import importance_weights
 from learner.algorithms.kl import k1
 from learner.algorithms.loss_terms import MetricParts
-from learner.algorithms.masked import whiten
+from learner.algorithms.masked import moment_sums, moments_from_sums, whiten
+from learner.compute.ranks import SINGLE, Ranks
 from learner.rl.chosen import chosen_estimator, whitened
 from learner.rl.forward import Networks
 from learner.rl.measuring_pass import (
@@ -36,7 +38,8 @@ from learner.rl.measuring_pass import (
     run_passes,
 )
 from learner.rl.microbatch import Microbatches
-from learner.rl.rollouts import RolloutBatch
+from learner.rl.own_rows import deal_rows
+from learner.rl.rollouts import Ragged, RolloutBatch
 from learner.settings import LearnerSettings
 
 
@@ -77,14 +80,15 @@ class MeasuredByUpdate:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Experience:
-    """One step's samples as tensors, float32 on the learner's device; [B, R] unless said.
+    """This process's samples of a step as tensors, float32 on its device; [B, R] unless said.
 
+    batch: all samples of the step, which are as many as `len` says.
     mask: bool, real answer tokens. loss_mask: bool, those that are trained (see
     `algorithm.truncated`). behaviour_logp: the engine's. ref_logp, values, returns: None where the
     algorithm has no use for them. age: int64, learner steps between sampling and now.
     scores: float64 [B], as scored. terminal: float64 [B], what was placed on the last token.
     proximal: measured, or to be measured by the update. waiting: forward passes that wait for
-    their loss, in the order of `micros.of` all rows, or None.
+    their loss, in the order of `micros.of` all rows, or None. ranks: those that share the step.
     """
 
     batch: RolloutBatch
@@ -102,6 +106,7 @@ class Experience:
     terminal: Tensor
     proximal: Proximal | MeasuredByUpdate
     waiting: tuple[WaitingForward, ...] | None
+    ranks: Ranks = SINGLE
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -136,27 +141,35 @@ def build_experience(
     where it matters) or from the future, and for a forward pass that is not finite.
     """
     algorithm, device = settings.algorithm, networks.device
-    width = int(batch.response_ids.lengths.max())
-    age = token_ages(batch, plan.step, settings.staleness.bound, width).to(device)
-    tokens = _Tokens.of(batch, width, device)
+    mesh, ranks = networks.mesh, networks.mesh.data
+    require_ages(batch, plan.step, settings.staleness.bound)
+    share = deal_rows(batch, settings, plan.step, ranks)
+    own = share.batch
+    width = int(own.response_ids.lengths.max())
+    age = token_ages(own, plan.step, width).to(device)
+    tokens = _Tokens.of(own, width, device)
     budget = settings.learner.tokens_per_microbatch
-    micros = Microbatches(batch, budget, device, packed=networks.packed, mesh=networks.mesh)
+    micros = Microbatches(share, budget, device, packed=networks.packed, sequence=mesh.sequence)
     pass_plan = plan_passes(settings, networks, plan.value_only)
     if not batch_trains(batch, algorithm):
         pass_plan = "separate"  # There will be no update to measure in.
     every = micros.of(range(len(batch)))
-    passes = run_passes(pass_plan, len(batch), width, every, networks, settings)
-    _require_finite({"reference log-probabilities": passes.ref_logp, "values": passes.values})
+    passes = run_passes(pass_plan, len(own), width, every, networks, settings)
+    _require_finite(
+        {"reference log-probabilities": passes.ref_logp, "values": passes.values}, ranks
+    )
     proximal: Proximal | MeasuredByUpdate = MeasuredByUpdate()
     if passes.policy is not None:
         proximal = proximal_of(
-            passes.policy, passes.ref_logp, tokens.behaviour_logp, tokens.mask, settings
+            passes.policy, passes.ref_logp, tokens.behaviour_logp, tokens.mask, settings, ranks
         )
     # Float64, as scored: metrics report what the reward service said.
-    scores = torch.from_numpy(batch.scores.astype(np.float64)).to(device)
+    scores = torch.from_numpy(own.scores.astype(np.float64)).to(device)
     terminal = terminal_scores(scores, tokens.truncated, algorithm)
-    inputs = _advantage_inputs(terminal, proximal, tokens, passes, algorithm, plan)
-    result = compute_advantages(chosen_estimator(algorithm), inputs, whitened(algorithm))
+    inputs = _advantage_inputs(terminal, proximal, tokens, passes, algorithm, plan, ranks)
+    result = compute_advantages(
+        chosen_estimator(algorithm), inputs, whitened(algorithm), ranks.summed
+    )
     mask = tokens.mask
     # Masked answers still count in the advantages of their group: only the loss leaves them out.
     kept = mask & ~tokens.truncated[:, None] if algorithm.truncated == "mask" else mask
@@ -176,6 +189,7 @@ def build_experience(
         terminal=terminal,
         proximal=proximal,
         waiting=passes.waiting,
+        ranks=ranks,
     )
 
 
@@ -185,10 +199,12 @@ def proximal_of(
     behaviour_logp: Tensor,
     mask: Tensor,
     settings: LearnerSettings,
+    ranks: Ranks = SINGLE,
 ) -> Proximal:
-    """What follows from a pass of the proximal policy. Raises Fatal for one that is not finite."""
+    """What follows from a pass of the proximal policy. Raises Fatal, on each of `ranks`, for one
+    that is not finite on any."""
     # Here and not at the optimiser: an infinite one would hide in a clamped ratio.
-    _require_finite({"policy log-probabilities": policy.logp})
+    _require_finite({"policy log-probabilities": policy.logp}, ranks)
     kl = None if ref_logp is None else k1(policy.logp, ref_logp).where(mask, 0.0)
     staleness = settings.staleness
     weights, parts = importance_weights(
@@ -216,12 +232,13 @@ def _advantage_inputs(
     passes: MeasuredPasses,
     algorithm: AlgorithmConfig,
     plan: StepPlan,
+    ranks: Ranks,
 ) -> AdvantageInputs:
     # With the KL in the reward the passes are never "inline", so it is measured by now.
     kl = proximal.kl if isinstance(proximal, Proximal) else None
     in_reward = kl if algorithm.kl.place == "reward" else None
     return AdvantageInputs(
-        rewards=token_rewards(terminal, in_reward, tokens.mask, algorithm, plan.kl_coef),
+        rewards=token_rewards(terminal, in_reward, tokens.mask, algorithm, plan.kl_coef, ranks),
         mask=tokens.mask,
         group_ids=tokens.group_ids,
         scores=terminal.float(),
@@ -246,8 +263,8 @@ def batch_trains(batch: RolloutBatch, algorithm: AlgorithmConfig) -> bool:
     return algorithm.truncated != "mask" or not bool(batch.truncated.all())
 
 
-def token_ages(batch: RolloutBatch, version: int, bound: int, width: int) -> Tensor:
-    """int64 [B, width]: learner steps between sampling each token and now, 0 at padding."""
+def require_ages(batch: RolloutBatch, version: int, bound: int) -> None:
+    """Raise Fatal for a token that is older than the bound, or from the future."""
     # Counted by token: a completion may have begun under older weights than it ended with.
     ages = version - batch.versions.values
     if len(ages) and (ages.max() > bound or ages.min() < 0):
@@ -260,7 +277,12 @@ def token_ages(batch: RolloutBatch, version: int, bound: int, width: int) -> Ten
             f"group {int(batch.group_ids[row])} holds a token of version {version - worst} while "
             f"the learner trains version {version}: {problem}"
         )
-    return torch.from_numpy(type(batch.versions)(ages, batch.versions.offsets).padded(width))
+
+
+def token_ages(batch: RolloutBatch, version: int, width: int) -> Tensor:
+    """int64 [B, width]: learner steps between sampling each token and now, 0 at padding."""
+    ages = Ragged(version - batch.versions.values, batch.versions.offsets)
+    return torch.from_numpy(ages.padded(width))
 
 
 def terminal_scores(scores: Tensor, truncated: Tensor, algorithm: AlgorithmConfig) -> Tensor:
@@ -277,19 +299,32 @@ def terminal_scores(scores: Tensor, truncated: Tensor, algorithm: AlgorithmConfi
 
 
 def token_rewards(
-    terminal: Tensor, kl: Tensor | None, mask: Tensor, algorithm: AlgorithmConfig, kl_coef: float
+    terminal: Tensor,
+    kl: Tensor | None,
+    mask: Tensor,
+    algorithm: AlgorithmConfig,
+    kl_coef: float,
+    ranks: Ranks = SINGLE,
 ) -> Tensor:
     """float32 [B, R]: -kl_coef * k1 on each token (kl: None where the KL is not in the reward),
-    plus the terminal score on the last one; scaled to unit variance over the batch if asked for."""
+    plus the terminal score on the last one; scaled to unit variance over the rows of all `ranks`
+    if asked for."""
     # Zeros instead of a branch: rewards are then the same sum whether a reference is there.
     penalty = torch.zeros_like(mask, dtype=torch.float32) if kl is None else kl
     rewards = terminal_rewards(terminal.float(), penalty, mask, kl_coef)
-    return whiten(rewards, mask, shift_mean=False) if algorithm.whiten_rewards else rewards
+    if not algorithm.whiten_rewards:
+        return rewards
+    moments = moments_from_sums(ranks.summed(moment_sums(rewards, mask)))
+    return whiten(rewards, mask, shift_mean=False, moments=moments)
 
 
-def _require_finite(named: Mapping[str, Tensor | None]) -> None:
-    for name, tensor in named.items():
-        # One sum instead of a look at every number: it is finite only if all of them are (and an
-        # overflow of the sum would need log-probabilities far outside any model's).
-        if tensor is not None and not math.isfinite(float(tensor.sum())):
+def _require_finite(named: Mapping[str, Tensor | None], ranks: Ranks) -> None:
+    # One sum instead of a look at every number: it is finite only if all of them are (and an
+    # overflow of the sum would need log-probabilities far outside any model's). Of all ranks: one
+    # that raised alone would leave the others waiting for it.
+    sums = {name: tensor.sum() for name, tensor in named.items() if tensor is not None}
+    if not sums:
+        return
+    for name, total in zip(sums, ranks.summed(torch.stack(list(sums.values()))), strict=True):
+        if not math.isfinite(float(total)):
             raise Fatal(f"the {name} of this step are not finite")

@@ -32,6 +32,7 @@ from learner.rl.flops import matrix_peak, step_flops
 from learner.rl.forward import Networks
 from learner.rl.metrics import experience_metrics, sequence_kl
 from learner.rl.networks import build_kl_controller, build_networks, build_optimizers
+from learner.rl.own_rows import trained_tokens
 from learner.rl.policies import by_policy, merged, networks_of_policies
 from learner.rl.publish import buckets, canary, canary_tokens, lora_update
 from learner.rl.rollout_files import RolloutWriter
@@ -201,7 +202,7 @@ class PPOLearner:
                 *update.metrics,
                 *experience_metrics(experience, update.proximal, plan.kl_coef, in_reward),
             ],
-            tokens=int(experience.loss_mask.sum()),
+            tokens=int(trained_tokens(rollouts, settings.algorithm).sum()),
             smaller=None
             if trained_with is settings
             else trained_with.learner.tokens_per_microbatch,
@@ -278,7 +279,7 @@ class PPOLearner:
         result = PolicyUpdate(state.networks, state.optimizers, self.settings).train(
             experience, plan
         )
-        kl = sequence_kl(result.proximal)
+        kl = sequence_kl(experience, result.proximal)
         if kl is not None and not plan.value_only:
             # The KL of the batch that was trained, however stale: what the coefficient acted on.
             state.kl.update(kl, len(experience))

@@ -40,8 +40,8 @@ class WaitingForward:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PolicyPass:
-    """What the policy's weights of now give for a step's tokens: float32 [B, R], zero where there
-    is no token."""
+    """What the policy's weights of now give for the tokens of this process's rows: float32 [B, R],
+    zero where there is no token."""
 
     logp: Tensor
     entropy: Tensor
@@ -91,10 +91,7 @@ def run_passes(
     networks: Networks,
     settings: LearnerSettings,
 ) -> MeasuredPasses:
-    """The passes of one step of `rows` samples, answers padded to `width`.
-
-    micros: this rank's; the numbers of the others' samples come from them.
-    """
+    """The passes of this process's `rows` samples of a step, answers padded to `width`."""
     device = networks.device
 
     def zeros(*shape: int) -> Tensor:
@@ -114,9 +111,6 @@ def run_passes(
             waiting = _policy_passes(plan == "kept", into, micros, networks, settings)
         if ref_logp is not None:
             _reference_passes(ref_logp, micros, networks, settings)
-    # Each rank has filled in its own rows, so these sums add zeros to numbers.
-    found = (*((policy.logp, policy.entropy) if policy else ()), ref_logp, values, after)
-    networks.mesh.data.sum_([tensor for tensor in found if tensor is not None])
     return MeasuredPasses(
         policy=policy, ref_logp=ref_logp, values=values, after=after, waiting=waiting
     )

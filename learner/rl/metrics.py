@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -19,29 +21,39 @@ def experience_metrics(
 ) -> list[Metric]:
     """objective/*, value/*, rewards/*, completions/*, async/*, sampling/* of one step.
 
-    proximal: as the update returns it.
+    proximal: as the update returns it. Every rank that shares the step has to ask, and finds the
+    numbers of the whole step.
     """
-    return [
+    own = [
         *_objective(experience, proximal, kl_coef, kl_in_reward),
         *_values(experience),
-        *_rewards(experience.batch),
-        *_completions(experience.batch),
         *_staleness(experience, proximal),
         *_sampling(experience, proximal),
     ]
+    found = {metric.name: metric for metric in experience.ranks.gather_metrics(own)}
+    hidden = {name: found.pop(name).value for name in list(found) if name.startswith("_")}
+    return [
+        *found.values(),
+        *_explained(hidden),
+        last("async/ess", effective_sample_size(hidden["_is_weight"], hidden["_is_weight_sq"])),
+        *_rewards(experience.batch),
+        *_completions(experience.batch),
+    ]
 
 
-def sequence_kl(proximal: Proximal) -> float | None:
-    """Mean over answers of the KL to the reference summed over tokens, nats; None without one."""
+def sequence_kl(experience: Experience, proximal: Proximal) -> float | None:
+    """Mean over the answers of a step of the KL to the reference summed over tokens, nats; None
+    without one. Every rank that shares the step has to ask."""
     if proximal.kl is None:
         return None
-    return float(proximal.kl.sum(dtype=torch.float64)) / len(proximal.kl)
+    total = experience.ranks.total(_total(proximal.kl), proximal.kl.device)
+    return total / len(experience)
 
 
 def _objective(
     experience: Experience, proximal: Proximal, kl_coef: float, kl_in_reward: bool
 ) -> list[Metric]:
-    answers, tokens = len(experience), float(experience.mask.sum())
+    answers, tokens = len(experience.scores), float(experience.mask.sum())
     scores = float(experience.scores.sum())
     # Sums and counts, not means: metrics of several steps or ranks merge by adding both.
     penalty = 0.0
@@ -74,15 +86,24 @@ def _values(experience: Experience) -> list[Metric]:
     # Float64: the variance is a difference of two large numbers.
     values, returns = experience.values[mask].double(), experience.returns[mask].double()
     error = returns - values
-    explained = explained_variance(
-        float(returns.mean()),
-        float(returns.square().mean()),
-        float(error.mean()),
-        float(error.square().mean()),
-    )
-    found = [mean("value/mean", float(values.sum()), float(mask.sum()))]
+    moments = {
+        "value/mean": values,
+        "_returns": returns,
+        "_returns_sq": returns.square(),
+        "_error": error,
+        "_error_sq": error.square(),
+    }
+    count = float(mask.sum())
+    return [mean(name, float(numbers.sum()), count) for name, numbers in moments.items()]
+
+
+def _explained(hidden: Mapping[str, float]) -> list[Metric]:
+    if "_returns" not in hidden:
+        return []
+    names = ("_returns", "_returns_sq", "_error", "_error_sq")
+    explained = explained_variance(*(hidden[name] for name in names))
     # Undefined where all returns are equal; a NaN in a log says nothing.
-    return found if np.isnan(explained) else [*found, last("value/explained_var", explained)]
+    return [] if np.isnan(explained) else [last("value/explained_var", explained)]
 
 
 def _rewards(batch: RolloutBatch) -> list[Metric]:
@@ -149,12 +170,12 @@ def repeated_sequences(ids: Ragged, size: int = 4) -> tuple[int, int]:
 
 def _staleness(experience: Experience, proximal: Proximal) -> list[Metric]:
     parts = {key: (float(s), float(n)) for key, (s, n) in proximal.importance_parts.items()}
-    weight, square = (s / n if n else 0.0 for s, n in (parts["is_weight"], parts["is_weight_sq"]))
     tokens = float(experience.mask.sum())
     return [
         mean("async/staleness_mean", float(experience.age.sum()), tokens),
         largest("async/staleness_max", float(experience.age.max())),
-        last("async/ess", effective_sample_size(weight, square)),
+        mean("_is_weight", *parts["is_weight"]),
+        mean("_is_weight_sq", *parts["is_weight_sq"]),
         mean("sampling/is_ratio_mean", *parts["is_ratio"]),
         mean("sampling/is_clipped_frac", *parts["is_clipped_frac"]),
         mean("sampling/veto_frac", *parts["veto"]),

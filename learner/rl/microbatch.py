@@ -15,25 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from learner.algorithms.token_sets import TokenSets
-from learner.compute.mesh import ALONE, Mesh
 from learner.compute.microbatches import plan_microbatches, position_ids
-from learner.compute.ranks import Ranks
+from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.ulysses import SequencePart
 from learner.models.packed_attention import Spans
-from learner.rl.rollouts import RolloutBatch
+from learner.rl.own_rows import OwnRows
+from learner.rl.rollouts import Array, RolloutBatch
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Microbatch:
     """b samples, padded on the right to [b, T] or packed end to end as [1, T]; answers to `width`.
 
-    rows: int64 [b] in the step's batch. input_ids: int64 [b or 1, T]. attention_mask: int64, as
-    input_ids; all 1 in a pack. spans: where the samples of a pack lie, None in a padded one.
-    sources: int64 [N] flat positions in input_ids that predict an answer token. labels: int64 [N].
-    targets: int64 [N] flat positions of those tokens in [b, width]. ends: int64 [b], flat position
-    of each sample's last token. sets: what each label was sampled from, None where every one was
-    from the whole vocabulary. counts: False for one that is run only because another rank runs
-    one meanwhile (see `Ranks.deal`): nothing may come of it.
+    rows: int64 [b] in this process's rows of the step. input_ids: int64 [b or 1, T].
+    attention_mask: int64, as input_ids; all 1 in a pack. spans: where the samples of a pack lie,
+    None in a padded one. sources: int64 [N] flat positions in input_ids that predict an answer
+    token. labels: int64 [N]. targets: int64 [N] flat positions of those tokens in [b, width].
+    ends: int64 [b], flat position of each sample's last token. sets: what each label was sampled
+    from, None where every one was from the whole vocabulary. counts: False for one that is run
+    only because another rank runs one meanwhile: nothing may come of it.
     part: the positions of this process, where rows are split over several. Then T, N and ends are
     those of its part, ended: int64, the samples that `ends` belong to; spans are of the whole pack.
     """
@@ -76,57 +76,63 @@ class Microbatch:
 
     def put(self, full: Tensor, part: Tensor) -> None:
         """Write [b, width] numbers into a step's [B, R] tensor, without gradient."""
-        # A microbatch that only keeps another rank company belongs to that rank, which writes it:
-        # ranks add these tensors up, so a second copy would double its numbers.
+        # One that only keeps another rank company was, or will be, written where it counts.
         if not self.counts:
             return
         full[self.rows, : self.width] = part.detach().to(full.dtype)
 
 
 class Microbatches:
-    """How a step's rows are cut into microbatches: the one place that decides it.
+    """How this process's rows of a step are cut into microbatches: the one place that decides it.
 
-    The cut is the same however many ranks there are; each then gets its share of the microbatches.
     Each set of rows is cut, and its tensors made, once; the passes before the update and every
     epoch over the same rows share them.
     """
 
     def __init__(
         self,
-        batch: RolloutBatch,
+        share: OwnRows,
         tokens_per_microbatch: int,
         device: torch.device | str,
         packed: bool = False,
-        mesh: Mesh = ALONE,
+        sequence: Ranks = SINGLE,
     ) -> None:
-        self._batch, self._budget = batch, tokens_per_microbatch
-        self._device, self._packed, self._mesh = device, packed, mesh
+        self._share, self._budget = share, tokens_per_microbatch
+        self._device, self._packed, self._sequence = device, packed, sequence
         self._made: dict[tuple[int, ...], list[Microbatch]] = {}
 
     def of(self, rows: Sequence[int]) -> list[Microbatch]:
-        """This rank's microbatches of these rows, longest samples first."""
+        """This process's microbatches of these rows of the step, longest samples first; as many on
+        every process, for with sharded weights each has to take part in every pass."""
         # The order of rows is part of the key: it decides which row of a tensor is whose.
         key = tuple(rows)
         if key not in self._made:
-            make: Callable[..., Microbatch] = make_pack if self._packed else make_microbatch
-            lengths = self._batch.lengths[list(rows)].tolist()
-            plan = plan_microbatches(lengths, self._budget, packed=self._packed)
-            # Every rank makes the whole plan and takes its share of it: the cut, and with it the
-            # result but for the order of sums, does not depend on how many there are.
-            share = self._mesh.data.deal(
-                plan, lambda chosen: sum(lengths[index] for index in chosen)
-            )
-            self._made[key] = [
-                replace(
-                    part_of(
-                        make(self._batch, [rows[index] for index in chosen], self._device),
-                        self._mesh.sequence,
-                    ),
-                    counts=counts,
-                )
-                for chosen, counts in share
-            ]
+            self._made[key] = self._cut(np.asarray(rows, dtype=np.int64))
         return self._made[key]
+
+    def _cut(self, rows: Array) -> list[Microbatch]:
+        share = self._share
+        plans = [self._plan(rows[share.owner[rows] == rank]) for rank in range(share.ranks.size)]
+        own = plans[share.ranks.rank]
+        made = [self._make(chosen) for chosen in own]
+        missing = max(len(plan) for plan in plans) - len(own)
+        if missing:
+            # The cheapest keeps the others company; without one here, the shortest row of all.
+            held = np.flatnonzero(share.owner == share.ranks.rank)
+            shortest = held[share.lengths[held].argmin()]
+            idle = made[-1] if made else self._make(np.array([shortest]))
+            made += [replace(idle, counts=False)] * missing
+        return made
+
+    def _plan(self, rows: Array) -> list[Array]:
+        lengths = self._share.lengths[rows].tolist()
+        plan = plan_microbatches(lengths, self._budget, packed=self._packed)
+        return [rows[chosen] for chosen in plan]
+
+    def _make(self, rows: Array) -> Microbatch:
+        make: Callable[..., Microbatch] = make_pack if self._packed else make_microbatch
+        places = self._share.place[rows].tolist()
+        return part_of(make(self._share.batch, places, self._device), self._sequence)
 
 
 def make_microbatch(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -34,6 +34,19 @@ class Ragged:
 
     def row(self, index: int) -> Array:
         return self.values[self.offsets[index] : self.offsets[index + 1]]
+
+    def take(self, rows: Array) -> Ragged:
+        """These rows, in this order."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], lengths.cumsum()])
+        return Ragged(self.values[self.positions(rows)], offsets)
+
+    def positions(self, rows: Array) -> Array:
+        """int64: where the numbers of these rows are among `values`, row after row."""
+        lengths = self.lengths[rows]
+        starts = lengths.cumsum() - lengths
+        found: Array = np.repeat(self.offsets[rows] - starts, lengths) + np.arange(lengths.sum())
+        return found
 
     def padded(self, width: int, fill: float = 0) -> Array:
         """[rows, width], filled on the right with `fill`."""
@@ -80,6 +93,25 @@ class RolloutBatch:
 
     def __len__(self) -> int:
         return len(self.group_ids)
+
+    def take(self, rows: Array) -> RolloutBatch:
+        """Some rows, int64, in this order, as a batch. Sets of tokens are shared."""
+        sampled = self.sampled_from
+        if sampled is not None:
+            set_of = sampled.set_of[self.response_ids.positions(rows)]
+            sampled = replace(sampled, set_of=set_of)
+        return RolloutBatch(
+            group_ids=self.group_ids[rows],
+            prompt_ids=self.prompt_ids.take(rows),
+            response_ids=self.response_ids.take(rows),
+            behaviour_logp=self.behaviour_logp.take(rows),
+            versions=self.versions.take(rows),
+            sampled_from=sampled,
+            truncated=self.truncated[rows],
+            scores=self.scores[rows],
+            parts={name: part[rows] for name, part in self.parts.items()},
+            table=self.table.take(pa.array(rows)),
+        )
 
     @property
     def lengths(self) -> Array:

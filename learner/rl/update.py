@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from learner.rl.forward import Networks, PolicyOutputs, policy_outputs
 from learner.rl.measuring_pass import PolicyPass, WaitingForward
 from learner.rl.microbatch import Microbatch
 from learner.rl.objective import Minibatch, Objective
+from learner.rl.own_rows import minibatches, trained_tokens
 from learner.settings import LearnerSettings
 
 _Loss = Callable[[Microbatch, WaitingForward | None, Meter], Tensor]
@@ -63,8 +63,7 @@ class PolicyUpdate:
     def train(self, experience: Experience, plan: StepPlan) -> UpdateResult:
         """All epochs and minibatches; metrics named as in the canonical set.
 
-        The order of samples is a pure function of (seed, step, epoch), so nothing about it has to
-        be kept in a checkpoint. A minibatch without a trained token (all answers masked) is left
+        A minibatch without a trained token (all answers masked) is left
         out and counted. Raises Fatal as `optimiser_step` does, and for a forward pass that was
         not finite.
         """
@@ -93,26 +92,21 @@ class PolicyUpdate:
         """What the update's own forward pass has measured."""
         if first is None:
             raise ValueError("the update measured nothing")
-        # Each rank has filled in its own rows, so the sums add zeros to numbers.
-        self.networks.mesh.data.sum_([first.logp, first.entropy])
         mask, behaviour = experience.mask, experience.behaviour_logp
-        return proximal_of(first, experience.ref_logp, behaviour, mask, self.settings)
+        ranks = self.networks.mesh.data
+        return proximal_of(first, experience.ref_logp, behaviour, mask, self.settings, ranks)
 
     def _minibatches(self, experience: Experience, step: int) -> Iterator[Minibatch]:
-        learner, mode = self.settings.learner, self.settings.algorithm.aggregate
-        per_row = experience.loss_mask.sum(dim=1).cpu().numpy()
-        for epoch in range(learner.epochs):
-            order = np.random.default_rng([self.settings.seed, step, epoch])
-            shuffled = order.permutation(len(experience))
-            for rows in np.array_split(shuffled, learner.minibatches):
-                tokens = int(per_row[rows].sum())
-                answers = int((per_row[rows] > 0).sum())
-                yield Minibatch(
-                    # Sorted: equal sets of rows share the tensors that were made of them.
-                    rows=np.sort(rows).tolist(),
-                    tokens=tokens,
-                    denominator=tokens if mode == "token-mean" else answers,
-                )
+        algorithm = self.settings.algorithm
+        per_row = trained_tokens(experience.batch, algorithm)
+        for rows in minibatches(self.settings, step, len(experience)):
+            tokens = int(per_row[rows].sum())
+            answers = int((per_row[rows] > 0).sum())
+            yield Minibatch(
+                rows=rows.tolist(),
+                tokens=tokens,
+                denominator=tokens if algorithm.aggregate == "token-mean" else answers,
+            )
 
     def _minibatch(
         self, experience: Experience, plan: StepPlan, part: Minibatch, first: PolicyPass | None

@@ -26,6 +26,7 @@ from learner.rl.measuring_pass import plan_passes
 from learner.rl.metrics import experience_metrics
 from learner.rl.microbatch import Microbatches
 from learner.rl.networks import build_networks, build_optimizers
+from learner.rl.own_rows import OwnRows
 from learner.rl.rollouts import RolloutBatch, read_batch
 from learner.rl.update import PolicyUpdate
 
@@ -153,7 +154,9 @@ def test_packed_rows_give_the_padded_step(
         learner = {**variant.get("learner", {}), "packing": packing, "eps": 1.0}
         batch, networks, made = _world(world, tiny, **{**variant, "learner": learner})
         before = _weights(networks)
-        micros = Microbatches(batch, 64, "cpu", packed=networks.packed).of(range(len(batch)))
+        micros = Microbatches(OwnRows.all_of(batch), 64, "cpu", packed=networks.packed).of(
+            range(len(batch))
+        )
         assert all((m.spans is not None) == (packing == "packed") for m in micros)
         logp = torch.zeros(len(batch), int(batch.response_ids.lengths.max()))
         for micro in micros:
@@ -171,7 +174,7 @@ def test_packed_rows_give_the_padded_step(
 
 def test_packed_samples_never_see_each_other(world: ModuleType, tiny: Path) -> None:
     batch, networks, _ = _world(world, tiny, learner={"packing": "packed"})
-    pack = Microbatches(batch, 4096, "cpu", packed=True).of(range(len(batch)))[0]
+    pack = Microbatches(OwnRows.all_of(batch), 4096, "cpu", packed=True).of(range(len(batch)))[0]
     assert pack.input_ids.shape == (1, int(batch.lengths.sum()))
     assert pack.spans is not None
     with torch.no_grad():
@@ -217,7 +220,7 @@ def test_bfloat16_gives_the_float32_loss_and_gradient_within_its_rounding(
     for dtype in ("float32", "bfloat16"):
         model = ModelConfig(path=str(tiny), dtype=dtype)
         batch, networks, _ = _world(world, tiny, model=model)
-        micro = Microbatches(batch, 4096, "cpu").of(range(len(batch)))[0]
+        micro = Microbatches(OwnRows.all_of(batch), 4096, "cpu").of(range(len(batch)))[0]
         policy = networks.policy
         out = policy_outputs(policy, micro, 0.8, dtype, entropy=True, entropy_gradient=True)
         assert out.logp.dtype == torch.float32
@@ -259,7 +262,7 @@ def test_weights_cast_once_for_all_microbatches_still_get_their_gradient(
 ) -> None:
     model = ModelConfig(path=str(tiny), dtype="bfloat16")
     batch, networks, _ = _world(world, tiny, model=model)
-    micros = Microbatches(batch, 32, "cpu").of(range(len(batch)))
+    micros = Microbatches(OwnRows.all_of(batch), 32, "cpu").of(range(len(batch)))
     assert len(micros) > 2
     policy, grads = networks.policy, []
     for shared in (True, False):

@@ -60,6 +60,13 @@ def train_problems(
     samples = batch.prompts_per_step * batch.samples_per_prompt
     if learner.minibatches > samples:
         found.append(f"learner.minibatches is over the {samples} samples of a step")
+    units = batch.prompts_per_step if estimator.needs_groups else samples
+    if units < learner.data_parallel:
+        what = "prompts" if estimator.needs_groups else "samples"
+        found.append(
+            f"learner.processes = {learner.processes} makes {learner.data_parallel} shares of a "
+            f"step of {units} {what}: raise batch.prompts_per_step, or lower learner.processes"
+        )
     found += _process_problems(learner)
     found += _sampling_problems(rollout)
     names = [source.name for source in reward.sources]

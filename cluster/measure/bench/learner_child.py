@@ -29,6 +29,7 @@ from cluster.weights.update import Update
 from learner.models.tiny import fresh_model
 from learner.rl.learner import PPOLearner
 from learner.rl.microbatch import Microbatch, Microbatches
+from learner.rl.own_rows import OwnRows
 from learner.rl.rollouts import read_batch
 from learner.settings import LearnerSettings
 
@@ -112,7 +113,7 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
         table, groups = _table(task["shape"][0], step)
         batch = read_batch([table], groups, SAMPLES)
         tokens.append((int(batch.lengths.sum()), int(batch.response_ids.lengths.sum())))
-        micros = Microbatches(batch, 2048, "cpu").of(range(len(batch)))
+        micros = Microbatches(OwnRows.all_of(batch), 2048, "cpu").of(range(len(batch)))
         given = StepInput(step=step, group_ids=groups, payloads=(table,))
         turns: list[tuple[str, Callable[[], Any]]] = [("bare", partial(bare.step, micros))]
         turns += [(kind, partial(at.step, given)) for kind, at in learners.items()]
