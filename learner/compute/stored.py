@@ -57,6 +57,7 @@ _WORDS = {
     torch.float8_e5m2: "F8_E5M2",
 }
 _SCALE, _TABLE = "#scale", "#table"
+_SETTINGS = ("lr", "initial_lr", "betas", "eps", "weight_decay")
 
 
 def entry_of(name: str, tensor: Tensor) -> Entry:
@@ -251,8 +252,10 @@ class StoredTensors:
             numbers = (read.from_[0] * row, read.to[0] * row, read.lengths[0] * row)
             if not (read.piece.coded and rows_only) or any(n % size for n in numbers):
                 return False
-            stored_blocks = self._file(read.piece.file).get_slice(name + _SCALE).get_shape()[0]
-            if stored_blocks * size != math.prod(read.piece.sizes):
+            file = self._file(read.piece.file)
+            stored_blocks = file.get_slice(name + _SCALE).get_shape()[0]
+            same_table = torch.equal(file.get_tensor(name + _TABLE), part.qmap.cpu())
+            if stored_blocks * size != math.prod(read.piece.sizes) or not same_table:
                 return False
         for read in reads:
             file = self._file(read.piece.file)
@@ -362,34 +365,38 @@ def restore_moments(
 
 
 def _empty_moment(optimizer: Any, parameter: Tensor, key: str) -> Tensor:
-    make = getattr(optimizer, "_new_buffer", None)
+    # An optimiser that keeps some moments in 8 bits, or elsewhere, alone decides which.
+    make = getattr(optimizer, "empty_moment", None)
     if make is None:
         return torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    # torchao's: it alone decides which tensors it keeps in 8 bits. The first moment has a sign.
-    moment: Tensor = make(parameter.detach(), key == "exp_avg")
+    moment: Tensor = make(parameter, key)
     return moment
 
 
-def plain_groups(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """The settings of an optimiser's groups as JSON can hold them, without parameters."""
+def plain_groups(
+    optimizer: torch.optim.Optimizer, names: Mapping[int, str]
+) -> list[dict[str, Any]]:
+    """What the groups of an optimiser are set to, as JSON can hold it. names: of parameters, by
+    their id."""
     return [
-        {
-            key: value.item() if isinstance(value, Tensor) else value
-            for key, value in group.items()
-            if key != "params"
-        }
+        {key: group[key] for key in _SETTINGS if key in group}
+        | {"params": [names[id(parameter)] for parameter in group["params"]]}
         for group in optimizer.param_groups
     ]
 
 
-def restore_groups(optimizer: torch.optim.Optimizer, groups: Sequence[Mapping[str, Any]]) -> None:
-    """Raises ValueError where there are other groups."""
-    if len(groups) != len(optimizer.param_groups):
-        raise ValueError(f"{len(groups)} groups of parameters for {len(optimizer.param_groups)}")
-    for own, group in zip(optimizer.param_groups, groups, strict=True):
-        for key, value in group.items():
-            if isinstance(own.get(key), Tensor):
-                own[key].fill_(value)
-            elif key != "params":
+def restore_groups(
+    optimizer: torch.optim.Optimizer,
+    groups: Iterable[Mapping[str, Any]],
+    names: Mapping[int, str],
+) -> None:
+    """By the names of parameters: another mesh may divide them into other groups. Raises KeyError
+    for a parameter that was in none."""
+    of_parameter = {str(name): group for group in groups for name in group["params"]}
+    for own in optimizer.param_groups:
+        group = of_parameter[names[id(own["params"][0])]]
+        for key in _SETTINGS:
+            if key in group:
                 # JSON has no tuples; a resumed optimiser holds what a fresh one does.
+                value = group[key]
                 own[key] = tuple(value) if isinstance(value, list) else value

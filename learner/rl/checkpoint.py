@@ -167,7 +167,7 @@ def snapshot(state: TrainerState) -> Snapshot:
         tensors |= moments_of(optimizer, names)
     described = {
         name: {
-            "param_groups": plain_groups(optimizer),
+            "param_groups": plain_groups(optimizer, names),
             "skipped": skips.total,
             "skipped_in_a_row": skips.in_a_row,
         }
@@ -231,11 +231,12 @@ def restore_state(state: TrainerState, directory: str | Path) -> None:
         # Before anything is overwritten: settings that do not fit leave the state as it was built.
         _check_fits(trainer, state, root)
         _restore_policy(state.networks.policy, root / POLICY)
-        read = _restore_whole if trainer["schema"] == _WHOLE_SCHEMA else _restore_pieces
-        read(state, root)
+        older = trainer["schema"] == _WHOLE_SCHEMA
+        (_restore_whole if older else _restore_pieces)(state, root)
         for name, (optimizer, skips) in _optimizers(state.optimizers).items():
             described = trainer["optimizers"][name]
-            restore_groups(optimizer, described["param_groups"])
+            names = _numbers(optimizer) if older else _parameter_names(state.networks)
+            restore_groups(optimizer, described["param_groups"], names)
             skips.total, skips.in_a_row = described["skipped"], described["skipped_in_a_row"]
         kl = {key: value for key, value in trainer["kl"].items() if key != "controller"}
         state.kl.load_state_dict(kl)
@@ -333,11 +334,14 @@ def _restore_whole(state: TrainerState, root: Path) -> None:
             for name, tensor in stored_tensors(value).items():
                 stored.fill(name, tensor)
     for kind, (optimizer, _) in _optimizers(state.optimizers).items():
-        # torch numbers parameters across groups in this order.
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        numbers = {id(parameter): str(number) for number, parameter in enumerate(params)}
         with StoredTensors.whole(root, [root / f"optimizer_{kind}.safetensors"]) as stored:
-            restore_moments(optimizer, stored, numbers, separator=".")
+            restore_moments(optimizer, stored, _numbers(optimizer), separator=".")
+
+
+def _numbers(optimizer: torch.optim.Optimizer) -> dict[int, str]:
+    """Parameter's id -> its number, across groups, by which torch names it in a state dict."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return {id(parameter): str(number) for number, parameter in enumerate(params)}
 
 
 def random_states() -> dict[str, Tensor]:

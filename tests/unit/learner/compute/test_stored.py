@@ -83,6 +83,20 @@ def test_an_index_that_does_not_cover_a_tensor_is_refused(tmp_path: Path) -> Non
         StoredTensors.indexed(tmp_path / STATE)
 
 
+def test_settings_of_groups_are_found_by_the_names_of_parameters(tmp_path: Path) -> None:
+    """Another mesh divides parameters into other groups."""
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("a", "b")})
+    a, b = (list(model[name].parameters()) for name in ("a", "b"))
+    two = torch.optim.AdamW([{"params": a, "lr": 0.5}, {"params": b}], lr=0.25, betas=(0.5, 0.75))
+    groups = json.loads(json.dumps(plain_groups(two, named(model))))
+    three = torch.optim.AdamW([{"params": b[:1]}, {"params": a}, {"params": b[1:]}], lr=9.0)
+    restore_groups(three, groups, named(model))
+    assert [group["lr"] for group in three.param_groups] == [0.25, 0.5, 0.25]
+    assert three.param_groups[0]["betas"] == (0.5, 0.75)
+    with pytest.raises(KeyError, match=r"a\.weight"):
+        restore_groups(three, groups[1:], named(model))
+
+
 # -- what each of the four processes does ----------------------------------------------------
 
 
@@ -153,7 +167,7 @@ def save(folder: Path, model: Any, optimizer: Any, ranks: Any) -> None:
     parameters = dict(model.named_parameters())
     taken = copied(parameters | moments_of(optimizer, named(model)), ranks)
     files = taken.write(folder, STATE)
-    told = ranks.gather((files, plain_groups(optimizer)))
+    told = ranks.gather((files, plain_groups(optimizer, named(model))))
     if ranks.rank == 0:
         complete(folder, [file for theirs, _ in told for file in theirs])
         (folder / "groups.json").write_text(json.dumps(told[0][1]))
@@ -165,7 +179,7 @@ def load(folder: Path, model: Any, optimizer: Any) -> None:
         for name, parameter in model.named_parameters():
             stored.fill(name, parameter)
         restore_moments(optimizer, stored, named(model))
-    restore_groups(optimizer, json.loads((folder / "groups.json").read_text()))
+    restore_groups(optimizer, json.loads((folder / "groups.json").read_text()), named(model))
 
 
 @torch.no_grad()

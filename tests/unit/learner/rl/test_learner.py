@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from cluster.contracts import crash_points
@@ -470,3 +472,42 @@ def test_each_crash_point_of_the_learner_is_passed(
     finally:
         crash_points.arm(None)
     assert ends == [137]
+
+
+def _in_the_older_layout(learner: PPOLearner, source: Path, target: Path) -> None:
+    """The checkpoint `source` of `learner`, as layout 1 had it: whole files, moments by number."""
+    state = learner.state
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("state"))
+    trainer = json.loads((source / "trainer.json").read_text())
+    trainer["schema"] = "accord.trainer/1"
+    optimizers = {"policy": state.optimizers.policy, "value": state.optimizers.value}
+    for kind, optimizer in optimizers.items():
+        if optimizer is None:
+            continue
+        given = optimizer.state_dict()
+        moments = {
+            f"{number}.{key}": tensor
+            for number, row in given["state"].items()
+            for key, tensor in row.items()
+        }
+        save_file(moments, target / f"optimizer_{kind}.safetensors")
+        trainer["optimizers"][kind]["param_groups"] = given["param_groups"]
+    if state.networks.value is not None:
+        save_file(state.networks.value.state_dict(), target / "value.safetensors")
+    (target / "trainer.json").write_text(json.dumps(trainer))
+
+
+@pytest.mark.parametrize("variant", [OWN, {}], ids=["own", "shared"])
+def test_a_checkpoint_of_an_older_version_is_resumed(
+    world: ModuleType, tiny: Path, tables: list[pa.Table], tmp_path: Path, variant: dict[str, Any]
+) -> None:
+    whole, kept_whole = _started(world, tiny, **variant)
+    whole.step(_step(0, tables[0]))
+    whole.save(tmp_path / "new")
+    _in_the_older_layout(whole, tmp_path / "new", tmp_path / "old")
+    assert not (tmp_path / "old" / "state").exists()
+    whole.step(_step(1, tables[1]))
+    resumed, kept = _started(world, tiny, **variant, resume_from=str(tmp_path / "old"))
+    resumed.step(_step(1, tables[1]))
+    for name in kept_whole.arrays:
+        assert np.array_equal(kept_whole.arrays[name], kept.arrays[name]), name
