@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from cluster.contracts.devices import NUMBERS_HASHED
 from cluster.contracts.errors import WeightMismatch
 from cluster.weights.manifest import checksums
 
-_CHUNK = {"cpu": 1 << 16}  # numbers at a time: their 64-bit images stay in a CPU's cache
-_CHUNK_ELSEWHERE = 1 << 24  # bounds the extra memory on a device
 _SQUARE, _PLAIN = 0x9E3779B97F4A7C14, 0xC2B2AE3D27D4EB4F  # even and odd, see `number_sum`
 
 
@@ -32,7 +31,7 @@ def number_sum(tensors: Iterable[torch.Tensor]) -> int:
     total = 0
     for tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        for part in flat.split(_CHUNK.get(flat.device.type, _CHUNK_ELSEWHERE)):
+        for part in flat.split(NUMBERS_HASHED.on(flat.device)):
             wide = _wide_bits(part)
             plain = int(wide.sum())
             wide *= wide

@@ -14,6 +14,7 @@ from actors.engines.vllm_parts import PartStage
 from actors.engines.vllm_quantization import quantization_args
 from actors.engines.vllm_weights import WeightStage
 from actors.settings import EngineSettings
+from cluster.contracts.devices import EAGER_ENGINE, IN_FLIGHT_STEPS
 
 
 def _platform_args(settings: EngineSettings) -> dict[str, Any]:
@@ -24,12 +25,12 @@ def _platform_args(settings: EngineSettings) -> dict[str, Any]:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # threads run here
         return {
-            "enforce_eager": True,  # compiling costs 25 s and gains nothing on a CPU
+            "enforce_eager": EAGER_ENGINE.cpu,
             "kv_cache_memory_bytes": settings.kv_cache_mb << 20,
             "tensor_parallel_size": settings.tensor_parallel,
         }
     return {
-        "enforce_eager": False,
+        "enforce_eager": EAGER_ENGINE.cuda,
         "gpu_memory_utilization": settings.gpu_memory_fraction,
         "tensor_parallel_size": settings.tensor_parallel,
     }
@@ -54,7 +55,7 @@ def engine_args(settings: EngineSettings) -> EngineArgs:
         skip_tokenizer_init=not settings.stop,
         generation_config="vllm",  # no sampling defaults out of the model's directory
         logprobs_mode="processed_logprobs",  # of what is sampled from: after temperature
-        async_scheduling=False,  # a token in flight at a swap would carry the wrong version
+        async_scheduling=IN_FLIGHT_STEPS.on(not current_platform.is_cpu()),
         disable_log_stats=True,
         worker_extension_cls=f"{extension.__module__}.{extension.__name__}",
         **limit_args(settings),

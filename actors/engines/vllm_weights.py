@@ -30,7 +30,10 @@ from actors.engines.token_limits import Kept
 from actors.engines.vllm_limits import LimitsProcessor
 from actors.engines.vllm_proof import LoaderCheck, digests, is_weight, kernels, mark_kernels
 from actors.engines.vllm_quantization import stored
+from cluster.contracts.devices import FIXED_ADDRESSES
 from cluster.contracts.errors import Fatal
+from cluster.weights.pinned import PinnedCopies
+from cluster.weights.streams import beside
 
 Modules = list[tuple[torch.nn.Module, torch.nn.Module]]
 
@@ -63,6 +66,7 @@ class Shadow:
         self._ready = self._packed = False
         self._staged: dict[str, str] = {}  # digests of what was staged last
         self._loader = LoaderCheck()
+        self._pinned = PinnedCopies(torch.device(config.device_config.device))
 
     @torch.no_grad()
     def stage(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -74,10 +78,17 @@ class Shadow:
         not packed.
         """
         self._ready = False
+        # Beside the stream that decodes: on it the next step would wait for copies and packing.
+        with beside(self._pinned.device):
+            self._fill(tensors)
+        self._ready = True
+
+    def _fill(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         published = NumberSum()
+        arriving = stored(self._config, self._pinned.on_device(tensors))
         with set_current_vllm_config(self._config):
             self._unpack()
-            loaded = self._twin.load_weights(published.of(stored(self._config, tensors)))
+            loaded = self._twin.load_weights(published.of(arriving))
             if loaded is not None:
                 left_out = self._loadable - loaded
                 if left_out:
@@ -93,7 +104,6 @@ class Shadow:
         self._exchange = list(_tensors(self._pairs))
         self._staged = digests((self._names[id(live)], twin) for live, twin in self._pairs)
         _synchronize()
-        self._ready = True
 
     @torch.no_grad()
     def swap(self) -> None:
@@ -191,7 +201,7 @@ class WeightStage:
 
 def addresses_are_fixed() -> bool:
     """Whether something captured the addresses of the weights, as a CUDA graph does."""
-    return not current_platform.is_cpu()
+    return FIXED_ADDRESSES.on(not current_platform.is_cpu())
 
 
 def _synchronize() -> None:

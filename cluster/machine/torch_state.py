@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+from cluster.contracts.devices import FAST_PRODUCTS
+
 Precision = Literal["highest", "medium"]
 
 _FAST_ERROR_LIMIT = 1e-5
@@ -28,7 +30,7 @@ def prepare_torch(threads: int = 0, *, deterministic: bool = False) -> Precision
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(deterministic)
     torch.set_float32_matmul_precision("highest")
-    if torch.cuda.is_available():
+    if not FAST_PRODUCTS.on(torch.cuda.is_available()):
         return "highest"
     torch.set_float32_matmul_precision("medium")
     if product_error() <= _FAST_ERROR_LIMIT:

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.contracts.devices import NUMBERS_MERGED
 from cluster.contracts.errors import WeightMismatch
 from cluster.weights.manifest import checksum
 
 PEFT_PREFIX = "base_model.model."
 """Of every name in an adapter's file, as peft writes it."""
 _A = ".lora_A.weight"
-_CHUNK = {"cpu": 1 << 17}  # numbers at a time: their 64-bit images stay in a CPU's cache
-_CHUNK_ELSEWHERE = 1 << 24  # bounds the extra memory on a device
 
 
 @torch.no_grad()
@@ -35,7 +34,7 @@ def merged_weight(base: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     the kernel, the number of threads and the device, does not show in the result.
     """
     merged = torch.empty(base.shape, device=base.device)
-    rows = max(1, _CHUNK.get(base.device.type, _CHUNK_ELSEWHERE) // base.shape[1])
+    rows = max(1, NUMBERS_MERGED.on(base.device) // base.shape[1])
     wide = a.double()
     # Outside any autocast of the caller, which would round the factors.
     with torch.autocast(base.device.type, enabled=False):

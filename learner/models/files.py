@@ -20,6 +20,7 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+from cluster.contracts.devices import ATTENTION
 from cluster.contracts.errors import UserError
 from cluster.machine.imports import quiet_torchao
 from learner.compute.sharding import materialise
@@ -207,9 +208,9 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def _attention(config: Any) -> str:
-    """Eager: fastest for short rows on CPU (measured), and the only one with capped scores."""
+    """By the device, but eager where scores are capped: no other computes that."""
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return "sdpa" if torch.cuda.is_available() and not capped else "eager"
+    return "eager" if capped else ATTENTION.on(torch.cuda.is_available())
 
 
 def require_directory(path: str, *markers: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster.contracts.devices import KEPT_PROBABILITIES, LOGITS_AT_ONCE
 from cluster.contracts.errors import UserError
 from learner.algorithms.logprobs import (
     VocabularyPart,
@@ -26,13 +27,6 @@ from learner.compute.ranks import Ranks, is_sharded
 from learner.compute.sharding import local
 from learner.compute.ulysses import SequencePart
 from learner.models.packed_attention import Spans, run_trunk
-
-_CHUNK = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Logits computed at once, by kind of device: small enough for the cache of a CPU."""
-
-_KEPT = {"cpu": 1 << 25, "cuda": 1 << 29}
-"""Up to so many probabilities of a forward pass are held for its backward (2 or 4 bytes each); of
-more, backward computes each chunk again."""
 
 
 def hidden_states(
@@ -127,17 +121,16 @@ class LmHead:
             if ranks is not None:
                 begin = ranks.rank * weight.shape[0]
                 part = VocabularyPart(start=begin, add=ranks.add_, largest=ranks.largest_)
-            kind = "cuda" if hidden.device.type == "cuda" else "cpu"
             logp, spread = chunked_linear_logprobs(
                 hidden,
                 weight,
                 labels,
                 temperature / self.scale,
                 None if self.bias is None else local(self.bias),
-                max(1, _CHUNK[kind] // vocabulary),
+                max(1, LOGITS_AT_ONCE.on(hidden.device) // vocabulary),
                 entropy_gradient,
                 entropy=entropy,
-                keep=rows * vocabulary <= _KEPT[kind],
+                keep=rows * vocabulary <= KEPT_PROBABILITIES.on(hidden.device),
                 reduced=reduced,
                 sets=sets,
                 part=part,

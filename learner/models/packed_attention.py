@@ -20,6 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from cluster.contracts.devices import PACKED_ROWS
 from cluster.contracts.errors import Fatal, UserError
 from learner.compute.ulysses import SequencePart
 
@@ -101,7 +102,7 @@ def choose_layout(packing: str, device: torch.device, compute_dtype: str, policy
             fix="set learner.packing = 'padded'",
         )
     if packing == "auto":
-        return able and device.type == "cuda" and compute_dtype == "bfloat16"
+        return able and PACKED_ROWS.on(device) and compute_dtype == "bfloat16"
     return packing == "packed"
 
 

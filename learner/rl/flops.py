@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cluster.contracts.devices import PROBED_SIDE
 from learner.models.heads import lm_head
 from learner.rl.forward import Networks
 from learner.rl.rollouts import RolloutBatch
 from learner.settings import LearnerSettings
 
 _PROBE_S = 0.05
-_PROBE_SIDE = {"cpu": 768, "cuda": 8192}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,7 @@ def matrix_peak(compute_dtype: str, device: torch.device) -> float:
 
     On a CPU taken from the process's CPU time: what others use of the machine is no smaller peak.
     """
-    kind = "cuda" if device.type == "cuda" else "cpu"
-    side = _PROBE_SIDE[kind]
+    side = PROBED_SIDE.on(device)
     dtype = getattr(torch, compute_dtype)
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     _timed(a, b)

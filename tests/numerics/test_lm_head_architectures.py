@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -101,8 +102,9 @@ def test_chunked_and_whole_logits_agree_with_gradients(
     results = []
     # Rebuilt in backward chunk by chunk, kept chunk by chunk, kept whole.
     for chunk, kept in ((11, 0), (22, 1 << 23), (1 << 23, 1 << 23)):
-        monkeypatch.setitem(heads._CHUNK, "cpu", chunk)
-        monkeypatch.setitem(heads._KEPT, "cpu", kept)
+        for name, number in (("LOGITS_AT_ONCE", chunk), ("KEPT_PROBABILITIES", kept)):
+            changed = dataclasses.replace(getattr(heads, name), cpu=number)
+            monkeypatch.setattr(heads, name, changed)
         head = LmHead(weight, None, scale)
         logp, entropy = head.logprobs(hidden, labels, 0.8, entropy=True)
         assert entropy is not None

@@ -9,10 +9,11 @@ from cluster.assembly.auto.choices import WIDTH, Choices, Load, counted, million
 from cluster.assembly.model_facts import ModelFacts
 from cluster.contracts.config.rollout import RolloutConfig
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.devices import ENGINE_CORES, NUMBER_TYPE
 from cluster.machine.hardware import MB, Machine
 
 SMALL = 50_000_000  # parameters; below, a second core makes decoding slower (measured up to 16 M)
-MOST_CORES = 16  # of one worker: decoding waits for memory, which more cores do not make faster
+MOST_CORES = ENGINE_CORES.cpu
 SMALL_LEARNER_CORES = 8
 MANY_CORES = 4  # beside the workers; with fewer, the other processes share the learner's
 OBJECT_STORE_LEAST_MB = 256
@@ -66,15 +67,15 @@ def choose_gpus_alone(choices: Choices[Any], engines: int) -> None:
 
 
 def dtype_of(on_gpu: bool, role: str) -> tuple[str, str]:
-    if on_gpu:
-        return "bfloat16", f"the {role} runs on a GPU"
-    return "float32", f"the {role} runs on a CPU"
+    return NUMBER_TYPE.on(on_gpu), f"the {role} runs on a {'GPU' if on_gpu else 'CPU'}"
 
 
 def choose_worker_cores(choices: Choices[Any], model: ModelFacts | None, load: Load) -> None:
     cores, size = choices.machine.cores, size_of(model)
     if choices.config.rollout.gpus:
-        choices.settle("rollout.cpus", 1.0, "the engine's thread waits for its GPU")
+        choices.settle(
+            "rollout.cpus", float(ENGINE_CORES.cuda), "the engine's thread waits for its GPU"
+        )
     elif load.engines >= cores:
         choices.settle("rollout.cpus", 1.0, f"{counted(cores, 'core')} for {counted(load.engines)}")
     elif size < SMALL:

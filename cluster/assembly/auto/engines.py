@@ -8,10 +8,9 @@ from typing import Any
 from cluster.assembly.auto.choices import WIDTH, Choices, Load, counted
 from cluster.assembly.auto.devices import choose_worker_cores, dtype_of
 from cluster.assembly.model_facts import ModelFacts
+from cluster.contracts.devices import COMPLETION_TOKENS, DECODED_AT_ONCE
 from cluster.machine.hardware import MB
 
-LONGEST = 256  # tokens of a completion where nothing else is asked for
-DECODED_AT_ONCE = {"CPU": 64, "GPU": 512}  # measured on a CPU; on a GPU an estimate
 ENGINE_OVERHEAD_MB = 4096  # of a GPU: CUDA context, graphs, activations
 CACHE_LEAST_MB = 64
 GPU_LEAST = 0.05
@@ -29,15 +28,16 @@ def choose_engines(choices: Choices[Any], model: ModelFacts | None, load: Load) 
 
 def choose_longest_completion(choices: Choices[Any], model: ModelFacts | None, load: Load) -> None:
     least = choices.config.rollout.min_tokens
+    longest = COMPLETION_TOKENS.on(choices.config.rollout.gpus > 0)
     if model is None or model.context is None:
-        why = f"the model's config names no context; at most {LONGEST}"
-        choices.settle("rollout.max_tokens", max(least, LONGEST), why)
+        why = f"the model's config names no context; at most {longest}"
+        choices.settle("rollout.max_tokens", max(least, longest), why)
         return
     room, beside = model.context - load.prompt_tokens, f"prompts of {load.prompt_tokens}"
     if room < 1 or not load.prompt_tokens_set:
         room, beside = max(1, model.context // 2, room), "prompts"
-    why = f"at most {LONGEST}; the context of {model.context} leaves {room} beside {beside}"
-    choices.settle("rollout.max_tokens", max(least, min(LONGEST, room)), why)
+    why = f"at most {longest}; the context of {model.context} leaves {room} beside {beside}"
+    choices.settle("rollout.max_tokens", max(least, min(longest, room)), why)
 
 
 def choose_gpu_share(choices: Choices[Any], model: ModelFacts | None, load: Load) -> None:
@@ -67,7 +67,7 @@ def choose_seats(choices: Choices[Any], model: ModelFacts | None, load: Load) ->
     """max_running: all that is outstanding, while the device and the cache can make use of it."""
     rollout = choices.config.rollout
     device = "GPU" if rollout.gpus else "CPU"
-    limit = DECODED_AT_ONCE[device]
+    limit = DECODED_AT_ONCE.on(rollout.gpus > 0)
     options = [(limit, f"a {device} decodes no faster with more than {limit}")]
     if load.outstanding is not None:
         own = math.ceil(load.outstanding / load.engines)

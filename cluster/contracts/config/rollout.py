@@ -71,7 +71,8 @@ class RolloutConfig(Section):
     )
     max_tokens: int = auto(
         64,
-        rule="what the model's context leaves beside the longest prompt, at most 256",
+        rule="what the model's context leaves beside the longest prompt, at most 256 on a CPU and "
+        "1024 on a GPU",
         ge=1,
         description="Longest completion, in tokens.",
     )

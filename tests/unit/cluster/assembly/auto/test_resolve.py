@@ -213,7 +213,7 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
         ONE_H100,
         SEVEN_B,
         (),
-        {"rollout.max_running": 84},
+        {"rollout.max_running": 41},
     ),
     (
         "a joined cluster: no core is dealt out, its store is not ours",
