@@ -69,7 +69,7 @@ class LeanAdamW(torch.optim.Optimizer):
         if not state:
             state["step"] = torch.tensor(0.0)
             for name, signed in _MOMENTS.items():
-                state[name] = self._kept(parameter, None, signed)
+                state[name] = self._new_buffer(parameter, signed)
         state["step"] += 1
         weights, grads = local(parameter.detach()), local(parameter.grad)  # type: ignore[arg-type]
         kept = [local(state[name]) for name in _MOMENTS]
@@ -96,17 +96,21 @@ class LeanAdamW(torch.optim.Optimizer):
                 if part is not moment:
                     part.copy_(moment.to(part.device))
 
-    def _kept(self, parameter: Tensor, value: Tensor | None, signed: bool) -> Tensor:
-        """A moment as the state keeps it: zeros, or `value`."""
+    def _kept(self, parameter: Tensor, value: Tensor, signed: bool) -> Tensor:
+        """A moment as the state keeps it."""
+        moment = self._new_buffer(parameter, signed)
+        local(moment).copy_(in_float32(local(value)).to(moment.device))
+        return moment
+
+    def _new_buffer(self, parameter: Tensor, signed: bool) -> Tensor:
+        """Zeros, as the state keeps a moment; torchao's optimisers have the same method, by which
+        `stored.restore_moments` knows what is in eight bits."""
         part = local(parameter.detach())
-        given = None if value is None else local(value)
         where = torch.device("cpu") if self._on_host else part.device
         if self._eight_bits and part.numel() >= _LEAST and part.numel() % _BLOCK == 0:
             moment = _eight_bit_zeros(part, signed, where)
         else:
             moment = torch.zeros_like(part, device=where)
-        if given is not None:
-            moment.copy_(in_float32(given).to(where))
         return sharded_as(moment, parameter) if is_sharded(parameter) else moment
 
 
