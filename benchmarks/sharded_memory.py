@@ -9,6 +9,7 @@ learner, over gloo. What `accord plan` says of the same config is printed beside
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -37,6 +38,7 @@ def _shape(vocabulary: int, hidden: int, layers: int, heads: int, inner: int) ->
 SIZES = {
     "tiny": _shape(300, 64, 3, 4, 160),
     "50m": _shape(4096, 640, 8, 10, 1920),
+    "130m": _shape(4096, 1024, 10, 16, 3072),
     "1b": _shape(32768, 2048, 15, 16, 8192),
 }
 
@@ -61,12 +63,15 @@ def work(rank: int, port: int, task: dict[str, Any]) -> dict[str, float]:
     """One process: what it had before, and its peaks above that."""
     import torch
 
+    import learner.rl.learner
+    import learner.rl.publish
     from benchmarks.gpu.learners import KeepingPublisher, make_learner
     from benchmarks.gpu.models import rollouts
     from cluster.contracts.records import StepInput
     from learner.compute.ranks import SINGLE, join
     from learner.rl.learner import PPOLearner
     from learner.rl.networks import build_networks
+    from learner.settings import CANARY_PROMPT_TOKENS
 
     torch.set_num_threads(1)
     size, shape = task["processes"], SIZES[task["size"]]
@@ -82,28 +87,46 @@ def work(rank: int, port: int, task: dict[str, Any]) -> dict[str, float]:
         rollout_dtype=task["dtype"],
         **task["learner"],
     ).settings
+    if not task["reference"]:
+        kl = settings.algorithm.kl.model_copy(update={"coef": 0.0})
+        algorithm = settings.algorithm.model_copy(update={"kl": kl})
+        settings = dataclasses.replace(settings, algorithm=algorithm)
     # Everything is imported, and torch's thread pools are made, before memory is looked at.
     torch.randn(64, 64, requires_grad=True).matmul(torch.randn(64, 64)).sum().backward()
     found = {"before_mb": reset_peak()}
-    networks, _ = build_networks(settings, ranks)
-    found["loading_mb"] = peak_mb() - found["before_mb"]
-    found["parameters"] = sum(p.numel() for p in networks.policy.parameters())
-    del networks
+
+    def build(*given: Any) -> Any:
+        made = build_networks(*given)
+        found["loading_mb"] = peak_mb() - found["before_mb"]
+        found["loaded_mb"] = reset_peak() - found["before_mb"]
+        found["parameters"] = sum(p.numel() for p in made[0].policy.parameters())
+        return made
+
+    if not task["steps"]:
+        kept = build(settings, ranks)
+        ranks.barrier()
+        del kept
+        ranks.leave()
+        return found
 
     class Dropping(KeepingPublisher):
         def put(self, arrays: Any) -> None:
             self._coming |= dict.fromkeys(arrays)
 
-    learner = PPOLearner(settings, Dropping(), ranks=ranks)
-    found["again_mb"] = reset_peak() - found["before_mb"]
-    learner.start()
+    changed: Any = learner.rl.learner
+    changed.build_networks = build
+    # Each token of the canary is a pass over the whole model: time, not memory.
+    changed = learner.rl.publish
+    changed.CANARY_TOKENS = CANARY_PROMPT_TOKENS
+    trained = PPOLearner(settings, Dropping(), ranks=ranks)
+    trained.start()
     found["starting_mb"] = peak_mb() - found["before_mb"]
     found["started_mb"] = reset_peak() - found["before_mb"]
-    for step in range(2):  # the first step makes the moments
+    for step in range(task["steps"]):
         table, groups = rollouts(shape, step, task["groups"], 2, task["tokens"])
-        learner.step(StepInput(step=step, group_ids=groups, payloads=(table,)))
+        trained.step(StepInput(step=step, group_ids=groups, payloads=(table,)))
         found["step_mb"] = peak_mb() - found["before_mb"]
-    learner.close()
+    trained.close()
     ranks.leave()
     return found
 
@@ -138,7 +161,7 @@ def measure(task: dict[str, Any]) -> list[dict[str, float]]:
 def run(args: argparse.Namespace) -> dict[str, Any]:
     from benchmarks.gpu.models import make_model
 
-    learner: dict[str, Any] = {
+    keys: dict[str, Any] = {
         "gradient_checkpointing": True,
         "tokens_per_microbatch": args.tokens,
         "optimizer": args.optimizer,
@@ -154,7 +177,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "dtype": args.dtype,
             "groups": args.processes,
             "tokens": args.tokens // 2,
-            "learner": learner,
+            "learner": keys,
+            "steps": args.steps,
+            "reference": not args.no_reference,
         }
         return {"task": {**task, "folder": ""}, "ranks": measure(task)}
 
@@ -166,6 +191,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw")
     parser.add_argument("--tokens", type=int, default=128, help="of a microbatch")
+    parser.add_argument("--steps", type=int, default=1, help="0: load only")
+    parser.add_argument("--no-reference", action="store_true", help="KL coefficient 0")
     parser.add_argument("--folder", help="where the model is written; default: the system's")
     parser.add_argument("--set", nargs="*", default=[], help="further keys of `learner`: KEY=VALUE")
     parser.add_argument("--task", help=argparse.SUPPRESS)
