@@ -181,7 +181,30 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
             "steps": args.steps,
             "reference": not args.no_reference,
         }
-        return {"task": {**task, "folder": ""}, "ranks": measure(task)}
+        planned = plan(task)
+        return {"task": {**task, "folder": ""}, "ranks": measure(task), "planned_mb": planned}
+
+
+def plan(task: dict[str, Any]) -> dict[str, float]:
+    """What `accord plan` says of a process of the same learner."""
+    from cluster.assembly.model_facts import facts_of
+    from cluster.contracts.config.train import TrainConfig
+    from cluster.measure.sizes import learner_sizes
+
+    config = TrainConfig.model_validate(
+        {
+            "model": {"path": task["folder"], "dtype": task["dtype"]},
+            "data": {"prompts": "none"},
+            "reward": {"sources": [{"type": "rules"}]},
+            "rollout": {"dtype": task["dtype"]},
+            "algorithm": {} if task["reference"] else {"kl": {"coef": 0.0}},
+            "learner": task["learner"],
+        }
+    )
+    facts = facts_of(json.loads((Path(task["folder"]) / "config.json").read_text("utf-8")))
+    sizes = learner_sizes(config, facts)
+    named = {name: round(size / MB, 1) for name, size in sizes.device.items()}
+    return {**named, "together": round(sizes.total / MB, 1)}
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.registry import ADVANTAGE_ESTIMATORS
 
 MB = 1 << 20
-PROCESS = 1536 * MB
-"""CUDA's context, its libraries and NCCL's buffers in a process (an assumption)."""
-_CHUNK, _KEPT = 1 << 27, 1 << 29  # logits at once, probabilities kept: learner/models/heads.py
+PROCESS = {"cuda": 1536 * MB, "cpu": 660 * MB}
+"""What a process holds before a model: libraries, and CUDA's context and NCCL's buffers (of these
+nothing was measured)."""
+_CHUNK = {"cuda": 1 << 27, "cpu": 1 << 23}  # logits at once: learner/models/heads.py
+_KEPT = {"cuda": 1 << 29, "cpu": 1 << 25}  # probabilities kept, likewise
 _QUANTISED = {"8bit": 1.0, "4bit": 0.53}  # bytes a number, with scales
 
 
@@ -35,8 +37,11 @@ class Sizes:
 
 
 def learner_sizes(config: TrainConfig, model: ModelFacts, tokens: int | None = None) -> Sizes:
-    """Of one process of the learner. The reference and a value network of its own are taken to have
-    the policy's shape. tokens: of the largest microbatch; None: `tokens_per_microbatch`."""
+    """Of one process of the learner, on a GPU or, with `learner.gpus` 0, on a CPU.
+
+    The reference and a value network of its own are taken to have the policy's shape. tokens: of
+    the largest microbatch; None: `tokens_per_microbatch`.
+    """
     learner, dtype = config.learner, WIDTH[config.model.dtype]
     parts = learner.processes if learner.sharding == "fsdp2" else learner.tensor_parallel
     tokens = learner.tokens_per_microbatch if tokens is None else tokens
@@ -59,7 +64,7 @@ def learner_sizes(config: TrainConfig, model: ModelFacts, tokens: int | None = N
                 on_host[name], held[name] = held[name], 0.0
     device = {name: size for name, size in held.items() if size}
     return Sizes(
-        device=device | {"CUDA context and libraries": float(PROCESS)},
+        device=device | {"libraries": float(PROCESS[_kind(learner.gpus)])},
         host={name: size for name, size in on_host.items() if size},
     )
 
@@ -115,7 +120,7 @@ def _passing(
     passing = {
         "activations kept": float(networks * model.layers * (stream if again else inside)),
         "activations of one layer": inside if again else 0.0,
-        "logits": _logits(model, tokens / 2, dtype),
+        "logits": _logits(model, tokens / 2, dtype, _kind(learner.gpus)),
         "weights being sent": 2 * config.weights.bucket_mb * MB
         + WIDTH[width.dtype] * model.vocabulary * model.hidden,
     }
@@ -138,10 +143,14 @@ def _inside_a_layer(model: ModelFacts, tokens: int, dtype: int) -> float:
     return float(tokens * (dtype * numbers + 2 * 4 * model.hidden))
 
 
-def _logits(model: ModelFacts, rows: float, dtype: int) -> float:
+def _logits(model: ModelFacts, rows: float, dtype: int, kind: str) -> float:
     """Rows: completion tokens, the only ones whose logits are computed."""
     every = rows * model.vocabulary
-    return 3 * 4 * min(every, _CHUNK) + (dtype * every if every <= _KEPT else 0)
+    return 3 * 4 * min(every, _CHUNK[kind]) + (dtype * every if every <= _KEPT[kind] else 0)
+
+
+def _kind(gpus: float) -> str:
+    return "cuda" if gpus else "cpu"
 
 
 def engine_sizes(config: TrainConfig, model: ModelFacts, gpu_bytes: float) -> Sizes:
