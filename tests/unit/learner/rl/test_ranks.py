@@ -21,6 +21,7 @@ import torch
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM
 
+from cluster.contracts.config.learner import WeightsConfig
 from cluster.contracts.config.lora import LoraConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import PeerLost
@@ -117,6 +118,27 @@ class Trained:
         }
 
 
+def rounded_start(task: dict[str, Any], ranks: Ranks, mode: str) -> dict[str, Any]:
+    """What a learner publishes for engines in bfloat16, and its exact parameters afterwards."""
+    world = load_world()
+    publisher = world.KeepingPublisher()
+    settings = world.make_settings(
+        Path(task["tiny"]),
+        learner={"processes": ranks.size, **MODES[mode]},
+        rollout_dtype="bfloat16",
+        weights=WeightsConfig(bucket_mb=0.004),
+    )
+    learner = PPOLearner(settings, publisher, ranks=ranks)
+    manifest = learner.start()
+    policy = learner.state.networks.policy
+    return {
+        "published": publisher.arrays,
+        "buckets": manifest.buckets,
+        "canary": manifest.canary.logprobs,
+        "parameters": {n: whole(p.detach()).numpy().copy() for n, p in policy.named_parameters()},
+    }
+
+
 def work(rank: int, port: int, folder: Path) -> None:
     """One of the two processes: every variant, then checkpoints, then the death of rank 1."""
     torch.set_num_threads(1)
@@ -126,6 +148,8 @@ def work(rank: int, port: int, folder: Path) -> None:
     for mode, variant in TOGETHER:
         made = Trained(task, variant, ranks, mode).steps(0, STEPS)
         found[mode, variant] = made.result()
+    for mode in MODES:
+        found["rounded", mode] = rounded_start(task, ranks, mode)
     for mode, variant in (("none", "shared"), ("fsdp2", "own")):
         half = Trained(task, variant, ranks, mode).steps(0, 2)
         half.learner.save(folder / f"two-{mode}")
@@ -256,6 +280,26 @@ def test_two_processes_train_what_one_trains(
     most = {"fsdp2": 1.0, "tensor": 1.02}.get(mode, 2.0) * total
     assert total <= held <= most
     assert mode == "tensor" or held == most
+
+
+@pytest.mark.slow
+@pytest.mark.parallel
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_publish_in_bfloat16_what_one_publishes(
+    found: list[dict[Any, Any]], task: dict[str, Any], tiny: Path, mode: str
+) -> None:
+    """In buckets, with the canary of the rounded weights, and without touching the exact ones."""
+    wanted = rounded_start(task, SINGLE, "none")
+    first, second = (rank["rounded", mode] for rank in found)
+    assert first["buckets"] == wanted["buckets"] > 3
+    assert second["published"] == {}
+    assert first["published"].keys() == wanted["published"].keys()
+    assert all((first["published"][n] == a).all() for n, a in wanted["published"].items())
+    assert first["canary"] == pytest.approx(wanted["canary"], abs=1e-6)
+    exact = AutoModelForCausalLM.from_pretrained(tiny)
+    for name, parameter in exact.named_parameters():
+        for result in (wanted, first, second):
+            assert (result["parameters"][name] == parameter.detach().numpy()).all(), name
 
 
 @pytest.mark.slow
