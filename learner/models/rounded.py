@@ -95,7 +95,8 @@ def _restore(exact: Held) -> None:
 
 
 def _eager(model: Any) -> Any:
-    """Compiled code knows nothing of hooks that came later: it does not run meanwhile."""
+    """Compiled code does not run meanwhile: for hooks and other parameters it would be compiled
+    anew, with each version."""
     if any(module._compiled_call_impl is not None for module in model.modules()):
         stance: Callable[[str], Any] = torch.compiler.set_stance
         return stance("force_eager")

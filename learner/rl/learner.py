@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +113,11 @@ class PPOLearner:
         # One step makes one version. A step asked for twice would train twice on the same groups.
         if batch.step != state.version:
             raise Fatal(f"step {batch.step} was asked of a learner at version {state.version}")
+        if self._publisher is not None:
+            # All that a worker may still ask for. Here, not at the end: on a device the memory let
+            # go is what the new version is written to.
+            kept = {batch.step} if batch.sending is None else {batch.step, batch.sending}
+            self._publisher.retain(kept)
         if self._writer is not None:
             self._writer.flush()
         # Nothing has been changed before this line: a payload that cannot be read leaves a learner
@@ -138,7 +142,7 @@ class PPOLearner:
         before = self._digest
         publish_began = time.perf_counter()
         passing("learner.before_publish")
-        manifest = self._publish(retained={batch.step, batch.sending})
+        manifest = self._publish(of_step=True)
         metrics.append(last("time/publish", time.perf_counter() - publish_began))
         if self._writer is not None:
             record = step_record(settings, batch, before, manifest)
@@ -295,8 +299,7 @@ class PPOLearner:
             )
         return dataclasses.replace(check, adapter=state.policy)
 
-    def _publish(self, retained: Collection[int | None] = ()) -> WeightManifest:
-        """retained: the older versions that a worker may still ask for."""
+    def _publish(self, of_step: bool = False) -> WeightManifest:
         state, settings, networks = self.state, self.settings, self.state.networks
         dtype, first = settings.rollout_dtype, self._ranks.first
         # With whole weights the first rank has all it needs. Sharded ones have to be gathered, and
@@ -317,13 +320,11 @@ class PPOLearner:
             return _nothing(state.version)
         if self._publisher is None:
             raise Fatal("the learner was used before it was started")
-        # Before, not after: on a device the memory let go is what the new version is written to.
-        self._publisher.retain([version for version in retained if version is not None])
         with self._publisher.open(state.version) as update:
             for arrays, dtypes in parts:
                 update.add(arrays, dtypes)
                 del arrays  # two buckets at a time: the one being sent and the next
-                if retained:  # of a step; a learner's start is none
+                if of_step:  # a learner's start is none
                     passing("learner.mid_publish")
             manifest = dataclasses.replace(
                 update.close(checks[0]), lora=self._lora, more_canaries=tuple(checks[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -435,6 +436,18 @@ def test_numbers_of_a_step_are_complete_and_finite(
     ratio = np.mean([reason == "length" for reason in tables[0]["finish_reason"].to_pylist()])
     assert found["completions/clipped_ratio"] == pytest.approx(ratio)
     assert result.trained_tokens == sum(map(len, tables[0]["token_ids"].to_pylist()))
+
+
+def test_while_it_trains_only_the_newest_version_and_the_one_being_sent_are_kept(
+    world: ModuleType, tiny: Path, tables: list[pa.Table], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learner, publisher = _started(world, tiny)
+    kept: list[set[int]] = []
+    monkeypatch.setattr(publisher, "retain", lambda versions: kept.append(set(versions)))
+    for step, sending in enumerate((None, 0)):
+        learner.step(dataclasses.replace(_step(step, tables[step]), sending=sending))
+        assert len(kept) == step + 1  # at the start of each step, not once more at its end
+    assert kept == [{0}, {0, 1}]
 
 
 def test_huge_weights_are_finite_and_a_single_bad_one_is_not() -> None:
