@@ -252,6 +252,7 @@ def work(rank: int, size: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     tasks = ForkingPickler.loads((folder / "tasks.pkl").read_bytes())
     ranks = join(rank, size, ("127.0.0.1", port), gpu=False, timeout_s=TIMEOUT_S)
+    train(tasks[0][1], ranks)  # what the first one loads is nobody's peak
     found: list[Any] = []
     for name, given in tasks:
         print(f"{rank}: {name}", file=sys.stderr, flush=True)
@@ -330,6 +331,8 @@ def table(chosen: Sequence[Mode], model: str, folder: Path) -> list[dict[str, An
     rows = []
     for one, algorithm, _ in cases:
         key = (algorithm, repr(one.same))
+        if not alone:
+            train(settings(model, algorithm, one.same))
         if key not in alone:
             alone[key] = train(settings(model, algorithm, one.same))
         ours, reference = found[one.name, algorithm], alone[key]

@@ -26,9 +26,15 @@ from learner.compute.ulysses import SequencePart
 
 NAME = "accord_packed"
 
-_PACK = ContextVar[bool]("accord_pack", default=False)
-"""A pack is under way: no mask is made. (Masks are made once a forward, never when activations
-are computed again for gradient checkpointing; the spans themselves travel as arguments.)"""
+_PACK = ContextVar[list[str] | None]("accord_pack", default=None)
+"""While packed or split rows are run: the layers that met a part of rows. No mask is made then.
+(Masks are made once a forward, never when activations are computed again for gradient
+checkpointing; what describes the rows travels as arguments.)"""
+
+_DEAF = (
+    "is not told by its model that rows are packed or split: set packing = 'padded' and "
+    "sequence_parallel = 1"
+)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,7 +66,8 @@ def run_trunk(
     positions = spans.positions if part is None and spans is not None else None
     if part is not None:
         positions = part.positions
-    token = _PACK.set(True)
+    seen: list[str] = []
+    token = _PACK.set(seen)
     try:
         result = trunk(
             input_ids=input_ids,
@@ -72,6 +79,9 @@ def run_trunk(
         )
     finally:
         _PACK.reset(token)
+    # Attention that is not the one registered here would look at its own part of the rows only.
+    if part is not None and not seen:
+        raise Fatal(f"{type(trunk).__name__} {_DEAF}")
     hidden: Tensor = result.last_hidden_state
     return hidden
 
@@ -128,7 +138,7 @@ def use_packed_attention(*models: nn.Module | None) -> None:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    return None if _PACK.get() else sdpa_mask(*args, **kwargs)
+    return sdpa_mask(*args, **kwargs) if _PACK.get() is None else None
 
 
 def _attention(
@@ -145,15 +155,14 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """query [b, heads, T, D], key and value [b, kv heads, T, D] -> [b, T, heads, D]."""
     if accord_part is not None:
+        if (seen := _PACK.get()) is not None:
+            seen.append(type(module).__name__)
         query, key, value = accord_part.to_heads(query, key, value)
         whole = _whole_rows(query, key, value, scaling, accord_spans)
         return accord_part.to_positions(whole), None
     if accord_spans is None:
-        if _PACK.get():
-            raise Fatal(
-                f"{type(module).__name__} was given packed or split rows, but its model does not "
-                "hand on what says so: set learner.packing = 'padded' and sequence_parallel = 1"
-            )
+        if _PACK.get() is not None:
+            raise Fatal(f"{type(module).__name__} {_DEAF}")
         result: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )

@@ -112,6 +112,12 @@ def compute_problems(config: ComputeConfig) -> list[str]:
             f"{at}.sharding = 'fsdp2' deals weights out to several processes: set "
             f"{at}.processes to 2 or more, or {at}.sharding = 'none'"
         )
+    elif sharded and config.processes == config.tensor_parallel:
+        found.append(
+            f"{at}.sharding = 'fsdp2' deals out what {at}.tensor_parallel has split already, and "
+            f"no two processes have the same part: set {at}.processes to a larger multiple of "
+            f"{config.tensor_parallel}, or {at}.sharding = 'none'"
+        )
     for key in ("reshard_after_forward", "prefetch_layers", "gradient_reduction"):
         if key in changed and not sharded:
             found.append(f"{at}.{key} does nothing without {at}.sharding = 'fsdp2': leave it out")
