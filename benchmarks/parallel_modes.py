@@ -19,7 +19,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -39,11 +39,11 @@ from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.learner import LearnerConfig, WeightsConfig
 from cluster.contracts.config.parallel_modes import PAIRS
 from cluster.contracts.metrics import values
-from cluster.contracts.records import Canary, StepInput, WeightManifest
+from cluster.contracts.records import StepInput
 from cluster.contracts.rollout_table import SCHEMA
-from cluster.weights.manifest import build_manifest
 from learner.compute.ranks import SINGLE, Ranks, join, meeting_place, whole
 from learner.compute.sharding import local
+from learner.rl.catch_up import Digests
 from learner.rl.learner import PPOLearner
 from learner.settings import LearnerSettings
 
@@ -113,23 +113,6 @@ MODES = (
     Mode("tensor x own value", 2, {"tensor_parallel": 2, **OWN}, OWN, ("ppo",)),
     Mode("fsdp2 x tensor x own value", 4, {"tensor_parallel": 2, **FSDP, **OWN}, OWN, ("ppo",)),
 )  # fmt: skip
-
-
-class Keeping:
-    """A publisher whose weights nobody reads."""
-
-    on_device = False
-
-    def publish(
-        self, arrays: Mapping[str, Any], dtypes: Mapping[str, str], version: int, canary: Canary
-    ) -> WeightManifest:
-        return build_manifest(dict(arrays), dtypes, version, canary, "none", None)
-
-    def retain(self, versions: Collection[int]) -> None:
-        """Nothing is held."""
-
-    def close(self) -> None:
-        return
 
 
 def make_model(folder: Path, width: int, layers: int, kind: str, tied: bool) -> str:
@@ -213,7 +196,7 @@ def train(given: LearnerSettings, ranks: Ranks = SINGLE) -> dict[str, Any]:
     before = _memory("VmRSS")
     # Linux forgets the peak of before.
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
-    learner = PPOLearner(given, Keeping(), ranks=ranks)
+    learner = PPOLearner(given, Digests(on_device=False), ranks=ranks)
     learner.start()
     networks, optimizers = learner.state.networks, learner.state.optimizers
     modules = [networks.policy, *([networks.value] if networks.value is not None else [])]
