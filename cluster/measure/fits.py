@@ -139,8 +139,10 @@ def _candidates(config: TrainConfig, gpus: int) -> Iterator[dict[str, Any]]:
         {**_SMALL, "lora.rank": 16},
     )
     for saving in savings:
+        counts = (1, 2, 4, 8, 16, 32, 64)
         for engine in (1, 2, 4, 8):
-            for learner in (1, 2, 4, 8, 16, 32, 64):
+            # What lies on hosts is better spread over as many as there are.
+            for learner in counts[::-1] if "learner.offload" in saving else counts:
                 if learner + engine <= gpus and learner >= config.learner.processes:
                     several: dict[str, Any] = {"learner.processes": learner}
                     if learner > 1:

@@ -24,6 +24,16 @@ _KEPT = {"cuda": 1 << 29, "cpu": 1 << 25}  # probabilities kept, likewise
 _QUANTISED = {"8bit": 1.0, "4bit": 0.53}  # bytes a number, with scales
 
 
+SENDING = "weights being sent"
+TRAINING = frozenset(
+    {
+        *("gradients", "activations kept", "activations of one layer", "logits"),
+        *("layers gathered", "embeddings and head gathered", "weights rounded for a pass"),
+    }
+)
+"""What there is only while a step trains, and what only while its weights are sent."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
     """Bytes by purpose of one process: on its device, and in the memory of its host."""
@@ -33,7 +43,11 @@ class Sizes:
 
     @property
     def total(self) -> float:
-        return sum(self.device.values())
+        """At most at once: weights are sent when the gradients have been freed."""
+        sending = self.device.get(SENDING, 0.0)
+        training = sum(size for name, size in self.device.items() if name in TRAINING)
+        rest = sum(self.device.values()) - sending - training
+        return rest + max(sending, training)
 
 
 def learner_sizes(config: TrainConfig, model: ModelFacts, tokens: int | None = None) -> Sizes:
@@ -110,7 +124,7 @@ def _passing(
     config: TrainConfig, model: ModelFacts, dtype: int, tokens: int, networks: int
 ) -> dict[str, float]:
     """What a forward and backward pass needs for a while."""
-    learner, width = config.learner, config.rollout
+    learner, width = config.learner, WIDTH[config.rollout.dtype]
     split = learner.tensor_parallel
     tokens = -(-tokens // learner.sequence_parallel)
     layer, outer = model.layer_parameters / split, model.outer_parameters / split
@@ -121,18 +135,26 @@ def _passing(
         "activations kept": float(networks * model.layers * (stream if again else inside)),
         "activations of one layer": inside if again else 0.0,
         "logits": _logits(model, tokens / 2, dtype, _kind(learner.gpus)),
-        "weights being sent": 2 * config.weights.bucket_mb * MB
-        + WIDTH[width.dtype] * model.vocabulary * model.hidden,
+        SENDING: _sending(config, model, width),
     }
     if learner.sharding == "fsdp2":
         layers = 1 + learner.prefetch_layers if learner.reshard_after_forward else model.layers
-        # Its gradient as it is computed, and in float32 as it is dealt out.
-        passing["layers gathered"] = dtype * layers * layer + (dtype + 4) * layer
-        passing["embeddings and head gathered"] = (2 * dtype + 4) * outer
+        # A gradient as it is computed, and in float32 as it is dealt out; none of a frozen base.
+        gradient = dtype + 4 if config.lora is None else 0
+        passing["layers gathered"] = dtype * layers * layer + gradient * layer
+        passing["embeddings and head gathered"] = (dtype + gradient) * outer
     elif config.model.dtype == "bfloat16" and config.lora is None:
         every = 0 if learner.gradient_checkpointing else model.layers
         passing["weights rounded for a pass"] = dtype * (every or 1) * layer
     return passing
+
+
+def _sending(config: TrainConfig, model: ModelFacts, width: int) -> float:
+    """Two buckets, and the largest tensor, which is gathered whole. Of LoRA: the adapters."""
+    if config.lora is not None:
+        return 8.0 * model.adapter_parameters(config.lora.rank)
+    buckets = 2.0 * min(config.weights.bucket_mb * MB, width * model.parameters)
+    return buckets + width * model.vocabulary * model.hidden
 
 
 def _inside_a_layer(model: ModelFacts, tokens: int, dtype: int) -> float:
