@@ -20,6 +20,8 @@ from learner.pieces import INDEX, Entry, FileTable, Index, read_index, row_block
 
 POLICY, PARTS, STATE = "policy", "policy_parts", "state"
 """Folders of a checkpoint: the model; its pieces, while it is being written; all other tensors."""
+ADAPTER, ADAPTER_FILE = "adapter", "adapter_model.safetensors"
+"""Under LoRA, in place of the model: its adapter in peft's layout."""
 LAYOUT = "layout.json"
 FILE_BYTES = 5_000_000_000
 

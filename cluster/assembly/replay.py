@@ -136,11 +136,12 @@ def _recorded_steps(
 
 
 def _policies(run: Run, checkpoint: Path) -> list[Path]:
-    """The checkpoint's policy, and the run's own once it is finished (a copy of the newest)."""
+    """The checkpoint's policy or adapter, and the run's own once it is finished."""
     manifest = json.loads((run.path / "manifest.json").read_text(encoding="utf-8"))
-    own = run.path / "policy"
-    finished = manifest.get("status") in ("finished", "stopped") and own.is_dir()
-    return [checkpoint / "policy", *([own] if finished else [])]
+    finished = manifest.get("status") in ("finished", "stopped")
+    own = [run.path / name for name in ("policy", "adapter")] if finished else []
+    saved = [checkpoint / name for name in ("policy", "adapter")]
+    return [folder for folder in (*saved, *own) if folder.is_dir()]
 
 
 def _other_versions(run: Run) -> str:

@@ -41,6 +41,7 @@ from cluster.machine.clock import MonotonicClock
 from cluster.machine.event_loop import StopSwitch, run_coroutine
 from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import require_resources
+from cluster.machine.shipment import known_as
 from cluster.pages.ray_tab import LiveBoard
 from cluster.runs.checkpoints import Found, step_of, verify_checkpoint
 from cluster.runs.control import ControlFile
@@ -306,7 +307,7 @@ def publish_result(
         step = step_of(chosen.name)
         session.event("policy_published", checkpoint=chosen.name, step=step, result="best")
         session.reporter.say(f"policy/ is that of step {step}, the best of the evaluations")
-    publish_policy(chosen / "policy", session.path / "policy")
+    hand_over(chosen, session.path, config)
 
 
 def _best_checkpoint(session: RunSession, newest: Path) -> Path:
@@ -323,6 +324,21 @@ def _best_checkpoint(session: RunSession, newest: Path) -> Path:
         fix=f"accord train --resume {session.path} evaluation.result=last publishes that of "
         f"{newest.name}",
     )
+
+
+def hand_over(checkpoint: Path, run: Path, config: TrainConfig) -> None:
+    """Make `policy/` of a run of its checkpoint; under LoRA also, or instead, `adapter/`."""
+    if config.lora is None:
+        publish_policy(checkpoint / "policy", run / "policy")
+        return
+    # torch, which the driver needs for nothing else.
+    from learner.models.merged_export import hand_over_adapter, write_merged
+
+    if config.lora.export != "merged":
+        hand_over_adapter(checkpoint / "adapter", known_as(config.model.path), run / "adapter")
+    if config.lora.export != "adapter":
+        dtype = config.model.dtype
+        write_merged(checkpoint / "adapter", config.model, run / "policy", dtype)
 
 
 def publish_policy(source: Path, target: Path) -> None:

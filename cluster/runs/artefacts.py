@@ -23,6 +23,7 @@ CARDS = ("model_card.md", "data_card.md")
 MODELS = ("policy", "reward_model")  # folders of a run that hold what it trained
 PRODUCED = (
     *MODELS,
+    "adapter",
     "snapshot",
     "completions.jsonl",
     "best.jsonl",

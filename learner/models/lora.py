@@ -30,6 +30,7 @@ from cluster.weights.low_precision import plain
 from cluster.weights.merging import PEFT_PREFIX, adapted_name, factor_names, merged_weight
 from learner.compute.ranks import whole
 from learner.compute.sharding import local, split_like
+from learner.model_files import ADAPTER_FILE
 
 DEFAULT = "default"
 """Name of the only adapter of a model with one."""
@@ -275,7 +276,7 @@ def save_adapter(
     written = _copy_of(config, base, _trained_heads(model))
     written.save_pretrained(str(directory))
     plain = {key: t.to("cpu", copy=False).contiguous() for key, t in tensors.items()}
-    save_file(plain, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(plain, directory / ADAPTER_FILE, metadata={"format": "pt"})
 
 
 def _copy_of(config: Any, base: str, heads: Mapping[str, Tensor]) -> Any:

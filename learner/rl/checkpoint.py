@@ -1,6 +1,8 @@
 """The learner's part of a checkpoint, exact: safetensors and JSON, no pickle.
 
-    policy/             Hugging Face layout with tokenizer: usable as a model
+    policy/             Hugging Face layout with tokenizer: usable as a model; under LoRA instead:
+    adapter/            peft's layout, with the tokenizer; the base is the model that the run
+                        started from (`learner.models.merged_export` makes a model of the two)
     state/              everything else that is a tensor: value network or head, moments
       index.json          name -> dtype, shape, and which file holds which piece of it
       rank-00000.safetensors …  what each process wrote
@@ -24,7 +26,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +37,9 @@ from torch import Tensor
 
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.crash_points import passing
-from cluster.contracts.durable import FileDigest, digest_of, sync, write_text
+from cluster.contracts.durable import FileDigest, digest_of, digests_below, sync, write_text
 from cluster.contracts.errors import NotSaved, UserError
+from cluster.contracts.records import LoraUpdate
 from learner.algorithms.kl import AdaptiveKL, FixedKL
 from learner.compute.optimizer_step import SkipCounter
 from learner.compute.ranks import Ranks, is_sharded, whole
@@ -51,9 +54,20 @@ from learner.compute.stored import (
     restore_groups,
     restore_moments,
 )
-from learner.model_files import LAYOUT, PARTS, POLICY, STATE, Layout, below, write_model
+from learner.model_files import (
+    ADAPTER,
+    ADAPTER_FILE,
+    LAYOUT,
+    PARTS,
+    POLICY,
+    STATE,
+    Layout,
+    below,
+    write_model,
+)
 from learner.models.export import converted, layout_of, stored_tensors, write_small_files
 from learner.models.load import load_policy
+from learner.models.lora import adapter_tensors, has_adapters, save_adapter
 from learner.models.weight_files import weight_files
 from learner.pieces import write_tensors
 from learner.rl.forward import Networks
@@ -79,6 +93,7 @@ class TrainerState:
     kl: FixedKL | AdaptiveKL
     version: int
     canary_ids: tuple[int, ...]
+    lora: LoraUpdate | None = None
     policy: str = ""
     others: tuple[TrainerState, ...] = ()
 
@@ -91,13 +106,14 @@ class TrainerState:
 class Snapshot:
     """Copies, in the memory of this host, of this process's share of a checkpoint: training may go
     on while they are written. ``policy``: what `policy/` is made of, whole tensors on the first
-    process or pieces on all (then the ``layout`` of the files they will be)."""
+    process or pieces on all (then the ``layout`` of the files they will be). Without a layout it
+    is an adapter."""
 
     ranks: Ranks
     model: Any
     tokenizer: Any
     policy: Mapping[str, Tensor] | Copied
-    layout: Layout
+    layout: Layout | None
     state: Copied
     random_states: dict[str, Tensor]
     trainer: Mapping[str, Any]
@@ -129,7 +145,7 @@ class Snapshot:
                 written.append(digest_of(root / TRAINER, TRAINER))
             # The caller renames the directory next: the name must not reach the disk before the
             # data.
-            for folder in (root, root / POLICY, root / PARTS, root / STATE):
+            for folder in (root, root / POLICY, root / ADAPTER, root / PARTS, root / STATE):
                 if folder.is_dir():
                     sync(folder)
             return tuple(sorted(written, key=lambda file: file.name))
@@ -137,20 +153,29 @@ class Snapshot:
             raise NotSaved(f"{root}: {problem}") from problem
 
     def _write_policy(self, root: Path) -> list[FileDigest]:
-        policy, found = self.policy, list[FileDigest]()
+        policy, layout, found = self.policy, self.layout, list[FileDigest]()
+        if layout is None:
+            return self._write_adapter(root) if self.ranks.first else []
         if self.ranks.first:
             found += write_small_files(self.model, self.tokenizer, root / POLICY)
             if not isinstance(policy, Copied):
                 found += write_model(
-                    root / POLICY, self.layout, lambda name, source: entry_of(name, policy[source])
+                    root / POLICY, layout, lambda name, source: entry_of(name, policy[source])
                 )
         written = [below(POLICY, file) for file in found]
         if isinstance(policy, Copied):
             written += policy.write(root, PARTS)
             if self.ranks.first:
-                write_text(root / PARTS / LAYOUT, self.layout.text())
+                write_text(root / PARTS / LAYOUT, layout.text())
                 written.append(digest_of(root / PARTS / LAYOUT, f"{PARTS}/{LAYOUT}"))
         return written
+
+    def _write_adapter(self, root: Path) -> list[FileDigest]:
+        assert not isinstance(self.policy, Copied)
+        base = str(self.model.config.name_or_path)
+        save_adapter(self.model, root / ADAPTER, base, tensors=self.policy)
+        self.tokenizer.save_pretrained(root / ADAPTER)
+        return [below(ADAPTER, file) for file in digests_below(root / ADAPTER)]
 
 
 def snapshot(state: TrainerState) -> Snapshot:
@@ -181,6 +206,8 @@ def snapshot(state: TrainerState) -> Snapshot:
         "canary_ids": list(state.canary_ids),
         "optimizers": described,
     }
+    if state.lora is not None:
+        trainer["lora"] = asdict(state.lora)
     return Snapshot(
         ranks=networks.ranks,
         model=networks.policy,
@@ -194,7 +221,9 @@ def snapshot(state: TrainerState) -> Snapshot:
     )
 
 
-def _policy_copies(networks: Networks) -> tuple[Mapping[str, Tensor] | Copied, Layout]:
+def _policy_copies(networks: Networks) -> tuple[Mapping[str, Tensor] | Copied, Layout | None]:
+    if has_adapters(networks.policy):
+        return _whole_copies(adapter_tensors(networks.policy), networks.ranks.first), None
     tensors, layout = stored_tensors(networks.policy), layout_of(networks.policy)
     if layout is not None and any(is_sharded(tensor) for tensor in tensors.values()):
         return copied(tensors, networks.ranks), layout
@@ -230,7 +259,7 @@ def restore_state(state: TrainerState, directory: str | Path) -> None:
         trainer = json.loads((root / TRAINER).read_text(encoding="utf-8"))
         # Before anything is overwritten: settings that do not fit leave the state as it was built.
         _check_fits(trainer, state, root)
-        _restore_policy(state.networks.policy, root / POLICY)
+        _restore_policy(state.networks.policy, root)
         older = trainer["schema"] == _WHOLE_SCHEMA
         (_restore_whole if older else _restore_pieces)(state, root)
         for name, (optimizer, skips) in _optimizers(state.optimizers).items():
@@ -259,9 +288,11 @@ def _check_fits(trainer: Mapping[str, Any], state: TrainerState, root: Path) -> 
             where=str(root / TRAINER),
             fix="resume with the version of Accord that wrote it",
         )
+    base = None if state.lora is None else asdict(state.lora)
     pairs = {
         "the value network": (trainer["value"], _value_kind(state.networks)),
         "the KL controller": (trainer["kl"]["controller"], type(state.kl).__name__),
+        "the base of the adapters": (_base(trainer.get("lora")), _base(base)),
     }
     for what, (theirs, ours) in pairs.items():
         if theirs != ours:
@@ -270,6 +301,10 @@ def _check_fits(trainer: Mapping[str, Any], state: TrainerState, root: Path) -> 
                 where=str(root / TRAINER),
                 fix="resume with the settings the checkpoint was made with",
             )
+
+
+def _base(lora: Mapping[str, Any] | None) -> str:
+    return "none" if lora is None else f"{lora['base'][:12]} in {lora['base_dtype']}"
 
 
 def _value_kind(networks: Networks) -> str:
@@ -289,7 +324,12 @@ def _optimizers(
 
 def _value_tensors(networks: Networks) -> dict[str, Tensor]:
     value = networks.value
-    return {} if value is None else {f"value.{n}": t for n, t in stored_tensors(value).items()}
+    if value is None:
+        return {}
+    tensors = stored_tensors(value)
+    if has_adapters(value):  # a base that does not change is in the files it came from
+        tensors = {n: p for n, p in value.named_parameters() if p.requires_grad}
+    return {f"value.{name}": tensor for name, tensor in tensors.items()}
 
 
 def _parameter_names(networks: Networks) -> dict[int, str]:
@@ -303,8 +343,13 @@ def _parameter_names(networks: Networks) -> dict[int, str]:
     }
 
 
-def _restore_policy(policy: Any, folder: Path) -> None:
-    layout = layout_of(policy)
+def _restore_policy(policy: Any, root: Path) -> None:
+    if has_adapters(policy):
+        with StoredTensors.whole(root / ADAPTER, [root / ADAPTER / ADAPTER_FILE]) as stored:
+            for name, tensor in adapter_tensors(policy).items():
+                stored.fill(name, tensor)
+        return
+    folder, layout = root / POLICY, layout_of(policy)
     with StoredTensors.whole(folder, weight_files(folder)) as stored:
         if layout is not None:
             own = stored_tensors(policy)

@@ -18,7 +18,7 @@ from cluster.contracts.crash_points import passing
 from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import Metric, last
-from cluster.contracts.records import Canary, LoraUpdate, StepInput, StepResult, WeightManifest
+from cluster.contracts.records import Canary, StepInput, StepResult, WeightManifest
 from cluster.machine.torch_state import prepare_torch
 from cluster.weights.transports import Publisher, PublisherOptions, make_publisher
 from learner.compute.optimizer import lr_factor, set_lr
@@ -66,7 +66,6 @@ class PPOLearner:
         self._writer: RolloutWriter | None = None
         self._peak = math.inf  # FLOP/s
         self._digest = ""  # of the weights published last
-        self._lora: LoraUpdate | None = None  # how workers merge what is published
 
     def start(self) -> WeightManifest:
         """Load models (or the checkpoint `resume_from`) and publish what training starts from.
@@ -85,7 +84,7 @@ class PPOLearner:
         ]
         first.others = tuple(others)
         self._state = first
-        self._lora = lora_update(networks, settings)
+        first.lora = lora_update(networks, settings)
         self._peak = matrix_peak(settings.model.dtype, networks.device) * self._ranks.size
         # After the canary's tokens: a checkpoint brings those of its run's start.
         if settings.resume_from is not None:
@@ -327,7 +326,7 @@ class PPOLearner:
                 if of_step:  # a learner's start is none
                     passing("learner.mid_publish")
             manifest = dataclasses.replace(
-                update.close(checks[0]), lora=self._lora, more_canaries=tuple(checks[1:])
+                update.close(checks[0]), lora=self.state.lora, more_canaries=tuple(checks[1:])
             )
         self._digest = weights_digest(manifest)
         return manifest

@@ -23,6 +23,8 @@ from safetensors import safe_open
 from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.records import StepInput
 from cluster.machine.torch_state import prepare_torch
+from learner.model_files import ADAPTER_FILE
+from learner.models.lora import adapter_tensors, base_tensors, has_adapters, merged_tensors
 from learner.rl.catch_up import Digests
 from learner.rl.learner import PPOLearner
 from learner.rl.step_record import Differs, RecordedStep, weights_digest
@@ -166,8 +168,7 @@ def different_tensor(policy: Any, directory: Path) -> str | None:
     """
     # Compared as bytes: -0.0 equals 0.0 as a number, and NaN nothing, but here they differ or
     # are the same as bits.
-    ours = policy.state_dict()
-    seen = set()
+    ours, seen = _as_in(policy, directory), set[str]()
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise UserError("holds no weights", where=str(directory), fix="restore it")
@@ -177,8 +178,19 @@ def different_tensor(policy: Any, directory: Path) -> str | None:
                 seen.add(name)
                 if name not in ours or not _same(ours[name], saved.get_tensor(name)):
                     return name
-    # A tensor that only the policy has is a difference as well.
-    return next((name for name, _ in policy.named_parameters() if name not in seen), None)
+    # A tensor that only the policy has is a difference as well; a tied one has one name here.
+    wanted = ours if has_adapters(policy) else dict(policy.named_parameters())
+    return next((name for name in wanted if name not in seen), None)
+
+
+def _as_in(policy: Any, directory: Path) -> dict[str, Any]:
+    """The policy's tensors as the directory holds them: an adapter's, or those of a model."""
+    if (directory / ADAPTER_FILE).is_file():
+        return dict(adapter_tensors(policy))
+    if has_adapters(policy):
+        dtype = next(iter(base_tensors(policy).values())).dtype
+        return dict(merged_tensors(policy, dtype))
+    return dict(policy.state_dict())
 
 
 def _same(ours: Any, theirs: Any) -> bool:

@@ -85,7 +85,7 @@ def lora_problems(
     lora: LoraConfig, learner: LearnerConfig, model: ModelConfig, rollout: RolloutConfig
 ) -> list[str]:
     """What on-line training with adapters cannot have."""
-    found = ["[lora] of `accord train` has no checkpoints yet: leave it out"]
+    found = []
     if lora.dropout > 0:
         found.append(
             "lora.dropout would make two passes over the same tokens differ, and every probability "

@@ -40,6 +40,12 @@ class LoraConfig(Section):
         "more slowly, and move the base a little (docs/train.md). Workers merge adapters into the "
         "same numbers.",
     )
+    export: Literal["both", "merged", "adapter"] = Field(
+        "both",
+        description="What a run hands over. merged: `policy/`, a complete model with the adapter "
+        "merged into it, as all commands read it. adapter: `adapter/`, in peft's layout, which "
+        "peft, transformers and vLLM load beside the base. both: both.",
+    )
 
     @field_validator("targets")
     @classmethod

@@ -9,15 +9,19 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.lora import LoraConfig
+from cluster.contracts.errors import UserError
 from cluster.contracts.metrics import values
 from cluster.contracts.records import StepInput
 from cluster.weights.merging import base_fingerprint, factors_by_weight
 from learner.models.lora import adapter_tensors, base_tensors, merged_tensors
+from learner.models.merged_export import write_merged
 from learner.rl.learner import PPOLearner
+from learner.rl.replay import different_tensor
 
 STEPS = 3
 KL = {"kl": {"coef": 0.1, "estimator": "k1"}}
@@ -146,3 +150,47 @@ def test_the_canary_is_that_of_the_merged_weights(
         wanted = every.gather(1, ids[0, 1:, None])[:, 0]
         found = torch.tensor(run.last.canary.logprobs)
         torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance)
+
+
+def test_a_checkpoint_holds_the_adapter_and_goes_on_exactly(
+    world: ModuleType, tiny: Path, tables: list[pa.Table], tmp_path: Path
+) -> None:
+    how = {"learner": {"value_model": "own", "lr": 1e-3, "eps": 1e-8}}
+    whole, half = Run(world, tiny, tables, **how), Run(world, tiny, tables[:2], **how)
+    half.learner.save(tmp_path / "half")
+    names = {path.name for path in (tmp_path / "half").iterdir()}
+    assert "policy" not in names
+    held = {n for file in (tmp_path / "half").rglob("*.safetensors") for n in load_file(file)}
+    assert {n for n in held if "lora_" not in n and "value.head." not in n} == {"cpu"}
+    on = Run(world, tiny, [], resume_from=str(tmp_path / "half"), **how)
+    batch = StepInput(step=2, group_ids=(8, 9, 10, 11), payloads=(tables[2],))
+    assert on.learner.step(batch).manifest.tensors == whole.last.tensors
+    other = AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        other.model.norm.weight.add_(1e-3)
+    other.save_pretrained(tmp_path / "other")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="the base of the adapters"):
+        Run(world, tmp_path / "other", [], resume_from=str(tmp_path / "half"), **how)
+
+
+def test_what_a_run_hands_over_is_the_merged_model_bit_for_bit(
+    world: ModuleType, tiny: Path, tables: list[pa.Table], tmp_path: Path
+) -> None:
+    for dtype in ("float32", "bfloat16"):
+        model = ModelConfig(path=str(tiny), dtype=dtype)
+        run = Run(world, tiny, tables[:1], model=model, rollout_dtype=dtype)
+        run.learner.save(tmp_path / dtype)
+        made = write_merged(tmp_path / dtype / "adapter", model, tmp_path / f"{dtype}-out", dtype)
+        policy = run.networks.policy
+        assert different_tensor(policy, made) is None
+        assert different_tensor(policy, tmp_path / dtype / "adapter") is None
+        loaded = AutoModelForCausalLM.from_pretrained(made)
+        assert loaded.dtype == getattr(torch, dtype)
+        wanted = dict(merged_tensors(policy, loaded.dtype))
+        assert all(torch.equal(wanted[n], p) for n, p in loaded.named_parameters())
+        assert AutoTokenizer.from_pretrained(made).eos_token == "<eos>"
+    short = ModelConfig(path=str(world.make_model(tmp_path / "short", layers=1)))
+    with pytest.raises(UserError, match="no adapter of"):
+        write_merged(tmp_path / "float32" / "adapter", short, tmp_path / "no", "float32")
+    assert not (tmp_path / "no").exists()
