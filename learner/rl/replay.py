@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors import safe_open
 
 from cluster.contracts.errors import Fatal, UserError
@@ -197,4 +198,4 @@ def _same(ours: Any, theirs: Any) -> bool:
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return False
     a, b = (tensor.detach().cpu().contiguous().reshape(-1) for tensor in (ours, theirs))
-    return bool(np.array_equal(*(t.numpy().view(np.uint8) for t in (a, b))))
+    return bool(np.array_equal(*(t.view(torch.uint8).numpy() for t in (a, b))))
