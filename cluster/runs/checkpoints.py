@@ -29,14 +29,11 @@ from cluster.runs.evaluations import best_of
 
 MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
-MUST_HAVE = (
-    "policy/config.json",
-    "policy/*.safetensors",
-    "policy/tokenizer*",
-    "trainer.json",
-    RUN_STATE,
-)
-"""Without a file of each of these patterns a checkpoint cannot be resumed from."""
+MUST_HAVE = ("trainer.json", RUN_STATE)
+POLICY = ("policy/config.json", "policy/*.safetensors", "policy/tokenizer*")
+ADAPTER = ("adapter/adapter_config.json", "adapter/*.safetensors", "adapter/tokenizer*")
+"""Without a file of each of these patterns a checkpoint cannot be resumed from: it has a policy or,
+under LoRA, an adapter."""
 ROOM_LEFT = 64 << 20  # bytes of the disk that a checkpoint leaves free, for what else is written
 
 
@@ -199,8 +196,9 @@ def in_order(folder: Path) -> list[Path]:
 
 
 def missing(names: Collection[str]) -> list[str]:
-    """The patterns of ``MUST_HAVE`` that no name fits."""
-    return [pattern for pattern in MUST_HAVE if not fnmatch.filter(names, pattern)]
+    """The patterns that no name fits."""
+    model = ADAPTER if any(name.startswith("adapter/") for name in names) else POLICY
+    return [pattern for pattern in (*model, *MUST_HAVE) if not fnmatch.filter(names, pattern)]
 
 
 def manifest_text(step: int, files: Iterable[FileDigest]) -> str:
