@@ -1,6 +1,6 @@
 """What a learner step costs with adapters (LoRA), beside the same step of all weights.
 
-    python benchmarks/lora.py                        # 16 million parameters, rank 16, about a minute
+    python benchmarks/lora.py                        # 16 million parameters, rank 16
     python benchmarks/lora.py --layers 12 --hidden 768 --intermediate 2048 --out lora.json
 
 Both learners take the same steps of random rollouts in one process, in turns, so that what else
@@ -79,14 +79,12 @@ def measured(given: argparse.Namespace, folder: Path) -> dict[str, dict[str, flo
 
 
 def learner(model: Path, given: argparse.Namespace, kind: str) -> Any:
-    from cluster.contracts.config.base import ModelConfig
     from cluster.contracts.config.lora import LoraConfig
     from cluster.measure.bench.learner_child import CopyingPublisher, learner_settings
     from learner.rl.learner import PPOLearner
 
     settings = dataclasses.replace(
         learner_settings(model, given.dtype, {}),
-        model=ModelConfig.model_validate({"path": str(model), "dtype": given.dtype}),
         rollout_dtype=given.dtype,
         lora=LoraConfig(rank=given.rank) if kind == "lora" else None,
     )

@@ -71,7 +71,7 @@ class Bare:
         self.optimizer.zero_grad()
 
 
-class _Publisher:
+class CopyingPublisher:
     """Copies and checksums, as every transport does; nobody reads it."""
 
     on_device = False
@@ -101,7 +101,7 @@ class _Publisher:
 def measured(task: dict[str, Any]) -> dict[str, Any]:
     """The rows of one case; `task`: shape, dtype, steps, packed (measure packed rows as well)."""
     with tempfile.TemporaryDirectory() as folder:
-        model, dtype = _make_model(Path(folder), task["shape"]), task["dtype"]
+        model, dtype = make_model(Path(folder), task["shape"]), task["dtype"]
         learners = {kind: _learner(model, dtype, KINDS[kind]) for kind in KINDS}
         if task["packed"]:
             learners["grpo packed"] = _learner(model, dtype, KINDS["grpo"], packing="packed")
@@ -110,7 +110,7 @@ def measured(task: dict[str, Any]) -> dict[str, Any]:
     phases: dict[str, list[dict[str, float]]] = {kind: [] for kind in learners}
     tokens = []
     for step in range(task["steps"] + 1):  # the first one warms up
-        table, groups = _table(task["shape"][0], step)
+        table, groups = random_rollouts(task["shape"][0], step)
         batch = read_batch([table], groups, SAMPLES)
         tokens.append((int(batch.lengths.sum()), int(batch.response_ids.lengths.sum())))
         micros = Microbatches(OwnRows.all_of(batch), 2048, "cpu").of(range(len(batch)))
@@ -159,7 +159,16 @@ def _ratio(seconds: dict[str, list[float]], above: str, below: str) -> float:
 
 
 def _learner(model: Path, dtype: str, algorithm: dict[str, Any], **learner: Any) -> PPOLearner:
-    settings = LearnerSettings(
+    settings = learner_settings(model, dtype, algorithm, **learner)
+    made = PPOLearner(settings, CopyingPublisher(), threads=1)
+    made.start()
+    return made
+
+
+def learner_settings(
+    model: Path, dtype: str, algorithm: dict[str, Any], **learner: Any
+) -> LearnerSettings:
+    return LearnerSettings(
         model=ModelConfig.model_validate({"path": str(model), "dtype": dtype}),
         learner=LearnerConfig.model_validate({"lr": LR, **learner}),
         algorithm=AlgorithmConfig.model_validate(algorithm),
@@ -172,12 +181,9 @@ def _learner(model: Path, dtype: str, algorithm: dict[str, Any], **learner: Any)
         seed=0,
         canary_prompt=(4, 5, 6),
     )
-    made = PPOLearner(settings, _Publisher(), threads=1)
-    made.start()
-    return made
 
 
-def _make_model(folder: Path, shape: list[int]) -> Path:
+def make_model(folder: Path, shape: list[int]) -> Path:
     vocabulary, hidden, layers, heads, intermediate = shape
     words = {"<pad>": 0, "<end>": 1, **{f"w{i}": i for i in range(2, vocabulary)}}
     backend = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
@@ -195,7 +201,7 @@ def _make_model(folder: Path, shape: list[int]) -> Path:
     )
 
 
-def _table(vocabulary: int, step: int) -> tuple[pa.Table, tuple[int, ...]]:
+def random_rollouts(vocabulary: int, step: int) -> tuple[pa.Table, tuple[int, ...]]:
     """Rollouts of random tokens; log-probabilities near those of fresh weights."""
     rng = np.random.default_rng(step)
     groups = tuple(range(PROMPTS * step, PROMPTS * (step + 1)))
