@@ -46,6 +46,7 @@ from cluster.pages.ray_tab import LiveBoard
 from cluster.runs.checkpoints import Found, step_of, verify_checkpoint
 from cluster.runs.control import ControlFile
 from cluster.runs.evaluations import best_of
+from cluster.runs.policies import ADAPTERS, POLICIES
 from cluster.runs.quarantine import quarantined
 
 
@@ -327,15 +328,22 @@ def _best_checkpoint(session: RunSession, newest: Path) -> Path:
 
 
 def hand_over(checkpoint: Path, run: Path, config: TrainConfig) -> None:
-    """Make `policy/` of a run of its checkpoint; under LoRA also, or instead, `adapter/`."""
+    """Make `policy/` of a run of its checkpoint; under LoRA also, or instead, `adapter/`; of
+    several policies `adapters/NAME/`."""
     if config.lora is None:
         publish_policy(checkpoint / "policy", run / "policy")
         return
     # torch, which the driver needs for nothing else.
     from learner.models.merged_export import hand_over_adapter, write_merged
 
+    base = known_as(config.model.path)
+    if config.policies:
+        for policy in config.policies:
+            saved = checkpoint / POLICIES / policy.name / "adapter"
+            hand_over_adapter(saved, base, run / ADAPTERS / policy.name)
+        return
     if config.lora.export != "merged":
-        hand_over_adapter(checkpoint / "adapter", known_as(config.model.path), run / "adapter")
+        hand_over_adapter(checkpoint / "adapter", base, run / "adapter")
     if config.lora.export != "adapter":
         dtype = config.model.dtype
         write_merged(checkpoint / "adapter", config.model, run / "policy", dtype)

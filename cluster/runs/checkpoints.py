@@ -31,9 +31,9 @@ MANIFEST = "manifest.json"
 RUN_STATE = "run_state.json"
 MUST_HAVE = ("trainer.json", RUN_STATE)
 POLICY = ("policy/config.json", "policy/*.safetensors", "policy/tokenizer*")
-ADAPTER = ("adapter/adapter_config.json", "adapter/*.safetensors", "adapter/tokenizer*")
+ADAPTER = ("*adapter/adapter_config.json", "*adapter/*.safetensors", "*adapter/tokenizer*")
 """Without a file of each of these patterns a checkpoint cannot be resumed from: it has a policy or,
-under LoRA, an adapter."""
+under LoRA, an adapter (`adapter/`) or those of several policies (`policies/NAME/adapter/`)."""
 ROOM_LEFT = 64 << 20  # bytes of the disk that a checkpoint leaves free, for what else is written
 
 
@@ -197,7 +197,7 @@ def in_order(folder: Path) -> list[Path]:
 
 def missing(names: Collection[str]) -> list[str]:
     """The patterns that no name fits."""
-    model = ADAPTER if any(name.startswith("adapter/") for name in names) else POLICY
+    model = ADAPTER if any("adapter/" in name for name in names) else POLICY
     return [pattern for pattern in (*model, *MUST_HAVE) if not fnmatch.filter(names, pattern)]
 
 

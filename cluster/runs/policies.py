@@ -10,7 +10,9 @@ from cluster.runs.checkpoints import in_order, step_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = "adapters"
-"""Folder, in a run or a checkpoint of it, of the adapters of several policies."""
+"""Folder of a finished run with several policies: the adapter of each, by its name."""
+POLICIES = "policies"
+"""Folder of a checkpoint of such a run: ``NAME/adapter``, and the rest of each policy's state."""
 
 
 def policy_directory(path: str) -> str:
@@ -41,9 +43,10 @@ def policy_directory(path: str) -> str:
 def adapter_names(run: Path) -> list[str]:
     """Of the policies of a run that has several, as its result or its newest checkpoint has them;
     else none."""
-    for place in (run, *reversed(in_order(run / "checkpoints"))):
-        if (place / ADAPTERS).is_dir():
-            return sorted(folder.name for folder in (place / ADAPTERS).iterdir())
+    checkpoints = reversed(in_order(run / "checkpoints"))
+    for place in (run / ADAPTERS, *(path / POLICIES for path in checkpoints)):
+        if place.is_dir():
+            return sorted(folder.name for folder in place.iterdir())
     return []
 
 
@@ -55,8 +58,10 @@ def adapter_directory(run: str, name: str) -> str:
     if (Path(name).expanduser() / ADAPTER_CONFIG).is_file():
         _require_base(name, run)
         return name
-    for place in (root, *reversed(in_order(root / "checkpoints"))):
-        if (folder := place / ADAPTERS / name).is_dir():
+    checkpoints = reversed(in_order(root / "checkpoints"))
+    saved = (path / POLICIES / name / "adapter" for path in checkpoints)
+    for folder in (root / ADAPTERS / name, *saved):
+        if folder.is_dir():
             return str(folder)
     there = ", ".join(adapter_names(root)) or "none"
     raise UserError(

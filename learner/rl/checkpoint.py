@@ -107,12 +107,13 @@ class Snapshot:
     """Copies, in the memory of this host, of this process's share of a checkpoint: training may go
     on while they are written. ``policy``: what `policy/` is made of, whole tensors on the first
     process or pieces on all (then the ``layout`` of the files they will be). Without a layout it
-    is an adapter."""
+    is the model's ``adapter`` of this name."""
 
     ranks: Ranks
     model: Any
     tokenizer: Any
     policy: Mapping[str, Tensor] | Copied
+    adapter: str
     layout: Layout | None
     state: Copied
     random_states: dict[str, Tensor]
@@ -173,7 +174,7 @@ class Snapshot:
     def _write_adapter(self, root: Path) -> list[FileDigest]:
         assert not isinstance(self.policy, Copied)
         base = str(self.model.config.name_or_path)
-        save_adapter(self.model, root / ADAPTER, base, tensors=self.policy)
+        save_adapter(self.model, root / ADAPTER, base, self.adapter, tensors=self.policy)
         self.tokenizer.save_pretrained(root / ADAPTER)
         return [below(ADAPTER, file) for file in digests_below(root / ADAPTER)]
 
@@ -213,6 +214,7 @@ def snapshot(state: TrainerState) -> Snapshot:
         model=networks.policy,
         tokenizer=state.tokenizer,
         policy=policy,
+        adapter=networks.adapter,
         layout=layout,
         state=copied(tensors, networks.ranks),
         random_states=random_states() if networks.ranks.first else {},
@@ -223,7 +225,8 @@ def snapshot(state: TrainerState) -> Snapshot:
 
 def _policy_copies(networks: Networks) -> tuple[Mapping[str, Tensor] | Copied, Layout | None]:
     if has_adapters(networks.policy):
-        return _whole_copies(adapter_tensors(networks.policy), networks.ranks.first), None
+        own = adapter_tensors(networks.policy, networks.adapter)
+        return _whole_copies(own, networks.ranks.first), None
     tensors, layout = stored_tensors(networks.policy), layout_of(networks.policy)
     if layout is not None and any(is_sharded(tensor) for tensor in tensors.values()):
         return copied(tensors, networks.ranks), layout
@@ -259,7 +262,7 @@ def restore_state(state: TrainerState, directory: str | Path) -> None:
         trainer = json.loads((root / TRAINER).read_text(encoding="utf-8"))
         # Before anything is overwritten: settings that do not fit leave the state as it was built.
         _check_fits(trainer, state, root)
-        _restore_policy(state.networks.policy, root)
+        _restore_policy(state.networks, root)
         older = trainer["schema"] == _WHOLE_SCHEMA
         (_restore_whole if older else _restore_pieces)(state, root)
         for name, (optimizer, skips) in _optimizers(state.optimizers).items():
@@ -343,10 +346,11 @@ def _parameter_names(networks: Networks) -> dict[int, str]:
     }
 
 
-def _restore_policy(policy: Any, root: Path) -> None:
+def _restore_policy(networks: Networks, root: Path) -> None:
+    policy = networks.policy
     if has_adapters(policy):
         with StoredTensors.whole(root / ADAPTER, [root / ADAPTER / ADAPTER_FILE]) as stored:
-            for name, tensor in adapter_tensors(policy).items():
+            for name, tensor in adapter_tensors(policy, networks.adapter).items():
                 stored.fill(name, tensor)
         return
     folder, layout = root / POLICY, layout_of(policy)
@@ -366,8 +370,15 @@ def _restore_pieces(state: TrainerState, root: Path) -> None:
     with StoredTensors.indexed(root / STATE) as stored:
         for name, tensor in _value_tensors(state.networks).items():
             stored.fill(name, tensor)
+        keys: dict[str, dict[str, str]] = {}
+        for name in stored.index:
+            parameter, slash, key = name.rpartition("/")
+            if slash:
+                keys.setdefault(parameter, {})[key] = name
         for optimizer, _ in _optimizers(state.optimizers).values():
-            restore_moments(optimizer, stored, names)
+            own = [(p, names[id(p)]) for g in optimizer.param_groups for p in g["params"]]
+            rows = [(p, keys[name]) for p, name in own if name in keys]
+            restore_moments(optimizer, stored, rows)
 
 
 def _restore_whole(state: TrainerState, root: Path) -> None:

@@ -25,7 +25,7 @@ from learner.compute.optimizer import lr_factor, set_lr
 from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.stored import write_shares
 from learner.rl.catch_up import catch_up
-from learner.rl.checkpoint import Snapshot, TrainerState, restore_state, snapshot
+from learner.rl.checkpoint import Snapshot, TrainerState
 from learner.rl.experience import Experience, StepPlan, build_experience
 from learner.rl.flops import matrix_peak, step_flops
 from learner.rl.forward import Networks
@@ -33,6 +33,7 @@ from learner.rl.metrics import experience_metrics, sequence_kl
 from learner.rl.networks import build_kl_controller, build_networks, build_optimizers
 from learner.rl.own_rows import trained_tokens
 from learner.rl.policies import by_policy, merged, networks_of_policies
+from learner.rl.policy_checkpoints import PolicySnapshots, restore, snapshot_of
 from learner.rl.publish import buckets, canary, canary_tokens, lora_update
 from learner.rl.rollout_files import RolloutWriter
 from learner.rl.rollouts import RolloutBatch, read_batch
@@ -221,12 +222,12 @@ class PPOLearner:
         work = step_flops(networks, self.settings, rollouts, self._value_only(step))
         return [*_speed(rollouts, wall, cpu), last("perf/mfu", work / (wall * self._peak))]
 
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> Snapshot | PolicySnapshots:
         """Copy this rank's share of a checkpoint, so that it can be written while training goes on.
         Rollouts of the steps before are then on disk."""
         if self._writer is not None:
             self._writer.flush()
-        return snapshot(self.state)
+        return snapshot_of(self.state)
 
     def save(self, directory: str | Path) -> tuple[FileDigest, ...]:
         """Write policy/ and the trainer's state under `directory`, which all ranks see; complete on
@@ -236,7 +237,7 @@ class PPOLearner:
 
     def restore(self, directory: str | Path) -> None:
         """Take up exactly where `save` stood. Raises UserError where that is not possible."""
-        restore_state(self.state, directory)
+        restore(self.state, directory)
 
     def close(self) -> None:
         """Finish writing rollouts and let go of published weights."""

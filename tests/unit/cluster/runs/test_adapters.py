@@ -22,9 +22,9 @@ def adapter(folder: Path, base: str = "models/base", rank: int = 4) -> Path:
 
 def test_a_name_stands_for_the_result_or_else_for_the_newest_checkpoint(tmp_path: Path) -> None:
     for step in (2, 10):
-        adapter(tmp_path / "checkpoints" / f"step-{step:08d}" / "adapters" / "brief")
+        adapter(tmp_path / "checkpoints" / f"step-{step:06d}" / "policies" / "brief" / "adapter")
     found = adapter_directory(str(tmp_path), "brief")
-    assert found == str(tmp_path / "checkpoints" / "step-00000010" / "adapters" / "brief")
+    assert found == str(tmp_path / "checkpoints/step-000010/policies/brief/adapter")
     result = adapter(tmp_path / "adapters" / "brief")
     assert adapter_directory(str(tmp_path), "brief") == str(result)
     with pytest.raises(UserError, match=r"no adapter 'wordy'.*are brief"):

@@ -10,15 +10,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from cluster.contracts.config.lora import LoraConfig
-from cluster.contracts.errors import Fatal
+from cluster.contracts.errors import Fatal, UserError
 from cluster.contracts.metrics import values
 from cluster.contracts.records import RolloutGroup, StepInput
 from learner.models.lora import adapter_tensors, base_tensors
 from learner.rl.learner import PPOLearner
 from learner.rl.policies import adapter_of
+from learner.trainer_file import moved_on
 
 STEPS = 3
 OF_POLICY = {
@@ -160,3 +162,45 @@ def test_completions_of_an_unknown_policy_are_refused(
     run = Run(world, tiny, [], ("brief",), advantage="grpo")
     with pytest.raises(Fatal, match=r"completions of \['train'\], the run has \['brief'\]"):
         run.learner.step(StepInput(step=0, group_ids=(0, 2), payloads=(tables[0],)))
+
+
+def test_a_checkpoint_holds_every_policy_and_training_goes_on_the_same(
+    world: ModuleType, tiny: Path, tables: list[pa.Table], tmp_path: Path
+) -> None:
+    straight = Run(world, tiny, tables, ("brief", "train"), advantage="gae")
+    first = Run(world, tiny, tables[:2], ("brief", "train"), advantage="gae")
+    names = [file.name for file in first.learner.save(tmp_path)]
+    for name in OF_POLICY:
+        assert f"policies/{name}/adapter/adapter_model.safetensors" in names
+        saved = load_file(tmp_path / "policies" / name / "adapter" / "adapter_model.safetensors")
+        assert all(torch.equal(saved[key], t) for key, t in first.adapter(name).items())
+    resumed = Run(world, tiny, [], ("brief", "train"), advantage="gae")
+    resumed.learner.restore(tmp_path)
+    result = resumed.learner.step(
+        StepInput(step=2, group_ids=(8, 9, 10, 11), payloads=(tables[2],))
+    )
+    for name in OF_POLICY:
+        wanted = straight.adapter(name)
+        assert all(torch.equal(t, wanted[key]) for key, t in resumed.adapter(name).items())
+    assert result.manifest.more_canaries == straight.last.manifest.more_canaries
+    coefs = [one.kl.coef for one in resumed.learner.state.each()]
+    assert coefs == [one.kl.coef for one in straight.learner.state.each()]
+
+
+def test_going_back_moves_the_kl_coefficient_of_every_policy(
+    world: ModuleType, tiny: Path, tables: list[pa.Table], tmp_path: Path
+) -> None:
+    run = Run(world, tiny, tables[:1], ("brief", "train"), advantage="grpo")
+    run.learner.save(tmp_path)
+    moved_on(tmp_path / "trainer.json", tmp_path / "trainer.json", version=5, kl_coef=0.5)
+    run.learner.restore(tmp_path)
+    assert [(one.version, one.kl.coef) for one in run.learner.state.each()] == [(5, 0.5)] * 2
+
+
+def test_a_checkpoint_of_other_policies_is_refused(
+    world: ModuleType, tiny: Path, tmp_path: Path
+) -> None:
+    Run(world, tiny, [], ("brief", "train")).learner.save(tmp_path)
+    other = Run(world, tiny, [], ("train",))
+    with pytest.raises(UserError, match="of the policies brief, train, the settings of train"):
+        other.learner.restore(tmp_path)
