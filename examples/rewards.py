@@ -8,13 +8,21 @@ from __future__ import annotations
 
 from typing import Any
 
-WANTED_WORDS = 30
 
 
 def about_thirty_words(completions: list[Any], **columns: list[Any]) -> list[float]:
     """1 for thirty words, falling evenly to 0 for none and for sixty. Fits any prompts."""
+    return _about(30, completions)
+
+
+def about_ten_words(completions: list[Any], **columns: list[Any]) -> list[float]:
+    """1 for ten words, falling evenly to 0 for none and for twenty. Fits any prompts."""
+    return _about(10, completions)
+
+
+def _about(wanted: int, completions: list[Any]) -> list[float]:
     lengths = [len(text_of(completion).split()) for completion in completions]
-    return [max(0.0, 1.0 - abs(n - WANTED_WORDS) / WANTED_WORDS) for n in lengths]
+    return [max(0.0, 1.0 - abs(n - wanted) / wanted) for n in lengths]
 
 
 def names_the_product(
