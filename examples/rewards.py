@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 
-
 def about_thirty_words(completions: list[Any], **columns: list[Any]) -> list[float]:
     """1 for thirty words, falling evenly to 0 for none and for sixty. Fits any prompts."""
     return _about(30, completions)

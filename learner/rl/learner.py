@@ -130,7 +130,7 @@ class PPOLearner:
             settings.batch.samples_per_prompt,
         )
         trained = {
-            one.policy: self._train(one, parts[one.policy], batch, began)
+            one.policy: self._train(one, parts[one.policy], batch)
             for one in state.each()
             if one.policy in parts
         }
@@ -178,11 +178,9 @@ class PPOLearner:
             policy=policy,
         )
 
-    def _train(
-        self, state: TrainerState, rollouts: RolloutBatch, batch: StepInput, began: float
-    ) -> _Trained:
-        """Train one policy on its part of a step that began at `began`."""
-        settings = self.settings
+    def _train(self, state: TrainerState, rollouts: RolloutBatch, batch: StepInput) -> _Trained:
+        """Train one policy on its part of a step."""
+        settings, began = self.settings, time.perf_counter()
         if batch.kl_coef is not None:
             state.kl.coef = batch.kl_coef
         plan = StepPlan(

@@ -72,10 +72,17 @@ def by_policy(
 
 def merged(found: Mapping[str, Iterable[Metric]]) -> list[Metric]:
     """Metrics of the whole step: those of all policies merged, and each policy's own under
-    ``policies/NAME/``."""
+    ``policies/NAME/``. Numbers that do not merge are averaged (standard deviations, coefficients)
+    or, as policies are trained one after the other, added up (seconds)."""
     if list(found) == [""]:
         return list(found[""])
-    every = [metric for metrics in found.values() for metric in metrics]
+    every = [
+        replace(metric, kind="sum" if metric.name.startswith("time/") else "mean")
+        if metric.kind == "last"
+        else metric
+        for metrics in found.values()
+        for metric in metrics
+    ]
     own = [
         replace(metric, name=f"policies/{name}/{metric.name}")
         for name, metrics in found.items()

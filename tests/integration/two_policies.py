@@ -67,11 +67,14 @@ policies = ["late"]
 [batch]
 prompts_per_step = 8
 samples_per_prompt = 8
-steps = 30
+steps = 40
 
 [rollout]
 engine = "vllm"
 max_tokens = 12
+
+[staleness]
+bound = 0
 
 [algorithm]
 advantage = "grpo"
@@ -84,7 +87,7 @@ coef = 0.0
 lr = 2e-2
 
 [checkpoint]
-every = 15
+every = 20
 
 [cluster]
 object_store_mb = 80
@@ -104,9 +107,7 @@ def make(folder: Path) -> None:
         initializer_range=0.1,
     )  # fmt: skip
     for name, word in (("early", "first"), ("late", "last")):
-        rows = [
-            {"prompt": [{"role": "user", "content": f"{word} letters {n}"}]} for n in range(16)
-        ]
+        rows = [{"prompt": [{"role": "user", "content": f"{word} letters {n}"}]} for n in range(16)]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     (folder / "rewards.py").write_text(REWARDS, encoding="utf-8")
