@@ -370,15 +370,8 @@ def _restore_pieces(state: TrainerState, root: Path) -> None:
     with StoredTensors.indexed(root / STATE) as stored:
         for name, tensor in _value_tensors(state.networks).items():
             stored.fill(name, tensor)
-        keys: dict[str, dict[str, str]] = {}
-        for name in stored.index:
-            parameter, slash, key = name.rpartition("/")
-            if slash:
-                keys.setdefault(parameter, {})[key] = name
         for optimizer, _ in _optimizers(state.optimizers).values():
-            own = [(p, names[id(p)]) for g in optimizer.param_groups for p in g["params"]]
-            rows = [(p, keys[name]) for p, name in own if name in keys]
-            restore_moments(optimizer, stored, rows)
+            restore_moments(optimizer, stored, names)
 
 
 def _restore_whole(state: TrainerState, root: Path) -> None:
