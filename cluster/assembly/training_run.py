@@ -29,6 +29,7 @@ from cluster.assembly.training_roles import reward_role, worker_factory
 from cluster.assembly.training_sinks import Monitors, add_sinks, tell_evaluation, tell_prompts
 from cluster.assembly.training_watches import RunningRoles, Watches, live_feed, watched
 from cluster.contracts.actor_names import ActorNames
+from cluster.contracts.config.policies import POLICIES
 from cluster.contracts.config.train import TrainConfig
 from cluster.contracts.errors import AccordError, RewardsAway, RolledBack, UserError
 from cluster.contracts.protocols import Sink
@@ -46,7 +47,7 @@ from cluster.pages.ray_tab import LiveBoard
 from cluster.runs.checkpoints import Found, step_of, verify_checkpoint
 from cluster.runs.control import ControlFile
 from cluster.runs.evaluations import best_of
-from cluster.runs.policies import ADAPTERS, POLICIES
+from cluster.runs.policies import ADAPTERS
 from cluster.runs.quarantine import quarantined
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from cluster.contracts.config.policies import POLICIES
 from cluster.contracts.errors import UserError
 from cluster.runs.checkpoints import in_order, step_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTERS = "adapters"
 """Folder of a finished run with several policies: the adapter of each, by its name."""
-POLICIES = "policies"
-"""Folder of a checkpoint of such a run: ``NAME/adapter``, and the rest of each policy's state."""
 
 
 def policy_directory(path: str) -> str:

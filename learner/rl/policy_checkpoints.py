@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from cluster.contracts.config.policies import POLICIES
 from cluster.contracts.durable import FileDigest, digest_of, sync, write_text
 from cluster.contracts.errors import NotSaved, UserError
-from cluster.runs.policies import POLICIES
 from learner.compute.ranks import Ranks
 from learner.rl.checkpoint import Snapshot, TrainerState, restore_state, snapshot
 from learner.trainer_file import TRAINER

@@ -14,6 +14,9 @@ from cluster.contracts.config.lora import LoraConfig
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.config.rollout import RolloutConfig
 
+POLICIES = "policies"
+"""Folder of a checkpoint of several policies: ``NAME/adapter``, and the rest of each state."""
+
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
 """Part of folder names, of metrics and of tensor names."""
 
