@@ -46,7 +46,10 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "dpo-lora": ("dpo", {"lora": LORA, "kl_samples": 8}),
 }
 RESULTS = {"policy", "reward_model", "adapter"}
-SHARDINGS = ("none", "fsdp2")
+MODES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "fsdp2": {"sharding": "fsdp2"},
+}
 
 
 def write_data(folder: Path) -> None:
@@ -64,11 +67,11 @@ def write_data(folder: Path) -> None:
 
 
 def train(
-    job: str, sharding: str, task: dict[str, str], run: Path, ranks: Ranks, stop: int | None = None
+    job: str, mode: str, task: dict[str, str], run: Path, ranks: Ranks, stop: int | None = None
 ) -> dict[str, Any]:
     """The numbers of every report and the evaluations of the whole; stopped after `stop` steps."""
     kind, changes = JOBS[job]
-    several = {"processes": ranks.size, "sharding": sharding if ranks.size > 1 else "none"}
+    several = {"processes": ranks.size, **(MODES[mode] if ranks.size > 1 else {})}
     tree = {
         "model": {"path": task["policy"]},
         "data": {"path": f"{task['folder']}/rows.jsonl"},
@@ -97,12 +100,12 @@ def work(rank: int, port: int, folder: Path) -> None:
     task = json.loads((folder / "task.json").read_text())
     ranks = join(rank, 2, ("127.0.0.1", port), gpu=False, timeout_s=TIMEOUT_S)
     found: dict[Any, Any] = {}
-    for sharding in SHARDINGS:
+    for mode in MODES:
         for job in JOBS:
-            found[sharding, job] = train(job, sharding, task, folder / f"{job}-{sharding}", ranks)
-        train("dpo", sharding, task, folder / f"two-{sharding}", ranks, stop=2)
-        on = folder / f"one-{sharding}"
-        found["resumed", sharding] = train("dpo", sharding, task, on, ranks)
+            found[mode, job] = train(job, mode, task, folder / f"{job}-{mode}", ranks)
+        train("dpo", mode, task, folder / f"two-{mode}", ranks, stop=2)
+        on = folder / f"one-{mode}"
+        found["resumed", mode] = train("dpo", mode, task, on, ranks)
     (folder / f"found-{rank}.pkl").write_bytes(ForkingPickler.dumps(found))
     ranks.barrier()
     ranks.leave()
@@ -115,8 +118,8 @@ def folder(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_data(place)
     task = {"policy": str(tiny_policy), "folder": str(place)}
     (place / "task.json").write_text(json.dumps(task), encoding="utf-8")
-    for sharding in SHARDINGS:
-        train("dpo", "none", task, place / f"one-{sharding}", SINGLE, stop=2)
+    for mode in MODES:
+        train("dpo", "none", task, place / f"one-{mode}", SINGLE, stop=2)
     store = meeting_place("127.0.0.1", TIMEOUT_S)
     processes = [
         subprocess.Popen(
@@ -134,8 +137,8 @@ def folder(tiny_policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             process.kill()
             process.wait(10)
     assert codes == [0, 0]
-    for sharding in SHARDINGS:
-        train("dpo", "none", task, place / f"two-{sharding}", SINGLE)
+    for mode in MODES:
+        train("dpo", "none", task, place / f"two-{mode}", SINGLE)
     (place / "alone.pkl").write_bytes(ForkingPickler.dumps(alone))
     return place
 
@@ -174,31 +177,31 @@ def flat(tree: Any, before: str = "") -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parallel
 @pytest.mark.parametrize("job", JOBS)
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_two_processes_learn_what_one_learns(folder: Path, sharding: str, job: str) -> None:
+@pytest.mark.parametrize("mode", MODES)
+def test_two_processes_learn_what_one_learns(folder: Path, mode: str, job: str) -> None:
     alone = found(folder, "alone")[job]["told"]
     assert len(alone) >= 4
     for rank in range(2):
-        ours = found(folder, f"found-{rank}")[sharding, job]["told"]
+        ours = found(folder, f"found-{rank}")[mode, job]["told"]
         if rank == 1:
             ours = ours[: len(alone)]
         for got, wanted in zip(ours, alone, strict=True):
             assert got.keys() == wanted.keys()
             for name, number in wanted.items():
                 assert got[name] == pytest.approx(number, rel=1e-5, abs=1e-5), name
-    assert_same_run(folder / f"{job}-{sharding}", folder / job)
+    assert_same_run(folder / f"{job}-{mode}", folder / job)
     if job == "reward":  # its golden scores hold, and so does what is made of the scores
-        load_reward_model(folder / f"{job}-{sharding}" / "reward_model")
+        load_reward_model(folder / f"{job}-{mode}" / "reward_model")
 
 
 @pytest.mark.slow
 @pytest.mark.parallel
-@pytest.mark.parametrize("sharding", SHARDINGS)
-def test_a_checkpoint_goes_on_with_another_number_of_processes(folder: Path, sharding: str) -> None:
-    for run in (f"one-{sharding}", f"two-{sharding}"):
+@pytest.mark.parametrize("mode", MODES)
+def test_a_checkpoint_goes_on_with_another_number_of_processes(folder: Path, mode: str) -> None:
+    for run in (f"one-{mode}", f"two-{mode}"):
         assert json.loads((folder / run / "fit.json").read_text())["finished"] is True
         assert_same_run(folder / run, folder / "dpo")
-    told = found(folder, "found-0")["resumed", sharding]["told"]
+    told = found(folder, "found-0")["resumed", mode]["told"]
     assert told[0]["train/epoch"] == found(folder, "alone")["dpo"]["told"][2]["train/epoch"]
 
 
