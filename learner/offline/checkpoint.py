@@ -39,7 +39,7 @@ KEEP = 2
 HOW = {
     *("threads", "checkpoint_every", "eval_every"),
     *("processes", "sharding", "tensor_parallel", "sequence_parallel", "offload"),
-    *("gradient_checkpointing", "reshard_after_forward", "prefetch_layers"),
+    *("gradient_checkpointing", "reshard_after_forward", "prefetch_layers", "gradient_reduction"),
 }
 """Keys of FitConfig that change how a run is computed, but not what it learns."""
 

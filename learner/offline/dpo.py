@@ -22,7 +22,6 @@ from learner.compute.mesh import ALONE, Mesh
 from learner.compute.microbatches import TokenRow
 from learner.compute.optimizer_step import metrics_of
 from learner.compute.ranks import SINGLE, Ranks
-from learner.compute.sharding import bare
 from learner.models.load import load_tokenizer
 from learner.models.lora import without_adapters
 from learner.models.placement import Placement
@@ -75,7 +74,7 @@ def train_dpo(
     rows, held = task.with_reference(data.train), task.with_reference(data.held)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
-        bare(policy),
+        policy,
         rows,
         task.loss,
         config.fit,

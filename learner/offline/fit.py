@@ -28,6 +28,7 @@ from learner.compute.mesh import ALONE, Mesh
 from learner.compute.optimizer import lr_factor, make_optimizer, set_lr
 from learner.compute.optimizer_step import SkipCounter, optimiser_step
 from learner.compute.ranks import Ranks
+from learner.compute.sharding import bare
 from learner.models.lora import adapter_dropout
 from learner.offline.checkpoint import FitCheckpoints, FitState, fingerprint
 from learner.offline.shares import shares
@@ -84,6 +85,7 @@ def fit(
 ) -> FitResult:
     """Train `model` in place until epochs, max_steps or max_seconds are over, whichever is first.
 
+    model: may be `Gathered`.
     before_step: gets all rows of a step, before they are cut into microbatches.
     evaluate: called every `eval_every` steps and when all is done; its metrics go to `on_step` too.
     should_stop: asked before every step; True saves a checkpoint and returns with finished False.
@@ -146,13 +148,20 @@ class _Loop:
                 where="data",
                 fix="give more rows, raise fit.max_tokens or lower fit.eval_fraction",
             )
-        self.model, self.rows, self.loss_fn = model, rows, loss_fn
+        self.root, self.model = model, bare(model)
+        self.rows, self.loss_fn = rows, loss_fn
         self.config, self.seed, self.before_step = config, seed, before_step
         self.mesh = mesh
         # Not that of the parameters, which may lie in the memory of the host.
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.optimizer = make_optimizer(
-            model.parameters(), config.lr, config.betas, config.eps, config.weight_decay
+            self.model.parameters(),
+            config.lr,
+            config.betas,
+            config.eps,
+            config.weight_decay,
+            eight_bits=config.optimizer == "adamw8bit",
+            on_host="optimizer" in config.offload,
         )
         self.steps_per_epoch = -(-len(rows) // config.rows_per_step)
         total = config.epochs * self.steps_per_epoch
@@ -165,7 +174,7 @@ class _Loop:
             run = fingerprint(config, seed, costs)
             _check_same(run, mesh.everyone)
             self.store = FitCheckpoints(checkpoint, run, mesh.everyone)
-            self.state = self.store.restore(model, self.optimizer) or self.state
+            self.state = self.store.restore(self.model, self.optimizer) or self.state
             self.skips.total = self.state.skipped
         self.started = time.monotonic() - self.state.seconds
         self.seconds = self.state.seconds  # trained when the ranks last agreed
@@ -217,6 +226,7 @@ class _Loop:
                 config.max_grad_norm,
                 self.skips,
                 self.mesh,
+                (self.root,) if config.gradient_reduction == "step" else (),
             )
         metrics = self.mesh.data.gather_metrics(outcome.metrics)
         self.state.step += 1

@@ -154,7 +154,7 @@ class _Training:
         task = RewardTask(model, config, self.place.device, head, self.place.mesh)
         checkpoints = self.run_dir / "checkpoints"
         result = fit(
-            bare(model),
+            model,
             bootstrap(self.data.train, config.members if config.share_trunk else 1, seed),
             task.loss,
             config.fit,

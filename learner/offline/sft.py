@@ -20,7 +20,7 @@ from learner.compute.mesh import ALONE, Mesh
 from learner.compute.microbatches import PaddedRows, TokenRow, pad_rows, token_row
 from learner.compute.optimizer import compute_in
 from learner.compute.ranks import SINGLE, Ranks
-from learner.compute.sharding import bare, call
+from learner.compute.sharding import call
 from learner.models.heads import hidden_states, lm_head, token_logprobs
 from learner.models.load import load_tokenizer
 from learner.offline.datasets import Demonstration, read_demonstrations
@@ -68,7 +68,7 @@ def train_sft(
     task = SftTask(policy, config.model.dtype, device, place.mesh)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
-        bare(policy),
+        policy,
         [SftRow(row) for row in data.train],
         task.loss,
         config.fit,

@@ -25,7 +25,7 @@ class FitConfig(ComputeConfig):
 
     section: ClassVar[str] = "fit"
     unsupported: ClassVar[Mapping[str, str]] = dict.fromkeys(
-        ("tensor_parallel", "sequence_parallel", "offload", "optimizer", "gradient_reduction"),
+        ("tensor_parallel", "sequence_parallel"),
         "offline training does not do it yet",
     )
 

@@ -49,6 +49,12 @@ RESULTS = {"policy", "reward_model", "adapter"}
 MODES: dict[str, dict[str, Any]] = {
     "none": {},
     "fsdp2": {"sharding": "fsdp2"},
+    "saving": {
+        "sharding": "fsdp2",
+        "offload": ["optimizer"],
+        "gradient_reduction": "step",
+        "prefetch_layers": 2,
+    },
 }
 
 
@@ -175,6 +181,7 @@ def flat(tree: Any, before: str = "") -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parallel
 @pytest.mark.parametrize("job", JOBS)
 @pytest.mark.parametrize("mode", MODES)
@@ -195,6 +202,7 @@ def test_two_processes_learn_what_one_learns(folder: Path, mode: str, job: str) 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parallel
 @pytest.mark.parametrize("mode", MODES)
 def test_a_checkpoint_goes_on_with_another_number_of_processes(folder: Path, mode: str) -> None:
