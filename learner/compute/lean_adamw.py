@@ -61,15 +61,15 @@ class LeanAdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict)
         # torch puts what it loads where the parameter lies.
         for parameter, state in self.state.items():
-            for name, signed in _MOMENTS.items():
-                state[name] = self._kept(parameter, state[name], signed)
+            for name in _MOMENTS:
+                state[name] = self._kept(parameter, state[name], name)
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state["step"] = torch.tensor(0.0)
-            for name, signed in _MOMENTS.items():
-                state[name] = self._new_buffer(parameter, signed)
+            for name in _MOMENTS:
+                state[name] = self.empty_moment(parameter, name)
         state["step"] += 1
         weights, grads = local(parameter.detach()), local(parameter.grad)  # type: ignore[arg-type]
         kept = [local(state[name]) for name in _MOMENTS]
@@ -96,19 +96,18 @@ class LeanAdamW(torch.optim.Optimizer):
                 if part is not moment:
                     part.copy_(moment.to(part.device))
 
-    def _kept(self, parameter: Tensor, value: Tensor, signed: bool) -> Tensor:
+    def _kept(self, parameter: Tensor, value: Tensor, name: str) -> Tensor:
         """A moment as the state keeps it."""
-        moment = self._new_buffer(parameter, signed)
+        moment = self.empty_moment(parameter, name)
         local(moment).copy_(in_float32(local(value)).to(moment.device))
         return moment
 
-    def _new_buffer(self, parameter: Tensor, signed: bool) -> Tensor:
-        """Zeros, as the state keeps a moment; torchao's optimisers have the same method, by which
-        `stored.restore_moments` knows what is in eight bits."""
+    def empty_moment(self, parameter: Tensor, name: str) -> Tensor:
+        """Zeros, as the state keeps the moment of this name: for `stored.restore_moments`, too."""
         part = local(parameter.detach())
         where = torch.device("cpu") if self._on_host else part.device
         if self._eight_bits and part.numel() >= _LEAST and part.numel() % _BLOCK == 0:
-            moment = _eight_bit_zeros(part, signed, where)
+            moment = _eight_bit_zeros(part, _MOMENTS[name], where)
         else:
             moment = torch.zeros_like(part, device=where)
         return sharded_as(moment, parameter) if is_sharded(parameter) else moment
