@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import time
 from pathlib import Path
@@ -81,6 +82,13 @@ def test_nccl_brings_every_byte(
     publisher = CollectivePublisher("127.0.0.1", 60.0)
     spent = fetched_equal(helper, "collective", publisher, "cuda:1", monkeypatch)
     record_property("nccl_fetch_s", spent)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 4, reason="a learner and three workers")
+def test_who_stops_dies_or_comes_late_in_a_group_costs_only_itself() -> None:
+    """And it does not end this process, which is the learner: torch's watchdog would."""
+    module = importlib.import_module("tests.unit.cluster.weights.test_collective")
+    module.who_stops_dies_or_comes_late("cuda:0", ("cuda:1", "cuda:2", "cuda:3"))
 
 
 def test_the_sum_on_the_gpu_is_that_on_the_cpu() -> None:

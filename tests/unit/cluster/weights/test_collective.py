@@ -1,6 +1,6 @@
 """Broadcast groups between real processes: one that stops, dies or comes late costs only itself.
 
-The same code sends over NCCL; there is no GPU here, so these processes are gloo's.
+The same code sends over NCCL: tests/gpu runs the same scenario on four GPUs.
 """
 
 from __future__ import annotations
@@ -31,17 +31,20 @@ AT_BUCKET = 3  # of 6: where a process is stopped or killed
 TIMEOUT_S = 60.0  # of a worker; the learner's is shorter, so that the test is
 
 
-def published(publisher: CollectivePublisher, version: int) -> WeightManifest:
+def published(publisher: CollectivePublisher, version: int, device: str) -> WeightManifest:
     publisher.retain([version - 1])
-    tensors = {name: torch.full((20_000,), 1000.0 * version + i) for i, name in enumerate(NAMES)}
+    tensors = {
+        name: torch.full((20_000,), 1000.0 * version + i, device=device)
+        for i, name in enumerate(NAMES)
+    }
     dtypes = dict.fromkeys(tensors, "float32")
     return publish(publisher, tensors, dtypes, version, CANARY, bucket_bytes=200_000)
 
 
-def serve(commands: Connection, replies: Connection) -> None:
+def serve(commands: Connection, replies: Connection, device: str) -> None:
     """Fetches what it is told to; (manifest, signal or None) is sent to itself half-way."""
     torch.set_num_threads(1)
-    receiver = CollectiveReceiver("cpu")
+    receiver = CollectiveReceiver(device)
     while (told := commands.recv()) is not None:
         made, blow = told
         try:
@@ -58,11 +61,13 @@ def serve(commands: Connection, replies: Connection) -> None:
 
 
 class Worker:
-    def __init__(self) -> None:
+    def __init__(self, device: str) -> None:
         context = multiprocessing.get_context("forkserver")
         theirs, self._commands = context.Pipe(duplex=False)
         self._replies, sender = context.Pipe(duplex=False)
-        self.process: Any = context.Process(target=serve, args=(theirs, sender), daemon=True)
+        self.process: Any = context.Process(
+            target=serve, args=(theirs, sender, device), daemon=True
+        )
         self.process.start()
         theirs.close()
         sender.close()
@@ -84,34 +89,40 @@ class Worker:
 @pytest.mark.slow
 @pytest.mark.parallel
 def test_who_stops_dies_or_comes_late_in_a_group_costs_only_itself() -> None:
+    who_stops_dies_or_comes_late("cpu", ("cpu", "cpu", "cpu"))
+
+
+def who_stops_dies_or_comes_late(learner: str, devices: tuple[str, str, str]) -> None:
+    """learner, devices: of the learner and of each worker; the worker in the place of the one that
+    dies takes its device."""
     multiprocessing.get_context("forkserver").set_forkserver_preload(
         ["cluster.weights.collective", "cluster.weights.transports"]
     )
     publisher = CollectivePublisher("127.0.0.1", timeout_s=8.0)
-    workers = [Worker() for _ in range(3)]
+    workers = [Worker(device) for device in devices]
     whole = len(NAMES)
     try:
         for version in range(2):
-            made = published(publisher, version)
+            made = published(publisher, version, learner)
             for worker in workers:
                 worker.fetch(made)
             assert [worker.answer() for worker in workers] == [whole] * 3
 
         # SIGSTOP is a process that hangs: it neither answers nor closes its connections.
-        made = published(publisher, 2)
+        made = published(publisher, 2, learner)
         for worker in workers:
             worker.fetch(made, signal.SIGSTOP if worker is workers[2] else None)
         assert [worker.answer() for worker in workers[:2]] == [whole] * 2
         os.kill(workers[2].process.pid, signal.SIGCONT)
         assert workers[2].answer() == whole, "awake, it asks again and gets the same bytes"
 
-        made = published(publisher, 3)
+        made = published(publisher, 3, learner)
         for worker in workers:
             worker.fetch(made, signal.SIGKILL if worker is workers[2] else None)
         assert [worker.answer() for worker in workers[:2]] == [whole] * 2
 
-        workers.append(Worker())  # in its place, between two versions
-        made = published(publisher, 4)
+        workers.append(Worker(devices[2]))  # in its place, between two versions
+        made = published(publisher, 4, learner)
         for worker in (workers[0], workers[1], workers[3]):
             worker.fetch(made)
         assert [workers[place].answer() for place in (0, 1, 3)] == [whole] * 3
