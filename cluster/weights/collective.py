@@ -232,10 +232,10 @@ class CollectiveReceiver:
         self._group_number = 0
 
     def fetch(self, manifest: WeightManifest, timeout_s: float) -> Iterator[dict[str, Tensor]]:
-        """Tensors on the receiver's device, in one of two buffers: those of a bucket are valid
-        until the bucket after the next is asked for.
+        """Tensors on the receiver's device, each bucket in memory of its own.
 
-        On a GPU read them on the stream of `beside`: the buffers are written to behind it.
+        On a GPU read them on the stream of `beside`: it is the one whose memory they are, so that
+        what is let go is written to again only behind what has read it.
         """
         deadline = time.monotonic() + timeout_s
         try:
@@ -260,18 +260,14 @@ class CollectiveReceiver:
         sizes = [layout(entry.nbytes for entry in entries)[1] for entries in buckets]
         done, busy_s = 0, 0.0
         while done < len(buckets):
-            # New ones after a group broke: what hangs in it may still write to the old ones.
-            buffers = [
-                torch.empty(max(sizes[place::2], default=0), dtype=torch.uint8, device=self._device)
-                for place in range(2)
-            ]
             try:
-                for number in self._round(manifest, done, sizes, buffers, deadline):
+                for number, buffer in self._round(manifest, done, sizes, deadline):
                     if number < done:
                         continue  # another member lacked it
                     done = number + 1
                     given = time.monotonic()
-                    yield _views(buffers[number % 2][: sizes[number]], buckets[number], manifest)
+                    yield _views(buffer, buckets[number], manifest)
+                    del buffer  # or it would stay alive while the next one comes
                     busy_s += time.monotonic() - given
             except Broken as problem:
                 self._leave()
@@ -287,16 +283,19 @@ class CollectiveReceiver:
         manifest: WeightManifest,
         done: int,
         sizes: Sequence[int],
-        buffers: Sequence[Tensor],
         deadline: float,
-    ) -> Iterator[int]:
-        """The numbers of the buckets that have come. Raises Broken."""
+    ) -> Iterator[tuple[int, Tensor]]:
+        """The numbers and bytes of the buckets as they come. Raises Broken."""
         answer = self._ask(manifest, done, deadline)
         group = self._join(answer, deadline)
         for number in range(answer.first, len(sizes)):
+            # Of its own: whoever takes it may keep it, and what hangs in a group that broke may
+            # still write to the buffer that it was given.
             with beside(self._device):
-                group.finish(group.begin(buffers[number % 2][: sizes[number]]))
-            yield number
+                buffer = torch.empty(sizes[number], dtype=torch.uint8, device=self._device)
+                group.finish(group.begin(buffer))
+            yield number, buffer
+            del buffer
 
     def _ask(self, manifest: WeightManifest, first: int, deadline: float) -> _Answer:
         self._asked += 1
