@@ -157,6 +157,7 @@ class RolloutActor:
                 reward_outage_s=spec.reward_outage_s,
                 precision=settings.precision,
                 request_timeout_s=spec.request_timeout_s,
+                worth_telling=max(1, settings.max_running // 8),
             ),
             lambda: _merger(settings, device),
         )

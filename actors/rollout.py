@@ -63,6 +63,7 @@ class WorkerSettings:
     reward_outage_s: float = 300.0  # for so long finished groups wait for a scorer that is away
     precision: str | None = None  # `EngineSettings.precision`; None: the manifest's
     request_timeout_s: float = 0.0  # from the engine's being given a group to its end; 0: no limit
+    worth_telling: int = 8  # samples that have finished end a harvest, though no group has
 
 
 class Merger(Protocol):
@@ -108,7 +109,9 @@ class RolloutWorker:
         self._numbers = itertools.count()
         self._news = threading.Condition()
         self._finished: list[tuple[GroupMeta, RolloutGroup | None]] = []
-        self._pending: set[tuple[int, int]] = set()  # (group, attempt) not harvested yet
+        # (group, attempt) not harvested yet -> how many of its samples are finished
+        self._pending: dict[tuple[int, int], int] = {}
+        self._untold = 0  # samples finished since the last harvest
         self._failure: BaseException | None = None
         self._swap_lock = threading.Lock()
         self._canaries: dict[str, CanaryCheck] = {}  # by adapter
@@ -157,7 +160,7 @@ class RolloutWorker:
             for assignment in assignments:
                 key = (assignment.group_id, assignment.attempt)
                 if key not in self._pending:
-                    self._pending.add(key)
+                    self._pending[key] = 0
                     fresh.append(assignment)
         self._begin(fresh, self._scoring.put)
 
@@ -219,7 +222,8 @@ class RolloutWorker:
             self._thread.post(drop).add_done_callback(self._surface)
 
     def harvest(self, timeout_s: float) -> Harvest:
-        """Groups finished since the last call; waits for the first, at most ``timeout_s``.
+        """Groups finished since the last call; waits for the first, at most ``timeout_s``, or for
+        as many finished samples as make room for more groups.
 
         ``payload`` is the Arrow table itself. Raises what made the worker unfit: BadReward, Fatal.
         Between a swap and its proof nothing is handed out: were the proof to fail, the versions
@@ -228,20 +232,28 @@ class RolloutWorker:
         self._look_for_late()
         with self._news:
             self._news.wait_for(
-                lambda: (self._finished and not self._unproven) or self._failure, timeout_s
+                lambda: (
+                    (self._finished and not self._unproven)
+                    or self._failure
+                    or self._untold >= self._settings.worth_telling
+                ),
+                timeout_s,
             )
             self._raise_failure()
             finished: list[tuple[GroupMeta, RolloutGroup | None]] = []
             if not self._unproven:
                 finished, self._finished = self._finished, finished
-            self._pending.difference_update((m.group_id, m.attempt) for m, _ in finished)
+            for meta, _ in finished:
+                self._pending.pop((meta.group_id, meta.attempt), None)
+            self._untold = 0
+            sampled = float(sum(self._pending.values()))
         groups = [group for _, group in finished if group is not None]
         return Harvest(
             worker=self._settings.name,
             incarnation=self._settings.incarnation,
             groups=tuple(meta for meta, _ in finished),
             payload=to_table(groups) if groups else None,
-            stats=self.stats(),
+            stats={**self.stats(), "sampled": sampled},
         )
 
     def stats(self) -> dict[str, float]:
@@ -321,11 +333,21 @@ class RolloutWorker:
         if group is None:
             return  # dropped, after the engine had finished it
         group.completions[int(request_id.rpartition("/")[2])] = completion
+        if self._scoring is not None and group.deliver == self._scoring.put:
+            self._count(group.assignment)
         if len(group.completions) == group.assignment.samples:
             generated = time.perf_counter()
             group.deliver(
                 FinishedGroup(group.assignment, group.completions, None, group.began, generated)
             )
+
+    def _count(self, assignment: Assignment) -> None:
+        """A sample of a group that is to be harvested is finished."""
+        with self._news:
+            self._pending[assignment.group_id, assignment.attempt] += 1
+            self._untold += 1
+            if self._untold == self._settings.worth_telling:
+                self._news.notify_all()
 
     def _look_for_late(self) -> None:
         limit = self._settings.request_timeout_s

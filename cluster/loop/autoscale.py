@@ -8,19 +8,21 @@ more are asked for only beyond ``STARVED``, and fewer only where the fewer would
 ``SPARE`` of their time. Between the two lies the hysteresis.
 
 More workers do not help where a single long completion is what the learner waits for. So a growth
-after which the learner waits hardly less is taken back, and not tried again for a while.
+after which a step takes hardly less time is taken back, and not tried again for a while.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from dataclasses import dataclass
 
 BUSY = 0.85
 SPARE = 0.75
 STARVED = 0.1
-HELPED = 0.8  # of what the learner waited before a growth, it may wait at most after it
+HELPED = 0.2  # of what the learner waited in each step, a growth has to save at least
 FORGOTTEN_AFTER = 30  # cool-downs, until a growth that did not help is tried again
+SEVERAL = 2  # times the patience: windows that a step's time is the mean of
 MOST_GROWTH = 2.0  # at once: what was measured with few workers says little of very many
 
 
@@ -58,11 +60,13 @@ class Autoscaler:
         self._streak = 0
         self._settled = 0  # windows since the workers of a growth serve
         self._quiet_until = -math.inf
-        self._growth: tuple[int, float] | None = None  # workers, and what was waited, before it
+        self._growth: tuple[int, float, float] | None = None  # workers, step_s and waited before it
+        self._ends: deque[float] = deque(maxlen=SEVERAL * patience + 1)  # of the last windows
         self._ceiling = (most, -math.inf)  # more than so many did not help; until when it holds
 
     def decide(self, window: Window, wanted: int) -> Change | None:
         """``wanted``: workers asked for so far. None: it stays so."""
+        self._ends.append(window.now)
         inside = min(self._most, max(self._least, wanted))
         if inside != wanted:
             return self._changed(window, inside, f"within {self._least} and {self._most}")
@@ -80,22 +84,27 @@ class Autoscaler:
         self._direction = direction
         if direction == 0 or self._streak < self._patience:
             return None
-        self._growth = (wanted, window.waited) if target > wanted else None
+        self._growth = (wanted, self._step_s(), window.waited) if target > wanted else None
         return self._changed(window, target, why)
 
     def _taken_back(self, window: Window) -> Change | None:
-        """Once after a growth, when its workers have served for ``patience`` windows."""
+        """Once after a growth, when its workers have served for some windows."""
         if self._growth is None:
             return None
         self._settled += 1
-        if self._settled < self._patience:
+        if self._settled <= SEVERAL * self._patience:
             return None
-        (before, waited), self._growth, self._settled = self._growth, None, 0
-        if window.waited <= max(STARVED, HELPED * waited):
+        (before, step_s, waited), self._growth, self._settled = self._growth, None, 0
+        if self._step_s() <= step_s * (1.0 - HELPED * waited):
             return None
         self._ceiling = (before, window.now + FORGOTTEN_AFTER * self._cool_down_s)
-        why = f"more workers did not help: the learner still waited {window.waited:.0%} of the time"
+        why = f"more workers did not help: a step took {step_s:.3g} s, now {self._step_s():.3g} s"
         return self._changed(window, before, why)
+
+    def _step_s(self) -> float:
+        """Over several windows: completions that are begun together end together, so that one step
+        is waited for and the next ones are not."""
+        return (self._ends[-1] - self._ends[0]) / max(1, len(self._ends) - 1)
 
     def _changed(self, window: Window, workers: int, why: str) -> Change:
         self._streak, self._direction = 0, 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -38,7 +39,7 @@ class Dispatch:
         self._left_out = left_out
         self._set_aside = dict(set_aside)
         self._most_scorings = most_scorings
-        self._waiting: list[Assignment] = []  # no serving worker to take them yet
+        self._waiting: list[tuple[int, int, Assignment]] = []  # a heap: the oldest group first
         self._suspects = Suspects()
         self._convicted: list[float] = []  # when
         self._late: set[int] = set()  # groups that were not finished in time, once
@@ -58,24 +59,25 @@ class Dispatch:
             elif assignment.group_id in self._suspects:
                 self._suspects.waiting.append(assignment)
             else:
-                self._waiting.append(assignment)
+                key = (assignment.group_id, assignment.attempt)
+                heapq.heappush(self._waiting, (*key, assignment))
 
     def shares(self, serving: Callable[[], Sequence[int]]) -> dict[int, list[Assignment]]:
-        """Lease what waits to the workers that serve, fewest samples in hand first; by worker."""
+        """Lease what waits, the oldest group first, to the workers that serve, fewest samples to
+        decode first; by worker."""
         shares: dict[int, list[Assignment]] = {}
         workers = serving() if self._suspects.waiting else ()  # not asked for each group
         while (turn := self._suspects.next_for(workers)) is not None:
             worker, assignment = turn
             self._book.give_to(worker, assignment)
             shares.setdefault(worker, []).append(assignment)
-        given = 0
-        for assignment in self._waiting:
+        while self._waiting:
+            assignment = self._waiting[0][-1]
             taker = self._book.give(assignment)
-            if taker is None:  # nobody serves; whoever joins next asks again
+            if taker is None:  # nobody is free: whoever joins or finishes some asks again
                 break
+            heapq.heappop(self._waiting)
             shares.setdefault(taker, []).append(assignment)
-            given += 1
-        del self._waiting[:given]
         return shares
 
     def take(self, worker: int, meta: GroupMeta) -> Assignment | None:

@@ -118,10 +118,12 @@ class Harvesting:
                 self._faults["reward" if meta.unrated else "prompt"] += meta.failure is not None
                 self._require_ratings(meta)
                 done.append(meta)
+        # What the harvest counts, it counts without the groups that it brings.
+        self._book.progress(member.index, int(harvest.stats.get("sampled", 0)))
         if done:
             member.finished += len(done)
             self._finished(harvest, done)
-        self._again(again)  # also for suspects whose turn it is now
+        self._again(again)  # also for groups that wait for a worker to have room
 
     def _require_ratings(self, meta: GroupMeta) -> None:
         """Raises BadReward when scorers have no score for too many groups."""

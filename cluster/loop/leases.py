@@ -19,25 +19,37 @@ COUNTERS = frozenset(
 
 @dataclass(slots=True)
 class Holder:
-    """What one worker has in hand. ``open``: whether it may be given more."""
+    """What one worker has in hand. ``open``: whether it may be given more. ``sampled``: how many
+    of its ``samples`` are finished, though their groups are not."""
 
     open: bool = False
     samples: int = 0
+    sampled: int = 0
     leases: dict[int, Assignment] = field(default_factory=dict)
     since: dict[int, float] = field(default_factory=dict)  # when each lease began
 
+    @property
+    def load(self) -> int:
+        """Samples that it has to decode."""
+        return max(0, self.samples - self.sampled)
+
 
 class LeaseBook:
-    """Leases of all workers, found by fewest samples in hand, then by lowest worker number.
+    """Leases of all workers, found by fewest samples to decode, then by lowest worker number.
+
+    ``most``: a worker that has so many samples to decode is given no more. What it cannot decode
+    yet is better kept: an older group may come back from a lost worker, a faster worker may be free
+    first, and newer weights may be there by then. None: no limit.
 
     The heap keeps an entry for every load an open worker has had; entries that are no longer so
     are passed over when they come up, and cleared out when they outnumber the workers.
     """
 
-    def __init__(self, now: Callable[[], float]) -> None:
+    def __init__(self, now: Callable[[], float], most: int | None = None) -> None:
         self._now = now
+        self._most = most
         self._holders: dict[int, Holder] = {}
-        self._heap: list[tuple[int, int]] = []  # (samples in hand, worker number)
+        self._heap: list[tuple[int, int]] = []  # (samples to decode, worker number)
         self._holding = 0  # open workers with a lease
         self._holding_s = 0.0
         self._since = 0.0
@@ -57,13 +69,14 @@ class LeaseBook:
         self.holder(index).open = False
 
     def give(self, assignment: Assignment) -> int | None:
-        """Lease a group to the open worker with the fewest samples in hand; None without one."""
+        """Lease a group to the open worker with the fewest samples to decode; None without one that
+        may be given more."""
         index = self._lightest()
         if index is None:
             return None
         holder = self._lease(index, assignment)
         # `_lightest` left this worker's entry on top: replaced in one operation, not two.
-        heapq.heapreplace(self._heap, (holder.samples, index))
+        heapq.heapreplace(self._heap, (holder.load, index))
         return index
 
     def give_to(self, index: int, assignment: Assignment) -> None:
@@ -96,6 +109,13 @@ class LeaseBook:
         self._offer(index)
         return assignment
 
+    def progress(self, index: int, sampled: int) -> None:
+        """So many of the worker's samples are finished, of groups that it still holds."""
+        holder = self._holders[index]
+        if sampled != holder.sampled:
+            holder.sampled = sampled
+            self._offer(index)
+
     def take_all(self, index: int) -> list[Assignment]:
         """End all leases of a worker, in the order they were given, and close it."""
         holder = self.holder(index)
@@ -120,18 +140,19 @@ class LeaseBook:
     def _offer(self, index: int) -> None:
         holder = self._holders[index]
         if holder.open:
-            heapq.heappush(self._heap, (holder.samples, index))
+            heapq.heappush(self._heap, (holder.load, index))
             if len(self._heap) > 4 * len(self._holders) + 64:
-                self._heap = [(h.samples, i) for i, h in self._holders.items() if h.open]
+                self._heap = [(h.load, i) for i, h in self._holders.items() if h.open]
                 heapq.heapify(self._heap)
 
     def _lightest(self) -> int | None:
-        """The worker on top of the heap, once outdated entries are gone from there."""
+        """The worker on top of the heap, once outdated entries are gone from there; None where even
+        that one has enough."""
         while self._heap:
-            samples, index = self._heap[0]
+            load, index = self._heap[0]
             holder = self._holders[index]
-            if holder.open and holder.samples == samples:
-                return index
+            if holder.open and holder.load == load:
+                return index if self._most is None or load < self._most else None
             heapq.heappop(self._heap)
         return None
 

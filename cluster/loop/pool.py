@@ -57,7 +57,7 @@ class WorkerPool:
         self._clock = clock
         self._event = event
         self._on_swap = on_swap  # worker's name, its report, when it was asked and when it was done
-        self._book = LeaseBook(clock.now)
+        self._book = LeaseBook(clock.now, settings.most_samples)
         self._members = Members(self._book, self._look_at_the_count)
         self._recruiter = Recruiter(
             factory, settings, clock, event, self._members, self._serve, self._end
@@ -166,7 +166,8 @@ class WorkerPool:
         return len(leaving)
 
     def submit(self, assignments: Sequence[Assignment]) -> None:
-        """Lease each group to the serving worker with the fewest samples in hand, and send it.
+        """Lease each group to the serving worker with the fewest samples to decode, and send it. A
+        group waits while all of them have enough.
 
         Returns at once: a worker that is slow to take its share holds up nobody else.
         """
@@ -361,7 +362,7 @@ class WorkerPool:
         self._on_news()
 
     def _place(self) -> None:
-        """Give waiting groups to serving workers, fewest samples in hand first."""
+        """Give waiting groups to serving workers, fewest samples to decode first."""
         if self.count("serving") < self._recruiter.least:
             return
         shares = self._dispatch.shares(lambda: [m.index for m in self._members.those("serving")])

@@ -35,6 +35,13 @@ class PoolSettings:
     max_attempts: int = 3  # of scoring one group; lost workers do not count
     max_unrated_share: float = 0.05  # of all groups; some few are always borne
     harvest_s: float = 1.0  # at least; longer with hundreds of workers
+    slots: int | None = None  # samples that a worker decodes at a time; None: not known
+
+    @property
+    def most_samples(self) -> int | None:
+        """Samples to decode that a worker is given at most: half as many again as it decodes at a
+        time, so that it has the next one at hand whenever one is finished."""
+        return None if self.slots is None else self.slots + max(1, self.slots // 2)
 
 
 def loop_settings(config: TrainConfig) -> LoopSettings:
@@ -69,4 +76,5 @@ def pool_settings(config: TrainConfig) -> PoolSettings:
         min_workers=config.rollout.min_workers,
         workers_timeout_s=config.rollout.workers_timeout_s,
         max_unrated_share=config.reward.max_unrated_share,
+        slots=config.rollout.max_running,
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 import itertools
+import math
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -34,6 +35,7 @@ from cluster.measure.simulation.record import Record, TrainedStep
 from cluster.measure.simulation.scenario import Lengths, Scenario, worker_speed
 
 _CANARY = Canary(token_ids=(1, 2), logprobs=(-1.0,), tolerance=1e-3)
+TOLD_PER_SLOTS = 8  # a worker says so when an eighth of its slots have finished
 _PROMPT = Prompt(id="simulated", messages=(), token_ids=(1,))
 
 
@@ -79,6 +81,8 @@ class SimulatedWorker:
         self._rate = self._speed * scenario.tokens_per_s
         self._free = [0.0] * scenario.slots  # when each slot is free: a heap
         self._open: list[tuple[float, int, Answers]] = []  # by end: a heap
+        self._ends: list[float] = []  # of each answer that is not finished: a heap
+        self._sampled = self._told = 0  # answers finished, of groups that are not; as said last
         self._order = itertools.count()
         self._paused_s = 0.0
         self._swapped_at: list[float] = []  # own time of each swap, and
@@ -113,6 +117,7 @@ class SimulatedWorker:
                 heapq.heapreplace(free, end)
                 starts.append(start)
                 ends.append(end)
+                heapq.heappush(self._ends, end)
             answers = Answers(assignment, starts, ends, sum(lengths))
             ready = max(ends) + self._scenario.score_s
             heapq.heappush(self._open, (ready, next(self._order), answers))
@@ -136,17 +141,24 @@ class SimulatedWorker:
             self._refuse_if_dead()
         metas: list[GroupMeta] = []
         traces: dict[int, Trace] = {}
-        while self._due():
+        while self._group_is_due():
             _, _, answers = heapq.heappop(self._open)
             meta, traces[answers.assignment.group_id] = self._hand_over(answers)
             metas.append(meta)
             self._finished_tokens += answers.tokens
+            self._sampled -= meta.samples
+        self._count()
+        self._told = self._sampled
         return Harvest(
             worker=self.name,
             incarnation=self.incarnation,
             groups=tuple(metas),
             payload=traces,
-            stats={"generated_tokens": self._finished_tokens, "busy_s": self._busy()},
+            stats={
+                "generated_tokens": self._finished_tokens,
+                "busy_s": self._busy(),
+                "sampled": float(self._sampled),
+            },
         )
 
     async def sample(
@@ -194,8 +206,29 @@ class SimulatedWorker:
             self._loop.call_later(self._life_s, self._die)
 
     def _due(self) -> bool:
+        """A group is finished, or as many answers as are worth a word."""
+        return self._group_is_due() or self._word_at() <= self._loop.time()
+
+    def _group_is_due(self) -> bool:
         # The same sum as in _arm, or rounding would ring the alarm a moment early, for ever.
         return bool(self._open) and self._open[0][0] + self._paused_s <= self._loop.time()
+
+    def _word_at(self) -> float:
+        """When so many answers more are finished that the pool is told."""
+        worth = max(1, self._scenario.slots // TOLD_PER_SLOTS)
+        lacking = worth - (self._count() - self._told)
+        if lacking <= 0:
+            return self._loop.time()
+        if lacking > len(self._ends):
+            return math.inf
+        return heapq.nsmallest(lacking, self._ends)[-1] + self._paused_s
+
+    def _count(self) -> int:
+        now = self._loop.time()
+        while self._ends and self._ends[0] + self._paused_s <= now:
+            heapq.heappop(self._ends)
+            self._sampled += 1
+        return self._sampled
 
     def _own_time(self) -> float:
         """The loop's time less the pauses; it stands still during one."""
@@ -206,7 +239,7 @@ class SimulatedWorker:
         """Wake whoever waits for a harvest at the next finished group, at its deadline at last."""
         if self._waiter is None or self._waiter.done():
             return
-        due = self._deadline
+        due = min(self._deadline, self._word_at())
         if self._open:
             due = min(due, self._open[0][0] + self._paused_s)
         if self._alarm is not None:

@@ -71,6 +71,7 @@ async def _run(
             stall_timeout_s=scenario.seconds,
             weights_timeout_s=60.0 + 100.0 * scenario.fetch_s,
             max_restarts=1_000_000,
+            slots=scenario.slots,
         ),
         clock,
         trail.event,

@@ -298,6 +298,27 @@ def test_a_group_comes_back_whole_scored_and_in_order(bench: Bench) -> None:
     assert five.samples[0][0].prompt.metadata == {"n": 3}
 
 
+def test_finished_samples_of_open_groups_are_counted_and_end_a_harvest() -> None:
+    made = make_bench(worth_telling=2)
+    made.engine.steps = threading.Semaphore(0)
+    made.load(0)
+    # Their samples take three, four and five steps.
+    made.worker.submit([work(0, first=3, samples=3)])
+    assert made.worker.harvest(0.01).stats["sampled"] == 0
+    made.steps(4)
+    harvest = made.worker.harvest(
+        WAIT_S
+    )  # not after its time is over: two samples are worth a word
+    assert harvest.groups == ()
+    assert harvest.stats["sampled"] == 2
+    assert made.worker.harvest(0.01).stats["sampled"] == 2
+    made.steps(1)
+    metas, _ = made.harvest_all(1)
+    assert metas[0].group_id == 0
+    assert made.worker.harvest(0.01).stats["sampled"] == 0
+    made.worker.stop()
+
+
 def test_one_thread_touches_the_engine(bench: Bench) -> None:
     bench.load(0)
     bench.worker.submit([work(n) for n in range(20)])

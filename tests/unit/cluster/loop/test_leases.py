@@ -55,6 +55,35 @@ def test_the_heap_gives_what_looking_at_every_worker_would(
         assert len(book._heap) <= 4 * max(1, len(plain)) + 66
 
 
+def test_a_worker_with_enough_to_decode_is_given_no_more_until_it_has_finished_some() -> None:
+    book = LeaseBook(lambda: 0.0, most=6)
+    book.open(0)
+    book.open(1)
+    given = [book.give(assignment(group, 4)) for group in range(6)]
+    # The limit is looked at before a group is given, which may go over it.
+    assert given == [0, 1, 0, 1, None, None]
+    book.progress(1, 1)  # seven left
+    assert book.give(assignment(6, 4)) is None
+    book.progress(1, 3)  # five left
+    assert book.give(assignment(7, 4)) == 1
+    assert book.take(0, 0) is not None
+    assert book.give(assignment(8, 4)) == 0
+
+
+def test_what_is_finished_of_open_groups_counts_for_the_lightest_worker() -> None:
+    book = LeaseBook(lambda: 0.0)
+    book.open(0)
+    book.open(1)
+    for group in range(2):
+        book.give(assignment(group, 8))
+    book.progress(1, 5)
+    assert book.give(assignment(2, 1)) == 1
+    # Its group is handed over: the count starts again from what the worker says then.
+    book.progress(1, 0)
+    assert book.take(1, 1) is not None
+    assert book.holder(1).load == 1
+
+
 def test_seconds_with_work_in_hand_are_those_of_each_worker() -> None:
     now = 0.0
     book = LeaseBook(lambda: now)

@@ -57,6 +57,29 @@ def test_a_worker_that_is_slow_to_take_its_share_holds_up_nobody() -> None:
     play(scene, change)
 
 
+def test_groups_wait_for_room_and_the_oldest_goes_first_when_a_worker_is_lost() -> None:
+    def change(worker: Worker) -> None:
+        worker.place_s = FOREVER_S if worker.incarnation else 0.0
+
+    async def scene(world: World) -> None:
+        await world.start(2)
+        world.submit(0, 1, 2, 3, 4, 5)  # room for six samples each: three groups of two
+        world.submit(6, 7)
+        await asyncio.sleep(0.5)
+        first, other = world.workers[0, 0], world.workers[1, 0]
+        assert other.groups == [(1, 0), (3, 0), (5, 0)]
+        assert world.pool.in_flight == 8
+        first.lost = Retryable("killed")
+        await asyncio.sleep(2)
+        assert other.groups == [(1, 0), (3, 0), (5, 0)]
+        other.stats["sampled"] = 1.0  # one sample of an open group is done: room for a group
+        await asyncio.sleep(2)
+        # What the lost worker held is older than 6 and 7, which have waited longer.
+        assert other.groups[3:] == [(0, 1)]
+
+    play(scene, change, slots=4)
+
+
 def test_a_group_whose_scoring_fails_is_generated_again_and_at_last_ends_the_run() -> None:
     async def scene(world: World) -> None:
         await world.start(1)
