@@ -31,6 +31,7 @@ PARTS = {
     "learner": "a PPO step on the device against the same step on the CPU",
     "engine_float32": "vLLM through weight swaps with requests in flight, against transformers",
     "engine_bfloat16": "the same in bfloat16",
+    "transports": "weights from one process to another by each transport, every byte",
     "mfu": "speed and memory of learner steps at 0.5B and 1.5B",
     "overlap": "a run at 0.5B, asynchronous against time-slicing",
     "soak_1": "a long run in pieces: it is ended and resumed, a worker is killed",
