@@ -34,6 +34,7 @@ PARTS = {
     "transports": "weights from one process to another by each transport, every byte",
     "mfu": "speed and memory of learner steps at 0.5B and 1.5B",
     "overlap": "a run at 0.5B, asynchronous against time-slicing",
+    "lora": "a LoRA run against full training: step, push, parity with the engine",
     "soak_1": "a long run in pieces: it is ended and resumed, a worker is killed",
     "soak_2": "",
     "soak_3": "",

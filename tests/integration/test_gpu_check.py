@@ -13,7 +13,17 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 # The float32 engine runs every line that the bfloat16 one runs, the second piece of the soak every
 # line of the others.
-PARTS = ("install", "learner", "engine_float32", "transports", "mfu", "overlap", "soak_1", "soak_2")
+PARTS = (
+    "install",
+    "learner",
+    "engine_float32",
+    "transports",
+    "mfu",
+    "overlap",
+    "lora",
+    "soak_1",
+    "soak_2",
+)
 
 
 @pytest.mark.slow
