@@ -32,15 +32,14 @@ def chat(
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="Of a run of several policies: the one of this name. Or the folder of a LoRA "
-            "adapter on MODEL.",
+            help="A policy of MODEL's run, or a LoRA folder.",
             metavar="NAME",
         ),
     ] = None,
     store: Annotated[
         str | None,
         typer.Option(
-            help="Preference store (*.db) that your votes go into.",
+            help="Preference store (*.db) for votes.",
             metavar="STORE",
         ),
     ] = None,

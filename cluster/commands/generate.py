@@ -26,7 +26,7 @@ TopK = Annotated[
         min=0,
         metavar="N",
         show_default=False,
-        help="Only the N most probable tokens. Default: all.",
+        help="The N most probable tokens only.",
     ),
 ]
 TopP = Annotated[
@@ -53,7 +53,7 @@ Adapter = Annotated[
     str | None,
     typer.Option(
         metavar="NAME",
-        help="MODEL is a run of several policies: the one of this name.",
+        help="A policy of MODEL's run, by its name.",
     ),
 ]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of sampling.")]
@@ -62,9 +62,7 @@ Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of sampling.")
 def generate(
     model: Annotated[
         str,
-        typer.Argument(
-            help="A model directory, a hub id, or the folder of a LoRA adapter.", metavar="MODEL"
-        ),
+        typer.Argument(help="Model directory, hub id, or LoRA folder.", metavar="MODEL"),
     ],
     prompts: Annotated[
         str,
