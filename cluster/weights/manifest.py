@@ -106,18 +106,21 @@ def verified(
     if not names:
         raise WeightMismatch(f"the manifest of version {manifest.version} is empty")
     announced = buckets_in(manifest)
-    number = -1
-    for number, bucket in enumerate(buckets):
-        if number >= len(announced):
+    came = 0
+    for bucket in buckets:
+        if came >= len(announced):
             raise WeightMismatch(
                 f"weights of version {manifest.version}: more than the {len(announced)} buckets "
                 "announced"
             )
-        _verify(manifest, announced[number], bucket)
+        _verify(manifest, announced[came], bucket)
+        came += 1
         yield bucket
-    if number + 1 < len(announced):
+        # Before the next one is asked for: only two may be held at a time.
+        del bucket
+    if came < len(announced):
         raise WeightMismatch(
-            f"weights of version {manifest.version}: {number + 1} of {len(announced)} buckets came"
+            f"weights of version {manifest.version}: {came} of {len(announced)} buckets came"
         )
 
 
