@@ -160,7 +160,7 @@ class Source:
     def __init__(self, count: int = BUCKETS) -> None:
         self.count = count
         self.made: list[weakref.ref[Any]] = []
-        self.asked = 0
+        self.asked = self.counted = 0
         self.most = 0
         self.closed = 0
         self.never = -1
@@ -177,6 +177,7 @@ class Source:
                 self.made += map(weakref.ref, made.values())
                 gc.collect()
                 self.most = max(self.most, sum(one() is not None for one in self.made))
+                self.counted += 1
                 yield made
                 del made
         finally:
@@ -189,7 +190,8 @@ def test_two_buckets_exist_at_a_time_on_the_way_in() -> None:
     got = []
     for name, array in incoming:
         # The next one is fetched meanwhile, and no further one.
-        wait_until(lambda: source.asked == min(BUCKETS, len(got) + 2))
+        wait_until(lambda: source.counted == min(BUCKETS, len(got) + 2))
+        assert source.asked == source.counted
         got.append((name, float(array[0])))
         del array
     incoming.require_whole()
