@@ -73,8 +73,10 @@ class Learner:
         from transformers import Qwen2Config, Qwen2ForCausalLM
         from transformers.initialization import no_init_weights
 
+        import learner.rl.publish  # now, so that it is not measured
         from cluster.weights.transports import PublisherOptions, make_publisher
 
+        assert learner.rl.publish
         torch.set_num_threads(1)
         vocabulary, hidden, intermediate, layers, heads, shared = SIZES[task["size"]]
         config = Qwen2Config(
@@ -148,7 +150,8 @@ class Worker:
 
 
 def measure(task: dict[str, Any], versions: int) -> dict[str, Any]:
-    """The last of `versions` pushes: the first ones set up connections and memory."""
+    """The last of `versions` pushes. From the second on, memory that the first one has taken and
+    given back may be there already: for memory look at the first, for time at later ones."""
     import ray
 
     from cluster.contracts.telemetry import telemetry_off
@@ -183,7 +186,7 @@ def main() -> None:
     parser.add_argument("--transport", default="object_store")
     parser.add_argument("--bucket-mb", type=float, default=64)
     parser.add_argument("--whole", action="store_true", help="one bucket for all of it")
-    parser.add_argument("--versions", type=int, default=2)
+    parser.add_argument("--versions", type=int, default=1)
     parser.add_argument("--store-mb", type=int, default=3000, help="of Ray's object store")
     parser.add_argument("--json", type=Path, help="append the result to this file, one a line")
     given = parser.parse_args()
