@@ -28,13 +28,20 @@ _SCALES = (256, 64, 16, 4, 1)  # scales that share a scale of their own; the mos
 @torch.no_grad()
 def quantised(weight: Tensor, precision: Precision) -> Tensor:
     """[out, in] in bfloat16 or float32 -> a tensor that `torch.nn.functional.linear` takes in its
-    place, with gradients of the input. Raises UserError for a shape that has no 4-bit form."""
+    place, with gradients of the input. Raises UserError for a shape that has no 4-bit form, and
+    without torchao."""
+    if precision == "full":
+        return weight
     with _quiet():
-        if precision == "8bit":
-            return _int8(weight)
-        if precision == "4bit":
-            return _nf4(weight)
-    return weight
+        try:
+            return _int8(weight) if precision == "8bit" else _nf4(weight)
+        except ImportError as problem:
+            raise UserError(
+                f"a base in {precision} needs torchao, which is not installed",
+                where="lora.base",
+                fix="uv pip install --no-deps -r requirements/quantised.txt, or set "
+                "lora.base = 'full'",
+            ) from problem
 
 
 @torch.no_grad()

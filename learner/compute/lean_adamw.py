@@ -122,7 +122,8 @@ def _eight_bit_zeros(like: Tensor, signed: bool, device: torch.device) -> Tensor
         raise UserError(
             "an optimiser with eight bits needs torchao, which is not installed",
             where="optimizer",
-            fix="pip install -r requirements/quantised.txt, or set optimizer = 'adamw'",
+            fix="uv pip install --no-deps -r requirements/quantised.txt, or set "
+            "optimizer = 'adamw'",
         ) from problem
 
     zeros: Any = OptimState8bit.zeros(like.shape, signed, _BLOCK, device, dtype=like.dtype)

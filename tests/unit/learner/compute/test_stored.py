@@ -98,8 +98,8 @@ def test_settings_of_groups_are_found_by_the_names_of_parameters(tmp_path: Path)
         restore_groups(three, groups[1:], named(model))
 
 
+@pytest.mark.torchao
 def test_moments_in_eight_bits_come_back_as_the_same_codes(tmp_path: Path) -> None:
-    pytest.importorskip("torchao")
     model, optimizer = trained(None, None, lean, 2)
     save(tmp_path, model, optimizer, SINGLE)
     fresh, other = trained(None, None, lean, 0)

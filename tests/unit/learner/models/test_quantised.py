@@ -22,6 +22,7 @@ from learner.models.lora import add_adapter, merged_tensors
 from learner.models.quantised import base_bytes, quantise_base
 from learner.rl.learner import PPOLearner
 
+pytestmark = pytest.mark.torchao
 IDS = torch.arange(3, 43)[None, :] % 60
 
 

@@ -37,7 +37,8 @@ def _batch() -> Any:
 
 
 def _settings(epochs: int = 1, minibatches: int = 1) -> Any:
-    return SimpleNamespace(learner=SimpleNamespace(epochs=epochs, minibatches=minibatches))
+    update = SimpleNamespace(epochs=epochs, minibatches=minibatches)
+    return SimpleNamespace(learner=update, lora=None)
 
 
 def test_flops_by_hand() -> None:
