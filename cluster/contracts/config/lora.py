@@ -36,7 +36,8 @@ class LoraConfig(Section):
     base: Literal["full", "8bit", "4bit"] = Field(
         "full",
         description="How the frozen weights under the adapters are held. full: in `model.dtype`. "
-        "8bit: int8, a scale for each row. 4bit: NF4, as in QLoRA. Both need torchao (docs/install.md), take less memory, compute "
+        "8bit: int8, a scale for each row. 4bit: NF4, as in QLoRA. Both need torchao "
+        "(docs/install.md), take less memory, compute "
         "more slowly, and move the base a little (docs/train.md). Workers merge adapters into the "
         "same numbers.",
     )
