@@ -54,7 +54,7 @@ class _Request:
     prompt: tuple[int, ...]
     seed: int | None
     temperature: float
-    adapter: str
+    adapter: str = ""
 
 
 class VllmEngine:

@@ -27,6 +27,7 @@ PARTS = (
 
 
 @pytest.mark.slow
+@pytest.mark.parallel
 @pytest.mark.timeout(900)
 def test_every_script_runs_on_a_cpu_and_is_not_run_again(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu.check", *PARTS, "--dry-run"]

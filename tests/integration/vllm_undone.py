@@ -57,10 +57,10 @@ def undone_swaps(engine: Any, model: Any, dtype: str) -> dict[str, Any]:
 
     def exchanging(tensors: slice, kernels: slice) -> Callable[[], None]:
         def part() -> None:
-            exchange, packed = shadow._exchange, shadow._kernels
-            shadow._exchange, shadow._kernels = exchange[tensors], packed[kernels]
+            exchange, packed = shadow._exchange, shadow._packed_layers
+            shadow._exchange, shadow._packed_layers = exchange[tensors], packed[kernels]
             swap()
-            shadow._exchange, shadow._kernels = exchange, packed
+            shadow._exchange, shadow._packed_layers = exchange, packed
 
         return part
 

@@ -10,10 +10,12 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -78,10 +80,20 @@ class Worker:
         assert self._replies.poll(TIMEOUT_S + 30)
         return self._replies.recv()
 
+    def wait_until_stopped(self) -> None:
+        deadline = time.monotonic() + TIMEOUT_S
+        while psutil.Process(self.process.pid).status() != psutil.STATUS_STOPPED:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     def close(self) -> None:
         if self.process.is_alive():
             self._commands.send(None)
             self.process.join(30)
+        if self.process.is_alive():  # or this process would wait for it at its own end, for ever
+            self.process.kill()
+            self.process.join(30)
+            raise AssertionError("a worker did not end")
         assert self.process.exitcode in (0, -signal.SIGKILL)
 
 
@@ -112,6 +124,7 @@ def who_stops_dies_or_comes_late(learner: str, devices: tuple[str, str, str]) ->
         for worker in workers:
             worker.fetch(made, signal.SIGSTOP if worker is workers[2] else None)
         assert [worker.answer() for worker in workers[:2]] == [whole] * 2
+        workers[2].wait_until_stopped()  # small buckets: the others may be done before it is
         os.kill(workers[2].process.pid, signal.SIGCONT)
         assert workers[2].answer() == whole, "awake, it asks again and gets the same bytes"
 
