@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ def prepare(config: TrainConfig) -> Prepared:
     from learner.models.load import load_tokenizer, stop_token_ids
     from learner.models.reward_artifact import require_same_tokenizer, tokenizer_fingerprint
 
+    require_torchao(config)
     check_models(config)
     tokenizer = load_tokenizer(config.model)
     if config.learner.value_path is not None:
@@ -104,6 +106,22 @@ def with_pinned_models(config: TrainConfig) -> TrainConfig:
         revision = pinned(given).revision
         learner = learner.model_copy(update={"reference_revision": revision})
     return config.model_copy(update={"model": model, "learner": learner})
+
+
+def require_torchao(config: TrainConfig) -> None:
+    """Raises UserError where a key needs torchao and it is not here: told before anything starts.
+    On a cluster that is joined, the learner's own host says it."""
+    keys = {
+        "learner.optimizer": config.learner.optimizer == "adamw8bit",
+        "lora.base": config.lora is not None and config.lora.base != "full",
+    }
+    wanted = [key for key, needs in keys.items() if needs]
+    if wanted and config.cluster.to_join is None and find_spec("torchao") is None:
+        raise UserError(
+            "needs torchao, which is not installed",
+            where=wanted[0],
+            fix="uv pip install --no-deps -r requirements/quantised.txt, or leave the key out",
+        )
 
 
 def check_models(config: TrainConfig) -> None:

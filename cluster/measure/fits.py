@@ -180,6 +180,10 @@ def shapes(config: TrainConfig, model_config: str | None) -> ModelFacts:
                 fix="name one with --model-config, such as examples/shapes/qwen2_7b.json",
             )
         return found
+    if not Path(model_config).is_file():
+        raise UserError(
+            "there is no such file", where=str(model_config), fix="check --model-config"
+        )
     try:
         return facts_of(json.loads(Path(model_config).read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as problem:

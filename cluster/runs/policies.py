@@ -62,12 +62,14 @@ def adapter_directory(run: str, name: str) -> str:
     for folder in (root / ADAPTERS / name, *saved):
         if folder.is_dir():
             return str(folder)
-    there = ", ".join(adapter_names(root)) or "none"
+    there = ", ".join(adapter_names(root))
     raise UserError(
-        f"no adapter {name!r}: it is no folder with adapter_config.json, and the adapters here are "
-        f"{there}",
+        f"no adapter {name!r}: it is no folder with adapter_config.json, and "
+        + (f"the adapters here are {there}" if there else "there are no adapters here"),
         where=run,
-        fix="give one of these names, or the folder of an adapter",
+        fix="give one of these names, or the folder of an adapter"
+        if there
+        else "give the folder of an adapter, or a run with [[policies]]",
     )
 
 

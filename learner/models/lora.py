@@ -201,11 +201,6 @@ def attach_saved(model: Any, folder: str, name: str = DEFAULT) -> None:
     model.eval()
 
 
-def scale_of(model: Any, name: str = DEFAULT) -> float:
-    """What the adapter's B A is multiplied by."""
-    return float(next(iter(adapter_layers(model, name).values())).scaling[name])
-
-
 def base_name(name: str) -> str:
     """The name that a parameter or module of an adapted model has in the base model."""
     return name.replace(_WRAPPED, ".")
