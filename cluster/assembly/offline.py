@@ -6,12 +6,16 @@ import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from cluster.assembly.auto.choices import Reason, Resolved
+from cluster.assembly.auto.fits import OfflineConfig, bytes_of_rows
 from cluster.assembly.auto.resolve import resolve_fit
 from cluster.assembly.listeners import Listeners
+from cluster.assembly.model_facts import read_model_facts
 from cluster.assembly.run_session import open_run, refuse_changes, run_session, run_status
 from cluster.contracts.callbacks import AnyCallback
 from cluster.contracts.config.compute import ComputeConfig
@@ -32,7 +36,6 @@ if TYPE_CHECKING:
     from learner.offline.companions import Command
     from learner.offline.setup import OnRows, TrainingRows
 
-OfflineConfig = SftConfig | RewardModelConfig | DpoConfig
 _HOW = ("threads", "checkpoint_every", "eval_every", *ComputeConfig.model_fields)
 FREE_ON_RESUME = ("logging", *(f"fit.{key}" for key in _HOW if key != "optimizer"))
 """Keys that say how is trained, not what is learnt."""
@@ -85,14 +88,33 @@ def run_sft(
     callbacks: Sequence[AnyCallback] = (),
 ) -> Path:
     """Returns the run directory; its ``policy/`` is the result."""
-    config = resolve_fit(config, this_machine())
+    resolved = resolved_here(config)
+    config = resolved.config
 
     def prepared(run: Run) -> SftConfig:
         if not config.data.path.endswith(".db"):
             _noted(config.data.path, run)
         return config
 
-    return _run("sft", "SFT", config, reporter, resumed, prepared, callbacks)
+    return _run("sft", "SFT", resolved, reporter, resumed, prepared, callbacks)
+
+
+def resolved_here(config: C) -> Resolved[C]:
+    """With a value for each key that is `auto`, for this machine."""
+    from learner.compute.ranks import launched_processes
+
+    return resolve_fit(
+        config,
+        this_machine(),
+        read_model_facts(config.model),
+        rows_bytes=bytes_of_rows(config.data.path),
+        launched=launched_processes(),
+    )
+
+
+def _say_processes(chosen: Reason | None, reporter: Reporter) -> None:
+    if chosen is not None and chosen.value > 1:
+        reporter.say(f"training in {chosen.value} processes: {chosen.why}")
 
 
 def with_pairs(config: P, run: Run) -> P:
@@ -132,9 +154,9 @@ def run_reward_model(
     callbacks: Sequence[AnyCallback] = (),
 ) -> Path:
     """Returns the run directory; its ``reward_model/`` is the result."""
-    config = resolve_fit(config, this_machine())
-    prepared = partial(with_pairs, config)
-    return _run("reward-model", "reward model", config, reporter, resumed, prepared, callbacks)
+    resolved = resolved_here(config)
+    prepared = partial(with_pairs, resolved.config)
+    return _run("reward-model", "reward model", resolved, reporter, resumed, prepared, callbacks)
 
 
 def run_dpo(
@@ -145,9 +167,9 @@ def run_dpo(
     callbacks: Sequence[AnyCallback] = (),
 ) -> Path:
     """Returns the run directory; its ``policy/`` is the result."""
-    config = resolve_fit(config, this_machine())
-    prepared = partial(with_pairs, config)
-    return _run("dpo", "DPO", config, reporter, resumed, prepared, callbacks)
+    resolved = resolved_here(config)
+    prepared = partial(with_pairs, resolved.config)
+    return _run("dpo", "DPO", resolved, reporter, resumed, prepared, callbacks)
 
 
 def telling(run: Run, reporter: Reporter) -> OnRows:
@@ -174,7 +196,7 @@ def telling(run: Run, reporter: Reporter) -> OnRows:
 def _run(
     command: Command,
     title: str,
-    config: OfflineConfig,
+    resolved: Resolved[Any],
     reporter: Reporter,
     resumed: Run | None,
     prepared: Callable[[Run], OfflineConfig],
@@ -187,11 +209,14 @@ def _run(
     from learner.compute.optimizer import release_memory
     from learner.offline.companions import Work, lead
 
+    config: OfflineConfig = resolved.config
     launched = _launched(config)
     run = resumed or _created(command, config)
     with run_session(run, reporter, resumed=config if resumed else None) as session:
+        session.event("auto", **{key: asdict(why) for key, why in resolved.reasons.items()})
         session.sinks += make_sinks(config.logging, run.path, on_ray=False)
         try:
+            _say_processes(resolved.reasons.get("fit.processes"), reporter)
             with stop_on_signal() as stopped, reporter.stage(title) as stage:
                 listeners = Listeners(callbacks, run.path, steps=None)
 

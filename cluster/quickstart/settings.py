@@ -11,7 +11,6 @@ from cluster.contracts.config.base import Section
 from cluster.contracts.config.file import check_config
 from cluster.contracts.config.pipeline import PipelineConfig
 from cluster.contracts.errors import UserError
-from cluster.machine.cores import own_cores
 
 MAX_PROMPT_TOKENS = 48
 MAX_TOKENS = 64  # of a completion
@@ -83,7 +82,6 @@ def _sft(run: Path) -> dict[str, Any]:
         "max_tokens": 128,
         "eval_fraction": 0.02,
         "eval_every": 200,
-        "threads": len(own_cores()),
     }
     path = str(run / "data" / "demonstrations.jsonl")
     return {"data": {"path": path}, "fit": fit, "logging": {"ray_metrics": False}}
@@ -118,7 +116,6 @@ def _reward_model() -> dict[str, Any]:
         "eval_fraction": 0.15,
         "eval_every": 100,
         "weight_decay": 0.01,
-        "threads": len(own_cores()),
     }
     return {"fit": fit, "logging": {"ray_metrics": False}}
 

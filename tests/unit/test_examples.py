@@ -82,7 +82,7 @@ def test_every_example_resolves(example: Path, model: ModelFacts, machine: Machi
     elif isinstance(config, EvaluateConfig):
         assert resolve_evaluation(config, machine, model).config.rollout.max_running >= 1
     elif not isinstance(config, NOTHING_TO_RESOLVE):
-        assert resolve_fit(config, machine) is not None
+        assert resolve_fit(config, machine, model).config.fit.processes in (1, 2)
 
 
 @pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)

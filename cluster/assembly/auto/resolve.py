@@ -22,14 +22,16 @@ from cluster.assembly.auto.devices import (
     dtype_of,
 )
 from cluster.assembly.auto.engines import choose_engines
+from cluster.assembly.auto.fits import choose_processes
 from cluster.assembly.model_facts import ModelFacts, read_model_facts
 from cluster.contracts.config.base import Section
 from cluster.contracts.config.evaluate import EvaluateConfig
+from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
 from cluster.contracts.config.rollout import RolloutConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.hardware import Machine, this_machine
 
-F = TypeVar("F", bound=Section)
+F = TypeVar("F", SftConfig, RewardModelConfig, DpoConfig)
 
 
 class _Engines(Section):
@@ -88,12 +90,21 @@ def resolve_evaluation(
     return Resolved(choices.config, choices.reasons)
 
 
-def resolve_fit(config: F, machine: Machine) -> F:
-    """Supervised fine-tuning, a reward model or DPO: they compute on a GPU where there is one."""
+def resolve_fit(
+    config: F,
+    machine: Machine,
+    model: ModelFacts | None,
+    *,
+    rows_bytes: int | None = None,
+    launched: int | None = None,
+) -> Resolved[F]:
+    """Supervised fine-tuning, a reward model or DPO: they compute on a GPU where there is one.
+    rows_bytes, launched: see ``choose_processes``."""
     choices = Choices(config, machine)
     on_gpu = machine.gpus > 0
     choices.settle("model.dtype", *dtype_of(on_gpu, "training"))
-    return choices.config
+    choose_processes(choices, model, rows_bytes, launched)
+    return Resolved(choices.config, choices.reasons)
 
 
 def resolve_sampling(

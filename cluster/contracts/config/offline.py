@@ -14,6 +14,7 @@ from cluster.contracts.config.base import (
     PluginFiles,
     RunConfig,
     Section,
+    auto,
 )
 from cluster.contracts.config.compute import ComputeConfig
 from cluster.contracts.config.lora import LoraConfig
@@ -29,6 +30,14 @@ class FitConfig(ComputeConfig):
         "offline training does not do it yet",
     )
 
+    processes: int = auto(
+        1,
+        ge=1,
+        description="Number of processes that train together, each on its own device or cores.",
+        rule="one per core on a CPU, for a model below 50 million parameters and training that is "
+        "estimated to take a core 30 s or longer, with 8 rows of a step or more for each, and at "
+        "most 8; else 1. What torchrun has started, where it has.",
+    )
     epochs: int = Field(1, ge=1, description="Passes over all rows.")
     max_steps: int | None = Field(None, ge=1, description="Stop after this many optimiser steps.")
     max_seconds: float | None = Field(
@@ -74,7 +83,11 @@ class FitConfig(ComputeConfig):
     )
     eval_every: int = Field(100, ge=1, description="Optimiser steps between evaluations.")
     checkpoint_every: int = Field(500, ge=1, description="Optimiser steps between checkpoints.")
-    threads: int = Field(0, ge=0, description="Compute threads. 0: one per core.")
+    threads: int = Field(
+        0,
+        ge=0,
+        description="Compute threads of each process. 0: the cores divided by `processes`.",
+    )
 
 
 class SftDataConfig(Section):
