@@ -40,7 +40,7 @@ class BaseSize:
 class Sampler:
     """Answers of one batch at a time by `TransformersEngine`, from weights of any version."""
 
-    def __init__(self, model: Path, running: int) -> None:
+    def __init__(self, model: Path, running: int, dtype: str = "float32") -> None:
         from actors.engines.transformers_engine import TransformersEngine
         from actors.settings import EngineSettings
         from learner.models.load import load_tokenizer, stop_token_ids
@@ -48,6 +48,7 @@ class Sampler:
         self.tokenizer = load_tokenizer(model)
         settings = EngineSettings(
             model_path=str(model),
+            dtype=dtype,
             max_tokens=MAX_ANSWER_TOKENS,
             stop_token_ids=stop_token_ids(model, self.tokenizer),
             max_running=running,

@@ -21,7 +21,7 @@ import time
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -43,6 +43,7 @@ from staleness_summary import (  # noqa: E402
 )
 
 LARGE_LAG = 16
+DType = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,11 +67,13 @@ class Regime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """name: as in the table. lag: of every token, in learner steps."""
+    """name: as in the table. lag: of every token, in learner steps. dtype: what sampler and learner
+    compute in."""
 
     name: str
     lag: int
     correction: str
+    dtype: DType = "float32"
 
 
 VARIANTS = (
@@ -141,7 +144,8 @@ class Run:
         self.regime, self.variant, self.seed = regime, variant, seed
         self.history = _History(keep=variant.lag + 1)
         rows = regime.prompts_per_step * regime.samples_per_prompt
-        self.sampler = Sampler(base / "policy", running=max(rows, regime.eval_prompts))
+        running = max(rows, regime.eval_prompts)
+        self.sampler = Sampler(base / "policy", running, variant.dtype)
         self.scorer = ModelScorer(RewardModelSource(path=str(base / "reward_model")))
         self.reference = load_policy(ModelConfig(path=str(base / "policy"))).requires_grad_(False)
         self.tokenizer = tokenizer_fingerprint(self.sampler.tokenizer)
@@ -285,7 +289,7 @@ def settings(regime: Regime, variant: Variant, seed: int, base: Path) -> Any:
     from learner.settings import LearnerSettings
 
     return LearnerSettings(
-        model=ModelConfig(path=str(base / "policy")),
+        model=ModelConfig(path=str(base / "policy"), dtype=variant.dtype),
         learner=LearnerConfig.model_validate(
             {
                 "lr": regime.lr,
@@ -308,7 +312,7 @@ def settings(regime: Regime, variant: Variant, seed: int, base: Path) -> Any:
             steps=regime.steps,
         ),
         weights=WeightsConfig(),
-        rollout_dtype="float32",
+        rollout_dtype=variant.dtype,
         temperature=1.0,
         max_tokens=MAX_ANSWER_TOKENS,
         seed=seed,
