@@ -114,7 +114,7 @@ def _reward_model() -> dict[str, Any]:
         "schedule": "linear",
         "max_tokens": 128,
         "eval_fraction": 0.15,
-        "eval_every": 100,
+        "eval_every": 200,
         "weight_decay": 0.01,
     }
     return {"fit": fit, "logging": {"ray_metrics": False}}

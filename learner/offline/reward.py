@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -53,7 +53,13 @@ from learner.offline.setup import (
 from learner.offline.sft import encode as encode_demonstration
 
 GOLDEN_ROWS = 4
+MOST_CENTRED = 2048
+"""Completions scored to set centre and scale, and to measure drift: enough to know a mean to a
+fortieth of the spread, and a small part of what training costs."""
 FIGURES = "figures.json"
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,9 +187,12 @@ class _Training:
         return fresh
 
     def _member(self, task: RewardTask) -> Member:
-        sides = [side for row in self.data.train for side in row.ranked]
-        training, held = task.score_all(sides), task.score_rows(self.data.held)
-        samples = None if self.samples is None else task.score_all(self.samples)
+        sides = sum(len(row.ranked) for row in self.data.train)
+        rows = spread_over(self.data.train, len(self.data.train) * MOST_CENTRED // sides)
+        training = task.score_all([side for row in rows for side in row.ranked])
+        held, samples = task.score_rows(self.data.held), None
+        if self.samples is not None:
+            samples = task.score_all(self.samples)
         centre = training if samples is None else samples
         centred_on = "training rows" if samples is None else "completions of the policy"
         few = (self.data.held or self.data.train)[:GOLDEN_ROWS]
@@ -198,6 +207,14 @@ class _Training:
             (training - means) / shared,
             None if samples is None else (samples - means) / shared,
         )
+
+
+def spread_over(rows: Sequence[T], most: int) -> Sequence[T]:
+    """All rows, or `most` of them (at least one), evenly spaced."""
+    if len(rows) <= most:
+        return rows
+    most = max(1, most)
+    return [rows[number * len(rows) // most] for number in range(most)]
 
 
 def _finish(
@@ -248,7 +265,7 @@ def _frozen_head(config: RewardModelConfig, place: Placement) -> LmHead | None:
 def _policy_samples(config: RewardModelConfig, tokenizer: Any) -> list[TokenRow] | None:
     if config.policy_samples is None:
         return None
-    read = read_demonstrations(config.policy_samples).items
+    read = spread_over(read_demonstrations(config.policy_samples).items, MOST_CENTRED)
     rows = encode_all(read, tokenizer, encode_demonstration, len, config.fit.max_tokens).rows
     if len(rows) < 2:
         raise UserError(

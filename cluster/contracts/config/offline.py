@@ -207,8 +207,8 @@ class RewardModelConfig(Section):
     policy_samples: str | None = Field(
         None,
         description="File of completions of the policy that the reward is for (`accord generate`). "
-        "Scores are centred on them, and the report compares them with the training rows. none: "
-        "scores are centred on the training rows.",
+        "Scores are centred on them (on 2048, evenly spaced, of more), and the report compares "
+        "them with the training rows. none: scores are centred on the training rows.",
     )
     logging: LoggingConfig = LoggingConfig()
 

@@ -30,7 +30,7 @@ from learner.models.load import (
 )
 from learner.models.reward_artifact import FILE
 from learner.offline.datasets import read_rankings
-from learner.offline.reward import train_reward_model
+from learner.offline.reward import spread_over, train_reward_model
 from learner.offline.reward_figures import drift, held_out_figures
 from learner.offline.reward_rows import RewardRow, bootstrap, encode
 from learner.offline.reward_saving import reward_padding_id
@@ -371,3 +371,9 @@ def test_what_a_row_lacks_or_a_key_cannot_use_is_named(
     config = RewardModelConfig(model=model(tiny_policy), data=data, **settings)
     with pytest.raises(UserError, match=f"line 1: .*{said}"):
         train_reward_model(config, tmp_path / "run")
+
+
+def test_of_many_completions_some_are_scored_evenly_spaced() -> None:
+    assert spread_over([1, 2, 3], 3) == [1, 2, 3]
+    assert spread_over(range(10), 4) == [0, 2, 5, 7]
+    assert spread_over(range(10), 0) == [0]
