@@ -224,11 +224,11 @@ def _run(
                     return stopped() or listeners.stopped or listeners.problem is not None
 
                 sinks = Sinks([*session.sinks, listeners], session.event)
-                with _processes(config, run, launched) as (ranks, threads):
+                with _processes(config, run, launched) as (meet, threads):
                     work = Work(command, _with_threads(prepared(run), threads), run.path)
                     lead(
                         work,
-                        ranks,
+                        meet,
                         progress=_progress(stage, sinks),
                         should_stop=should_stop,
                         on_rows=telling(run, reporter),
@@ -265,21 +265,22 @@ def _launched(config: OfflineConfig) -> Ranks | None:
 @contextmanager
 def _processes(
     config: OfflineConfig, run: Run, launched: Ranks | None
-) -> Iterator[tuple[Ranks, int]]:
-    """(the processes of this fit, the compute threads of each)."""
+) -> Iterator[tuple[Callable[[], Ranks], int]]:
+    """(what waits for the processes of this fit, the compute threads of each)."""
     from learner.offline.companions import companions
 
     fit = config.fit
     if launched is not None:
-        yield launched, fit.threads
+        there = launched
+        yield lambda: there, fit.threads
         launched.leave()
         return
     threads = fit.threads
     if fit.processes > 1 and not threads:
         threads = max(1, len(own_cores()) // fit.processes)
     lost = partial(end_command_after, 0.0, code=TRY_AGAIN)
-    with companions(fit.processes, threads, run.path, lost) as ranks:
-        yield ranks, threads
+    with companions(fit.processes, threads, run.path, lost) as meet:
+        yield meet, threads
 
 
 def _with_threads(config: OfflineConfig, threads: int) -> OfflineConfig:

@@ -1,6 +1,7 @@
 """The processes of one fit on this machine: the command itself is the first, and starts the others.
 
-    with companions(2, "sft", threads=1, log_dir=run_dir, on_loss=...) as (ranks, begin): ...
+    with companions(2, threads=1, logs=run_dir, on_loss=...) as meet:
+        lead(work, meet)
 
 A companion is `python -m learner.offline.companion`. It meets the first process, hears from it what
 to train (`follow`), and runs the very function that the first one runs. Its stdin is a pipe that
@@ -67,24 +68,20 @@ NOTHING = Work("sft", None, Path())
 """What a process has that is to be told."""
 
 
-def train(work: Work, ranks: Ranks, **reports: Any) -> Path:
-    """Run it in this process. reports: `progress`, `should_stop` and `on_rows` of the first one."""
-    function: Any
-    if work.command == "sft":
-        from learner.offline.sft import train_sft as function
-    elif work.command == "dpo":
-        from learner.offline.dpo import train_dpo as function
-    else:
-        from learner.offline.reward import train_reward_model as function
-    saved: Path = function(work.config, work.run_dir, ranks=ranks, **reports)
-    return saved
+def lead(work: Work, meet: Callable[[], Ranks], **reports: Any) -> Path:
+    """In the first process: tell the others, and train with them.
 
-
-def lead(work: Work, ranks: Ranks, **reports: Any) -> Path:
-    """In the first process: tell the others, and train with them."""
+    meet: waits for the others. reports: `progress`, `should_stop` and `on_rows`.
+    On a CPU this process reads the rows while the others start, and hands them over: who reads
+    takes a core that could train. On GPUs each reads for itself, and nothing travels.
+    """
+    task = _task(work)
+    rows = None if torch.cuda.is_available() else task.read(work.config)
+    ranks = meet()
     ranks.from_first(loaded())
     ranks.from_first(work)
-    saved = train(work, ranks, **reports)
+    ranks.from_first(rows)
+    saved = task.train(work.config, work.run_dir, ranks=ranks, rows=rows, **reports)
     ranks.barrier()
     return saved
 
@@ -93,8 +90,31 @@ def follow(ranks: Ranks) -> None:
     """In every other process: hear what to train, and train it."""
     # Plugins first: a config may name what they add.
     install(ranks.from_first(()))
-    train(ranks.from_first(NOTHING), ranks)
+    work, rows = ranks.from_first(NOTHING), ranks.from_first(None)
+    _task(work).train(work.config, work.run_dir, ranks=ranks, rows=rows)
     ranks.barrier()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """How a command reads its rows, and how it trains on them."""
+
+    read: Callable[[Any], Any]
+    train: Callable[..., Path]
+
+
+def _task(work: Work) -> _Task:
+    if work.command == "sft":
+        from learner.offline import sft
+
+        return _Task(sft.read_rows, sft.train_sft)
+    if work.command == "dpo":
+        from learner.offline import dpo
+
+        return _Task(dpo.read_rows, dpo.train_dpo)
+    from learner.offline import reward
+
+    return _Task(reward.read_rows, reward.train_reward_model)
 
 
 def check_processes(config: FitConfig) -> None:
@@ -125,8 +145,9 @@ def joined_by_torchrun() -> Ranks | None:
 @contextmanager
 def companions(
     size: int, threads: int, logs: Path, on_loss: Callable[[str], None]
-) -> Iterator[Ranks]:
-    """Start `size - 1` companions, and meet them; `threads`: compute threads of each.
+) -> Iterator[Callable[[], Ranks]]:
+    """Start `size - 1` companions; yields a function that waits for them, and then returns all
+    ranks. `threads`: compute threads of each.
 
     What they write goes to `logs`/process-N.log. on_loss: called from another thread with a
     message, when a companion has ended and this process does not notice, because it waits in a
@@ -135,18 +156,22 @@ def companions(
     Raises what a companion raised; Resumable when one was killed. None is left afterwards.
     """
     if size == 1:
-        yield SINGLE
+        yield lambda: SINGLE
         return
     gpu = torch.cuda.is_available()
     store = meeting_place(HOST, _MEET_S)
     team = _Team(on_loss)
-    ranks = SINGLE
+    met: list[Ranks] = []
+
+    def meet() -> Ranks:
+        team.wait_for_all()
+        met.append(join(0, size, store, gpu=gpu, timeout_s=TIMEOUT_S, host=HOST, device=0))
+        return met[0]
+
     try:
         for rank in range(1, size):
             team.start(rank, size, store.port, threads, logs)
-        team.wait_for_all()
-        ranks = join(0, size, store, gpu=gpu, timeout_s=TIMEOUT_S, host=HOST, device=0)
-        yield ranks
+        yield meet
         team.over = True
     except BaseException as problem:
         team.left.set()
@@ -156,7 +181,8 @@ def companions(
         raise
     finally:
         team.left.set()
-        ranks.leave()
+        for ranks in met:
+            ranks.leave()
         team.end()
 
 

@@ -56,26 +56,27 @@ def train_dpo(
     should_stop: Callable[[], bool] = never,
     on_rows: OnRows = unheard,
     ranks: Ranks = SINGLE,
+    rows: TrainingRows[PreferenceRow] | None = None,
 ) -> Path:
     """Train config.model on preferences; returns run_dir/policy.
 
     The reference is the starting policy; its log-probabilities are computed once, before the first
     step. Reports train/loss, rewards/{chosen,rejected,accuracies,margins}, logps/{chosen,rejected},
     with KTO kto/kl, and the same of the held-out rows under eval/. At the end eval/kl and
-    eval/length, see `measure_own_samples`. Stops and continues as `train_sft` does.
+    eval/length, see `measure_own_samples`. Stops, continues and takes `rows` as `train_sft` does.
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    data = read_preference_rows(config, tokenizer)
+    data = rows or read_rows(config)
     on_rows(data)
     place = place_of(config, ranks, device)
     policy = policy_at(place, config.model)
     task = DpoTask(policy, config, device, mesh=place.mesh)
-    rows, held = task.with_reference(data.train), task.with_reference(data.held)
+    train, held = task.with_reference(data.train), task.with_reference(data.held)
     run_dir.mkdir(parents=True, exist_ok=True)
     result = fit(
         policy,
-        rows,
+        train,
         task.loss,
         config.fit,
         seed=config.run.seed,
@@ -94,8 +95,9 @@ def train_dpo(
     return save_trained(policy, tokenizer, run_dir, config.model.path, ranks)
 
 
-def read_preference_rows(config: DpoConfig, tokenizer: Any) -> TrainingRows[PreferenceRow]:
-    """The data of a config, split and tokenised, as its loss takes it."""
+def read_rows(config: DpoConfig) -> TrainingRows[PreferenceRow]:
+    """The preferences of a config, split and with token ids, as its loss takes them."""
+    tokenizer = load_tokenizer(config.model)
     skip_bad, kto = config.data.skip_bad_rows, config.loss == "kto"
     read = read_preferences(config.data.path, config.data.split, skip_bad, singles=kto)
     encode_row = encode_judged if kto else encode

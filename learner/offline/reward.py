@@ -82,29 +82,21 @@ def train_reward_model(
     should_stop: Callable[[], bool] = never,
     on_rows: OnRows = unheard,
     ranks: Ranks = SINGLE,
+    rows: RewardData | None = None,
 ) -> Path:
     """Train on pairs, ties and rankings; returns run_dir/reward_model, for
     `models.load.load_reward_members`.
 
     Reports train/{loss,accuracy,margin,...} and, on held-out rows, rm/{loss,accuracy,margin,ece};
     of an ensemble of whole models the last evaluation is that of the ensemble. run_dir/figures.json
-    gets what `reward_figures` measures. Continues as `train_sft` does; stopped early, it leaves its
-    checkpoint and returns that folder.
+    gets what `reward_figures` measures. Continues and takes `rows` as `train_sft` does; stopped
+    early, it leaves its checkpoint and returns that folder.
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    skip_bad = config.data.skip_bad_rows
-    read = read_rankings(
-        config.data.path,
-        config.data.split,
-        skip_bad,
-        rankings=config.ranking_loss == "plackett-luce",
-        ties=config.tie_threshold > 0,
-    )
-    encode_row = partial(encode, config=config)
-    data = load_rows(read, tokenizer, encode_row, lambda row: row.longest, config.fit, skip_bad)
+    read = rows or read_rows(config)
+    data, samples = read.rows, read.samples
     on_rows(data)
-    samples = _policy_samples(config, tokenizer)
     place = place_of(config, ranks, device)
     run_dir.mkdir(parents=True, exist_ok=True)
     count = 1 if config.share_trunk else config.members
@@ -122,6 +114,29 @@ def train_reward_model(
         _finish(run_dir, data, members, result)
     ranks.barrier()
     return run_dir / "reward_model"
+
+
+@dataclass(frozen=True, slots=True)
+class RewardData:
+    """Rows to learn from; completions of the policy that the reward is for, where there are any."""
+
+    rows: TrainingRows[RewardRow]
+    samples: list[TokenRow] | None
+
+
+def read_rows(config: RewardModelConfig) -> RewardData:
+    """The preferences of a config, split and with token ids, and the policy's completions."""
+    skip_bad, tokenizer = config.data.skip_bad_rows, load_tokenizer(config.model)
+    read = read_rankings(
+        config.data.path,
+        config.data.split,
+        skip_bad,
+        rankings=config.ranking_loss == "plackett-luce",
+        ties=config.tie_threshold > 0,
+    )
+    encode_row = partial(encode, config=config)
+    rows = load_rows(read, tokenizer, encode_row, lambda row: row.longest, config.fit, skip_bad)
+    return RewardData(rows, _policy_samples(config, tokenizer))
 
 
 def _told(

@@ -28,6 +28,7 @@ from learner.offline.fit import OnStep, evaluate_rows, fit, never
 from learner.offline.saving import save_trained
 from learner.offline.setup import (
     OnRows,
+    TrainingRows,
     answered,
     load_rows,
     place_of,
@@ -48,6 +49,7 @@ def train_sft(
     should_stop: Callable[[], bool] = never,
     on_rows: OnRows = unheard,
     ranks: Ranks = SINGLE,
+    rows: TrainingRows[TokenRow] | None = None,
 ) -> Path:
     """Fine-tune config.model on config.data; returns run_dir/policy, a complete model directory;
     with config.lora also run_dir/adapter, which peft, transformers and vLLM load.
@@ -56,12 +58,11 @@ def train_sft(
     token) and eval/accuracy (share of tokens that are the most likely one). Stopped early by
     `should_stop`, it still saves a checkpoint and the policy of that moment (`fit.json` then says
     finished: false). Each of several ranks calls it alike; the first one reports and writes.
+    rows: what `read_rows` has read; None: they are read here.
     """
     device = prepare(config.fit, config.run.seed)
     tokenizer = load_tokenizer(config.model)
-    skip_bad = config.data.skip_bad_rows
-    read = read_demonstrations(config.data.path, config.data.split, skip_bad)
-    data = load_rows(read, tokenizer, encode, len, config.fit, skip_bad)
+    data = rows or read_rows(config)
     on_rows(data)
     place = place_of(config, ranks, device)
     policy = policy_at(place, config.model)
@@ -81,6 +82,14 @@ def train_sft(
     )
     write_summary(run_dir, result, data, ranks)
     return save_trained(policy, tokenizer, run_dir, config.model.path, ranks)
+
+
+def read_rows(config: SftConfig) -> TrainingRows[TokenRow]:
+    """The demonstrations of a config, split and with token ids."""
+    skip_bad = config.data.skip_bad_rows
+    read = read_demonstrations(config.data.path, config.data.split, skip_bad)
+    tokenizer = load_tokenizer(config.model)
+    return load_rows(read, tokenizer, encode, len, config.fit, skip_bad)
 
 
 def encode(tokenizer: Any, row: Demonstration) -> TokenRow:

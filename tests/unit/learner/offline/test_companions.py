@@ -64,19 +64,19 @@ def test_a_companion_that_dies_ends_the_fit_and_it_can_go_on(
 
     with (
         pytest.raises(Resumable, match=r"process 1 .* killed by SIGKILL.* --resume"),
-        companions(2, 1, run, lambda text: None) as ranks,
+        companions(2, 1, run, lambda text: None) as meet,
     ):
-        lead(Work("sft", config, run), ranks, progress=on_step)
+        lead(Work("sft", config, run), meet, progress=on_step)
     assert len(killed) == 1
     assert own_companions() == []
     assert (run / "checkpoints" / "step-00000002").is_dir()
     # What is on disk is enough to go on, here with one process.
     told: list[int] = []
     alone = config_of(tiny_policy, tmp_path, processes=1, sharding="none")
-    with companions(1, 1, run, lambda text: None) as ranks:
+    with companions(1, 1, run, lambda text: None) as meet:
         lead(
             Work("sft", alone, run),
-            ranks,
+            meet,
             progress=lambda step, part, numbers: told.append(step),
             should_stop=lambda: len(told) == 2,
         )
@@ -90,8 +90,8 @@ from cluster.contracts.config.offline import SftConfig
 from learner.offline.companions import Work, companions, lead
 run = Path(sys.argv[2])
 config = SftConfig.model_validate(json.loads(sys.argv[1]))
-with companions(2, 1, run, print) as ranks:
-    lead(Work("sft", config, run), ranks, progress=lambda *told: (run / "begun").touch())
+with companions(2, 1, run, print) as meet:
+    lead(Work("sft", config, run), meet, progress=lambda *told: (run / "begun").touch())
 """
 
 
@@ -165,6 +165,6 @@ def test_torchruns_number_of_processes_has_to_be_that_of_the_config(
 
 def test_one_process_starts_no_others(tmp_path: Path) -> None:
     before = threading.active_count()
-    with companions(1, 1, tmp_path, lambda text: None) as ranks:
-        assert (ranks.size, own_companions()) == (1, [])
+    with companions(1, 1, tmp_path, lambda text: None) as meet:
+        assert (meet().size, own_companions()) == (1, [])
     assert threading.active_count() == before
