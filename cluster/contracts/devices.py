@@ -82,10 +82,10 @@ ENGINE_CORES = ByDevice(
     "engine's thread waits for the device",
 )
 PACKED_ROWS = ByDevice(
-    "`learner.packing` = 'auto' packs rows (with bfloat16 and plain causal attention)",
-    False,
+    "`learner.packing` = 'auto' packs rows (with plain causal attention)",
     True,
-    "packing saves padding where flash attention takes packs; a CPU has no such kernel",
+    True,
+    "packing saves the work of padding; a GPU needs bfloat16 for it, as flash attention does",
 )
 ATTENTION = ByDevice(
     "attention of the learner's padded rows",

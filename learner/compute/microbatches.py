@@ -1,7 +1,6 @@
 """Rows of different lengths -> a few padded tensors, with little padding. No model, no config.
 
-Padding is on the right. On CPU, length-sorted padded microbatches of few rows beat both unsorted
-ones and packing (a packed row pays attention over the whole pack).
+Padding is on the right.
 """
 
 from __future__ import annotations

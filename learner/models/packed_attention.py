@@ -1,7 +1,7 @@
 """Rows packed end to end in one, each attending to itself only, and rows split over processes.
 
 transformers calls the attention function registered here. With `Spans` it runs variable-length
-attention: flash attention on a GPU, one sample after the other on a CPU. With a `SequencePart` it
+attention: flash attention on a GPU, blocks of like samples on a CPU. With a `SequencePart` it
 exchanges positions for heads around attention. Without either it is transformers' own sdpa, so the
 same model still takes whole padded rows.
 """
@@ -23,6 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from cluster.contracts.devices import PACKED_ROWS
 from cluster.contracts.errors import Fatal, UserError
 from learner.compute.ulysses import SequencePart
+from learner.models.padded_blocks import PaddedBlock, block_attention, padded_blocks
 
 NAME = "accord_packed"
 
@@ -40,11 +41,13 @@ _DEAF = (
 @dataclass(frozen=True, slots=True, eq=False)
 class Spans:
     """offsets: int32 [b + 1] on the device, first positions of the samples in the pack and its end.
-    lengths: the samples' tokens. positions: int64 [1, T], counted from 0 in each sample."""
+    lengths: the samples' tokens. positions: int64 [1, T], counted from 0 in each sample. blocks: in
+    which they attend on a CPU."""
 
     offsets: Tensor
     lengths: tuple[int, ...]
     positions: Tensor
+    blocks: tuple[PaddedBlock, ...]
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Spans:
@@ -55,6 +58,7 @@ class Spans:
             torch.from_numpy(offsets.astype(np.int32)).to(device),
             tuple(int(size) for size in sizes),
             torch.from_numpy(positions)[None].to(device),
+            padded_blocks(lengths, device) if torch.device(device).type == "cpu" else (),
         )
 
 
@@ -100,8 +104,8 @@ def is_plain_causal(config: Any) -> bool:
 def choose_layout(packing: str, device: torch.device, compute_dtype: str, policy: Any) -> bool:
     """True for packed microbatches, from `learner.packing`.
 
-    "auto" packs where flash attention is to be had (a GPU, bfloat16) and the architecture allows
-    it. Raises UserError for "packed" with an architecture that does not.
+    "auto" packs on a CPU, and where flash attention is to be had (a GPU, bfloat16), if the
+    architecture allows it. Raises UserError for "packed" with an architecture that does not.
     """
     able = is_plain_causal(policy.config)
     if packing == "packed" and not able:
@@ -112,7 +116,8 @@ def choose_layout(packing: str, device: torch.device, compute_dtype: str, policy
             fix="set learner.packing = 'padded'",
         )
     if packing == "auto":
-        return able and PACKED_ROWS.on(device) and compute_dtype == "bfloat16"
+        kernel = device.type == "cpu" or compute_dtype == "bfloat16"
+        return able and PACKED_ROWS.on(device) and kernel
     return packing == "packed"
 
 
@@ -186,7 +191,7 @@ def _whole_rows(
         return out.transpose(1, 2)
     if query.device.type == "cuda":
         return _flash(query, key, value, scaling, spans)
-    return _one_by_one(query, key, value, scaling, spans)
+    return block_attention(query, key, value.to(query.dtype), scaling, spans.blocks)
 
 
 def _flash(
@@ -212,16 +217,3 @@ def _flash(
     )
     assert isinstance(out, Tensor)
     return out[None]
-
-
-def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, scaling: float | None, spans: Spans
-) -> Tensor:
-    parts = [x.split(spans.lengths, dim=2) for x in (query, key, value.to(query.dtype))]
-    outs = [
-        nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        for q, k, v in zip(*parts, strict=True)
-    ]
-    return torch.cat(outs, dim=2).transpose(1, 2)

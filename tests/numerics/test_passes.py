@@ -189,7 +189,7 @@ def test_packed_samples_never_see_each_other(world: ModuleType, tiny: Path) -> N
 def test_packing_is_chosen_by_machine_and_refused_where_it_would_be_wrong(
     world: ModuleType, tiny: Path
 ) -> None:
-    assert not build_networks(world.make_settings(tiny))[0].packed
+    assert build_networks(world.make_settings(tiny))[0].packed
     gemma = transformers.AutoConfig.for_model("gemma2")
     window = transformers.AutoConfig.for_model("mistral", sliding_window=32)
     llama = transformers.AutoConfig.for_model("llama")

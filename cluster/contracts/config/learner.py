@@ -49,8 +49,8 @@ class LearnerConfig(ComputeConfig):
     packing: Literal["auto", "padded", "packed"] = Field(
         "auto",
         description="padded: each row of a microbatch is padded to the longest. packed: rows "
-        "are laid end to end. auto: packed on a GPU in bfloat16 (flash attention), "
-        "else padded (faster on a CPU).",
+        "are laid end to end, without padding. auto: packed on a CPU, and on a GPU in bfloat16 "
+        "(flash attention), if the architecture allows it.",
     )
     activation_memory_mb: int | None = Field(
         None,

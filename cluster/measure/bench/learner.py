@@ -33,12 +33,12 @@ def measure(options: BenchOptions) -> BenchResult:
     ratios: dict[str, float] = {}
     for size, dtype in QUICK_CASES if options.quick else CASES:
         steps = max(3, options.repeats)
-        task = {"shape": SIZES[size], "dtype": dtype, "steps": steps, "packed": size == "5M"}
+        task = {"shape": SIZES[size], "dtype": dtype, "steps": steps, "padded": size == "5M"}
         found = run("cluster.measure.bench.learner_child", task, f"{size} in {dtype}")
         rows += [{"": f"{size} {dtype} {row.pop('kind')}", **row} for row in found["rows"]]
         ratios[f"efficiency {size} {dtype}"] = found["efficiency"]
-        if "padded_over_packed" in found:
-            ratios[f"padded over packed {size} {dtype}"] = found["padded_over_packed"]
+        if "packed_over_padded" in found:
+            ratios[f"packed over padded {size} {dtype}"] = found["packed_over_padded"]
     settings = {"samples": PROMPTS * SAMPLES, "tokens a sample": "about 64", "microbatch": 2048}
     floor = (EFFICIENT, float("inf"))
     tolerances = {name: floor for name in ratios if name.startswith("efficiency")}

@@ -99,12 +99,12 @@ class CopyingPublisher:
 
 
 def measured(task: dict[str, Any]) -> dict[str, Any]:
-    """The rows of one case; `task`: shape, dtype, steps, packed (measure packed rows as well)."""
+    """The rows of one case; `task`: shape, dtype, steps, padded (measure padded rows as well)."""
     with tempfile.TemporaryDirectory() as folder:
         model, dtype = make_model(Path(folder), task["shape"]), task["dtype"]
         learners = {kind: _learner(model, dtype, KINDS[kind]) for kind in KINDS}
-        if task["packed"]:
-            learners["grpo packed"] = _learner(model, dtype, KINDS["grpo"], packing="packed")
+        if task["padded"]:
+            learners["grpo padded"] = _learner(model, dtype, KINDS["grpo"], packing="padded")
         bare = Bare(model, dtype)
     seconds: dict[str, list[float]] = {kind: [] for kind in ("bare", *learners)}
     phases: dict[str, list[dict[str, float]]] = {kind: [] for kind in learners}
@@ -148,8 +148,8 @@ def _summary(
         row["MFU"] = f"{statistics.median(mfus):.1%}" if mfus else ""
         rows.append(row)
     found: dict[str, Any] = {"rows": rows, "efficiency": _ratio(seconds, "bare", "grpo")}
-    if "grpo packed" in seconds:
-        found["padded_over_packed"] = _ratio(seconds, "grpo packed", "grpo")
+    if "grpo padded" in seconds:
+        found["packed_over_padded"] = _ratio(seconds, "grpo padded", "grpo")
     return found
 
 
