@@ -54,8 +54,9 @@ class Bookkeeping:
         self._noted: dict[str, float] = {}
         self.began = 0.0
 
-    def loop_began(self) -> None:
-        self.accounts = Accounts(self._settings, self._pool, self._clock.now, self._cpu_s)
+    def loop_began(self, learner: Callable[[float], Mapping[str, float]]) -> None:
+        """``learner``: seconds of what it did until a moment, by its state."""
+        self.accounts = Accounts(self._settings, self._pool, self._clock.now, self._cpu_s, learner)
 
     def note(self, numbers: Mapping[str, float]) -> None:
         """Take them into the next line of metrics."""

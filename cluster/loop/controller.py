@@ -52,6 +52,7 @@ from cluster.contracts.errors import AccordError, LearnerLost, Resumable
 from cluster.contracts.metrics import values
 from cluster.contracts.protocols import Clock, Journal, LearnerHandle, PromptSource, Sink
 from cluster.contracts.records import RunState, StepResult, WeightManifest
+from cluster.contracts.stopwatch import Stopwatch
 from cluster.loop.activities import Name
 from cluster.loop.admission import Admission
 from cluster.loop.autoscale import Autoscaler
@@ -62,7 +63,7 @@ from cluster.loop.ending import Abandoned, Ending, GoesBack
 from cluster.loop.evaluations import EvaluationRole, Evaluations
 from cluster.loop.learner_steps import LearnerSteps
 from cluster.loop.learner_supervisor import LearnerSupervisor
-from cluster.loop.live import LoopFacts, Wait, Waits
+from cluster.loop.live import LoopFacts, Wait
 from cluster.loop.pacing import Pacer
 from cluster.loop.pool import WorkerPool
 from cluster.loop.saving import Saving
@@ -150,7 +151,7 @@ class Controller:
             monitors=self._monitors,
         )
         self._started = False
-        self._waits: Waits | None = None  # while the loop runs
+        self._waits: Stopwatch | None = None  # while the loop runs
 
     @property
     def step(self) -> int:
@@ -235,9 +236,9 @@ class Controller:
         """Train; returns the state reached. Raises what stopped the run, with its cause."""
         if not self._started and not await self.start():
             return self._books.state(self.step)
-        self._books.loop_began()
         self._learner.becomes("waiting")
-        waits = self._waits = Waits(self._clock.now())
+        self._books.loop_began(self._learner.totals)
+        waits = self._waits = Stopwatch(self._clock.now(), "groups")
         self._pool.on_news(self._activities.wake)
         self._learner.watch()
         try:
@@ -258,7 +259,7 @@ class Controller:
             self._admission.cancel()
             await self._activities.cancel()
 
-    async def _train_to_the_end(self, waits: Waits) -> None:
+    async def _train_to_the_end(self, waits: Stopwatch) -> None:
         """Until the last step is done, by a learner that still stands there, or a stop."""
         while not self._ending.asked.is_set():
             if self.step >= self._settings.steps and not self._must_go_on():

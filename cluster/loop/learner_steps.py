@@ -106,16 +106,17 @@ class LearnerSteps:
             self._trained(task.result())
 
     def _trained(self, result: StepResult) -> None:
-        now, succession = self._clock.now(), self._learner.succession
+        succession = self._learner.succession
         succession.published(result.manifest)
         succession.redo = succession.redo[1:]
         if result.step < self.done:  # done once more by a new learner
-            self._learner.becomes("waiting")
+            self._learner.becomes("waiting", in_vain=True)
             if result.version == self.done:  # older ones were held by all before
                 self._broadcasts.queue(result.manifest)
             return
         passing("driver.after_step")
         self._learner.becomes("waiting")
+        now = self._learner.since
         self.done = result.step + 1
         self._attempts = 0
         self._monitors.next_step_trained()
@@ -144,7 +145,7 @@ class LearnerSteps:
         lost = self._buffer.give_back(self.done, self._taken)
         self._books.accounts.step_lost(self._clock.now(), lost)
         self._pacer.step_failed()
-        self._learner.becomes("waiting")
+        self._learner.becomes("waiting", in_vain=True)
         self._run.event("step_retried", step=self.done, groups=len(lost), cause=str(problem))
         self._workers.submit(
             [
@@ -207,7 +208,8 @@ class LearnerSteps:
         self._activities.take("step")
         if isinstance(task.exception(), Retryable | LearnerLost):
             return  # nothing of it is kept
-        result, now = task.result(), self._clock.now()
+        self._learner.becomes("waiting")
+        result, now = task.result(), self._learner.since
         self.done = result.step + 1
         self._books.step_ended(result, self._taken, now)
         self._books.write_metrics(result, now, self._pacer.lead_s)

@@ -11,6 +11,7 @@ from cluster.contracts.errors import LearnerLost, RolledBack
 from cluster.contracts.live import LearnerState
 from cluster.contracts.protocols import LearnerHandle
 from cluster.contracts.records import StepInput, WeightManifest
+from cluster.contracts.stopwatch import Stopwatch
 from cluster.loop.context import LoopContext
 from cluster.loop.succession import Succession
 
@@ -27,10 +28,20 @@ class LearnerSupervisor:
         self.succession = Succession(loop.settings.max_learner_restarts)
         self.state: LearnerState = "starting"
         self.since = 0.0
+        self._times: Stopwatch | None = None  # from its start
         self.published = -1
 
-    def becomes(self, state: LearnerState) -> None:
+    def becomes(self, state: LearnerState, *, in_vain: bool = False) -> None:
+        """``in_vain``: what it did until now brought the run no step further."""
         self.state, self.since = state, self._clock.now()
+        if self._times is None:
+            self._times = Stopwatch(self.since, state)
+        self._times.turn(self.since, state, was="redo" if in_vain else None)
+
+    def totals(self, now: float) -> dict[str, float]:
+        """Seconds of what it did so far, by state; as "redo" those of steps that came to nothing,
+        or were done once more."""
+        return {} if self._times is None else self._times.totals(now)
 
     async def start(self, step: int) -> WeightManifest:
         """The first one of a run that has done ``step`` steps; what it publishes."""
@@ -81,7 +92,7 @@ class LearnerSupervisor:
     def replace(self, problem: LearnerLost, step: int) -> None:
         """Start another one, from what is on disk. Raises what ends the run when learners are lost
         too often."""
-        self.becomes("starting")
+        self.becomes("starting", in_vain=self.state == "training")
         self._event("learner_lost", step=step, cause=str(problem))
         pause_s = self.succession.lost(problem, self._clock.now())
         self._activities.begin("successor", self._successor(pause_s, step))

@@ -33,25 +33,8 @@ SILENT_S = 10.0
 stopped process shows within 15 seconds."""
 
 Wait = Literal["learner", "weights", "groups"]
-
-
-class Waits:
-    """Seconds of a run by what it waited for, exactly: the learner to train a step, weights on
-    their way to the workers, or groups to come."""
-
-    def __init__(self, now: float) -> None:
-        self._since = now
-        self._for: Wait = "groups"
-        self._seconds: dict[str, float] = {}
-
-    def turn(self, now: float, waits_for: Wait) -> None:
-        """From now on the run waits for this."""
-        self._seconds = self.totals(now)
-        self._since, self._for = now, waits_for
-
-    def totals(self, now: float) -> dict[str, float]:
-        spent = self._seconds.get(self._for, 0.0) + now - self._since
-        return {**self._seconds, self._for: spent}
+"""What a run waits for: the learner to train a step, weights on their way to the workers, or groups
+to come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +65,7 @@ class PoolFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopFacts:
-    """What the controller knows. ``waits``: see ``Waits``."""
+    """What the controller knows. ``waits``: seconds by ``Wait``."""
 
     step: int
     steps: int

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from cluster.contracts.errors import FAULTS, Fault
+from cluster.contracts.metrics import values
 from cluster.contracts.records import GroupMeta, StepResult, SwapReport
+from cluster.contracts.step_parts import LoopPart
 from cluster.loop.members import Status
 
 
@@ -73,18 +75,21 @@ class _Window:
     """What happened since the last line of metrics."""
 
     started: float
+    learner: Mapping[str, float]  # what it had done until then, seconds by state
     cpu_s: float
     stats: Mapping[str, float]
     failed_swaps: int
-    waited_batch: float = 0.0
-    learner_busy: float = 0.0
+    bookkeeping: float = 0.0
     overlap_s: float = 0.0  # worker seconds with work in hand while the learner stepped
     swaps: list[SwapReport] = field(default_factory=list)
     broadcast_s: float = 0.0
 
 
 class Accounts:
-    """Collects during a step, answers ``numbers`` at its end. Seconds of the controller's clock."""
+    """Collects during a step, answers ``numbers`` at its end. Seconds of the controller's clock.
+
+    ``learner``: seconds of what it did until a moment, by its state.
+    """
 
     def __init__(
         self,
@@ -92,10 +97,12 @@ class Accounts:
         pool: PoolNumbers,
         now: Callable[[], float],
         cpu_s: Callable[[], float],
+        learner: Callable[[float], Mapping[str, float]],
     ) -> None:
         self._samples = batch.prompts_per_step * batch.samples_per_prompt
         self._pool = pool
         self._cpu_s = cpu_s
+        self._learner = learner
         self._step_began = self.waiting_since = now()
         self._holding_at_begin = 0.0
         self._trained_tokens = 0
@@ -103,7 +110,6 @@ class Accounts:
         self._window = self._new_window(self.waiting_since)
 
     def step_begins(self, now: float) -> None:
-        self._window.waited_batch += now - self.waiting_since
         self._step_began = now
         self._holding_at_begin = self._pool.holding_s()
 
@@ -124,10 +130,11 @@ class Accounts:
         self._window.broadcast_s = seconds
 
     def next_window(self, now: float, *, waiting_since: float) -> None:
-        """The next step's numbers count from ``now``; its learner waits from a later moment when a
-        checkpoint was written in between."""
+        """The next step's numbers count from ``now``; its learner waits for groups from a later
+        moment, when the books of the step before are closed."""
         self.waiting_since = waiting_since
         self._window = self._new_window(now)
+        self._window.bookkeeping = waiting_since - now
 
     def numbers(self, result: StepResult, now: float, standing: Standing) -> dict[str, float]:
         window, pool = self._window, self._pool
@@ -148,11 +155,8 @@ class Accounts:
             "workers/left": pool.left,
             "weight_sync/bytes": result.manifest.nbytes,
             "weight_sync/version": standing.held,
-            "time/step": wall,
-            "time/wait_batch": window.waited_batch,
             "perf/throughput": result.trained_tokens / wall,
             "perf/samples_per_s": self._samples / wall,
-            "perf/trainer_idle_frac": max(0.0, 1.0 - window.learner_busy / wall),
             "perf/overlap_frac": min(1.0, window.overlap_s / (wall * max(1, serving))),
             "perf/controller_us": (self._cpu_s() - window.cpu_s) / self._samples * 1e6,
             "rollout/trained_tokens": self._trained_tokens,
@@ -161,8 +165,30 @@ class Accounts:
             "run/sink_errors": standing.sink_errors,
         }
         numbers |= {f"faults/{fault}": pool.faults[fault] for fault in FAULTS}
+        numbers |= self._times(result, now, wall)
         numbers |= _group_seconds(pool.take_durations())
         return numbers | self._swap_numbers() | self._worker_numbers(wall, max(1, serving))
+
+    def _times(self, result: StepResult, now: float, wall: float) -> dict[str, float]:
+        """The step's seconds, and the parts of it in which the learner did not compute it. Of its
+        own time it tells itself (``learner/rl/step_clock.py``)."""
+        window, did = self._window, self._learner(now)
+        spent = {state: seconds - window.learner.get(state, 0.0) for state, seconds in did.items()}
+        asked = spent.get("training", 0.0)
+        own = values(result.metrics).get("time/step", asked)
+        loop: dict[LoopPart, float] = {
+            "wait_batch": spent.get("waiting", 0.0) - window.bookkeeping,
+            "hand_over": asked - own,
+            "bookkeeping": window.bookkeeping,
+            "checkpoint": spent.get("saving", 0.0),
+            "redo": spent.get("redo", 0.0) + spent.get("starting", 0.0),
+        }
+        return {
+            "time/step": wall,
+            # A moment that two clocks see a little differently is no negative time.
+            **{f"time/{part}": max(0.0, seconds) for part, seconds in loop.items()},
+            "perf/trainer_idle_frac": max(0.0, 1.0 - own / wall),
+        }
 
     def _swap_numbers(self) -> dict[str, float]:
         window = self._window
@@ -194,13 +220,16 @@ class Accounts:
         return numbers
 
     def _learner_worked(self, now: float) -> None:
-        self._window.learner_busy += now - self._step_began
         self._window.overlap_s += self._pool.holding_s() - self._holding_at_begin
 
     def _new_window(self, now: float) -> _Window:
         pool = self._pool
         return _Window(
-            started=now, cpu_s=self._cpu_s(), stats=pool.stats(), failed_swaps=pool.failed_swaps
+            started=now,
+            learner=self._learner(now),
+            cpu_s=self._cpu_s(),
+            stats=pool.stats(),
+            failed_swaps=pool.failed_swaps,
         )
 
 

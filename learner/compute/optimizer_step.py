@@ -63,6 +63,7 @@ def optimiser_step(
     skips: SkipCounter,
     mesh: Mesh = ALONE,
     reduced_once: Sequence[nn.Module | None] = (),
+    on_gradients: Callable[[], None] = lambda: None,
 ) -> StepOutcome:
     """Accumulate gradients of all microbatches, clip to `max_grad_norm`, update once.
 
@@ -71,12 +72,14 @@ def optimiser_step(
     With several ranks each gives its own microbatches; loss and gradients are their sums, so that
     all ranks do, or leave out, the same step. Ranks of one replica (`mesh`) know the same loss, and
     each has its part of the gradients. reduced_once: sharded modules whose gradients are summed
-    over ranks with the last microbatch only. Raises ValueError if there is no microbatch.
+    over ranks with the last microbatch only. on_gradients: called when the last backward pass has
+    ended. Raises ValueError if there is no microbatch.
     """
     trainable = [p for p in params if p.requires_grad]
     optimizer.zero_grad(set_to_none=True)
     try:
         total, metrics = _accumulate(microbatches, reduced_once)
+        on_gradients()
         grads = [p.grad for p in trainable if p.grad is not None]
         mesh.data.sum_([total])
         mesh.shards.sum_([local(grad) for grad in grads if not summed_already(grad)])

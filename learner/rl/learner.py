@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from cluster.contracts.crash_points import passing
 from cluster.contracts.durable import FileDigest
 from cluster.contracts.errors import Fatal, UserError
-from cluster.contracts.metrics import Metric, last
+from cluster.contracts.metrics import Metric, last, values
 from cluster.contracts.records import Canary, StepInput, StepResult, WeightManifest
 from cluster.machine.torch_state import prepare_torch
 from cluster.weights.transports import Publisher, PublisherOptions, make_publisher
@@ -38,6 +37,7 @@ from learner.rl.publish import buckets, canary, canary_tokens, lora_update
 from learner.rl.rollout_files import RolloutWriter
 from learner.rl.rollouts import RolloutBatch, read_batch
 from learner.rl.short_memory import in_smaller_parts
+from learner.rl.step_clock import StepClock
 from learner.rl.step_record import attach, step_record, weights_digest
 from learner.rl.update import PolicyUpdate, UpdateResult
 from learner.settings import LearnerSettings
@@ -108,7 +108,7 @@ class PPOLearner:
         Raises Fatal for a step out of order, rollouts that break a promise (missing, twice, too
         old, not finite) and updates that are not finite three times running.
         """
-        began, cpu_began = time.perf_counter(), time.process_time()
+        clock = StepClock()
         state, settings = self.state, self.settings
         # One step makes one version. A step asked for twice would train twice on the same groups.
         if batch.step != state.version:
@@ -120,6 +120,7 @@ class PPOLearner:
             self._publisher.retain(kept)
         if self._writer is not None:
             self._writer.flush()
+        clock.enters("read")
         # Nothing has been changed before this line: a payload that cannot be read leaves a learner
         # that can be asked for the same step again.
         tables = [_as_table(payload) for payload in batch.payloads]
@@ -130,7 +131,7 @@ class PPOLearner:
             settings.batch.samples_per_prompt,
         )
         trained = {
-            one.policy: self._train(one, parts[one.policy], batch)
+            one.policy: self._train(one, parts[one.policy], batch, clock)
             for one in state.each()
             if one.policy in parts
         }
@@ -140,16 +141,16 @@ class PPOLearner:
         # The record of a step holds the digests on both sides of it, so that a replay can tell a
         # wrong start from a wrong step.
         before = self._digest
-        publish_began = time.perf_counter()
+        clock.enters("publish")
         passing("learner.before_publish")
         manifest = self._publish(of_step=True)
-        metrics.append(last("time/publish", time.perf_counter() - publish_began))
+        clock.enters("record")
         if self._writer is not None:
             record = step_record(settings, batch, before, manifest)
             # Only after publishing: a step whose weights nobody has got leaves no rollouts file.
             self._writer.write(batch.step, attach(rollouts.table, record))
         # After publishing: what a step costs includes its weights.
-        metrics += self._cost(rollouts, batch.step, began, cpu_began)
+        metrics += self._cost(rollouts, batch.step, clock)
         return StepResult(
             step=batch.step,
             version=state.version,
@@ -178,29 +179,29 @@ class PPOLearner:
             policy=policy,
         )
 
-    def _train(self, state: TrainerState, rollouts: RolloutBatch, batch: StepInput) -> _Trained:
+    def _train(
+        self, state: TrainerState, rollouts: RolloutBatch, batch: StepInput, clock: StepClock
+    ) -> _Trained:
         """Train one policy on its part of a step."""
-        settings, began = self.settings, time.perf_counter()
+        settings = self.settings
         if batch.kl_coef is not None:
             state.kl.coef = batch.kl_coef
         plan = StepPlan(
             step=batch.step, kl_coef=state.kl.coef, value_only=self._value_only(batch.step)
         )
 
-        def train(settings: LearnerSettings) -> tuple[Experience, UpdateResult, float]:
+        def train(settings: LearnerSettings) -> tuple[Experience, UpdateResult]:
+            clock.enters("experience")
             experience = build_experience(rollouts, state.networks, settings, plan)
-            built_s = time.perf_counter() - began
-            return experience, self._update(state, experience, plan), built_s
+            return experience, self._update(state, experience, plan, clock)
 
         with state.networks.own_adapter():
-            (experience, update, built_s), trained_with = in_smaller_parts(
-                train, settings, state, rollouts
-            )
+            (experience, update), trained_with = in_smaller_parts(train, settings, state, rollouts)
+        clock.enters("metrics")
         passing("learner.after_optimizer_step")
         in_reward = settings.algorithm.kl.place == "reward"
         return _Trained(
             metrics=[
-                last("time/experience", built_s),
                 *update.metrics,
                 *experience_metrics(experience, update.proximal, plan.kl_coef, in_reward),
             ],
@@ -210,15 +211,19 @@ class PPOLearner:
             else trained_with.learner.tokens_per_microbatch,
         )
 
-    def _cost(
-        self, rollouts: RolloutBatch, step: int, began: float, cpu_began: float
-    ) -> list[Metric]:
-        """Of a step that began at these seconds of the wall clock and of the process's CPU."""
+    def _cost(self, rollouts: RolloutBatch, step: int, clock: StepClock) -> list[Metric]:
+        """What a step has taken, at its end."""
         networks = self.state.networks
-        wall = time.perf_counter() - began
-        cpu = self._ranks.total(time.process_time() - cpu_began, networks.device)
+        cpu = self._ranks.total(clock.cpu_s, networks.device)
         work = step_flops(networks, self.settings, rollouts, self._value_only(step))
-        return [*_speed(rollouts, wall, cpu), last("perf/mfu", work / (wall * self._peak))]
+        times = clock.metrics()
+        wall = values(times)["time/step"]
+        return [
+            *times,
+            last("perf/tokens_per_s", float(rollouts.lengths.sum()) / wall),
+            last("perf/learner_cpu_s", cpu),
+            last("perf/mfu", work / (wall * self._peak)),
+        ]
 
     def snapshot(self) -> Snapshot | PolicySnapshots:
         """Copy this rank's share of a checkpoint, so that it can be written while training goes on.
@@ -270,7 +275,9 @@ class PPOLearner:
     def _value_only(self, step: int) -> bool:
         return self.state.networks.has_values and step < self.settings.learner.value_warmup_steps
 
-    def _update(self, state: TrainerState, experience: Experience, plan: StepPlan) -> UpdateResult:
+    def _update(
+        self, state: TrainerState, experience: Experience, plan: StepPlan, clock: StepClock
+    ) -> UpdateResult:
         """Train on the experience, then let the KL coefficient follow."""
         learner = self.settings.learner
         total = self.settings.batch.steps
@@ -278,9 +285,9 @@ class PPOLearner:
         rate = set_lr(state.optimizers.policy, factor)
         if state.optimizers.value is not None:
             set_lr(state.optimizers.value, factor)
-        result = PolicyUpdate(state.networks, state.optimizers, self.settings).train(
-            experience, plan
-        )
+        update = PolicyUpdate(state.networks, state.optimizers, self.settings, clock)
+        result = update.train(experience, plan)
+        clock.enters("metrics")
         kl = sequence_kl(experience, result.proximal)
         if kl is not None and not plan.value_only:
             # The KL of the batch that was trained, however stale: what the coefficient acted on.
@@ -370,12 +377,3 @@ def _as_table(payload: Any) -> pa.Table:
     if isinstance(payload, bytes | bytearray | memoryview | pa.Buffer):
         return pa.ipc.open_stream(pa.py_buffer(payload)).read_all()
     raise Fatal(f"a payload is neither an Arrow table nor Arrow bytes: {type(payload).__name__}")
-
-
-def _speed(rollouts: RolloutBatch, wall: float, cpu: float) -> list[Metric]:
-    return [
-        last("time/step", wall),
-        last("perf/tokens_per_s", float(rollouts.lengths.sum()) / wall),
-        last("perf/learner_busy_s", wall),
-        last("perf/learner_cpu_s", cpu),
-    ]

@@ -72,14 +72,12 @@ def by_policy(
 
 def merged(found: Mapping[str, Iterable[Metric]]) -> list[Metric]:
     """Metrics of the whole step: those of all policies merged, and each policy's own under
-    ``policies/NAME/``. Numbers that do not merge are averaged (standard deviations, coefficients)
-    or, as policies are trained one after the other, added up (seconds)."""
+    ``policies/NAME/``. Numbers that do not merge are averaged (standard deviations, coefficients).
+    """
     if list(found) == [""]:
         return list(found[""])
     every = [
-        replace(metric, kind="sum" if metric.name.startswith("time/") else "mean")
-        if metric.kind == "last"
-        else metric
+        replace(metric, kind="mean") if metric.kind == "last" else metric
         for metrics in found.values()
         for metric in metrics
     ]

@@ -5,7 +5,6 @@ What is minimised is in `objective`; this is the loop around it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from cluster.contracts.metrics import Metric, last, mean, merge, total
+from cluster.contracts.metrics import Metric, mean, merge, total
 from learner.compute.meter import Meter
 from learner.compute.optimizer import compute_in
 from learner.compute.optimizer_step import MicrobatchLoss, SkipCounter, optimiser_step
@@ -23,6 +22,7 @@ from learner.rl.measuring_pass import PolicyPass, WaitingForward
 from learner.rl.microbatch import Microbatch
 from learner.rl.objective import Minibatch, Objective
 from learner.rl.own_rows import minibatches, trained_tokens
+from learner.rl.step_clock import StepClock
 from learner.settings import LearnerSettings
 
 _Loss = Callable[[Microbatch, WaitingForward | None, Meter], Tensor]
@@ -51,14 +51,21 @@ class UpdateResult:
 
 
 class PolicyUpdate:
-    """Trains the networks on an experience. `value_only` steps leave the policy as it is."""
+    """Trains the networks on an experience. `value_only` steps leave the policy as it is.
+
+    clock: is told of each pass.
+    """
 
     def __init__(
-        self, networks: Networks, optimizers: Optimizers, settings: LearnerSettings
+        self,
+        networks: Networks,
+        optimizers: Optimizers,
+        settings: LearnerSettings,
+        clock: StepClock | None = None,
     ) -> None:
         self.networks, self.optimizers, self.settings = networks, optimizers, settings
         self._objective = Objective(networks, settings)
-        self._forward_s = 0.0
+        self._clock = clock or StepClock()
 
     def train(self, experience: Experience, plan: StepPlan) -> UpdateResult:
         """All epochs and minibatches; metrics named as in the canonical set.
@@ -67,7 +74,7 @@ class PolicyUpdate:
         out and counted. Raises Fatal as `optimiser_step` does, and for a forward pass that was
         not finite.
         """
-        began, self._forward_s = time.perf_counter(), 0.0
+        self._clock.enters("forward")
         metrics: list[Metric] = []
         ranks = self.networks.mesh.data
         before, empty = self.optimizers.skipped, 0
@@ -82,9 +89,6 @@ class PolicyUpdate:
         metrics = ranks.gather_metrics(metrics)  # So far there are means and maxima only.
         metrics.append(total("policy/skipped_updates", self.optimizers.skipped - before))
         metrics.append(total("policy/empty_minibatches", empty))
-        spent = time.perf_counter() - began
-        metrics.append(last("time/forward", self._forward_s))
-        metrics.append(last("time/backward", spent - self._forward_s))
         proximal = measured or self._completed(experience, first)
         return UpdateResult(metrics=list(merge(metrics).values()), proximal=proximal)
 
@@ -159,7 +163,9 @@ class PolicyUpdate:
                 skips,
                 networks.mesh,
                 [networks.roots.get("policy"), networks.value] if once else (),
+                on_gradients=partial(self._clock.enters, "optimizer"),
             )
+        self._clock.enters("forward")
         if outcome.skipped is not None:
             return []
         return [*meter.read(), mean(norm_name, outcome.grad_norm, 1)]
@@ -172,11 +178,11 @@ class PolicyUpdate:
         meter = Meter()
 
         def run(micro: Microbatch, waiting: WaitingForward | None) -> tuple[Tensor, list[Metric]]:
-            began = time.perf_counter()
+            self._clock.enters("forward")
             # One that does not count keeps another rank company: its gradient has to be zero, and
             # nothing of it may be measured, but it has to run, for ranks wait for each other.
             result = loss(micro, waiting, meter if micro.counts else Meter())
-            self._forward_s += time.perf_counter() - began
+            self._clock.enters("backward")
             return result if micro.counts else 0.0 * result, []
 
         micros = experience.micros.of(part.rows)

@@ -15,6 +15,7 @@ import pytest
 
 from cluster.contracts.config.reward import RewardConfig, RulesSource
 from cluster.contracts.rollout_table import from_table
+from cluster.contracts.step_parts import unaccounted
 from cluster.runs.audit import audit_run
 from reward_service.access import Access
 from reward_service.server import RunningServer, serve
@@ -77,6 +78,7 @@ def test_engine_and_learner_agree_after_every_update(world: Any, accord: Any) ->
     # The first line may be written before the first update has gone round.
     assert max(row.get("weight_sync/canary_logp_diff", 0.0) for row in measured) <= 1e-4
     assert all(row["async/staleness_max"] == 0 for row in measured)
+    assert max(abs(unaccounted(row)) for row in measured) < 0.01
     assert measured[0]["objective/kl"] == pytest.approx(0, abs=1e-4)
     assert abs(measured[-1]["objective/kl"]) > 1e-3  # the weights did move
 

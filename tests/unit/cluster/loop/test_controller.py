@@ -29,10 +29,13 @@ from cluster.contracts.records import (
     SwapReport,
     WeightManifest,
 )
+from cluster.contracts.step_parts import LEARNER_PARTS, unaccounted
 from cluster.loop.controller import Controller
 from cluster.loop.pool import WorkerPool
 from cluster.loop.settings import LoopSettings, PoolSettings
 from cluster.loop.timeline import Timeline
+from cluster.measure.simulation.loop import VirtualLoop
+from cluster.measure.simulation.roles import Trail
 from cluster.runs.control import Wishes
 from cluster.runs.monitor_actions import MonitorActions
 from cluster.runs.run import Run
@@ -234,7 +237,7 @@ def build(
     saved: int | None = None,
     stall_timeout_s: float = 5,
     monitors: MonitorActions | None = None,
-    again: Run | None = None,
+    again: Any = None,
     **settings: Any,
 ) -> tuple[Controller, WorkerPool, Run, Lines]:
     run = again or Run.create(str(tmp_path), "run", "train", NoConfig())
@@ -319,6 +322,49 @@ def test_every_prompt_is_trained_once_in_order(tmp_path: Path, bound: int) -> No
     assert swaps[-1]["weight_sync/canary_logp_diff"] == pytest.approx(1e-6)
     found = run.checkpoints.newest_good()
     assert (found.path.name, found.state.step) == ("step-000006", 6)
+
+
+class Timed(FakeLearner):
+    """Says where its time went, by the clock of the loop."""
+
+    async def step(self, batch: StepInput) -> StepResult:
+        now = asyncio.get_running_loop().time
+        await asyncio.sleep(0.25)  # on the way to it
+        began = now()
+        result = await super().step(batch)
+        spent = now() - began
+        parts = {
+            **dict.fromkeys(LEARNER_PARTS, 0.0),
+            "forward": spent / 4,
+            "backward": spent * 3 / 4,
+        }
+        times = [last(f"time/{part}", seconds) for part, seconds in parts.items()]
+        return replace(result, metrics=(*times, last("time/step", spent)))
+
+    async def snapshot(self) -> int:
+        await asyncio.sleep(0.5)
+        return await super().snapshot()
+
+
+def test_the_parts_of_a_steps_time_add_up_to_it(tmp_path: Path) -> None:
+    learner = Timed(seconds=1.0)
+    learner.lose = {2: 1}
+
+    async def trained() -> Lines:
+        controller, pool, _, lines = build(tmp_path, World(), learner, bound=1, again=Trail())
+        await asyncio.wait_for(drive(controller, pool), 200)
+        return lines
+
+    rows = [numbers for _, numbers in VirtualLoop().run(trained()).rows]
+    assert len(rows) == 6
+    assert [unaccounted(row) for row in rows] == pytest.approx([0.0] * 6, abs=1e-9)
+    assert [row["time/hand_over"] for row in rows] == pytest.approx([0.25] * 6)
+    # Step 3 is tried twice; the state is copied after step 4, and the last step waits for nothing.
+    assert [row["time/redo"] for row in rows] == pytest.approx([0, 0, 1.25, 0, 0, 0])
+    assert [row["time/checkpoint"] for row in rows] == pytest.approx([0, 0, 0, 0, 0.5, 0])
+    assert [row["time/backward"] for row in rows] == pytest.approx([0.75] * 6)
+    idle = [1.0 - 1.0 / row["time/step"] for row in rows]
+    assert [row["perf/trainer_idle_frac"] for row in rows] == pytest.approx(idle)
 
 
 def test_a_step_that_did_not_fit_into_memory_is_told(tmp_path: Path) -> None:

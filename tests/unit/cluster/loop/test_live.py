@@ -23,8 +23,9 @@ from cluster.contracts.live import (
     WorkerView,
     read_live,
 )
+from cluster.contracts.stopwatch import Stopwatch
 from cluster.loop.advice import bottleneck
-from cluster.loop.live import LiveMeter, LoopFacts, PoolFacts, Waits, WorkerFacts
+from cluster.loop.live import LiveMeter, LoopFacts, PoolFacts, WorkerFacts
 from cluster.loop.live_feed import LiveFeed
 from cluster.runs.live_file import LiveFile
 
@@ -80,7 +81,7 @@ def look(
 
 
 def test_waits_add_up_to_the_time_that_passed() -> None:
-    waits = Waits(100.0)
+    waits = Stopwatch(100.0, "groups")
     waits.turn(103.0, "learner")
     waits.turn(105.0, "weights")
     waits.turn(105.5, "groups")
