@@ -70,10 +70,10 @@ def block_attention(
     if alike > 1:
         key, value = (states.repeat_interleave(alike, dim=1) for states in (key, value))
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    outs = [
-        block.packed(_attended(*(block.padded(x) for x in (query, key, value)), scale, block.ahead))
-        for block in blocks
-    ]
+    outs = []
+    for block in blocks:
+        q, k, v = (block.padded(states) for states in (query, key, value))
+        outs.append(block.packed(_attended(q, k, v, scale, block.ahead)))
     return (outs[0] if len(outs) == 1 else torch.cat(outs, dim=1)).transpose(0, 1)[None]
 
 
@@ -109,8 +109,8 @@ def _block(lengths: np.ndarray[Any, Any], begin: int, device: torch.device | str
     columns = np.arange(width)
     spread = starts[:, None] + np.minimum(columns, lengths[:, None] - 1)
     real = np.flatnonzero((columns < lengths[:, None]).ravel())
-    tensors = (torch.from_numpy(places).to(device) for places in (spread.ravel(), real))
-    return PaddedBlock(begin, begin + total, rows, width, *tensors, ahead)
+    there, back = (torch.from_numpy(places).to(device) for places in (spread.ravel(), real))
+    return PaddedBlock(begin, begin + total, rows, width, there, back, ahead)
 
 
 class _Spread(torch.autograd.Function):
