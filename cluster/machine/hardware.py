@@ -7,13 +7,15 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
 
 from cluster.machine.cores import own_cores
+from cluster.machine.products import Products, measure_products
 
 MB = 1 << 20
 SHARED_MEMORY = "/dev/shm"
@@ -25,24 +27,33 @@ CGROUP_LIMITS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """What this process may use. gpu_memory_mb: of the smallest GPU; 0 without one."""
+    """What this process may use. gpu_memory_mb: of the smallest GPU; 0 without one. gpu_compute:
+    the smallest compute capability of the GPUs, None where the driver does not tell. products:
+    measures how fast one core multiplies (`measure_products`); None: nobody does."""
 
     cores: int
     memory_mb: int
     shared_memory_mb: int
     gpus: int = 0
     gpu_memory_mb: int = 0
+    gpu_compute: float | None = None
+    products: Callable[[int, int, int], Products] | None = field(
+        default=None, repr=False, compare=False
+    )
 
 
 def this_machine() -> Machine:
     """Cores by affinity, memory by the container's limit, GPUs that the installed torch can use."""
-    gpus = _gpu_memory_mb() if _torch_uses_gpus() else []
+    gpus = _gpu_figures("memory.total") if _torch_uses_gpus() else []
     return Machine(
         cores=len(own_cores()),
         memory_mb=min([psutil.virtual_memory().total, *_container_limits()]) // MB,
         shared_memory_mb=_shared_memory_mb(),
         gpus=len(gpus),
-        gpu_memory_mb=min(gpus, default=0),
+        gpu_memory_mb=int(min(gpus, default=0)),
+        # Asked on its own: an old driver refuses the whole question.
+        gpu_compute=min(_gpu_figures("compute_cap"), default=None) if gpus else None,
+        products=measure_products,
     )
 
 
@@ -71,20 +82,21 @@ def _torch_uses_gpus() -> bool:
     return False
 
 
-def _gpu_memory_mb() -> list[int]:
-    """MiB of each visible GPU, by the driver's own tool; none where that is missing."""
+def _gpu_figures(what: str) -> list[float]:
+    """A figure of each visible GPU (memory: MiB), by the driver's own tool; none where that is
+    missing or does not tell."""
     visible = _visible()
-    command = ["nvidia-smi", "--query-gpu=index,uuid,memory.total", "--format=csv,noheader,nounits"]
+    command = ["nvidia-smi", f"--query-gpu=index,uuid,{what}", "--format=csv,noheader,nounits"]
     try:
         told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
     rows = [[part.strip() for part in line.split(",")] for line in told.stdout.splitlines()]
     return [
-        int(row[2])
+        float(row[2])
         for row in rows
         if len(row) == 3
-        and row[2].isdigit()
+        and re.fullmatch(r"\d+(\.\d+)?", row[2])
         and (visible is None or row[0] in visible or any(row[1].startswith(v) for v in visible))
     ]
 

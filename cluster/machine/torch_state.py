@@ -7,6 +7,8 @@ states would compute different numbers from the same weights.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from cluster.contracts.devices import FAST_PRODUCTS
@@ -28,7 +30,9 @@ def prepare_torch(threads: int = 0, *, deterministic: bool = False) -> Precision
 
     if threads:
         torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(deterministic)
+    # Only where it changes something: the call imports torch's compiler, which takes a second.
+    if deterministic != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(deterministic)
     torch.set_float32_matmul_precision("highest")
     if not FAST_PRODUCTS.on(torch.cuda.is_available()):
         return "highest"
@@ -37,6 +41,21 @@ def prepare_torch(threads: int = 0, *, deterministic: bool = False) -> Precision
         return "medium"
     torch.set_float32_matmul_precision("highest")
     return "highest"
+
+
+@contextmanager
+def on_one_core() -> Iterator[None]:
+    """torch computes as in a role with one thread, without gradients; afterwards as before."""
+    import torch
+
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        prepare_torch(1, deterministic=torch.are_deterministic_algorithms_enabled())
+        with torch.inference_mode():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
 
 
 def product_error() -> float:

@@ -45,11 +45,17 @@ class Choices(Generic[C]):
         section: Section = getattr(self.config, place)
         if auto_rule(type(section).model_fields[name]) is None:
             raise ValueError(f"{key} is not a key that is chosen")
-        if name in section.model_fields_set:
+        if self.is_set(key):
             return
         changed = section.model_copy(update={name: value})
         self.config = self.config.model_copy(update={place: changed})
         self.reasons[key] = Reason(value, why)
+
+    def is_set(self, key: str) -> bool:
+        """Whether ``section.name`` needs no choice: the user set it, or it was chosen before."""
+        place, _, name = key.partition(".")
+        section: Section = getattr(self.config, place)
+        return name in section.model_fields_set
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

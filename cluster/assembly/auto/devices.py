@@ -9,7 +9,7 @@ from cluster.assembly.auto.choices import WIDTH, Choices, Load, counted, million
 from cluster.assembly.model_facts import ModelFacts
 from cluster.contracts.config.rollout import RolloutConfig
 from cluster.contracts.config.train import TrainConfig
-from cluster.contracts.devices import ENGINE_CORES, NUMBER_TYPE
+from cluster.contracts.devices import ENGINE_CORES
 from cluster.machine.hardware import MB, Machine
 
 SMALL = 50_000_000  # parameters; below, a second core makes decoding slower (measured up to 16 M)
@@ -64,10 +64,6 @@ def choose_gpus_alone(choices: Choices[Any], engines: int) -> None:
     else:
         share = math.floor(10_000 / math.ceil(engines / count)) / 10_000
         choices.settle("rollout.gpus", share, f"{counted(engines)} share {counted(count, 'GPU')}")
-
-
-def dtype_of(on_gpu: bool, role: str) -> tuple[str, str]:
-    return NUMBER_TYPE.on(on_gpu), f"the {role} runs on a {'GPU' if on_gpu else 'CPU'}"
 
 
 def choose_worker_cores(choices: Choices[Any], model: ModelFacts | None, load: Load) -> None:

@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from cluster.assembly.auto.choices import WIDTH, Choices, Load, counted
-from cluster.assembly.auto.devices import choose_worker_cores, dtype_of
+from cluster.assembly.auto.devices import choose_worker_cores
+from cluster.assembly.auto.number_types import choose_engine_type
 from cluster.assembly.model_facts import ModelFacts
 from cluster.contracts.devices import COMPLETION_TOKENS, DECODED_AT_ONCE
 from cluster.machine.hardware import MB
@@ -17,8 +18,7 @@ GPU_LEAST = 0.05
 
 
 def choose_engines(choices: Choices[Any], model: ModelFacts | None, load: Load) -> None:
-    on_gpu = choices.config.rollout.gpus > 0
-    choices.settle("rollout.dtype", *dtype_of(on_gpu, "engine"))
+    choose_engine_type(choices, model, load)
     choose_worker_cores(choices, model, load)
     choose_longest_completion(choices, model, load)
     choose_gpu_share(choices, model, load)

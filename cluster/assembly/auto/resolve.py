@@ -1,6 +1,7 @@
 """Values for the keys that a config leaves at ``auto``, each with the reason for it.
 
-Pure: the machine, the model and the config go in. A key that the user set is never changed, and
+Pure, but for what a machine measures when it is asked (``Machine.products``): the machine, the
+model and the config go in. A key that the user set is never changed, and
 later choices follow from it. The resolved config is what every role gets and what the run stores in
 ``config.toml``, where every key is set: a resumed or replayed run chooses nothing anew.
 
@@ -19,10 +20,10 @@ from cluster.assembly.auto.devices import (
     choose_gpus,
     choose_gpus_alone,
     choose_learner_cores,
-    dtype_of,
 )
 from cluster.assembly.auto.engines import choose_engines
 from cluster.assembly.auto.fits import choose_processes
+from cluster.assembly.auto.number_types import choose_learner_type, choose_training_type
 from cluster.assembly.model_facts import ModelFacts, read_model_facts
 from cluster.contracts.config.base import Section
 from cluster.contracts.config.evaluate import EvaluateConfig
@@ -39,7 +40,8 @@ class _Engines(Section):
 
 
 def resolve_here(config: TrainConfig) -> Resolved[TrainConfig]:
-    """``resolve_training`` for this machine and the config's model. Takes milliseconds."""
+    """``resolve_training`` for this machine and the config's model. Takes a tenth of a second
+    where the type that is computed in has to be measured, else milliseconds."""
     return resolve_training(config, this_machine(), read_model_facts(config.model))
 
 
@@ -49,7 +51,6 @@ def resolve_training(
     """model: None where its config cannot be read; then what depends on it keeps a fallback."""
     choices = Choices(config, machine)
     choose_gpus(choices)
-    choices.settle("model.dtype", *dtype_of(choices.config.learner.gpus > 0, "learner"))
     batch, bound = config.batch, config.staleness.bound
     load = Load(
         engines=config.rollout.workers,
@@ -58,6 +59,7 @@ def resolve_training(
         outstanding=(bound + 1) * batch.prompts_per_step * batch.samples_per_prompt,
     )
     choose_engines(choices, model, load)
+    choose_learner_type(choices, model)
     choose_learner_cores(choices, model)
     choose_cluster(choices, model)
     steps = config.batch.steps
@@ -101,8 +103,7 @@ def resolve_fit(
     """Supervised fine-tuning, a reward model or DPO: they compute on a GPU where there is one.
     rows_bytes, launched: see ``choose_processes``."""
     choices = Choices(config, machine)
-    on_gpu = machine.gpus > 0
-    choices.settle("model.dtype", *dtype_of(on_gpu, "training"))
+    choose_training_type(choices, model)
     choose_processes(choices, model, rows_bytes, launched)
     return Resolved(choices.config, choices.reasons)
 

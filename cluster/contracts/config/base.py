@@ -145,7 +145,7 @@ class ModelConfig(Section):
     trust_remote_code: bool = Field(False, description="Run Python code that comes with the model.")
     dtype: DType = auto(
         "float32",
-        rule="bfloat16 on a GPU, float32 on a CPU",
+        rule="bfloat16 on a GPU that has it; on a CPU whichever was measured to be faster",
         description="Number type that the learner computes in. Master weights stay float32.",
     )
     chat_template: str | None = Field(

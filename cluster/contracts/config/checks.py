@@ -103,7 +103,8 @@ def lora_problems(
             "learner.tensor_parallel cuts layers by the names that adapters change: set it to 1 "
             "with [lora], and learner.sharding = 'fsdp2' where the base does not fit"
         )
-    if model.dtype == "bfloat16" and rollout.dtype == "float32":
+    set_to_float32 = rollout.dtype == "float32" and "dtype" in rollout.model_fields_set
+    if model.dtype == "bfloat16" and set_to_float32:
         found.append(
             "with [lora] and model.dtype = 'bfloat16' the learner holds the base in bfloat16, so "
             "that engines in float32 could not be compared with it: set rollout.dtype = 'bfloat16'"

@@ -55,7 +55,7 @@ class RolloutConfig(Section):
     )
     dtype: DType = auto(
         "float32",
-        rule="bfloat16 on a GPU, float32 on a CPU",
+        rule="bfloat16 on a GPU that has it; on a CPU whichever was measured to be faster",
         description="Number type that the engine computes in.",
     )
     quantization: Literal["none", "int8", "fp8"] = Field(
