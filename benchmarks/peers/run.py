@@ -1,6 +1,6 @@
 """Accord against TRL's GRPOTrainer: same model, prompts, reward and cores, one after the other.
 
-    python benchmarks/peers/run.py [--repeats 3] [--sizes 0.3M 1M 19M] [--quick] [--out FILE]
+    python benchmarks/peers/run.py [--repeats 3] [--sizes 0.3M 1M 19M] [--dtype best] [--out FILE]
 
 Needs Accord's environment for itself and makes TRL's own beside it (benchmarks/peers/.venv). Both
 sides get the same two cores. See README.md here for what is measured and what is not.
@@ -21,7 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sides import HERE, ROOT, Task, Watched, figures, make_environment, run_accord, run_trl
+from sides import HERE, ROOT, Task, figures, make_environment, run_accord, run_trl
 
 OUT = ROOT / "benchmarks" / "results" / "peers.json"
 
@@ -38,15 +38,15 @@ ACCORD = {
 }
 MOST_STEPS = {"0.3M": 120, "1M": 120, "19M": 24}  # a step of TRL at 19M takes ten seconds
 # TRL's: what is tried briefly at each size; the fastest does the repeats.
+PLAIN = {"threads": 1, "microbatches": 1, "gradient_checkpointing": False, "bf16": False}
 TRL = {
-    "1 thread": {"threads": 1, "microbatches": 1, "gradient_checkpointing": False},
-    "2 threads": {"threads": 2, "microbatches": 1, "gradient_checkpointing": False},
-    "1 thread, as TRL sets itself": {
-        "threads": 1,
-        "microbatches": 1,
-        "gradient_checkpointing": True,
-    },
+    "1 thread": PLAIN,
+    "2 threads": {**PLAIN, "threads": 2},
+    "1 thread, as TRL sets itself": {**PLAIN, "gradient_checkpointing": True},
 }
+# With --dtype best, what each side computes in is its own choice: Accord measures, TRL tries both.
+IN_FLOAT32 = ["model.dtype=float32", "rollout.dtype=float32"]
+TRL_IN_BFLOAT16 = {"1 thread, bf16": {**PLAIN, "bf16": True}}
 
 
 def main() -> None:
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", choices=list(LR), default=list(LR))
     parser.add_argument("--lengths", nargs="+", choices=["forced", "varied"], default=["forced"])
+    parser.add_argument("--dtype", choices=["float32", "best"], default="float32")
     parser.add_argument("--quick", action="store_true", help="a smoke test: 0.3M, few steps")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -62,28 +63,33 @@ def main() -> None:
     make_environment()
     sizes = ["0.3M"] if args.quick else args.sizes
     cases = [
-        compare(size, varied, 1 if args.quick else args.repeats, args.quick)
+        compare(size, varied, args.dtype, 1 if args.quick else args.repeats, args.quick)
         for size in sizes
         for varied in ((False,) if args.quick else [name == "varied" for name in args.lengths])
     ]
     report(cases, args.out or (None if args.quick else OUT))
 
 
-def compare(size: str, varied: bool, repeats: int, quick: bool) -> dict[str, Any]:
+def compare(size: str, varied: bool, dtype: str, repeats: int, quick: bool) -> dict[str, Any]:
     """All runs of one size and variant, in the order A B, B A, A B, ..."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         task, parameters = make_task(folder, size, varied)
         if quick:
             task = replace(task, least_steps=10, most_steps=10)
-        options, tried = fastest_trl(task, folder, quick)
+        best = dtype == "best"
+        accord = ACCORD[size] + ([] if best else IN_FLOAT32)
+        options, tried = fastest_trl(task, folder, TRL | (TRL_IN_BFLOAT16 if best else {}), quick)
         runs: dict[str, list[dict[str, Any]]] = {"accord": [], "trl": []}
         versions: dict[str, str] = {}
         for repeat in range(repeats):
             for side in ("accord", "trl") if repeat % 2 == 0 else ("trl", "accord"):
                 place = folder / f"{side}-{repeat}"
                 seeded = replace(task, seed=repeat)
-                watched = run_side(side, seeded, place, options)
+                if side == "trl":
+                    watched = run_trl(seeded, place, options)
+                else:
+                    watched = run_accord(seeded, place, accord)
                 versions |= watched.versions
                 row = figures(seeded, watched)
                 runs[side].append(row)
@@ -94,19 +100,14 @@ def compare(size: str, varied: bool, repeats: int, quick: bool) -> dict[str, Any
         "lengths": "varied" if varied else "forced",
         "lr": task.lr,
         "target": task.target,
-        "accord_settings": ACCORD[size],
+        "dtype": dtype,
+        "accord_settings": accord,
         "trl_settings": options,
         "trl_tried_samples_per_s": tried,
         "runs": runs,
         "ratios": ratios(runs),
         "versions": versions,
     }
-
-
-def run_side(side: str, task: Task, folder: Path, options: dict[str, Any]) -> Watched:
-    if side == "trl":
-        return run_trl(task, folder, options)
-    return run_accord(task, folder, ACCORD[task.size])
 
 
 def make_task(folder: Path, size: str, varied: bool) -> tuple[Task, int]:
@@ -129,21 +130,21 @@ def make_task(folder: Path, size: str, varied: bool) -> tuple[Task, int]:
 
 
 def fastest_trl(
-    task: Task, folder: Path, quick: bool
+    task: Task, folder: Path, candidates: dict[str, dict[str, Any]], quick: bool
 ) -> tuple[dict[str, Any], dict[str, float | None]]:
     """(TRL's best options, samples per second of each that was tried)."""
-    names = list(TRL)[:1] if quick else list(TRL)
+    names = list(candidates)[:1] if quick else list(candidates)
     short = replace(task, least_steps=8, most_steps=8, warm_up=2)
     rates: dict[str, float | None] = {}
     for name in names:
         if quick:
             rates[name] = None
             continue
-        watched = run_trl(short, folder / f"try-{len(rates)}", TRL[name])
+        watched = run_trl(short, folder / f"try-{len(rates)}", candidates[name])
         rates[name] = figures(short, watched)["samples_per_s"]
         print(f"{task.size} TRL, {name}: {rates[name]:.1f} samples/s", flush=True)
     best = max(rates, key=lambda name: rates[name] or 0.0)
-    return {"name": best, **TRL[best]}, rates
+    return {"name": best, **candidates[best]}, rates
 
 
 def ratios(runs: dict[str, list[dict[str, Any]]]) -> dict[str, float | None]:

@@ -123,7 +123,7 @@ def make_environment() -> Path:
 
 
 def run_trl(task: Task, folder: Path, options: dict[str, Any]) -> Watched:
-    """options: threads, microbatches, gradient_checkpointing."""
+    """options: threads, microbatches, gradient_checkpointing, bf16."""
     settings = {**asdict(task), "min_tokens": task.min_tokens, "folder": str(folder), **options}
     folder.mkdir(parents=True)
     given, answer = folder / "settings.json", folder / "result.json"

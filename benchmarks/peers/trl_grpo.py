@@ -85,7 +85,7 @@ def config() -> GRPOConfig:
     return GRPOConfig(
         output_dir=SETTINGS["folder"],
         use_cpu=True,
-        bf16=False,
+        bf16=SETTINGS["bf16"],
         seed=SETTINGS["seed"],
         max_steps=SETTINGS["most_steps"],
         per_device_train_batch_size=SETTINGS["prompts_per_step"] * samples // parts,

@@ -50,7 +50,7 @@ def pipeline_config(settings: QuickstartConfig, directory: str, name: str) -> Pi
     run = Path(directory, name)
     tree = {
         "run": {"dir": directory, "name": name, "seed": settings.seed},
-        "model": {"path": str(run / "base"), "dtype": "float32"},
+        "model": {"path": str(run / "base")},
         "sft": _sft(run),
         **_labels(run),
         "reward_model": _reward_model(),

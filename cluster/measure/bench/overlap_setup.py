@@ -116,6 +116,7 @@ def train_config(workload: Workload, mode: Mode, name: str) -> TrainConfig:
         ),
         rollout=RolloutConfig(
             engine="vllm",
+            dtype=workload.dtype,
             workers=2 if mode == "colocated" else 1,
             max_tokens=LONGEST if workload.tail else ANSWER_TOKENS,
             max_running=workload.running,
