@@ -21,11 +21,11 @@ class QuickstartConfig(Section):
 
     seed: int = 0
     scale: float = 1.0
-    demonstrations: int = 24000
+    demonstrations: int = 16000
     preference_prompts: int = 1600
     rl_prompts: int = 1600
     eval_prompts: int = 400
-    ppo_steps: int = 60
+    ppo_steps: int = 40
     kl_coef: float = 0.08
 
     @staticmethod
@@ -108,8 +108,7 @@ def _labels(run: Path) -> dict[str, Any]:
 def _reward_model() -> dict[str, Any]:
     fit = {
         "lr": 7e-4,
-        "epochs": 2,
-        "rows_per_step": 32,
+        "rows_per_step": 16,
         "tokens_per_microbatch": 2048,
         "schedule": "linear",
         "max_tokens": 128,
@@ -126,7 +125,9 @@ def _ppo(run: Path, settings: QuickstartConfig) -> dict[str, Any]:
         "batch": {"prompts_per_step": 32, "samples_per_prompt": 4, "steps": settings.ppo_steps},
         "rollout": {"max_tokens": MAX_TOKENS, "gpus": 0},
         "algorithm": {"missing_eos_penalty": 1.0, "kl": {"coef": settings.kl_coef}},
-        "learner": {"gpus": 0, "lr": 4e-4, "warmup_steps": 8, "minibatches": 4},
+        "learner": {
+            "gpus": 0, "lr": 6e-4, "schedule": "linear", "warmup_steps": 5, "minibatches": 4
+        },
         "checkpoint": {"every": 20},
     }
 

@@ -19,7 +19,7 @@ def test_it_is_one_round_that_is_always_promoted(scale: float) -> None:
     assert (config.rounds, config.run.seed, config.promote.min_win_rate) == (1, 3, 0.0)
     train = config.of_stage(TrainConfig, "train", {"model": {"path": "m"}}, "rm")
     assert train.algorithm.kl.coef == 0.0
-    assert train.batch.steps == max(3, round(60 * scale))
+    assert train.batch.steps == max(3, round(40 * scale))
     stored = tomllib.loads(dump_toml(config))
     assert check_config(PipelineConfig, stored, where="stored") == config
 

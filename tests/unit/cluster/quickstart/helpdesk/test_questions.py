@@ -30,7 +30,7 @@ from cluster.quickstart.helpdesk.world import (
 )
 
 SPLITS: tuple[Split, ...] = get_args(Split)
-QUICKSTART: dict[Split, int] = {"sft": 24000, "preference": 1600, "rl": 1600, "eval": 400}
+QUICKSTART: dict[Split, int] = {"sft": 16000, "preference": 1600, "rl": 1600, "eval": 400}
 """What the quickstart draws of each split at scale 1."""
 
 
