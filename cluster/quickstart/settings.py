@@ -126,7 +126,11 @@ def _ppo(run: Path, settings: QuickstartConfig) -> dict[str, Any]:
         "rollout": {"max_tokens": MAX_TOKENS, "gpus": 0},
         "algorithm": {"missing_eos_penalty": 1.0, "kl": {"coef": settings.kl_coef}},
         "learner": {
-            "gpus": 0, "lr": 6e-4, "schedule": "linear", "warmup_steps": 5, "minibatches": 4
+            "gpus": 0,
+            "lr": 6e-4,
+            "schedule": "linear",
+            "warmup_steps": 5,
+            "minibatches": 4,
         },
         "checkpoint": {"every": 20},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,3 +84,22 @@ def test_every_process_that_computes_takes_that_state(
         monkeypatch.setattr(sys, "stdin", io.StringIO(""))
         chat_loop(str(tiny), None, settings=ChatSettings(max_tokens=1), seed=0)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_few_compiled_kernels_are_kept_unless_the_user_says_how_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    name, seen = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", []
+
+    def multiply() -> float:
+        seen.append(os.environ[name])
+        return 0.0
+
+    monkeypatch.setattr(torch_state, "product_error", multiply)
+    monkeypatch.setenv(name, "7")
+    prepare_torch()
+    assert os.environ[name] == "7"
+    monkeypatch.delenv(name)
+    prepare_torch()
+    assert seen == ["7", "64"]
+    assert name not in os.environ, "engines that this process starts would keep as few"
