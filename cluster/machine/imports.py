@@ -6,7 +6,7 @@ import gc
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 
 @contextmanager
@@ -38,11 +38,19 @@ def quiet_torchao() -> None:
 
 def _import_transformers() -> None:
     quiet_torchao()
-    hidden = "scipy" not in sys.modules and "transformers" not in sys.modules
-    if hidden:
-        sys.modules["scipy"] = None  # type: ignore[assignment]  # as if it were not installed
-    try:
+    with hidden("scipy") if "transformers" not in sys.modules else nullcontext():
         import transformers.modeling_utils  # noqa: F401
+
+
+@contextmanager
+def hidden(module: str) -> Iterator[None]:
+    """As if a library were not installed, unless it has been imported already: for what others
+    import if they find it, and use for what no role does."""
+    if module in sys.modules:
+        yield
+        return
+    sys.modules[module] = None  # type: ignore[assignment]
+    try:
+        yield
     finally:
-        if hidden:
-            del sys.modules["scipy"]
+        del sys.modules[module]

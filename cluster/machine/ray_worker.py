@@ -1,0 +1,73 @@
+"""What Ray starts as a worker process, on a cluster that Accord has started.
+
+With a fork server (`fork_server.py`) the worker is a copy of that process, whose imports are done.
+This small process then only stands for it: it ends when the worker ends, and the worker ends with
+it. Without a fork server, or where it is gone, this process becomes the worker itself.
+
+Imports nothing heavy: the time until a worker serves begins here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+PLACE = "ACCORD_FORK_SERVER"
+"""The variable that names the fork server's socket."""
+
+
+def ends_with_fork_server(place: str) -> int | None:
+    """The exit code of the worker that the server has made; None where there is no server."""
+    import json
+    import signal
+    import socket
+
+    request = {
+        "argv": sys.argv[1:],
+        "environ": dict(os.environ),
+        "cwd": os.getcwd(),
+        "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
+    }
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        try:
+            connection.connect(place)
+            socket.send_fds(connection, [b"\0"], [0, 1, 2])
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            if connection.recv(1) != b"+":  # forked
+                return None
+        except OSError:
+            return None
+        try:
+            return int.from_bytes(connection.recv(1), "big")  # when it has ended
+        except OSError:  # the server is gone; its workers end by themselves
+            return 1
+
+
+def default_worker() -> str:
+    """The file that Ray runs in a worker process. Ray itself is not imported."""
+    from importlib.util import find_spec
+
+    ray = find_spec("ray")
+    assert ray is not None and ray.origin is not None
+    return os.path.join(os.path.dirname(ray.origin), "_private", "workers", "default_worker.py")
+
+
+def become(path: str, words: list[str]) -> None:
+    """Run a Python file as this process's program."""
+    import runpy
+
+    sys.argv = [path, *words]
+    sys.path[0] = os.path.dirname(path)
+    runpy.run_path(path, run_name="__main__")
+
+
+def main() -> None:
+    place = os.environ.get(PLACE)
+    code = ends_with_fork_server(place) if place else None
+    if code is not None:
+        sys.exit(code)
+    become(default_worker(), sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()
