@@ -35,6 +35,19 @@ def choose_engine(kind: EngineKind) -> tuple[Literal["vllm", "transformers"], st
     return "vllm", ""
 
 
+def engine_variables(gpu: bool) -> dict[str, str]:
+    """What torch and vLLM read when they are imported."""
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
+        "TOKENIZERS_PARALLELISM": "false",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+    }
+    if not gpu:
+        # On CPU the compiler buys nothing and its first use takes 10 s and a C++ compiler.
+        variables["TORCHDYNAMO_DISABLE"] = "1"
+    return variables
+
+
 def prepare_environment(
     cores: Sequence[int] = (), gpu: bool = False, threads: int | None = None
 ) -> None:
@@ -47,15 +60,7 @@ def prepare_environment(
     if "torch" in sys.modules and os.environ.get("OMP_NUM_THREADS") is None:
         raise RuntimeError("torch was imported before prepare_environment()")
     telemetry_off()
-    fixed = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine lives in this process
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if not gpu:
-        # On CPU the compiler buys nothing and its first use takes 10 s and a C++ compiler.
-        fixed["TORCHDYNAMO_DISABLE"] = "1"
-    os.environ.update(fixed)
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.update(engine_variables(gpu))
     if not gpu:
         # Two processes spinning in OpenMP on the same cores are many times slower.
         os.environ["OMP_NUM_THREADS"] = str(threads or max(1, len(cores)))
@@ -80,4 +85,13 @@ def make_engine(kind: Literal["vllm", "transformers"], settings: EngineSettings)
         # Before the engine is built: vLLM collects garbage several times meanwhile, and would look
         # through all modules each time.
         gc.freeze()
+        _set_threads()
         return engine_class(settings)
+
+
+def _set_threads() -> None:
+    """In a process that was forked, OpenMP has read its variable before it was set."""
+    import torch
+
+    if not torch.cuda.is_available() and (threads := os.environ.get("OMP_NUM_THREADS")):
+        torch.set_num_threads(int(threads))

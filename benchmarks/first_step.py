@@ -32,7 +32,10 @@ ROWS = {
     "RolloutActor": "rollout worker",
     "LearnerActor": "learner",
     "RewardActor": "reward service",
+    "ray::step": "learner",
     "ray::": "other Ray workers",
+    "cluster.machine.fork_server": "fork server",
+    "ray_worker.py": "Ray daemons",
     "gcs_server": "Ray daemons",
     "raylet": "Ray daemons",
     "ray/": "Ray daemons",
@@ -64,11 +67,11 @@ def one_start(config: Path, settings: list[str], folder: Path) -> tuple[dict[str
     words += [f"run.dir={folder}", "run.name=run"]
     times: dict[str, float] = {}
     used: dict[tuple[int, float], tuple[str, float]] = {}
+    environment = {**os.environ, "ACCORD_NO_BOOTSTRAP": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each start compiles Accord anew
     began = time.time()
     with output.open("wb") as stream:
-        process = subprocess.Popen(
-            words, env={**os.environ, "ACCORD_NO_BOOTSTRAP": "1"}, stdout=stream, stderr=stream
-        )
+        process = subprocess.Popen(words, env=environment, stdout=stream, stderr=stream)
     try:
         while not first_step(run):
             if process.poll() is not None or time.time() - began > LONGEST_S:

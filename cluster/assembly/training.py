@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cluster.assembly.auto.resolve import resolve_here
+from cluster.assembly.forked_roles import forked_roles
 from cluster.assembly.listeners import check_callbacks
 from cluster.assembly.prepare import prepare, with_pinned_models
 from cluster.assembly.run_session import run_session
@@ -39,6 +40,17 @@ def train_policy(
     check_callbacks(callbacks, save_rollouts=config.logging.save_rollouts)
     arm_from(os.environ)
     start = start or StartLog(reporter)
+    with forked_roles(config.cluster, compiled=config.learner.compile):
+        return _train(config, reporter, cores, callbacks, start)
+
+
+def _train(
+    config: TrainConfig,
+    reporter: Reporter,
+    cores: CorePlan | None,
+    callbacks: Sequence[AnyCallback],
+    start: StartLog,
+) -> Path:
     # Before Ray: a mistake in what is read then leaves nothing behind, and is said sooner.
     with start.part(READING):
         resolved = resolve_here(with_pinned_models(config))

@@ -35,11 +35,12 @@ def train(
 
 def _train_in_own_process(config: TrainConfig, reporter: Reporter) -> Path:
     """As `accord.train`, but this process is the command's own, so it may import as roles do."""
-    from cluster.assembly.training import train_policy
+    from cluster.assembly.forked_roles import forked_roles
     from cluster.machine.imports import quick_imports
     from cluster.runs.start_log import StartLog
 
     start = StartLog(reporter)
-    with start.part("torch and transformers"), quick_imports():
-        import learner.models.load  # noqa: F401
-    return train_policy(config, reporter, start=start)
+    with forked_roles(config.cluster, compiled=config.learner.compile):
+        with start.part("torch and transformers"), quick_imports():
+            from cluster.assembly.training import train_policy
+        return train_policy(config, reporter, start=start)

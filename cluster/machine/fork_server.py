@@ -24,13 +24,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.machine.imports import hidden, quick_imports
-from cluster.machine.ray_worker import PLACE, become, default_worker
+from cluster.machine.ray_worker import PLACE, become
 
 ROOT = Path(__file__).resolve().parents[2]
 BACKLOG = 256
@@ -58,6 +58,8 @@ def fork_server(modules: Sequence[str], variables: Mapping[str, str]) -> Iterato
     process = subprocess.Popen(
         [*command, *modules],
         stdin=subprocess.PIPE,  # closed when this process ends, however it ends
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,  # what libraries say when they are imported; workers have a log
         pass_fds=[listening.fileno()],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), **variables},
         start_new_session=True,  # a Ctrl-C is for the command
@@ -98,7 +100,7 @@ class Server:
         self._pidfds: dict[socket.socket, int] = {}
 
     def serve(self) -> Request | None:
-        """The request that this process, a new one, is to fulfil; None when the parent has ended."""
+        """What this process, a new one, is to become; None when the parent has ended."""
         while True:
             for key, _ in self._waits.select():
                 if key.fileobj is self._listening:
@@ -183,9 +185,10 @@ def _take_over(request: Request) -> None:
 def _prepare(modules: Sequence[str]) -> None:
     """Ray is left to the workers: it reads its variables when it is imported, and they have their
     own. vLLM, which would import it for engines over several machines, does without."""
-    with hidden("ray"), quick_imports():
+    with hidden("ray"), quick_imports() if modules else nullcontext():
         for module in modules:
-            importlib.import_module(module)
+            with suppress(Exception):  # the worker that needs it says what is wrong
+                importlib.import_module(module)
     gc.freeze()  # else the first collection in a worker would copy all of it
 
 
@@ -195,7 +198,7 @@ def main() -> None:
     request = Server(listening).serve()
     if request is not None:
         _take_over(request)
-        become(default_worker(), request.words["argv"])
+        become(request.words["program"], request.words["words"])
 
 
 if __name__ == "__main__":

@@ -16,30 +16,34 @@ def quick_imports() -> Iterator[None]:
     The garbage collector rests while a few hundred thousand objects of modules come to life, and
     never looks at them again.
 
-    ``transformers`` is imported first, with scipy out of its sight: it would load that for losses
-    of object detection, which takes 0.6 s. Afterwards scipy can be imported as usual.
+    scipy is out of sight: transformers would load it for losses of object detection, and vLLM for
+    sounds, which takes half a second each. Afterwards it can be imported as usual.
     """
     was_enabled = gc.isenabled()
     gc.disable()
+    quiet_torchao()
     try:
-        _import_transformers()
-        yield
+        # transformers asks once whether it is there.
+        with nullcontext() if _asked("scipy") else hidden("scipy"):
+            import transformers.modeling_utils  # noqa: F401
+
+            yield
     finally:
         gc.freeze()
         if was_enabled:
             gc.enable()
 
 
+def _asked(library: str) -> bool:
+    """Whether transformers was told that the library is there."""
+    found = sys.modules.get("transformers.utils.import_utils")
+    return found is not None and bool(getattr(found, f"is_{library}_available")())
+
+
 def quiet_torchao() -> None:
     """``transformers`` imports it, and it warns of kernels that were made for other machines."""
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _import_transformers() -> None:
-    quiet_torchao()
-    with hidden("scipy") if "transformers" not in sys.modules else nullcontext():
-        import transformers.modeling_utils  # noqa: F401
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from ipaddress import ip_address
 from pathlib import PurePath
 from typing import Any
@@ -18,13 +18,13 @@ from cluster.contracts.config.base import ClusterConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.telemetry import telemetry_off
 from cluster.machine.handshake import PACKAGES, ROOT, require_same_everywhere
+from cluster.machine.head_node import head_node
 from cluster.machine.joining import cluster_to_join
 from cluster.machine.ray_token import prepare_token
 from cluster.machine.signals import signal_handlers_kept
 
 PR_SET_CHILD_SUBREAPER = 36  # <linux/prctl.h>
 LEFTOVERS_S = 2.0
-LOOPBACK = "127.0.0.1"
 
 _held: list[dict[str, Any]] = []
 """What the ``ray_cluster`` that this process is in yields; empty outside of one."""
@@ -70,13 +70,13 @@ def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     # A line at every start, about what nobody has to decide: its token stays on.
     token_log = "ray._private.authentication.authentication_token_setup"
     logging.getLogger(token_log).setLevel(logging.ERROR)
-    try:
-        context = _connect(config)
+    connected = _connected_to_own(config) if config.to_join is None else _connected(config.to_join)
+    with connected as (context, dashboard):
         node: dict[str, Any] = next((n for n in ray.nodes() if n.get("Alive")), {})
         yield {
             "address": context.address_info.get("gcs_address", ""),
             "metrics_port": node.get("MetricsExportPort"),
-            "dashboard": context.dashboard_url or None,
+            "dashboard": dashboard,
             "job": ray.get_runtime_context().get_job_id(),
             "session": PurePath(str(context.address_info.get("session_dir", ""))).name,
             "resources": {
@@ -85,25 +85,57 @@ def _joined(config: ClusterConfig) -> Iterator[dict[str, Any]]:
                 if kind in ("CPU", "GPU")
             },
         }
-    finally:
-        ray.shutdown()  # also what it had started when it was interrupted
 
 
-def _connect(config: ClusterConfig) -> Any:
+@contextmanager
+def _connected_to_own(config: ClusterConfig) -> Iterator[tuple[Any, str | None]]:
+    """(context, HOST:PORT of the dashboard) of a cluster that is started here, and ended."""
+    with ExitStack() as ending:
+        with _loopback():
+            head = ending.enter_context(head_node(config))
+            ending.callback(_shutdown)
+            context = _init(head.address)
+        yield context, head.dashboard
+
+
+@contextmanager
+def _connected(given: str) -> Iterator[tuple[Any, str | None]]:
+    """(context, HOST:PORT of the dashboard) of a cluster that others have started."""
+    # Its hosts import the driver's Accord, whatever they have of their own.
+    code = {"py_modules": [str(ROOT / name) for name in PACKAGES], "excludes": ["__pycache__"]}
+    place = cluster_to_join(given)
+    with ExitStack() as ending:
+        ending.callback(_shutdown)
+        try:
+            context = _init(place, runtime_env=code)
+        except ConnectionError as problem:
+            raise UserError(
+                f"the Ray cluster answers, but cannot be joined: {problem}",
+                where=f"cluster.address = {given}",
+                fix="join from a machine that is one of its nodes: `ray start --address` makes "
+                "it one",
+            ) from None
+        yield context, context.dashboard_url or None
+
+
+def _init(address: str, **options: Any) -> Any:
     import ray
 
-    given = config.to_join
-    place = None if given is None else cluster_to_join(given)
-    try:
-        # Ray puts a handler of its own for SIGTERM, with another exit code.
-        with signal_handlers_kept(), _loopback() if place is None else nullcontext():
-            return ray.init(**_options(config, place))
-    except ConnectionError as problem:
-        raise UserError(
-            f"the Ray cluster answers, but cannot be joined: {problem}",
-            where=f"cluster.address = {given}",
-            fix="join from a machine that is one of its nodes: `ray start --address` makes it one",
-        ) from None
+    with signal_handlers_kept():  # Ray puts one of its own for SIGTERM, with another exit code
+        return ray.init(
+            address=address,
+            namespace="accord",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=False,
+            **options,
+        )
+
+
+def _shutdown() -> None:
+    import ray
+
+    ray.shutdown()  # also what it had begun when it was interrupted
 
 
 @contextmanager
@@ -159,28 +191,6 @@ def _adopt_orphans(wanted: bool) -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(wanted), 0, 0, 0)
 
 
-def _options(config: ClusterConfig, place: str | None) -> dict[str, Any]:
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "namespace": "accord",
-        "configure_logging": False,
-    }
-    if place is not None:
-        # Its hosts import the driver's Accord, whatever they have of their own.
-        code = {"py_modules": [str(ROOT / name) for name in PACKAGES], "excludes": ["__pycache__"]}
-        return {**common, "address": place, "runtime_env": code}
-    return {
-        **common,
-        "address": "local",
-        # Logical CPUs: the roles of a run need slots of their own even on two cores.
-        "num_cpus": config.num_cpus or max(8, os.cpu_count() or 1),
-        "object_store_memory": config.object_store_mb << 20,
-        "include_dashboard": config.dashboard,
-        "dashboard_host": LOOPBACK,
-    }
-
-
 def _environment() -> None:
     """For this process and, inherited, for every worker Ray starts."""
     telemetry_off()
@@ -188,6 +198,8 @@ def _environment() -> None:
         "RAY_metrics_report_interval_ms": "2000",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "TOKENIZERS_PARALLELISM": "false",
+        # Workers may wait for a fork server that still imports.
+        "RAY_worker_register_timeout_seconds": "300",
         # Spinning OpenMP threads of several roles on shared cores cost a factor of ten.
         "OMP_NUM_THREADS": "1",
     }

@@ -16,14 +16,17 @@ PLACE = "ACCORD_FORK_SERVER"
 """The variable that names the fork server's socket."""
 
 
-def ends_with_fork_server(place: str) -> int | None:
-    """The exit code of the worker that the server has made; None where there is no server."""
+def forked(place: str, program: str, words: list[str]) -> int | None:
+    """Have the fork server at ``place`` run a Python file with these arguments, in a new process
+    that has this one's variables, folder and streams. Returns its exit code once it has ended; None
+    where there is no server."""
     import json
     import signal
     import socket
 
     request = {
-        "argv": sys.argv[1:],
+        "program": program,
+        "words": words,
         "environ": dict(os.environ),
         "cwd": os.getcwd(),
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
@@ -48,8 +51,10 @@ def default_worker() -> str:
     from importlib.util import find_spec
 
     ray = find_spec("ray")
-    assert ray is not None and ray.origin is not None
-    return os.path.join(os.path.dirname(ray.origin), "_private", "workers", "default_worker.py")
+    assert ray is not None  # else nobody had started this
+    return os.path.join(
+        os.path.dirname(str(ray.origin)), "_private", "workers", "default_worker.py"
+    )
 
 
 def become(path: str, words: list[str]) -> None:
@@ -62,11 +67,11 @@ def become(path: str, words: list[str]) -> None:
 
 
 def main() -> None:
-    place = os.environ.get(PLACE)
-    code = ends_with_fork_server(place) if place else None
+    place, program, words = os.environ.get(PLACE), default_worker(), sys.argv[1:]
+    code = forked(place, program, words) if place else None
     if code is not None:
         sys.exit(code)
-    become(default_worker(), sys.argv[1:])
+    become(program, words)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,28 @@
+"""The roles' processes as copies of one whose imports are done, so that they start at once."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+from cluster.contracts.config.base import ClusterConfig
+from cluster.machine.fork_server import fork_server
+from cluster.machine.hardware import this_machine
+
+ROLES = ("learner.rl.learner", "actors.rollout", "reward_service.server")
+ENGINE = "actors.engines.vllm_engine"
+
+
+def forked_roles(cluster: ClusterConfig, *, compiled: bool = False) -> AbstractContextManager[None]:
+    """To be entered before anything else that takes time: the imports begin here.
+
+    Not on a cluster that is joined (its hosts import for themselves), not on a machine with GPUs
+    (a CUDA context does not survive a fork), and not for a ``compiled`` learner (on CPUs the engine
+    switches torch's compiler off, and that is settled by the import).
+    """
+    if cluster.to_join is not None or compiled or this_machine().gpus:
+        return nullcontext()
+    from actors.environment import engine_variables, vllm_available
+
+    engine = (ENGINE,) if vllm_available() else ()
+    threads = {"OMP_NUM_THREADS": "1"}  # each role sets its own number
+    return fork_server((*ROLES, *engine), {**engine_variables(gpu=False), **threads})
