@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 from cluster.contracts.config.base import ClusterConfig
 from cluster.machine.fork_server import fork_server
 from cluster.machine.hardware import this_machine
 
-ROLES = ("learner.rl.learner", "actors.rollout", "reward_service.server")
+WORKER = ("actors.rollout",)
+TRAINING = ("learner.rl.learner", "reward_service.server", *WORKER)
 ENGINE = "actors.engines.vllm_engine"
 
 
-def forked_roles(cluster: ClusterConfig, *, compiled: bool = False) -> AbstractContextManager[None]:
-    """To be entered before anything else that takes time: the imports begin here.
+def forked_roles(
+    cluster: ClusterConfig,
+    purpose: Literal["training", "sampling"] = "training",
+    *,
+    compiled: bool = False,
+) -> AbstractContextManager[None]:
+    """To be entered before anything else that takes time: the imports begin here. Within another
+    one, that one's process serves.
 
     Not on a cluster that is joined (its hosts import for themselves), not on a machine with GPUs
     (a CUDA context does not survive a fork), and not for a ``compiled`` learner (on CPUs the engine
@@ -23,6 +31,7 @@ def forked_roles(cluster: ClusterConfig, *, compiled: bool = False) -> AbstractC
         return nullcontext()
     from actors.environment import engine_variables, vllm_available
 
+    modules = TRAINING if purpose == "training" else WORKER
     engine = (ENGINE,) if vllm_available() else ()
     threads = {"OMP_NUM_THREADS": "1"}  # each role sets its own number
-    return fork_server((*ROLES, *engine), {**engine_variables(gpu=False), **threads})
+    return fork_server((*modules, *engine), {**engine_variables(gpu=False), **threads})

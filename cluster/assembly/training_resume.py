@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cluster.assembly.auto.resolve import resolve_here
 from cluster.assembly.catch_up import steps_entered, steps_since
+from cluster.assembly.forked_roles import forked_roles
 from cluster.assembly.learnt_from import KEY, learnt_from, refuse_other_origins
 from cluster.assembly.prepare import prepare
 from cluster.assembly.resume_rules import FREE_ON_RESUME, MOVABLE, refuse_other_horizon
@@ -47,11 +48,18 @@ def resume_training(
     """Continue a run from its newest usable checkpoint, or from its start before the first one.
     Only ``batch.steps`` and settings that do not change what was learnt may be given anew."""
     arm_from(os.environ)
+    config = load_config(TrainConfig, str(open_run(path, "train").path / "config.toml"), overrides)
+    with forked_roles(config.cluster, compiled=config.learner.compile):
+        return _go_on(path, config, reporter, callbacks)
+
+
+def _go_on(
+    path: str, config: TrainConfig, reporter: Reporter, callbacks: Sequence[AnyCallback]
+) -> Path:
     start = StartLog(reporter)
     with start.part(READING):
         run = open_run(path, "train")
         before = load_config(TrainConfig, str(run.path / "config.toml"))
-        config = load_config(TrainConfig, str(run.path / "config.toml"), overrides)
         origins = manifest_of(run).get(KEY)
         free = FREE_ON_RESUME + (MOVABLE if origins else ())
         refuse_changes(before, config, path, free)

@@ -32,10 +32,14 @@ def evaluate(
 
     Example: `accord evaluate examples/evaluate_ranking.toml --frontier runs/q`
     """
-    from cluster.assembly.evaluation import run_evaluation
+    from cluster.assembly.forked_roles import forked_roles
     from cluster.assembly.run_frontier import frontier_of
     from cluster.contracts.config.evaluate import EvaluateConfig
+    from cluster.machine.imports import quick_imports
 
     found, words = (None, []) if frontier is None else frontier_of(frontier)
     settings = load(EvaluateConfig, config, [*(overrides or []), *words], "evaluate")
-    print_path(run_evaluation(settings, reporter(quiet), found))
+    with forked_roles(settings.cluster, "sampling"):
+        with quick_imports():
+            from cluster.assembly.evaluation import run_evaluation
+        print_path(run_evaluation(settings, reporter(quiet), found))

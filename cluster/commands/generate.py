@@ -89,7 +89,9 @@ def generate(
 
     Example: `accord generate runs/q/sft/policy prompts.jsonl --samples 4 --out answers.jsonl`
     """
-    from cluster.assembly.generate import generate_to_file
+    from cluster.assembly.forked_roles import forked_roles
+    from cluster.contracts.config.base import ClusterConfig
+    from cluster.machine.imports import quick_imports
     from cluster.runs.policies import adapter_directory
 
     if adapter is not None:
@@ -98,8 +100,11 @@ def generate(
         "top_k": top_k, "top_p": top_p, "min_p": min_p, "min_tokens": min_tokens,
         "stop": stop or [],
     }  # fmt: skip
-    generate_to_file(
-        model, prompts, out, samples=samples, max_tokens=max_tokens, temperature=temperature,
-        seed=seed, reporter=reporter(quiet), limits=limits,
-    )  # fmt: skip
+    with forked_roles(ClusterConfig(), "sampling"):
+        with quick_imports():
+            from cluster.assembly.generate import generate_to_file
+        generate_to_file(
+            model, prompts, out, samples=samples, max_tokens=max_tokens, temperature=temperature,
+            seed=seed, reporter=reporter(quiet), limits=limits,
+        )  # fmt: skip
     print_path(out)

@@ -72,6 +72,7 @@ def fork_server(modules: Sequence[str], variables: Mapping[str, str]) -> Iterato
         os.environ.pop(PLACE, None)
         assert process.stdin is not None
         process.stdin.close()
+        process.kill()  # it may still import; its workers have ended with their cluster
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
 

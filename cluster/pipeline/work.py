@@ -9,6 +9,7 @@ import shutil
 import sys
 from contextlib import ExitStack
 
+from cluster.assembly.forked_roles import forked_roles
 from cluster.assembly.preferences import open_store, take_snapshot
 from cluster.contracts.config.pipeline import PipelineConfig
 from cluster.contracts.config.preferences import PreferencesConfig
@@ -34,8 +35,8 @@ class Afresh(BaseException):
 
 
 class Work:
-    """The real stages of one pipeline. ``close`` ends Ray, which stages that follow each other
-    share."""
+    """The real stages of one pipeline. ``close`` ends what stages that follow each other share:
+    Ray, and the process that has imported vLLM and that their workers are forked from."""
 
     def __init__(self, config: PipelineConfig, run: Run, reporter: Reporter) -> None:
         self._config = config
@@ -62,6 +63,7 @@ class Work:
         trainings = Trainings(self._config, self._run.path, self._reporter)
         if self._uses_ray(name) and self._ray is None:
             self._ray = ExitStack()
+            self._ray.enter_context(forked_roles(self._config.cluster))
             self._ray.enter_context(ray_cluster(trainings.cluster(at)))
         return trainings.do(name, at)
 
