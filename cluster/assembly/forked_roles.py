@@ -11,7 +11,7 @@ from cluster.machine.hardware import this_machine
 
 WORKER = ("actors.rollout",)
 TRAINING = ("learner.rl.learner", "reward_service.server", *WORKER)
-ENGINE = "actors.engines.vllm_engine"
+ENGINE = ("actors.engines.vllm_engine", "vllm.v1.worker.cpu_worker")
 
 
 def forked_roles(
@@ -32,6 +32,6 @@ def forked_roles(
     from actors.environment import engine_variables, vllm_available
 
     modules = TRAINING if purpose == "training" else WORKER
-    engine = (ENGINE,) if vllm_available() else ()
+    engine = ENGINE if vllm_available() else ()
     threads = {"OMP_NUM_THREADS": "1"}  # each role sets its own number
     return fork_server((*modules, *engine), {**engine_variables(gpu=False), **threads})
