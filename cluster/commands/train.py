@@ -26,14 +26,13 @@ def train(
 
     Example: `accord train --resume runs/my-run batch.steps=400`
     """
-    from cluster.assembly.training_resume import resume_training
     from cluster.contracts.config.train import TrainConfig
 
     words = (config, overrides, resume, quiet)
-    begin_or_resume(words, "train", TrainConfig, _train_in_own_process, resume_training)
+    begin_or_resume(words, "train", TrainConfig, _begin, _resume)
 
 
-def _train_in_own_process(config: TrainConfig, reporter: Reporter) -> Path:
+def _begin(config: TrainConfig, reporter: Reporter) -> Path:
     """As `accord.train`, but this process is the command's own, so it may import as roles do."""
     from cluster.assembly.forked_roles import forked_roles
     from cluster.machine.imports import quick_imports
@@ -44,3 +43,9 @@ def _train_in_own_process(config: TrainConfig, reporter: Reporter) -> Path:
         with start.part("torch and transformers"), quick_imports():
             from cluster.assembly.training import train_policy
         return train_policy(config, reporter, start=start)
+
+
+def _resume(path: str, overrides: list[str], reporter: Reporter) -> Path:
+    from cluster.assembly.training_resume import resume_training
+
+    return resume_training(path, overrides, reporter)
