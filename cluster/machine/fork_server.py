@@ -197,9 +197,12 @@ def main() -> None:
     listening = socket.socket(fileno=int(sys.argv[1]))
     _prepare(sys.argv[2:])
     request = Server(listening).serve()
-    if request is not None:
-        _take_over(request)
-        become(request.words["program"], request.words["words"])
+    if request is None:
+        # A parent that was killed has left its folder.
+        shutil.rmtree(os.path.dirname(listening.getsockname()), ignore_errors=True)
+        return
+    _take_over(request)
+    become(request.words["program"], request.words["words"])
 
 
 if __name__ == "__main__":

@@ -100,6 +100,27 @@ def test_the_end_of_a_worker_ends_what_it_has_started(place: str, tmp_path: Path
     until(lambda: not psutil.pid_exists(pid))
 
 
+def test_a_server_whose_parent_was_killed_leaves_nothing(tmp_path: Path) -> None:
+    code = (
+        "import os, time; from cluster.machine.fork_server import fork_server\n"
+        "with fork_server((), {}):\n"
+        "    print(os.environ['ACCORD_FORK_SERVER'], flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    place = Path(parent.stdout.readline().strip())
+    server = psutil.Process(parent.pid).children()
+    parent.kill()
+    parent.communicate(timeout=PATIENCE_S)
+    until(lambda: not place.parent.exists() and not any(map(psutil.Process.is_running, server)))
+
+
 def test_without_a_server_the_process_is_told_so(tmp_path: Path) -> None:
     with fork_server((), {}):
         place = os.environ[PLACE]
