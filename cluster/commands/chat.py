@@ -102,7 +102,10 @@ def chat(
 
         chosen = [adapter_directory(chosen[0], adapter)]
     say_at_once("loading ...", quiet=not sys.stdin.isatty() and not page)
-    from cluster.chat.voice import ChatSettings
+    from cluster.machine.imports import quick_imports
+
+    with quick_imports():
+        from cluster.chat.voice import ChatSettings
 
     settings = ChatSettings(max_tokens=max_tokens, temperature=temperature)
     if page and before is not None and store is not None:

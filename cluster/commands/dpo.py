@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, begin_or_resume
+from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, fit_or_resume
 
 
 def dpo(
@@ -24,8 +22,7 @@ def dpo(
 
     Example: `accord dpo --resume runs/my-dpo`
     """
-    from cluster.assembly.offline import resume_offline, run_dpo
     from cluster.contracts.config.offline import DpoConfig
 
     words = (config, overrides, resume, quiet)
-    begin_or_resume(words, "dpo", DpoConfig, run_dpo, partial(resume_offline, "dpo"))
+    fit_or_resume(words, "dpo", DpoConfig)

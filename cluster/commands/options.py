@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -88,6 +88,36 @@ def begin_or_resume(
     else:
         path = begin(load(kind, config, overrides, command), reporter(quiet))
     print_path(path)
+
+
+def fit_or_resume(
+    words: tuple[Path | None, list[str] | None, Path | None, bool],
+    command: Literal["sft", "reward-model", "dpo"],
+    kind: Any,
+) -> None:
+    """``begin_or_resume`` of a command of offline training, which imports torch once its config is
+    known to be right."""
+
+    def begin(config: Any, reporter: Reporter) -> Path:
+        from cluster.machine.imports import quick_imports
+
+        with quick_imports():
+            from cluster.assembly import offline
+        runs: dict[str, Callable[..., Path]] = {
+            "sft": offline.run_sft,
+            "reward-model": offline.run_reward_model,
+            "dpo": offline.run_dpo,
+        }
+        return runs[command](config, reporter)
+
+    def again(path: str, overrides: list[str], reporter: Reporter) -> Path:
+        from cluster.machine.imports import quick_imports
+
+        with quick_imports():
+            from cluster.assembly.offline import resume_offline
+        return resume_offline(command, path, overrides, reporter)
+
+    begin_or_resume(words, command, kind, begin, again)
 
 
 def reporter(quiet: bool) -> Reporter:

@@ -40,6 +40,9 @@ def quickstart(
     Example: `accord quickstart --seed 1`
     """
     say_at_once("accord quickstart: the whole loop on an embedded help-desk task", quiet)
-    from cluster.quickstart.quickstart import quickstart as run
+    from cluster.machine.imports import quick_imports
+
+    with quick_imports():
+        from cluster.quickstart.quickstart import quickstart as run
 
     run(directory, name, seed, scale, kl_coef, reporter(quiet))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, begin_or_resume
+from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, fit_or_resume
 
 
 def reward_model(
@@ -21,14 +19,7 @@ def reward_model(
 
     Example: `accord reward-model --resume runs/my-reward-model`
     """
-    from cluster.assembly.offline import resume_offline, run_reward_model
     from cluster.contracts.config.offline import RewardModelConfig
 
     words = (config, overrides, resume, quiet)
-    begin_or_resume(
-        words,
-        "reward-model",
-        RewardModelConfig,
-        run_reward_model,
-        partial(resume_offline, "reward-model"),
-    )
+    fit_or_resume(words, "reward-model", RewardModelConfig)

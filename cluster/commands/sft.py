@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, begin_or_resume
+from cluster.commands.options import OptionalConfig, Overrides, Quiet, Resume, fit_or_resume
 
 
 def sft(
@@ -21,8 +19,7 @@ def sft(
 
     Example: `accord sft --resume runs/my-sft`
     """
-    from cluster.assembly.offline import resume_offline, run_sft
     from cluster.contracts.config.offline import SftConfig
 
     words = (config, overrides, resume, quiet)
-    begin_or_resume(words, "sft", SftConfig, run_sft, partial(resume_offline, "sft"))
+    fit_or_resume(words, "sft", SftConfig)

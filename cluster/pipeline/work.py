@@ -14,6 +14,7 @@ from cluster.assembly.preferences import open_store, take_snapshot
 from cluster.contracts.config.pipeline import PipelineConfig
 from cluster.contracts.config.preferences import PreferencesConfig
 from cluster.contracts.errors import AccordError
+from cluster.machine.imports import quick_imports
 from cluster.machine.ray_session import ray_cluster
 from cluster.pipeline.labels import RoundLabels
 from cluster.pipeline.record import StageName
@@ -57,7 +58,8 @@ class Work:
             return self._gate(at)
         if name == "promote":
             return self._promote(at)
-        from cluster.pipeline.trainings import Trainings
+        with quick_imports():
+            from cluster.pipeline.trainings import Trainings
 
         self._computed = True
         trainings = Trainings(self._config, self._run.path, self._reporter)
