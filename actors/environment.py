@@ -14,6 +14,7 @@ from cluster.contracts.errors import UserError
 from cluster.contracts.protocols import Engine
 from cluster.contracts.telemetry import telemetry_off
 from cluster.machine.imports import quick_imports
+from cluster.machine.torch_state import set_threads
 
 EngineKind = Literal["auto", "vllm", "transformers"]
 
@@ -85,13 +86,7 @@ def make_engine(kind: Literal["vllm", "transformers"], settings: EngineSettings)
         # Before the engine is built: vLLM collects garbage several times meanwhile, and would look
         # through all modules each time.
         gc.freeze()
-        _set_threads()
+        if threads := os.environ.get("OMP_NUM_THREADS"):
+            # A process that was forked has imported OpenMP before the variable was set.
+            set_threads(int(threads))
         return engine_class(settings)
-
-
-def _set_threads() -> None:
-    """In a process that was forked, OpenMP has read its variable before it was set."""
-    import torch
-
-    if not torch.cuda.is_available() and (threads := os.environ.get("OMP_NUM_THREADS")):
-        torch.set_num_threads(int(threads))

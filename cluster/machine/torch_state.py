@@ -37,7 +37,7 @@ def prepare_torch(threads: int = 0, *, deterministic: bool = False) -> Precision
     import torch  # takes seconds, and not every process of a role computes
 
     if threads:
-        torch.set_num_threads(threads)
+        set_threads(threads)
     # Only where it changes something: the call imports torch's compiler, which takes a second.
     if deterministic != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(deterministic)
@@ -80,6 +80,13 @@ def on_one_core() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+
+
+def set_threads(threads: int) -> None:
+    """Of torch, and of the kernels that the calling thread runs from now on."""
+    import torch
+
+    torch.set_num_threads(threads)
 
 
 def product_error() -> float:
