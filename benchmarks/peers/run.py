@@ -29,13 +29,7 @@ OUT = ROOT / "benchmarks" / "results" / "peers.json"
 LR = {"0.3M": 3e-3, "1M": 2e-3, "19M": 5e-4}
 TARGET = {False: 0.40, True: 0.30}  # by whether lengths vary: the rewards differ
 
-# Accord's settings of each size, as a user could choose them (README.md says how they were found).
-KEEP = 'rollout.kv_on_swap="keep"'
-ACCORD = {
-    "0.3M": [KEEP],
-    "1M": [KEEP],
-    "19M": [KEEP, "rollout.max_running=128"],
-}
+KEEP = 'rollout.kv_on_swap="keep"'  # Accord's only setting that is not its default
 MOST_STEPS = {"0.3M": 120, "1M": 120, "19M": 24}  # a step of TRL at 19M takes ten seconds
 # TRL's: what is tried briefly at each size; the fastest does the repeats.
 PLAIN = {"threads": 1, "microbatches": 1, "gradient_checkpointing": False, "bf16": False}
@@ -46,7 +40,10 @@ TRL = {
 }
 # With --dtype best, what each side computes in is its own choice: Accord measures, TRL tries both.
 IN_FLOAT32 = ["model.dtype=float32", "rollout.dtype=float32"]
-TRL_IN_BFLOAT16 = {"1 thread, bf16": {**PLAIN, "bf16": True}}
+TRL_IN_BFLOAT16 = {
+    "1 thread, bf16": {**PLAIN, "bf16": True},
+    "2 threads, bf16": {**PLAIN, "threads": 2, "bf16": True},
+}
 
 
 def main() -> None:
@@ -78,7 +75,7 @@ def compare(size: str, varied: bool, dtype: str, repeats: int, quick: bool) -> d
         if quick:
             task = replace(task, least_steps=10, most_steps=10)
         best = dtype == "best"
-        accord = ACCORD[size] + ([] if best else IN_FLOAT32)
+        accord = [KEEP, *([] if best else IN_FLOAT32)]
         options, tried = fastest_trl(task, folder, TRL | (TRL_IN_BFLOAT16 if best else {}), quick)
         runs: dict[str, list[dict[str, Any]]] = {"accord": [], "trl": []}
         versions: dict[str, str] = {}
