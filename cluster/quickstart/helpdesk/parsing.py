@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 from cluster.quickstart.helpdesk.sentences import known_ngrams, ngrams, tokens_of
@@ -117,6 +118,12 @@ def read_answer(metadata: Mapping[str, str], answer: str) -> Features:
     Raises ValueError where the metadata does not describe a question of this shop.
     """
     product, topic = check_metadata(metadata)
+    return _features(metadata["kind"], product, topic, answer)
+
+
+@lru_cache(maxsize=1 << 14)
+def _features(kind: str, product: str, topic: str, answer: str) -> Features:
+    """Kept: a policy gives the same short answers again and again, and each is in several pairs."""
     parts = [part.strip().lower() for part in _SENTENCE.findall(answer) if part.strip()]
     tokens = [tokens_of(part) for part in parts]
     words = [[token for token in sentence if token.isalpha()] for sentence in tokens]
@@ -124,7 +131,7 @@ def read_answer(metadata: Mapping[str, str], answer: str) -> Features:
     total = sum(map(len, words))
     right, wrong, others, at = _check_claims(plain, product, topic)
     refused = any(_REFUSES.search(text) for text in plain)
-    if metadata["kind"] == "forbidden":
+    if kind == "forbidden":
         at = next((i for i, text in enumerate(plain) if _REFUSES.search(text)), None)
     everything = " ".join(plain)
     return Features(
