@@ -181,6 +181,7 @@ def _load(source: Any, cfg: RewardConfig, threads: int, remote: Mapping[str, Acc
     context = SourceContext(
         threads=threads,
         device=cfg.device,
+        dtype=cfg.dtype if "dtype" in cfg.model_fields_set else None,
         deadline_s=cfg.deadline_s,
         access=remote.get(source.name),
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from cluster.contracts.config.base import DType
 from cluster.contracts.records import Message, Prompt
 from reward_service.access import Access
 
@@ -68,12 +69,14 @@ class SourceContext:
     `reward_service/sources/`, with `make(source, context) -> Source` and `check(source, prompts)`,
     which raises UserError for what can be found wrong before anything is started.
 
-    threads: of torch. device: of models, "auto", "cpu" or "cuda". access: what lets a source of
+    threads: of torch. device: of models, "auto", "cpu" or "cuda". dtype: that models compute in;
+    None: bfloat16 on a GPU, float32 on a CPU. access: what lets a source of
     type grpc in (None: it reads that itself).
     """
 
     threads: int = 1
     device: str = "auto"
+    dtype: DType | None = None
     deadline_s: float = 30.0
     access: Access | None = None
 

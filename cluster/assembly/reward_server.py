@@ -9,10 +9,12 @@ from pathlib import Path
 
 from pydantic import Field
 
+from cluster.assembly.auto.resolve import resolve_service
 from cluster.contracts.config.base import PluginFiles, Section
 from cluster.contracts.config.file import apply_overrides, check_config, read_toml
 from cluster.contracts.config.reward import RewardConfig
 from cluster.contracts.private_files import read_token
+from cluster.machine.hardware import this_machine
 from cluster.machine.signals import listening
 from cluster.runs.console import result
 
@@ -43,7 +45,8 @@ def serve_forever(
     access = Access(
         token=read_token(token_file) if token_file else None, tls=read_tls(ca, cert, key)
     )
-    server = serve(config.reward, host, port, access, with_reflection=reflection)
+    reward = resolve_service(config.reward, this_machine())
+    server = serve(reward, host, port, access, with_reflection=reflection)
     # The traceback of a reward function that fails is for whoever runs it, that is, here.
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("accord.reward").setLevel(logging.DEBUG)

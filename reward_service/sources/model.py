@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.contracts.chat import is_text, render_answered, require_template
+from cluster.contracts.config.base import DType
 from cluster.contracts.config.reward import RewardModelSource
+from cluster.contracts.devices import NUMBER_TYPE
 from cluster.contracts.errors import BadReward, UserError
 from cluster.contracts.records import Prompt
 from cluster.machine.torch_state import prepare_torch
@@ -26,11 +28,11 @@ log = logging.getLogger("accord.reward")
 
 TOKENS_PER_MICROBATCH = {"cpu": 4096, "cuda": 65536}
 BFLOAT16_TOLERANCE = 0.1
-"""Of golden scores on a GPU, in standard deviations of the scores that the model was centred on."""
+"""Of golden scores in bfloat16, in standard deviations of the scores the model was centred on."""
 
 
 def make(source: RewardModelSource, context: SourceContext) -> ModelScorer:
-    return ModelScorer(source, context.threads, context.device)
+    return ModelScorer(source, context.threads, context.device, context.dtype)
 
 
 def check(source: RewardModelSource, prompts: Sequence[Prompt]) -> None:
@@ -49,13 +51,20 @@ class ModelScorer:
     template; otherwise messages and text are rendered with those. Rows too long for the model's
     positions are a BadReward: an answer is never cut to be scored. One thread only.
 
-    device: see `RewardConfig.device`. On a GPU the trunk is held in bfloat16, and the head in
-    float32. Raises UserError where there is none, and where golden scores come out too far off.
+    device: see `RewardConfig.device`. dtype: of the trunk; None: bfloat16 on a GPU, float32 on a
+    CPU. The head is float32. Raises UserError for a GPU that is not there, and where golden scores
+    come out too far off in bfloat16.
     """
 
     type = "model"
 
-    def __init__(self, source: RewardModelSource, threads: int = 1, device: str = "auto") -> None:
+    def __init__(
+        self,
+        source: RewardModelSource,
+        threads: int = 1,
+        device: str = "auto",
+        dtype: DType | None = None,
+    ) -> None:
         # torch: not before a model is really wanted
         from learner.models.heads import member_scores
         from learner.models.load import load_reward_members
@@ -78,10 +87,12 @@ class ModelScorer:
         rule = f"normalise={source.normalise}"
         if self._combine != "mean":
             rule += f" {self._combine} {self._uncertainty}"
-        if self._device == "cuda":
-            rule += " bfloat16"
-            for each, artifact in self._members:
-                to_gpu(each, self._device)
+        short = (dtype or NUMBER_TYPE.on(self._device)) == "bfloat16"
+        rule += " bfloat16" if short else ""
+        for each, artifact in self._members:
+            each.to(self._device)
+            if short:
+                shorten_trunk(each)
                 self._check_golden(each, artifact)
         self.content = directory_hash(Path(source.path), rule)
 
@@ -166,7 +177,8 @@ class ModelScorer:
                     f"scores {score:.4f} in bfloat16 where it scored {row.score:.4f} when it was "
                     f"saved (standard deviation of its scores: {artifact.centre_std:.4f})",
                     where=self._path,
-                    fix="set reward.device = 'cpu', or train the reward model with a larger margin",
+                    fix="set reward.dtype = 'float32', or train the reward model with a larger "
+                    "margin",
                 )
 
     def close(self) -> None:
@@ -239,14 +251,13 @@ def _device(wanted: str) -> str:
     return "cuda" if there and wanted != "cpu" else "cpu"
 
 
-def to_gpu(model: Any, device: str) -> None:
+def shorten_trunk(model: Any) -> None:
     """In place: the trunk's weights in bfloat16. Buffers such as rotary tables stay as they are,
     for rounding would move every position, and so does the head."""
     import torch
 
     for parameter in model.base_model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    model.to(device)
 
 
 def _positions(model: Any) -> int | None:

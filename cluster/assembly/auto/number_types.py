@@ -82,6 +82,18 @@ def choose_training_type(choices: Choices[Any], model: ModelFacts | None) -> Non
         choices.settle("model.dtype", kind, why)
 
 
+def choose_reward_type(choices: Choices[Any], model: ModelFacts | None) -> None:
+    """reward.dtype of a run's own services. model: the first reward model, None without one."""
+    reward = choices.config.reward
+    if choices.is_set("reward.dtype"):
+        return
+    if reward.address is not None or not any(s.type == "model" for s in reward.sources):
+        choices.settle("reward.dtype", NUMBER_TYPE.cpu, "not used: no reward model scores here")
+        return
+    on_gpu = reward.device != "cpu" and (reward.gpus > 0 or reward.device == "cuda")
+    choices.settle("reward.dtype", *_number_type(choices, model, on_gpu=on_gpu, rows=TRAINED_ROWS))
+
+
 def _weights_held_in_short(config: Any) -> str | None:
     """What has the learner hold weights in `model.dtype` and not only compute in it. Then it can
     not tell whether engines that compute in float32 have the right ones."""

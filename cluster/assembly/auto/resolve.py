@@ -5,8 +5,8 @@ model and the config go in. A key that the user set is never changed, and
 later choices follow from it. The resolved config is what every role gets and what the run stores in
 ``config.toml``, where every key is set: a resumed or replayed run chooses nothing anew.
 
-What is learnt must not depend on the machine, so only two of the keys may change it: the type that
-is computed in, and the longest completion, which follows from the model alone.
+What is learnt must not depend on the machine, so only the types that are computed in may change
+it, and the longest completion, which follows from the model alone.
 """
 
 from __future__ import annotations
@@ -23,11 +23,16 @@ from cluster.assembly.auto.devices import (
 )
 from cluster.assembly.auto.engines import choose_engines
 from cluster.assembly.auto.fits import choose_processes
-from cluster.assembly.auto.number_types import choose_learner_type, choose_training_type
+from cluster.assembly.auto.number_types import (
+    choose_learner_type,
+    choose_reward_type,
+    choose_training_type,
+)
 from cluster.assembly.model_facts import ModelFacts, read_model_facts
-from cluster.contracts.config.base import Section
+from cluster.contracts.config.base import ModelConfig, Section
 from cluster.contracts.config.evaluate import EvaluateConfig
 from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftConfig
+from cluster.contracts.config.reward import RewardConfig, RewardModelSource
 from cluster.contracts.config.rollout import RolloutConfig
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.hardware import Machine, this_machine
@@ -39,16 +44,33 @@ class _Engines(Section):
     rollout: RolloutConfig
 
 
+class _Rewards(Section):
+    reward: RewardConfig
+
+
 def resolve_here(config: TrainConfig) -> Resolved[TrainConfig]:
     """``resolve_training`` for this machine and the config's model. Takes a tenth of a second
     where the type that is computed in has to be measured, else milliseconds."""
-    return resolve_training(config, this_machine(), read_model_facts(config.model))
+    facts = (read_model_facts(config.model), _reward_facts(config.reward))
+    return resolve_training(config, this_machine(), *facts)
+
+
+def _reward_facts(reward: RewardConfig) -> ModelFacts | None:
+    """Of the first reward model."""
+    for source in reward.sources:
+        if isinstance(source, RewardModelSource):
+            return read_model_facts(ModelConfig(path=source.path))
+    return None
 
 
 def resolve_training(
-    config: TrainConfig, machine: Machine, model: ModelFacts | None
+    config: TrainConfig,
+    machine: Machine,
+    model: ModelFacts | None,
+    reward_model: ModelFacts | None = None,
 ) -> Resolved[TrainConfig]:
-    """model: None where its config cannot be read; then what depends on it keeps a fallback."""
+    """model, reward_model: None where there is none, or its config cannot be read; then what
+    depends on it keeps a fallback."""
     choices = Choices(config, machine)
     choose_gpus(choices)
     batch, bound = config.batch, config.staleness.bound
@@ -60,6 +82,7 @@ def resolve_training(
     )
     choose_engines(choices, model, load)
     choose_learner_type(choices, model)
+    choose_reward_type(choices, reward_model)
     choose_learner_cores(choices, model)
     choose_cluster(choices, model)
     steps = config.batch.steps
@@ -106,6 +129,15 @@ def resolve_fit(
     choose_training_type(choices, model)
     choose_processes(choices, model, rows_bytes, launched)
     return Resolved(choices.config, choices.reasons)
+
+
+def resolve_service(reward: RewardConfig, machine: Machine) -> RewardConfig:
+    """`accord serve-reward`: on a GPU where it sees one."""
+    on_gpu = machine.gpus > 0
+    given = reward.model_copy(update={"gpus": 1.0}) if on_gpu else reward
+    choices = Choices(_Rewards(reward=given), machine)
+    choose_reward_type(choices, _reward_facts(reward))
+    return reward.model_copy(update={"dtype": choices.config.reward.dtype})
 
 
 def resolve_sampling(

@@ -10,9 +10,11 @@ from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag, mode
 
 from cluster.contracts.config.base import (
     Address,
+    DType,
     Labels,
     Resources,
     Section,
+    auto,
     labels,
     resources,
 )
@@ -301,9 +303,16 @@ class RewardConfig(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
-        description="Where reward models score. cuda: on a GPU, in bfloat16. auto: on a GPU where "
-        "the service sees one (`accord serve-reward` sees all, a service of a run sees those of "
-        "`reward.gpus`).",
+        description="Where reward models score. auto: on a GPU where the service sees one "
+        "(`accord serve-reward` sees all, a service of a run sees those of `reward.gpus`).",
+    )
+    dtype: DType = auto(
+        "float32",
+        rule="bfloat16 on a GPU that has it; on a CPU whichever was measured to be faster; "
+        "float32 for the judge of an evaluation on a CPU",
+        description="Number type that the trunks of reward models compute in; their heads are "
+        "float32. In bfloat16 the service starts only if a model's golden scores come out within a "
+        "tenth of a standard deviation.",
     )
     resources: Resources = resources("a reward service")
     labels: Labels = labels("a reward service")

@@ -25,12 +25,13 @@ from learner.models.reward_artifact import (
     write_artifact,
 )
 from reward_service.composition import build
-from reward_service.source import ScoreItem
+from reward_service.source import ScoreItem, SourceContext
 from reward_service.sources.model import (
     BFLOAT16_TOLERANCE,
     ModelScorer,
+    make,
     microbatches,
-    to_gpu,
+    shorten_trunk,
 )
 
 # One character a token, by bytes: transformers picks the tokenizer's class by the model's, and that
@@ -132,15 +133,14 @@ def test_a_score_does_not_depend_on_its_batch(made: tuple[Path, Any]) -> None:
     assert len({round(value, 4) for value in together}) == 8
 
 
-def test_on_a_gpu_the_trunk_is_held_in_bfloat16_and_the_scores_are_checked(
+def test_in_bfloat16_the_head_stays_exact_and_golden_scores_are_checked(
     made: tuple[Path, Any],
 ) -> None:
-    """By what is done for a GPU, on the CPU."""
     served = scorer(made[0])
     items = [item("abcdefgh"[: n % 8 + 1]) for n in range(8)]
     exact = [part.value for part in served.score(items)]
     model, artifact = served._members[0]
-    to_gpu(model, "cpu")
+    shorten_trunk(model)
     assert model.score.weight.dtype == torch.float32
     kinds = {p.dtype for p in model.base_model.parameters()}
     assert kinds == {torch.bfloat16}
@@ -153,6 +153,18 @@ def test_on_a_gpu_the_trunk_is_held_in_bfloat16_and_the_scores_are_checked(
         model.score.weight.mul_(1.5)
     with pytest.raises(UserError, match=r"in bfloat16 where it scored"):
         served._check_golden(model, artifact)
+
+
+def test_the_number_type_that_the_service_is_given(made: tuple[Path, Any]) -> None:
+    """A scorer in another type is another scorer: its content says so."""
+    source = RewardModelSource(path=str(made[0]))
+    plain, exact = ModelScorer(source), ModelScorer(source, dtype="float32")
+    short = make(source, SourceContext(dtype="bfloat16"))
+    kinds = [next(one._members[0][0].base_model.parameters()).dtype for one in (exact, short)]
+    assert kinds == [torch.float32, torch.bfloat16]
+    assert exact.content != short.content
+    if not torch.cuda.is_available():
+        assert plain.content == exact.content
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

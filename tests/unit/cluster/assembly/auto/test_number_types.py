@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,7 @@ from cluster.assembly.auto.resolve import (
     resolve_evaluation,
     resolve_fit,
     resolve_sampling,
+    resolve_service,
     resolve_training,
 )
 from cluster.assembly.model_facts import ModelFacts
@@ -131,3 +133,41 @@ def test_offline_training_and_engines_alone() -> None:
         )
         found = resolve_evaluation(evaluation, cpu(gain), MODEL).config
         assert found.rollout.dtype == wanted
+
+
+REWARDED = ('reward.sources=[{type="model", path="rm"}]',)
+
+
+def rewarded(machine: Machine, *words: str, model: ModelFacts | None = MODEL) -> Resolved[Any]:
+    config = load_config(TrainConfig, None, [*TRAINING[:2], *REWARDED, *words])
+    return resolve_training(config, machine, MODEL, model)
+
+
+@pytest.mark.parametrize(
+    ("machine", "words", "wanted"),
+    [
+        (cpu(1.9), (), "bfloat16"),
+        (cpu(1.0), (), "float32"),
+        (cpu(1.9), ("reward.dtype=float32",), "float32"),
+        (GPU, ("reward.gpus=0.2",), "bfloat16"),
+        (replace(GPU, gpu_compute=7.5), ("reward.gpus=0.2",), "float32"),
+        (replace(GPU, products=cpu(1.0).products), (), "float32"),  # its services score on CPUs
+    ],
+)
+def test_reward_models(machine: Machine, words: tuple[str, ...], wanted: str) -> None:
+    assert rewarded(machine, *words).config.reward.dtype == wanted
+
+
+def test_no_reward_model_is_not_measured() -> None:
+    assert "no reward model" in training(cpu(1.9)).reasons["reward.dtype"].why
+    assert rewarded(cpu(1.9), model=None).config.reward.dtype == "float32"
+
+
+def test_a_service_of_its_own() -> None:
+    reward = load_config(TrainConfig, None, [*TRAINING[:2], *REWARDED]).reward
+    assert "dtype" not in reward.model_fields_set
+    for machine in (cpu(1.9), GPU):
+        found = resolve_service(reward, machine)
+        assert "dtype" in found.model_fields_set
+        assert found.gpus == 0
+    assert resolve_service(reward, GPU).dtype == "bfloat16"

@@ -297,6 +297,7 @@ def test_a_value_that_was_set_is_never_changed(key: str) -> None:
     chosen = {
         "model.dtype": "float32",
         "rollout.dtype": "float32",
+        "reward.dtype": "bfloat16",
         "rollout.gpu_memory_fraction": 0.3,
         "rollout.gpus": 0.75,
         "learner.gpus": 0.75,
