@@ -39,6 +39,8 @@ class EngineSettings:
     ``top_k`` 0, ``top_p`` 1, ``min_p`` 0 and empty ``allowed_tokens``: no limit (see
     ``actors.engines.token_limits``). ``record_token_sets``: completions say what they were sampled
     from, as the learner needs it; nobody else does. ``stop``: strings that end a completion.
+    ``decode_steps``: most tokens that vLLM decodes of a sequence before it looks at requests and
+    swaps again (``actors.engines.vllm_multistep``); 0: vLLM's own loop.
     ``weights``: "disk" reads those of the model's directory; "published" starts with memory as it
     is, and the engine serves nothing before it is given a version. Then no weights need be there.
     ``adapters``: requests are answered by one of these, or by the model itself; None: by the model,
@@ -60,6 +62,7 @@ class EngineSettings:
     record_token_sets: bool = True
     stop: tuple[str, ...] = ()
     max_running: int = 64
+    decode_steps: int = 16
     kv_cache_mb: int = 64
     block_size: int = 32
     max_model_len: int

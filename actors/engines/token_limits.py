@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import torch
@@ -22,6 +23,16 @@ from cluster.contracts.records import TokenSets
 
 Kept: TypeAlias = "array[int]"
 """int32: the ids that one token was sampled from."""
+
+
+@dataclass(slots=True)
+class Drawn:
+    """What was sampled for one request so far, in 4-byte numbers. kept: what `TokenLimits.apply`
+    returned for each token."""
+
+    ids: array[int] = field(default_factory=lambda: array("i"))
+    logprobs: array[float] = field(default_factory=lambda: array("f"))
+    kept: list[Kept] = field(default_factory=list)
 
 
 class TokenLimits:

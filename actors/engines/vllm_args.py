@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+import vllm
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 
@@ -15,6 +16,8 @@ from actors.engines.vllm_quantization import quantization_args
 from actors.engines.vllm_weights import WeightStage
 from actors.settings import EngineSettings
 from cluster.contracts.devices import EAGER_ENGINE, IN_FLIGHT_STEPS
+
+TESTED_VLLM = "0.32.0"  # `vllm_multistep` reaches into parts that change between releases
 
 
 def _platform_args(settings: EngineSettings) -> dict[str, Any]:
@@ -34,6 +37,30 @@ def _platform_args(settings: EngineSettings) -> dict[str, Any]:
         "gpu_memory_utilization": settings.gpu_memory_fraction,
         "tensor_parallel_size": settings.tensor_parallel,
     }
+
+
+def multistep_args(settings: EngineSettings) -> dict[str, Any]:
+    """Engine arguments that put `actors.engines.vllm_multistep` in place, where it can be."""
+    if why_single_steps(settings):
+        return {}
+    module = "actors.engines.vllm_multistep"
+    return {
+        "worker_cls": f"{module}.DecodeWorker",
+        "scheduler_cls": f"{module}.MultiStepScheduler",
+    }
+
+
+def why_single_steps(settings: EngineSettings) -> str:
+    """Why vLLM's own loop is used for an engine of these settings; nothing where it is not."""
+    reasons = {
+        f"vLLM {vllm.__version__} is not {TESTED_VLLM}": vllm.__version__ != TESTED_VLLM,
+        "it runs on a GPU": not current_platform.is_cpu(),
+        "it is divided": settings.tensor_parallel > 1,
+        "it serves adapters": settings.adapters is not None,
+        "it is quantized": settings.quantization != "none",
+        "decode_steps is 0": settings.decode_steps == 0,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), "")
 
 
 def engine_args(settings: EngineSettings) -> EngineArgs:
@@ -59,6 +86,7 @@ def engine_args(settings: EngineSettings) -> EngineArgs:
         disable_log_stats=True,
         worker_extension_cls=f"{extension.__module__}.{extension.__name__}",
         **limit_args(settings),
+        **multistep_args(settings),
         **quantization_args(settings),
         **adapter_args(settings.adapters),
         **_platform_args(settings),

@@ -31,9 +31,9 @@ from vllm.v1.engine.llm_engine import LLMEngine
 from actors.engines.host_tensors import check_prompt, checked, parameter_shapes, to_tensor
 from actors.engines.lora_kernels import use_grouped_kernels
 from actors.engines.proof import require_none_wrong
-from actors.engines.token_limits import Kept, TokenLimits
+from actors.engines.token_limits import Drawn, Kept, TokenLimits
 from actors.engines.vllm_adapters import ServedAdapters
-from actors.engines.vllm_args import engine_args
+from actors.engines.vllm_args import engine_args, why_single_steps
 from actors.engines.vllm_limits import request_args
 from actors.engines.vllm_parts import CALL_S, Parts
 from actors.settings import EngineSettings
@@ -95,8 +95,21 @@ class VllmEngine:
         self._cached_tokens = 0
         self._probes = 0
         self._probe_output: RequestOutput | None = None
+        self._drawn = self._prepare_multistep()
         self._label()
         self._warm_up()
+
+    def _prepare_multistep(self) -> dict[str, Drawn] | None:
+        """What the runner samples, by request; None: vLLM's own loop is used."""
+        reason = why_single_steps(self._settings)
+        if not reason:
+            drawn: dict[str, Drawn]
+            reason, drawn = self._llm.collective_rpc("accord_multistep")[0]
+            if not reason:
+                return drawn
+            self._llm.engine_core.engine_core.scheduler.num_lookahead_tokens = 0
+        self.name += f" (its own loop: {reason})"
+        return None
 
     def _warm_up(self) -> None:
         """A first forward pass, so that a model vLLM cannot run fails here, at the start."""
@@ -178,12 +191,12 @@ class VllmEngine:
             stop_token_ids=list(settings.stop_token_ids),
             ignore_eos=True,  # the stop ids above are all there are
             seed=request.seed,
-            logprobs=0,
+            logprobs=0 if self._drawn is None else None,
             flat_logprobs=True,
             stop=list(settings.stop),
             detokenize=bool(settings.stop),
             output_kind=kind,
-            extra_args=request_args(request_id) if self._limits.any else None,
+            extra_args=request_args(request_id),
         )
 
     def _advance(self, probe: str | None = None) -> list[tuple[str, Completion]]:
@@ -207,7 +220,10 @@ class VllmEngine:
 
     def _forget(self, request_id: str) -> None:
         del self._running[request_id]
-        self._kept(request_id)
+        if self._drawn is not None:
+            self._drawn.pop(request_id, None)
+        else:
+            self._kept(request_id)
         self._own_starts.pop(request_id, None)
         self._own_counts.pop(request_id, None)
 
@@ -215,18 +231,35 @@ class VllmEngine:
         sampled = output.outputs[0]
         if sampled.finish_reason not in ("stop", "length"):
             raise EngineFailure(f"{self.name} ended request {request_id}: {sampled.finish_reason}")
-        if not math.isfinite(sum(sampled.logprobs.logprobs)):
+        drawn = self._taken(request_id, sampled)
+        if not math.isfinite(sum(drawn.logprobs)):
             raise EngineFailure(
                 f"{self.name} sampled with a log-probability that is not finite "
                 f"(weights of version {self.version})"
             )
         return Completion(
-            token_ids=array("i", sampled.token_ids),
-            logprobs=array("f", sampled.logprobs.logprobs),
+            token_ids=drawn.ids,
+            logprobs=drawn.logprobs,
             versions=self._versions(request_id, sampled),
             finish_reason=sampled.finish_reason,
-            sampled_from=self._limits.sets(len(sampled.token_ids), self._kept(request_id)),
+            sampled_from=self._limits.sets(len(drawn.ids), drawn.kept),
         )
+
+    def _taken(self, request_id: str, sampled: CompletionOutput) -> Drawn:
+        """Ids and log-probabilities of a finished request, and what its tokens were drawn from."""
+        if self._drawn is None:
+            return Drawn(
+                ids=array("i", sampled.token_ids),
+                logprobs=array("f", sampled.logprobs.logprobs),
+                kept=self._kept(request_id),
+            )
+        drawn = self._drawn.pop(request_id)
+        if len(drawn.ids) != len(sampled.token_ids):
+            raise EngineFailure(
+                f"{self.name} delivered {len(sampled.token_ids)} tokens for request {request_id}, "
+                f"{len(drawn.ids)} were sampled"
+            )
+        return drawn
 
     def _kept(self, request_id: str) -> list[Kept]:
         """The ids each token of the request was sampled from, where these vary; forgotten then."""

@@ -22,18 +22,26 @@ _REQUEST = "accord_request"
 
 
 def limit_args(settings: EngineSettings) -> dict[str, Any]:
-    """Engine arguments that bring the limits of `settings` into vLLM; none where there are none."""
-    if not settings.limits_tokens:
-        return {}
-    return {
-        "logits_processors": [LimitsProcessor],
-        "additional_config": {_SETTINGS: asdict(settings)},
-    }
+    """Engine arguments that bring `settings` into vLLM's worker, and the limits into its sampler
+    where there are any."""
+    processors = {"logits_processors": [LimitsProcessor]} if settings.limits_tokens else {}
+    return {**processors, "additional_config": {_SETTINGS: asdict(settings)}}
+
+
+def settings_of(vllm_config: VllmConfig) -> EngineSettings:
+    """What `limit_args` put there."""
+    return EngineSettings(**vllm_config.additional_config[_SETTINGS])
 
 
 def request_args(request_id: str) -> dict[str, Any]:
-    """Marks a request as one to be limited: the canary is not."""
+    """Marks a request as one to be limited and recorded: the canary is not."""
     return {_REQUEST: request_id}
+
+
+def request_of(params: SamplingParams) -> str | None:
+    """The id that `request_args` put there; None: a canary's."""
+    name: str | None = (params.extra_args or {}).get(_REQUEST)
+    return name
 
 
 class LimitsProcessor(LogitsProcessor):
@@ -41,8 +49,9 @@ class LimitsProcessor(LogitsProcessor):
     where these vary from token to token."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
-        settings = EngineSettings(**vllm_config.additional_config[_SETTINGS])
-        self._limits = TokenLimits(settings, vllm_config.model_config.get_vocab_size())
+        self._limits = TokenLimits(
+            settings_of(vllm_config), vllm_config.model_config.get_vocab_size()
+        )
         self._rows: dict[int, tuple[str, list[int]]] = {}  # row -> request, its tokens so far
         self.kept: dict[str, list[Kept]] = {}
 
@@ -77,5 +86,5 @@ def _row(
     params: SamplingParams, prompt: list[int] | None, output: list[int]
 ) -> tuple[str, list[int]] | None:
     """vLLM goes on extending `output`, the list itself, as it samples."""
-    request = (params.extra_args or {}).get(_REQUEST)
+    request = request_of(params)
     return None if request is None else (request, output)

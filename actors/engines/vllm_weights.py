@@ -26,7 +26,7 @@ from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
 from actors.engines.proof import NumberSum, differing, number_sum
-from actors.engines.token_limits import Kept
+from actors.engines.token_limits import Drawn, Kept
 from actors.engines.vllm_limits import LimitsProcessor
 from actors.engines.vllm_proof import LoaderCheck, digests, is_weight, kernels, mark_kernels
 from actors.engines.vllm_quantization import stored
@@ -194,6 +194,11 @@ class WeightStage:
             if isinstance(processor, LimitsProcessor):
                 return processor.kept.pop(request_id, [])
         return []
+
+    def accord_multistep(self) -> tuple[str, dict[str, Drawn]]:
+        """Why vLLM's own pass is used, or nothing; and where the runner notes what it samples."""
+        reason: str = self.model_runner.prepare_multistep()
+        return reason, self.model_runner.drawn
 
     def accord_wrong(self) -> list[str]:
         return self._accord_shadow.wrong()

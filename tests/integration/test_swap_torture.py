@@ -50,6 +50,18 @@ def test_keep_each_token_is_what_its_version_computes_over_the_old_cache(
 
 
 @pytest.mark.parametrize("mode", ["recompute", "keep"])
+def test_several_tokens_between_two_swaps_are_of_the_recorded_version(
+    measured: dict[str, Any], mode: str
+) -> None:
+    got = measured[mode]["turns"]
+    assert got["done"] == 44
+    assert got["longest"] == 5  # a whole turn under one version
+    assert got["most_versions"] >= 4
+    assert got["tokens"] > 150
+    assert got["worst"] < EXACT
+
+
+@pytest.mark.parametrize("mode", ["recompute", "keep"])
 def test_no_prefix_crosses_versions(measured: dict[str, Any], mode: str) -> None:
     """The same prompt twice under each of two versions, the cache in use by another request."""
     assert measured[mode]["prefix"] == [0, 64, 0, 64]

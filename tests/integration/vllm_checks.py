@@ -10,6 +10,8 @@ import copy
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +104,22 @@ def settings(path: Path, **keys: Any) -> EngineSettings:
             **keys,
         }
     )
+
+
+def runner_of(engine: Any) -> Any:
+    return engine._llm.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+@contextmanager
+def single_steps(engine: Any) -> Iterator[None]:
+    """One token of each request per step of the engine, so that a swap falls between any two."""
+    runner = runner_of(engine)
+    most = getattr(runner, "_most", 1)
+    runner._most = 1
+    try:
+        yield
+    finally:
+        runner._most = most
 
 
 def prompts(count: int, shared: int = 0) -> dict[str, list[int]]:
@@ -209,8 +227,9 @@ def swap_in_flight(engine: Any, old: Any, new: Any, version: int, temperature: f
     for name, ids in asked.items():
         engine.submit(name, ids, None)
     done: dict[str, Completion] = {}
-    for _ in range(10):
-        done.update(engine.step())
+    with single_steps(engine):
+        for _ in range(10):
+            done.update(engine.step())
     running = set(engine._running)
     load(engine, arrays(new), version)
     done.update(finish(engine))
@@ -324,8 +343,9 @@ def check_keep(folder: Path) -> dict[str, Any]:
     for name, ids in asked.items():
         engine.submit(name, ids, None)
     done: dict[str, Completion] = {}
-    for _ in range(3):
-        done.update(engine.step())
+    with single_steps(engine):
+        for _ in range(3):
+            done.update(engine.step())
     load(engine, arrays(new), 1)
     out["waiting_again"] = len(engine._waiting)
     done.update(finish(engine))

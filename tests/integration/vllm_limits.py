@@ -25,7 +25,9 @@ from vllm_checks import (  # first of all: it prepares the environment for vLLM
     make_model,
     prompts,
     run,
+    runner_of,
     settings,
+    single_steps,
 )
 
 import torch  # isort: skip
@@ -64,10 +66,9 @@ LIMITS: dict[str, dict[str, Any]] = {
 
 
 def processor_of(engine: Any) -> Any:
-    worker = engine._llm.engine_core.engine_core.model_executor.driver_worker.worker
     (found,) = [
         one
-        for one in worker.model_runner.input_batch.logitsprocs.all
+        for one in runner_of(engine).input_batch.logitsprocs.all
         if type(one).__name__ == "LimitsProcessor"
     ]
     return found
@@ -78,6 +79,7 @@ def limit(engine: Any, path: Path, keys: dict[str, Any]) -> None:
     chosen = settings(path, **{"temperature": TEMPERATURE, "stop_token_ids": STOPS, **keys})
     limits = TokenLimits(chosen, VOCAB)
     engine._settings, engine._limits, processor_of(engine)._limits = chosen, limits, limits
+    runner_of(engine)._token_limits = limits
 
 
 def matched(model: Any, asked: dict[str, list[int]], done: dict[str, Completion]) -> dict[str, Any]:
@@ -132,8 +134,9 @@ def check_swap(engine: Any, path: Path, model: Any, mode: str) -> dict[str, floa
     for name, ids in asked.items():
         engine.submit(name, ids, None)
     done: dict[str, Completion] = {}
-    for _ in range(7):
-        done.update(engine.step())
+    with single_steps(engine):
+        for _ in range(7):
+            done.update(engine.step())
     load(engine, arrays(new), version + 1)
     done.update(finish(engine))
     straddling = {n: c for n, c in done.items() if len(c.versions) == 2}
@@ -147,7 +150,7 @@ def check_swap(engine: Any, path: Path, model: Any, mode: str) -> dict[str, floa
         out[f"version {of}"] = matched(model_of, by_version[of], done)["padded"]
     both = matched(new, {n: asked[n] for n in straddling}, done)
     out["stale"] = both["padded"]
-    out["kept left over"] = float(len(processor_of(engine).kept))
+    out["kept left over"] = float(len(processor_of(engine).kept) + len(engine._drawn))
     load(engine, arrays(old), version + 2)
     out["canary"] = canary(engine, old)
     return out

@@ -30,7 +30,9 @@ from vllm_checks import (  # first of all: it prepares the environment for vLLM
     load,
     make_model,
     reference,
+    runner_of,
     settings,
+    single_steps,
 )
 from vllm_undone import (
     check_undone_bfloat16,
@@ -87,11 +89,13 @@ def asked_prompts() -> dict[str, list[int]]:
     }
 
 
-def tortured(engine: Any, versions: Versions, asked: dict[str, list[int]]) -> dict[str, Any]:
+def tortured(
+    engine: Any, versions: Versions, asked: dict[str, list[int]], first: int = 0
+) -> dict[str, Any]:
     """Generate everything with a swap before each step; the completions and the swaps' times."""
     waiting = list(asked.items())
     done: dict[str, Completion] = {}
-    swap_cpu, most, version = [], 0, 0
+    swap_cpu, most, version = [], 0, first
     while waiting or engine.unfinished:
         for name, ids in waiting[:4]:  # they begin at different versions
             engine.submit(name, ids, None)
@@ -103,7 +107,12 @@ def tortured(engine: Any, versions: Versions, asked: dict[str, list[int]]) -> di
         done.update(engine.step())
         most = max(most, len(engine._running))
         version += 1
-    return {"done": done, "swaps": version, "most": most, "cpu": statistics.median(swap_cpu)}
+    return {
+        "done": done,
+        "swaps": version - first,
+        "most": most,
+        "cpu": statistics.median(swap_cpu),
+    }
 
 
 def tokens_by_version(done: dict[str, Completion]) -> dict[int, list[tuple[str, int]]]:
@@ -168,14 +177,17 @@ def check_torture(folder: Path, mode: str) -> dict[str, Any]:
     keys = {"max_running": RUNNING, "stop_token_ids": STOPS, "kv_cache_mb": 16}
     engine: Any = make_engine("vllm", settings(path, kv_on_swap=mode, **keys))
     asked = asked_prompts()
-    got = tortured(engine, versions, asked)
+    with single_steps(engine):
+        got = tortured(engine, versions, asked)
     done = got.pop("done")
     judge = recomputed if mode == "recompute" else replayed
     lengths = {len(c.token_ids) for c in done.values()}
     out = {**got, **judge(versions, asked, done), "lengths": len(lengths), "done": len(done)}
     out["most_versions"] = max(len(c.versions) for c in done.values())
     out["prefix"] = prefix_reuse(engine, versions)
-    out["beside"] = staged_beside(engine, versions, judge)
+    with single_steps(engine):
+        out["beside"] = staged_beside(engine, versions, judge)
+    out["turns"] = in_turns(engine, versions, judge)
     if mode == "recompute":
         model = versions.at(5000)
         load(engine, arrays(model), 5000)
@@ -185,6 +197,23 @@ def check_torture(folder: Path, mode: str) -> dict[str, Any]:
         out["read_out"] = read_out(engine, model)
     engine.close()
     return out
+
+
+def in_turns(
+    engine: Any, versions: Versions, judge: Callable[..., dict[str, float]]
+) -> dict[str, Any]:
+    """The same torture with several tokens between two swaps, as a worker decodes."""
+    runner_of(engine)._most = 5
+    asked = asked_prompts()
+    got = tortured(engine, versions, asked, first=6000)
+    done = got.pop("done")
+    return {
+        **got,
+        **judge(versions, asked, done),
+        "done": len(done),
+        "longest": max(s.end - s.start for c in done.values() for s in c.versions),
+        "most_versions": max(len(c.versions) for c in done.values()),
+    }
 
 
 def prefix_reuse(engine: Any, versions: Versions) -> list[float]:

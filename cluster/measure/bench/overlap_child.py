@@ -41,7 +41,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def generate(task: dict[str, Any]) -> dict[str, Any]:
-    """The recorded prompts through plain vLLM, each answer as long as it was in the run."""
+    """The recorded prompts through the worker's engine alone, with the lengths of the run."""
     from actors.environment import prepare_environment
 
     prepare_environment((CORE_OF["generate"],))
@@ -49,7 +49,7 @@ def generate(task: dict[str, Any]) -> dict[str, Any]:
     from cluster.assembly.prepare import context_length
     from cluster.contracts.config.train import TrainConfig
     from cluster.measure.bench.plain_vllm import generate as answers
-    from cluster.measure.bench.plain_vllm import plain_engine
+    from cluster.measure.bench.plain_vllm import worker_engine
 
     config = load_config(TrainConfig, task["config"])
     settings = engine_settings(
@@ -59,7 +59,7 @@ def generate(task: dict[str, Any]) -> dict[str, Any]:
         config.data.max_prompt_tokens,
         context_length(config.model),
     )
-    engine = plain_engine(settings)
+    engine = worker_engine(settings)
     requests = [
         (row["prompt_ids"], len(row["token_ids"]))
         for table in _tables(task)

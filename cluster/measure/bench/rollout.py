@@ -1,10 +1,12 @@
 """Generation of a rollout worker against plain vLLM on the same prompts, on one core.
 
 plain    vLLM's own `LLMEngine` loop: add all requests, step until done, outputs thrown away
+engine   the same with the loop that Accord's worker puts in vLLM's place
 worker   Accord's rollout worker: assignments in; completions, scores over gRPC, Arrow tables out
 
-Each is a process of its own on core 0, in the order plain, worker, worker, plain, ... The figure is
-tokens per CPU-second of the process (the machine may be shared), and the ratio of the medians.
+Each is a process of its own on core 0, in the order plain, engine, worker, worker, engine, plain,
+... The figure is tokens per CPU-second of the process (the machine may be shared), and the ratio of
+the medians.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from cluster.measure.bench.children import answer, run, timed
 from cluster.measure.bench.common import BenchOptions, BenchResult
 
 PROMPTS, SAMPLES, PROMPT_TOKENS, NEW_TOKENS, RUNNING = 96, 4, 24, 48, 64
-KINDS = ("plain", "worker")
+KINDS = ("plain", "engine", "worker")
 
 
 def measure(options: BenchOptions) -> BenchResult:
@@ -50,7 +52,7 @@ def _result(found: Mapping[str, list[dict[str, float]]]) -> BenchResult:
         }
         for kind, runs in found.items()
     ]
-    plain, worker = rows
+    plain, engine, worker = rows
     return BenchResult(
         name="rollout",
         settings={"prompts": PROMPTS, "samples": SAMPLES, "prompt_tokens": PROMPT_TOKENS,
@@ -59,6 +61,7 @@ def _result(found: Mapping[str, list[dict[str, float]]]) -> BenchResult:
         ratios={
             "rate per cpu-second": worker["tokens/cpu-s"] / plain["tokens/cpu-s"],
             "rate per second": worker["tokens/s"] / plain["tokens/s"],
+            "worker over engine, per cpu-second": worker["tokens/cpu-s"] / engine["tokens/cpu-s"],
         },
         tolerances={"rate per cpu-second": (0.9, float("inf"))},
     )  # fmt: skip
@@ -78,13 +81,15 @@ def measured(task: dict[str, Any]) -> dict[str, float]:
         max_running=RUNNING,
         seed=1,
     )
-    return _plain(settings) if task["kind"] == "plain" else _worker(settings, task["reward"])
+    if task["kind"] == "worker":
+        return _worker(settings, task["reward"])
+    return _engine(settings, plain=task["kind"] == "plain")
 
 
-def _plain(settings: Any) -> dict[str, float]:
-    from cluster.measure.bench.plain_vllm import generate, plain_engine
+def _engine(settings: Any, plain: bool) -> dict[str, float]:
+    from cluster.measure.bench.plain_vllm import generate, plain_engine, worker_engine
 
-    engine = plain_engine(settings)
+    engine = plain_engine(settings) if plain else worker_engine(settings)
 
     def requests(prompts: int) -> list[tuple[list[int], int]]:
         return [(_prompt_ids(n), NEW_TOKENS) for n in range(prompts) for _ in range(SAMPLES)]
