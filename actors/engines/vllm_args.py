@@ -63,6 +63,13 @@ def why_single_steps(settings: EngineSettings) -> str:
     return next((reason for reason, applies in reasons.items() if applies), "")
 
 
+def _for_workers(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of several parts, each of which may pass settings on to vLLM's workers."""
+    passed_on = {key: v for part in parts for key, v in part.get("additional_config", {}).items()}
+    arguments = {key: v for part in parts for key, v in part.items()}
+    return arguments | {"additional_config": passed_on}
+
+
 def engine_args(settings: EngineSettings) -> EngineArgs:
     extension = WeightStage if settings.adapters is None else AdapterStage
     if settings.tensor_parallel > 1:
@@ -85,9 +92,8 @@ def engine_args(settings: EngineSettings) -> EngineArgs:
         async_scheduling=IN_FLIGHT_STEPS.on(not current_platform.is_cpu()),
         disable_log_stats=True,
         worker_extension_cls=f"{extension.__module__}.{extension.__name__}",
-        **limit_args(settings),
         **multistep_args(settings),
-        **quantization_args(settings),
+        **_for_workers(limit_args(settings), quantization_args(settings)),
         **adapter_args(settings.adapters),
         **_platform_args(settings),
     )
