@@ -11,7 +11,7 @@ from cluster.machine.hardware import this_machine
 
 WORKER = ("actors.rollout",)
 TRAINING = ("learner.rl.learner", "reward_service.server", *WORKER)
-ENGINE = ("actors.engines.vllm_engine", "vllm.v1.worker.cpu_worker")
+ENGINE = ("actors.engines.vllm_engine", "actors.engines.vllm_multistep")
 
 
 def forked_roles(
