@@ -20,11 +20,12 @@ _FAST_ERROR_LIMIT = 1e-5
 """Relative error above which a fast float32 product is no longer float32 (bfloat16 gives 2e-3)."""
 
 
-_KEPT_KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
-"""oneDNN compiles a kernel for each shape of a product and keeps 1024 of them, half a megabyte
-each. Microbatches of text hardly ever have a shape again, while the layers of one have the same
-few: 64 are found nearly as often, in a twentieth of the memory. oneDNN reads it at its first
-product."""
+_KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""Of oneDNN, and of torch above it. Each is read at the first product of a process."""
+_KEPT_KERNELS = "64"
+"""oneDNN compiles a kernel for each shape of a product; both caches keep 1024 of them, half a
+megabyte each. Microbatches of text hardly ever have a shape again, while the layers of one have the
+same few: 64 are found nearly as often, in a twentieth of the memory."""
 
 
 def prepare_torch(threads: int = 0, *, deterministic: bool = False) -> Precision:
@@ -57,13 +58,12 @@ def prepare_torch(threads: int = 0, *, deterministic: bool = False) -> Precision
 def _few_kernels_kept() -> Iterator[None]:
     """For this process, unless the user has said how many; engines that it starts decode the same
     shapes again and again."""
-    name, count = _KEPT_KERNELS
-    given = name in os.environ
-    os.environ.setdefault(name, count)
+    ours = [name for name in _KERNEL_CACHES if name not in os.environ]
+    os.environ.update(dict.fromkeys(ours, _KEPT_KERNELS))
     try:
         yield
     finally:
-        if not given:
+        for name in ours:
             del os.environ[name]
 
 

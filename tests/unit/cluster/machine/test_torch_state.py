@@ -89,17 +89,20 @@ def test_every_process_that_computes_takes_that_state(
 def test_few_compiled_kernels_are_kept_unless_the_user_says_how_many(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    name, seen = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", []
+    name, other, seen = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", []
 
     def multiply() -> float:
-        seen.append(os.environ[name])
+        seen.append((os.environ[name], os.environ[other]))
         return 0.0
 
     monkeypatch.setattr(torch_state, "product_error", multiply)
     monkeypatch.setenv(name, "7")
+    monkeypatch.delenv(other, raising=False)
     prepare_torch()
     assert os.environ[name] == "7"
     monkeypatch.delenv(name)
     prepare_torch()
-    assert seen == ["7", "64"]
-    assert name not in os.environ, "engines that this process starts would keep as few"
+    assert seen == [("7", "64"), ("64", "64")]
+    assert not {name, other} & os.environ.keys(), (
+        "engines that this process starts would keep as few"
+    )
