@@ -42,10 +42,10 @@ def fork_server(modules: Sequence[str], variables: Mapping[str, str]) -> Iterato
     """Ray workers of clusters that this process starts within are forked from one process, which
     has imported ``modules`` with ``variables`` in its environment.
 
-    It begins to import now. Workers that are asked for meanwhile wait. Where there are no forks
-    (not Linux), workers import for themselves.
+    It begins to import now. Workers that are asked for meanwhile wait. On other systems than Linux
+    workers import for themselves.
     """
-    if sys.platform != "linux" or PLACE in os.environ:
+    if not _can_fork() or PLACE in os.environ:
         yield
         return
     folder = tempfile.mkdtemp(prefix="accord-")  # mode 0700: who can connect can run code
@@ -75,6 +75,17 @@ def fork_server(modules: Sequence[str], variables: Mapping[str, str]) -> Iterato
         process.kill()  # it may still import; its workers have ended with their cluster
         process.wait()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _can_fork() -> bool:
+    """Linux from 5.3 on, in a container that lets us wait for processes by descriptor."""
+    if sys.platform != "linux":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:
+        return False
+    return True
 
 
 # -- in the process itself -------------------------------------------------------------------------
