@@ -14,7 +14,7 @@ from cluster.contracts.devices import NUMBER_TYPE
 
 PAYS = 1.2
 """Products in bfloat16 that are so many times as fast make a whole step faster by a tenth at least
-(docs/results.md, "Number types"): about half of a small model's step is products."""
+(`accord bench learner` has both): about half of a small model's step is products."""
 TRAINED_ROWS = 512  # of a microbatch; with more, products are as fast
 DECODED_ROWS = 128  # at most, of a decoding step
 FIRST_WITH_BFLOAT16 = 8.0  # compute capability (Ampere)
