@@ -1,11 +1,11 @@
 """The forward passes of a step before its update, and how few of them will do.
 
-A step of one optimiser update needs the policy's forward pass once. Where nothing before the
+The first update of a step needs the policy's forward pass once. Where nothing before the only
 update asks for the policy's numbers, the training forward is the first ("inline"). Where something
-does (a KL in the reward, values), the measuring pass is run with gradient and its graph waits for
-the loss ("kept"), if there is memory for it. Else, and with several updates, the policy runs
-without gradient first and again in training ("separate"). All three give the same step,
-bit for bit where kernels are deterministic.
+does (a KL in the reward, values, further updates), the rows of the first update are measured with
+gradient and their graph waits for the loss ("kept"), if there is memory for it. The rows of further
+updates, and all where nothing can wait, are run without gradient first and again in training
+("separate"). All three give the same step, bit for bit where kernels are deterministic.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class MeasuredPasses:
 
     policy: None with the plan "inline", whose update measures it. ref_logp, values: None without a
     reference or a value network. after: [B] values of the states after the last token, as values.
-    waiting: one for each of this rank's microbatches where "kept" found the memory, else None.
+    waiting: one for each of this rank's microbatches of the first update where "kept" found the
+    memory, else None.
     """
 
     policy: PolicyPass | None
@@ -69,11 +70,12 @@ def plan_passes(settings: LearnerSettings, networks: Networks, value_only: bool)
     value_only: the step leaves the policy as it is, so its forward pass carries no gradient.
     """
     learner = settings.learner
-    # The first of several updates changes the weights: what is measured has to be older than it.
-    if learner.epochs > 1 or learner.minibatches > 1 or value_only:
+    if value_only:
         return "separate"
     kl_in_reward = networks.reference is not None and settings.algorithm.kl.place == "reward"
-    if not networks.has_values and not kl_in_reward:
+    # The first of several updates changes the weights: what is measured has to be older than it.
+    several = learner.epochs > 1 or learner.minibatches > 1
+    if not networks.has_values and not kl_in_reward and not several:
         return "inline"
     # Checkpointing throws away what a waiting graph would hold, so waiting would gain nothing.
     if learner.activation_memory_mb == 0 or learner.gradient_checkpointing:
@@ -87,11 +89,15 @@ def run_passes(
     plan: PassPlan,
     rows: int,
     width: int,
-    micros: Sequence[Microbatch],
+    first: Sequence[Microbatch],
+    later: Sequence[Microbatch],
     networks: Networks,
     settings: LearnerSettings,
 ) -> MeasuredPasses:
-    """The passes of this process's `rows` samples of a step, answers padded to `width`."""
+    """The passes of this process's `rows` samples of a step, answers padded to `width`.
+
+    first: the microbatches of the first update. later: those of all other rows.
+    """
     device = networks.device
 
     def zeros(*shape: int) -> Tensor:
@@ -108,9 +114,11 @@ def run_passes(
     with compute_in(networks.compute_dtype, device, cached=not networks.sharded):
         if policy is not None:
             into = _PolicyTensors(policy, values, after)
-            waiting = _policy_passes(plan == "kept", into, micros, networks, settings)
+            # Those that wait come last: nothing is held while the others run.
+            _policy_passes(False, into, later, networks, settings)
+            waiting = _policy_passes(plan == "kept", into, first, networks, settings)
         if ref_logp is not None:
-            _reference_passes(ref_logp, micros, networks, settings)
+            _reference_passes(ref_logp, [*first, *later], networks, settings)
     return MeasuredPasses(
         policy=policy, ref_logp=ref_logp, values=values, after=after, waiting=waiting
     )
