@@ -120,6 +120,8 @@ def round_ratios(found: Round) -> dict[str, float]:
         "learner efficiency": run.trained / run.learner_cpu / _cpu_rate(learn),
         "stall of generation": sum(run.pauses) / run.window.seconds,
         "stall of learner": run.publishing / run.window.seconds,
+        "bubble, hand-over and publish": (run.waiting + run.handing_over + run.publishing)
+        / run.window.seconds,
         "waste": run.waste,
         "staleness max": run.staleness_max,
         "used by other processes": max(
@@ -198,6 +200,7 @@ def _figures(found: RunMeasures | dict[str, Any]) -> dict[str, float]:
         "pause max, ms": 1e3 * metrics.percentile(found.pauses, 1.0),
         "hand-over a step, ms": 1e3 * found.handing_over / window.steps,
         "publish a step, ms": 1e3 * found.publishing / window.steps,
+        "learner without a core a step, ms": 1e3 * found.no_core / window.steps,
         "staleness mean": found.staleness_mean,
         "staleness max": found.staleness_max,
         "waste": found.waste,

@@ -24,8 +24,9 @@ class RunMeasures:
     """Of the window unless said otherwise; times in seconds, CPU in CPU-seconds.
 
     trained, generated: answer tokens. pauses: standstill of generation at each swap.
-    publishing: the learner's. handing_over: from the controller's call of a step to its answer, the
-    step itself taken off. waste: of the whole run. elsewhere: CPU of other processes.
+    publishing, no_core: the learner's. waiting: the learner's, for rollouts. handing_over: from the
+    controller's call of a step to its answer, the step itself taken off. waste: of the whole run.
+    elsewhere: CPU of other processes.
     """
 
     run: str
@@ -40,7 +41,9 @@ class RunMeasures:
     elsewhere: float
     pauses: list[float]
     publishing: float
+    waiting: float
     handing_over: float
+    no_core: float
     staleness_mean: float
     staleness_max: float
     waste: float
@@ -92,9 +95,10 @@ def read_run(run: Path, mode: Mode, steps: int, sampler: ProcessSampler) -> RunM
         cpu={role: grown(samples, window) for role, samples in sampler.by_role.items()},
         elsewhere=grown(sampler.elsewhere, window),
         pauses=[row["weight_sync/pause_s"] for row in rows if "weight_sync/pause_s" in row],
-        handing_over=sum(end - start for start, end in learning[WARM_UP : WARM_UP + steps])
-        - sum(row["perf/learner_busy_s"] for row in rows),
         publishing=sum(row["time/publish"] for row in rows),
+        waiting=sum(row["time/wait_batch"] for row in rows),
+        handing_over=sum(row["time/hand_over"] for row in rows),
+        no_core=sum(row.get("perf/learner_no_core_s", 0.0) for row in rows),
         staleness_mean=sum(row["async/staleness_mean"] for row in rows) / len(rows),
         staleness_max=max(row["async/staleness_max"] for row in rows),
         waste=waste(_total(every, "perf/throughput"), _total(every, "rollout/tokens_per_s")),

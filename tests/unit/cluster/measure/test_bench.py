@@ -89,8 +89,9 @@ def measured(**changed: Any) -> RunMeasures:
         "run": "r", "mode": "async", "window": Window(0.0, 40.0, 10), "trained": 1000.0,
         "generated": 1100.0, "worker_busy": 30.0, "learner_busy": 38.0, "learner_cpu": 25.0,
         "cpu": {"worker": 22.0, "learner": 26.0, "reward": 2.0, "controller": 1.0, "ray": 3.0},
-        "elsewhere": 0.0, "pauses": [0.1, 0.3], "publishing": 0.8,
-        "handing_over": 0.1, "staleness_mean": 1.5, "staleness_max": 2.0, "waste": 0.0,
+        "elsewhere": 0.0, "pauses": [0.1, 0.3], "publishing": 0.8, "waiting": 0.2,
+        "handing_over": 0.1, "no_core": 0.0, "staleness_mean": 1.5, "staleness_max": 2.0,
+        "waste": 0.0,
     }  # fmt: skip
     return RunMeasures(**{**values, **changed})
 
@@ -117,6 +118,7 @@ def test_the_headline_of_a_round() -> None:
     assert ratios["learner efficiency"] == pytest.approx(40 / 50)
     assert ratios["stall of generation"] == pytest.approx(0.01)
     assert ratios["stall of learner"] == pytest.approx(0.02)
+    assert ratios["bubble, hand-over and publish"] == pytest.approx(1.1 / 40.0)
     # The worst of the three runs: 8 CPU-seconds of 50 s on every core.
     noise = 8.0 / (50.0 * (os.cpu_count() or 1))
     assert ratios["used by other processes"] == pytest.approx(noise)
