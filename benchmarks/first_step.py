@@ -33,6 +33,8 @@ ROWS = {
     "LearnerActor": "learner",
     "RewardActor": "reward service",
     "ray::step": "learner",
+    "ray::DashboardAgent": "Ray daemons",
+    "ray::RuntimeEnvAgent": "Ray daemons",
     "ray::": "other Ray workers",
     "cluster.machine.fork_server": "fork server",
     "ray_worker.py": "Ray daemons",
