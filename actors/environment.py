@@ -74,7 +74,7 @@ def prepare_environment(
 def make_engine(kind: Literal["vllm", "transformers"], settings: EngineSettings) -> Engine:
     """Import and build an engine, on the calling thread. Takes seconds."""
     engine_class: Callable[[EngineSettings], Engine]
-    with quick_imports():
+    with quick_imports(scipy=False):
         if kind == "vllm":
             from actors.engines.vllm_engine import VllmEngine
 

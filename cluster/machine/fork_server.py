@@ -197,7 +197,7 @@ def _take_over(request: Request) -> None:
 def _prepare(modules: Sequence[str]) -> None:
     """Ray is left to the workers: it reads its variables when it is imported, and they have their
     own. vLLM, which would import it for engines over several machines, does without."""
-    with hidden("ray"), quick_imports() if modules else nullcontext():
+    with hidden("ray"), quick_imports(scipy=False) if modules else nullcontext():
         for module in modules:
             with suppress(Exception):  # the worker that needs it says what is wrong
                 importlib.import_module(module)
