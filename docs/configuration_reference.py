@@ -67,7 +67,7 @@ never changes a key that you set. `KEY=auto` on the command line undoes what the
 `accord plan my.toml` prints every value in force and, for `auto`, the reason:
 
 ```
-max_running = 128  # auto: a CPU decodes no faster with more than 128
+max_running = 64  # auto: a CPU decodes no faster with more than 64
 ```
 
 The run stores the values in force in its `config.toml`. When you resume or replay the run, it takes

@@ -167,14 +167,22 @@ class VllmEngine:
         return len(self._waiting) + len(self._running) + len(self._early)
 
     def _begin(self, request_id: str, request: _Request) -> None:
-        # The salt is part of a cached block's key: blocks of other weights are never found.
         self._llm.add_request(
             request_id,
-            {"prompt_token_ids": list(request.prompt), "cache_salt": str(self.version)},
+            self._prompt(request.prompt),
             self._sampling(request_id, request),
             lora_request=self._lora(request.adapter),
         )
         self._running[request_id] = request
+
+    def _prompt(self, token_ids: Sequence[int]) -> Any:
+        """vLLM's `TokensInput`: it takes this as it is, where a prompt would be parsed first."""
+        # The salt is part of a cached block's key: blocks of other weights are never found.
+        return {
+            "type": "token",
+            "prompt_token_ids": list(token_ids),
+            "cache_salt": str(self.version),
+        }
 
     def _lora(self, adapter: str) -> Any:
         return None if self._adapters is None else self._adapters.request(adapter, self.version)
@@ -197,6 +205,7 @@ class VllmEngine:
             detokenize=bool(settings.stop),
             output_kind=kind,
             extra_args=request_args(request_id),
+            skip_clone=True,  # made for this request alone; a deep copy costs as much as a token
         )
 
     def _advance(self, probe: str | None = None) -> list[tuple[str, Completion]]:
@@ -414,7 +423,7 @@ class VllmEngine:
         params = SamplingParams(
             temperature=1.0, max_tokens=1, prompt_logprobs=0, detokenize=False, ignore_eos=True
         )
-        prompt = {"prompt_token_ids": list(token_ids), "cache_salt": str(self.version)}
+        prompt = self._prompt(token_ids)
         self._llm.add_request(probe, prompt, params, lora_request=self._lora(adapter))
         deadline = time.monotonic() + PROBE_TIMEOUT_S
         while self._probe_output is None:

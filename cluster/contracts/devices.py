@@ -44,10 +44,9 @@ COMPLETION_TOKENS = ByDevice(
 )
 DECODED_AT_ONCE = ByDevice(
     "`rollout.max_running`, where it is not set: at most",
-    128,
+    64,
     512,
-    "measured on a CPU: no faster with more, and with more than 64 only for models of up to 40 "
-    "million parameters; on a GPU an estimate, the cache is the real bound",
+    "measured on a CPU: no faster with more; on a GPU an estimate, the cache is the real bound",
 )
 EAGER_ENGINE = ByDevice(
     "vLLM's `enforce_eager`: no compilation, no CUDA graphs",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cluster.assembly.auto.choices import WIDTH, Choices, Load, counted, millions, size_of
+from cluster.assembly.auto.choices import WIDTH, Choices, Load, counted
 from cluster.assembly.auto.devices import choose_worker_cores
 from cluster.assembly.auto.number_types import choose_engine_type
 from cluster.assembly.model_facts import ModelFacts
@@ -14,8 +14,6 @@ from cluster.machine.hardware import MB
 
 ENGINE_OVERHEAD_MB = 4096  # of a GPU: CUDA context, graphs, activations
 CACHE_LEAST_MB = 64
-# On a CPU: beyond this size a decode step is all products, which 64 rows already do at full speed.
-SMALL_PARAMETERS, LARGE_AT_ONCE = 40_000_000, 64
 GPU_LEAST = 0.05
 
 
@@ -69,10 +67,8 @@ def choose_seats(choices: Choices[Any], model: ModelFacts | None, load: Load) ->
     """max_running: all that is outstanding, while the device and the cache can make use of it."""
     rollout = choices.config.rollout
     device = "GPU" if rollout.gpus else "CPU"
-    limit, of_size = DECODED_AT_ONCE.on(rollout.gpus > 0), ""
-    if not rollout.gpus and size_of(model) > SMALL_PARAMETERS:
-        limit, of_size = LARGE_AT_ONCE, f" of a model with {millions(size_of(model))} parameters"
-    options = [(limit, f"a {device} decodes no faster with more than {limit}{of_size}")]
+    limit = DECODED_AT_ONCE.on(rollout.gpus > 0)
+    options = [(limit, f"a {device} decodes no faster with more than {limit}")]
     if load.outstanding is not None:
         own = math.ceil(load.outstanding / load.engines)
         options.append((own, f"no more than {own} completions are outstanding per worker"))

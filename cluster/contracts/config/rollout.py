@@ -116,9 +116,8 @@ class RolloutConfig(Section):
     )
     max_running: int = auto(
         64,
-        rule="the worker's share of all completions that can be in flight; at most 128 on "
-        "a CPU (64 with more than 40 million parameters) and 512 on a GPU, and no more than its "
-        "cache holds at full length",
+        rule="the worker's share of all completions that can be in flight; at most 64 on "
+        "a CPU and 512 on a GPU, and no more than its cache holds at full length",
         ge=1,
         description="Most sequences that one worker decodes at once.",
     )

@@ -61,15 +61,15 @@ QUICKSTART_WORDS = ("data.max_prompt_tokens=48", "rollout.max_tokens=64")
 
 CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, Any]]] = [
     (
-        "the quickstart on two cores",
+        "the quickstart on two cores: as it was with every value fixed",
         LAPTOP,
         QUICKSTART,
         QUICKSTART_WORDS,
         {
             "model.dtype": "float32",
             "rollout.dtype": "float32",
-            "rollout.max_running": 128,
-            "rollout.kv_cache_mb": 65,
+            "rollout.max_running": 64,
+            "rollout.kv_cache_mb": 64,
             "rollout.cpus": 1.0,
             "rollout.gpus": 0.0,
             "learner.cpus": 1.0,
@@ -85,7 +85,7 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
         LAPTOP,
         QUICKSTART,
         (),
-        {"rollout.max_tokens": 256, "rollout.max_running": 128, "rollout.kv_cache_mb": 258},
+        {"rollout.max_tokens": 256, "rollout.max_running": 64, "rollout.kv_cache_mb": 130},
     ),
     (
         "the longest prompt that was set bounds the completion",
@@ -232,7 +232,7 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
         LAPTOP,
         None,
         (),
-        {"rollout.max_tokens": 256, "rollout.max_running": 128, "rollout.kv_cache_mb": 64},
+        {"rollout.max_tokens": 256, "rollout.max_running": 64, "rollout.kv_cache_mb": 64},
     ),
     ("a short run", LAPTOP, QUICKSTART, ("batch.steps=4",), {"checkpoint.every": 10}),
     ("a run of 100 steps", LAPTOP, QUICKSTART, (), {"checkpoint.every": 20}),
