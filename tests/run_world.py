@@ -95,6 +95,8 @@ class Learner:
     async def lost(self) -> None:
         await asyncio.get_running_loop().create_future()
 
+    def fetch_ahead(self, payloads: Sequence[Any]) -> None: ...
+
     async def step(self, batch: StepInput) -> StepResult:
         await asyncio.sleep(self.step_s)
         if batch.step in self.lose:

@@ -131,6 +131,11 @@ class LearnerHandle(Protocol):
         """Waits until its process has ended without being asked to, and raises LearnerLost."""
         ...
 
+    def fetch_ahead(self, payloads: Sequence[Any]) -> None:
+        """Called while a step goes on: begin to bring the payloads of the next one to the learner.
+        Returns at once, and promises nothing: what does not arrive, ``step`` fetches itself."""
+        ...
+
     async def step(self, batch: StepInput) -> StepResult: ...
 
     async def snapshot(self) -> int:

@@ -70,11 +70,13 @@ class LearnerSteps:
         self._monitors = monitors
         self._taken: list[GroupMeta] = []  # groups of the step under way
         self._attempts = 0  # of it
+        self._fetching = -1  # the newest step that the learner was told to fetch ahead
         self.done = buffer.next_step  # steps finished
 
     def start(self) -> None:
         """Begin the next step if its groups and the learner are there."""
         if self._activities.any_of("step", "snapshot", "successor"):
+            self._fetch_ahead()
             return  # one learner, one step: steps change the same weights
         if self._learner.succession.redo:
             self._learner.ask(self._learner.succession.redo[0], self._workers.sent_version)
@@ -95,6 +97,13 @@ class LearnerSteps:
         self._pacer.step_began(now)
         batch = replace(batch, kl_coef=self._monitors.kl_coef)
         self._learner.ask(batch, self._workers.sent_version)
+
+    def _fetch_ahead(self) -> None:
+        """Once for each step that is complete before the one under way has ended."""
+        step = self._buffer.next_step
+        if step > self._fetching and "step" in self._activities and self._buffer.is_complete(step):
+            self._fetching = step
+            self._learner.fetch_ahead(self._buffer.upcoming())
 
     def after(self, task: asyncio.Task[Any]) -> None:
         """The step has ended."""

@@ -3,7 +3,9 @@ it is lost."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from cluster.contracts.crash_points import passing
 from cluster.contracts.durable import FileDigest
@@ -67,6 +69,10 @@ class LearnerSupervisor:
         self.succession.asked(batch)
         self.becomes("training")
         self._activities.begin("step", self._handle.step(replace(batch, sending=sending)))
+
+    def fetch_ahead(self, payloads: Sequence[Any]) -> None:
+        """Begin to bring the next step's payloads to it, while it trains."""
+        self._handle.fetch_ahead(payloads)
 
     async def snapshot(self) -> int:
         """Copy its state in its memory; bytes of the copy."""

@@ -125,18 +125,17 @@ class GroupBuffer:
             return None
         del self._arrived[self.next_step]
         entries = [self._ready.pop(g) for g in self.ledger.groups_of(self.next_step)]
-        # Groups of one harvest share a payload: it is handed on once.
-        payloads: dict[int, Any] = {}
-        for meta, payload in entries:
-            if meta.failure is None:
-                payloads.setdefault(id(payload), payload)
         step = StepInput(
             step=self.next_step,
             group_ids=tuple(m.group_id for m, _ in entries if m.failure is None),
-            payloads=tuple(payloads.values()),
+            payloads=_payloads(entries),
         )
         self.next_step += 1
         return step, [meta for meta, _ in entries]
+
+    def upcoming(self) -> tuple[Any, ...]:
+        """The payloads that ``take`` would hand out, once the next step is complete."""
+        return _payloads([self._ready[g] for g in self.ledger.groups_of(self.next_step)])
 
     def give_back(self, step: int, metas: Iterable[GroupMeta]) -> list[GroupMeta]:
         """Undo ``take`` of ``step``, whose payload was lost. Groups that had failed stay as they
@@ -149,3 +148,9 @@ class GroupBuffer:
             else:
                 self._keep(meta, None)
         return again
+
+
+def _payloads(entries: Iterable[tuple[GroupMeta, Any]]) -> tuple[Any, ...]:
+    """Of the groups that did not fail; one that groups of a harvest share is handed on once."""
+    shared = {id(payload): payload for meta, payload in entries if meta.failure is None}
+    return tuple(shared.values())

@@ -37,6 +37,8 @@ STACKS = "stacks"
 """Of what is asked when nothing else may be answered."""
 FILES = "files"
 """Of the writing and sending of files."""
+AHEAD = "ahead"
+"""Of the fetching of what the next step trains on."""
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
@@ -61,6 +63,7 @@ class LearnerActor:
         self._ranks: Any = None
         self._place: Any = None
         self._held: StepInput | None = None
+        self._ahead: dict[Any, Any] = {}  # reference -> what was fetched for the next step
         self._outbox: Outbox | None = None
         self._snapshot: Any = None
 
@@ -130,17 +133,37 @@ class LearnerActor:
         self._learner = PPOLearner(settings, threads=self._threads, ranks=self._ranks)
         return self._learner.start()
 
+    @ray.method(concurrency_group=AHEAD)
+    def fetch_ahead(self, payloads: list[Any]) -> None:
+        """Fetch while a step computes. What cannot be had is left to the step that needs it."""
+        fetched = {}
+        with contextlib.suppress(Retryable):
+            for payload in payloads:
+                if isinstance(payload, list):
+                    fetched[payload[0]] = _resolve(payload)
+        self._ahead = fetched
+
     def hold(self, batch: StepInput) -> None:
         """Fetch what the next `step` trains on. With several processes it is done before: payloads
         that are lost must be known before one process waits for another."""
-        self._held = _fetched(batch)
+        self._held = self._fetched(batch)
 
     def step(self, batch: StepInput | None = None) -> StepResult:
         """batch: None for the one held."""
-        wanted, self._held = (self._held if batch is None else _fetched(batch)), None
+        wanted, self._held = (self._held if batch is None else self._fetched(batch)), None
         if wanted is None:
             raise Fatal("the learner was asked for a step that it does not hold")
         return self._learner.step(wanted)
+
+    def _fetched(self, batch: StepInput) -> StepInput:
+        ahead, self._ahead = self._ahead, {}
+        tables = tuple(
+            ahead[payload[0]]
+            if isinstance(payload, list) and payload[0] in ahead
+            else _resolve(payload)
+            for payload in batch.payloads
+        )
+        return dataclasses.replace(batch, payloads=tables)
 
     def use_checkpoint(self, parcel: Parcel | None, replay: Sequence[Parcel]) -> None:
         """Start from the packed checkpoint and rollouts, which the driver's disk holds."""
@@ -180,13 +203,8 @@ class LearnerActor:
 
 # Ray's types do not know the option.
 _with_groups: Any = ray.remote
-_GROUPS = {ASIDE: 1, WATCH: 1, STACKS: 1, FILES: 2}
+_GROUPS = {ASIDE: 1, WATCH: 1, STACKS: 1, FILES: 2, AHEAD: 1}
 LearnerActors = _with_groups(concurrency_groups=_GROUPS)(LearnerActor)
-
-
-def _fetched(batch: StepInput) -> StepInput:
-    tables = tuple(_resolve(payload) for payload in batch.payloads)
-    return dataclasses.replace(batch, payloads=tables)
 
 
 def _resolve(payload: Any) -> Any:

@@ -88,6 +88,11 @@ class RayLearner:
         told = await asyncio.gather(*self._processes.each("stacks"))
         return "\n".join(told) or "has no process"
 
+    def fetch_ahead(self, payloads: Sequence[Any]) -> None:
+        """See `LearnerHandle`. Each process fetches them, beside the step under way."""
+        for actor in self._processes.actors:
+            actor.fetch_ahead.remote(list(payloads))
+
     async def step(self, batch: StepInput) -> StepResult:
         """One learner step. Deadline: `learner.step_timeout_s`. Raises Retryable when a payload is
         gone with its worker: the step has then changed nothing and may be asked for again."""

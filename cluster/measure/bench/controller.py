@@ -128,6 +128,8 @@ class _Learner:
     async def start(self, step: int | None = None) -> WeightManifest:
         return manifest(0)
 
+    def fetch_ahead(self, payloads: Sequence[Any]) -> None: ...
+
     async def step(self, batch: StepInput) -> StepResult:
         return StepResult(
             step=batch.step,

@@ -309,6 +309,9 @@ class SimulatedLearner:
     async def start(self, step: int | None = None) -> WeightManifest:
         return manifest(0)
 
+    def fetch_ahead(self, payloads: Sequence[Any]) -> None:
+        """It has no payloads."""
+
     async def step(self, batch: StepInput) -> StepResult:
         scenario, loop = self._scenario, asyncio.get_running_loop()
         began = loop.time()

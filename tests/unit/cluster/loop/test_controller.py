@@ -73,6 +73,8 @@ class FakeLearner:
     def __init__(self, version: int = 0, seconds: float = 0.0) -> None:
         self.version, self.seconds = version, seconds
         self.batches: list[StepInput] = []
+        # (steps done, payloads that it was told to fetch meanwhile)
+        self.ahead: list[tuple[int, tuple[Any, ...]]] = []
         self.saved: list[str] = []
         self.lose: dict[int, int] = {}  # step -> how often its rollouts are lost on the way
         self.copied = -1
@@ -88,6 +90,9 @@ class FakeLearner:
         if self.start_problem is not None:
             raise self.start_problem
         return manifest(self.version)
+
+    def fetch_ahead(self, payloads: Sequence[Any]) -> None:
+        self.ahead.append((len(self.batches), tuple(payloads)))
 
     async def step(self, batch: StepInput) -> StepResult:
         await asyncio.sleep(self.seconds)
@@ -322,6 +327,20 @@ def test_every_prompt_is_trained_once_in_order(tmp_path: Path, bound: int) -> No
     assert swaps[-1]["weight_sync/canary_logp_diff"] == pytest.approx(1e-6)
     found = run.checkpoints.newest_good()
     assert (found.path.name, found.state.step) == ("step-000006", 6)
+
+
+def test_the_next_steps_rollouts_go_to_the_learner_while_it_trains(tmp_path: Path) -> None:
+    learner = FakeLearner(seconds=1.0)
+
+    async def trained() -> None:
+        controller, pool, _, _ = build(tmp_path, World(), learner, bound=1, again=Trail())
+        await asyncio.wait_for(drive(controller, pool), 200)
+
+    VirtualLoop().run(trained())
+    # Told while one step goes on, each once: what the step after it trains on.
+    assert len(learner.ahead) == len({done for done, _ in learner.ahead}) == 5
+    for done, payloads in learner.ahead:
+        assert payloads == learner.batches[done + 1].payloads
 
 
 class Timed(FakeLearner):

@@ -104,6 +104,8 @@ class Learner:
     async def start(self) -> WeightManifest:
         return manifest(0)
 
+    def fetch_ahead(self, payloads: Sequence[Any]) -> None: ...
+
     async def step(self, batch: StepInput) -> StepResult:
         self._clock.time += 7.0
         return StepResult(
