@@ -61,9 +61,11 @@ def test_a_step_a_lost_payload_a_deadline_and_death(
     async def live() -> tuple[WeightManifest, Any]:
         started = await learner.start()
         lost = await _lost_payload(table)
+        learner.fetch_ahead((lost,))  # says nothing: the step does
         with pytest.raises(Retryable, match="lost with the worker"):
             await learner.step(StepInput(step=0, group_ids=GROUPS, payloads=(lost,)))
         good = StepInput(step=0, group_ids=GROUPS, payloads=([ray.put(table)],))
+        learner.fetch_ahead(good.payloads)
         result = await learner.step(good)
         with pytest.raises(Fatal, match="step 0 was asked of a learner at version 1"):
             await learner.step(good)
