@@ -32,6 +32,9 @@ class AdapterSettings:
         return max(self.rank, *(rank for _, _, rank in self.fixed), 1)
 
 
+DECODE_STEPS = 16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSettings:
     """One engine. ``max_model_len`` is the longest prompt plus ``max_tokens``.
@@ -62,7 +65,7 @@ class EngineSettings:
     record_token_sets: bool = True
     stop: tuple[str, ...] = ()
     max_running: int = 64
-    decode_steps: int = 16
+    decode_steps: int = DECODE_STEPS
     kv_cache_mb: int = 64
     block_size: int = 32
     max_model_len: int
@@ -149,4 +152,6 @@ def engine_settings(
         gpu_memory_fraction=rollout.gpu_memory_fraction,
         trust_remote_code=model.trust_remote_code,
         revision=model.revision,
+        # Seeds of one's own ask for what vLLM itself samples with them, to the last bit.
+        decode_steps=0 if rollout.request_seeds else DECODE_STEPS,
     )

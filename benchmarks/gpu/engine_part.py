@@ -62,6 +62,7 @@ def _engine(path: Path, scale: Scale, dtype: str) -> Any:
         max_running=scale.requests,
         max_model_len=scale.answer_tokens + 56,
         gpu_memory_fraction=0.2,
+        decode_steps=1,  # on a CPU: a swap between any two tokens
     )
     return make_engine("vllm", settings)
 

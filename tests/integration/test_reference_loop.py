@@ -141,7 +141,7 @@ def train(line: Any, advantage: str, world: Any, model: Path, prompts: Path) -> 
         staleness="bound = 0",
         algorithm=ALGORITHM[advantage],
         learner=f"lr = {LR}\nepochs = 2\nminibatches = 2\nweight_decay = 0.01\n"
-        'schedule = "linear"\nwarmup_steps = 3\ndeterministic = true',
+        'schedule = "linear"\nwarmup_steps = 3\ndeterministic = true\npacking = "padded"',
         # One thread everywhere, however many cores this machine has.
         cluster="object_store_mb = 80\npin_cores = false",
         logging="ray_metrics = false\ntensorboard = false",

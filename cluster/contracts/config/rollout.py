@@ -212,8 +212,8 @@ class RolloutConfig(Section):
     request_seeds: bool = Field(
         False,
         description="The randomness of a completion depends only on the run's seed, its group "
-        "and its place in the group, not on the worker that samples it. Slower on a "
-        "CPU.",
+        "and its place in the group, not on the worker that samples it. vLLM's own loop and "
+        "sampler are used, which are slower on a CPU.",
     )
     max_restarts: int = Field(
         3,

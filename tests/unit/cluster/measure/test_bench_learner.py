@@ -24,9 +24,9 @@ def test_a_row_for_each_way_of_training(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(bench, "run", here)
     monkeypatch.setattr(bench, "QUICK_CASES", [("5M", "bfloat16")])
     found = bench.measure(BenchOptions(repeats=1, quick=True))
-    assert tasks == [{"shape": bench.SIZES["5M"], "dtype": "bfloat16", "steps": 3, "packed": True}]
-    kinds = ["bare", "grpo", "ppo", "grpo packed"]
+    assert tasks == [{"shape": bench.SIZES["5M"], "dtype": "bfloat16", "steps": 3, "padded": True}]
+    kinds = ["bare", "grpo", "ppo", "grpo padded"]
     assert [row[""] for row in found.rows] == [f"5M bfloat16 {kind}" for kind in kinds]
     assert all(row["tokens per CPU-s"] > row["answer tokens per CPU-s"] > 0 for row in found.rows)
-    assert set(found.ratios) == {"efficiency 5M bfloat16", "padded over packed 5M bfloat16"}
+    assert set(found.ratios) == {"efficiency 5M bfloat16", "packed over padded 5M bfloat16"}
     assert found.tolerances == {"efficiency 5M bfloat16": (0.97, math.inf)}
