@@ -38,7 +38,7 @@ from learner.rl.measuring_pass import (
     run_passes,
 )
 from learner.rl.microbatch import Microbatches
-from learner.rl.own_rows import deal_rows, minibatches
+from learner.rl.own_rows import deal_rows
 from learner.rl.rollouts import Ragged, RolloutBatch
 from learner.settings import LearnerSettings
 
@@ -88,8 +88,7 @@ class Experience:
     algorithm has no use for them. age: int64, learner steps between sampling and now.
     scores: float64 [B], as scored. terminal: float64 [B], what was placed on the last token.
     proximal: measured, or to be measured by the update. waiting: forward passes that wait for
-    their loss, in the order of `micros.of` the rows of the first update, or None. ranks: those that
-    share the step.
+    their loss, in the order of `micros.of` all rows, or None. ranks: those that share the step.
     """
 
     batch: RolloutBatch
@@ -154,12 +153,8 @@ def build_experience(
     pass_plan = plan_passes(settings, networks, plan.value_only)
     if not batch_trains(batch, algorithm):
         pass_plan = "separate"  # There will be no update to measure in.
-    # Cut as the update cuts them, so that both have the same microbatches.
-    first, *others = minibatches(settings, plan.step, len(batch))[: settings.learner.minibatches]
-    later = [micro for rows in others for micro in micros.of(rows.tolist())]
-    passes = run_passes(
-        pass_plan, len(own), width, micros.of(first.tolist()), later, networks, settings
-    )
+    every = micros.of(range(len(batch)))
+    passes = run_passes(pass_plan, len(own), width, every, networks, settings)
     _require_finite(
         {"reference log-probabilities": passes.ref_logp, "values": passes.values}, ranks
     )

@@ -49,8 +49,8 @@ class TrunkFlops:
 def step_flops(
     networks: Networks, settings: LearnerSettings, batch: RolloutBatch, value_only: bool
 ) -> float:
-    """Model FLOPs of one step: each epoch, the reference, and the measuring pass of what several
-    updates need one for (of the first update's rows it is a recomputation at most)."""
+    """Model FLOPs of one step: each epoch, the reference, and the measuring pass where several
+    updates need one (with a single update it is a recomputation at most)."""
     learner = settings.learner
     trunk = TrunkFlops.of(networks.policy.base_model, networks.policy.config)
     answers = float(batch.response_ids.lengths.sum())
@@ -59,7 +59,7 @@ def step_flops(
     # with adapters, only the first.
     both = 3.0 if settings.lora is None else 2.0
     trained = 1.0 if value_only else both
-    measured = 1.0 - 1.0 / learner.minibatches
+    measured = float(learner.epochs * learner.minibatches > 1)
     passes = trained * learner.epochs + measured
     if value_only and not networks.shared:
         passes = 1.0

@@ -1,11 +1,11 @@
 """The forward passes of a step before its update, and how few of them will do.
 
-The first update of a step needs the policy's forward pass once. Where nothing before the only
+A step of one optimiser update needs the policy's forward pass once. Where nothing before the
 update asks for the policy's numbers, the training forward is the first ("inline"). Where something
-does (a KL in the reward, values, further updates), the rows of the first update are measured with
-gradient and their graph waits for the loss ("kept"), if there is memory for it. The rows of further
-updates, and all where nothing can wait, are run without gradient first and again in training
-("separate"). All three give the same step, bit for bit where kernels are deterministic.
+does (a KL in the reward, values), the measuring pass is run with gradient and its graph waits for
+the loss ("kept"), if there is memory for it. Else, and with several updates, the policy runs
+without gradient first and again in training ("separate"). All three give the same step,
+bit for bit where kernels are deterministic.
 """
 
 from __future__ import annotations
@@ -53,8 +53,7 @@ class MeasuredPasses:
 
     policy: None with the plan "inline", whose update measures it. ref_logp, values: None without a
     reference or a value network. after: [B] values of the states after the last token, as values.
-    waiting: one for each of this rank's microbatches of the first update where "kept" found the
-    memory, else None.
+    waiting: one for each of this rank's microbatches where "kept" found the memory, else None.
     """
 
     policy: PolicyPass | None
@@ -70,12 +69,11 @@ def plan_passes(settings: LearnerSettings, networks: Networks, value_only: bool)
     value_only: the step leaves the policy as it is, so its forward pass carries no gradient.
     """
     learner = settings.learner
-    if value_only:
+    # The first of several updates changes the weights: what is measured has to be older than it.
+    if learner.epochs > 1 or learner.minibatches > 1 or value_only:
         return "separate"
     kl_in_reward = networks.reference is not None and settings.algorithm.kl.place == "reward"
-    # The first of several updates changes the weights: what is measured has to be older than it.
-    several = learner.epochs > 1 or learner.minibatches > 1
-    if not networks.has_values and not kl_in_reward and not several:
+    if not networks.has_values and not kl_in_reward:
         return "inline"
     # Checkpointing throws away what a waiting graph would hold, so waiting would gain nothing.
     if learner.activation_memory_mb == 0 or learner.gradient_checkpointing:
@@ -89,15 +87,11 @@ def run_passes(
     plan: PassPlan,
     rows: int,
     width: int,
-    first: Sequence[Microbatch],
-    later: Sequence[Microbatch],
+    micros: Sequence[Microbatch],
     networks: Networks,
     settings: LearnerSettings,
 ) -> MeasuredPasses:
-    """The passes of this process's `rows` samples of a step, answers padded to `width`.
-
-    first: the microbatches of the first update. later: those of all other rows.
-    """
+    """The passes of this process's `rows` samples of a step, answers padded to `width`."""
     device = networks.device
 
     def zeros(*shape: int) -> Tensor:
@@ -114,11 +108,9 @@ def run_passes(
     with compute_in(networks.compute_dtype, device, cached=not networks.sharded):
         if policy is not None:
             into = _PolicyTensors(policy, values, after)
-            # Those that wait come last: nothing is held while the others run.
-            _policy_passes(False, into, later, networks, settings)
-            waiting = _policy_passes(plan == "kept", into, first, networks, settings)
+            waiting = _policy_passes(plan == "kept", into, micros, networks, settings)
         if ref_logp is not None:
-            _reference_passes(ref_logp, [*first, *later], networks, settings)
+            _reference_passes(ref_logp, micros, networks, settings)
     return MeasuredPasses(
         policy=policy, ref_logp=ref_logp, values=values, after=after, waiting=waiting
     )

@@ -26,7 +26,6 @@ from learner.rl.step_clock import StepClock
 from learner.settings import LearnerSettings
 
 _Loss = Callable[[Microbatch, WaitingForward | None, Meter], Tensor]
-_Waiting = tuple[WaitingForward, ...] | None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,13 +80,12 @@ class PolicyUpdate:
         before, empty = self.optimizers.skipped, 0
         measured = experience.proximal if isinstance(experience.proximal, Proximal) else None
         first = None if measured else _empty_pass(experience)
-        for index, part in enumerate(self._minibatches(experience, plan.step)):
-            waiting = experience.waiting if index == 0 else None
+        for part in self._minibatches(experience, plan.step):
             # A mean over no token is 0/0; the optimiser would still move by its momentum.
             if part.tokens == 0:
                 empty += 1
                 continue
-            metrics += self._minibatch(experience, plan, part, first, waiting)
+            metrics += self._minibatch(experience, plan, part, first)
         metrics = ranks.gather_metrics(metrics)  # So far there are means and maxima only.
         metrics.append(total("policy/skipped_updates", self.optimizers.skipped - before))
         metrics.append(total("policy/empty_minibatches", empty))
@@ -115,12 +113,7 @@ class PolicyUpdate:
             )
 
     def _minibatch(
-        self,
-        experience: Experience,
-        plan: StepPlan,
-        part: Minibatch,
-        first: PolicyPass | None,
-        waiting: _Waiting,
+        self, experience: Experience, plan: StepPlan, part: Minibatch, first: PolicyPass | None
     ) -> list[Metric]:
         networks, optimizers = self.networks, self.optimizers
         metrics: list[Metric] = []
@@ -132,7 +125,7 @@ class PolicyUpdate:
                     *networks.policy_parameters(),
                     *(_parameters(networks.value) if networks.shared else []),
                 ],
-                self._losses(experience, part, loss, waiting),
+                self._losses(experience, part, loss),
                 optimizers.policy_skips,
                 "value/grad_norm" if plan.value_only else "policy/grad_norm",
             )
@@ -141,7 +134,7 @@ class PolicyUpdate:
             metrics += self._optimise(
                 optimizers.value,
                 _parameters(networks.value),
-                self._losses(experience, part, loss, waiting),
+                self._losses(experience, part, loss),
                 optimizers.value_skips,
                 "value/grad_norm",
             )
@@ -178,7 +171,7 @@ class PolicyUpdate:
         return [*meter.read(), mean(norm_name, outcome.grad_norm, 1)]
 
     def _losses(
-        self, experience: Experience, part: Minibatch, loss: _Loss, waiting: _Waiting
+        self, experience: Experience, part: Minibatch, loss: _Loss
     ) -> tuple[Meter, Iterator[MicrobatchLoss]]:
         """`loss` of each microbatch of a minibatch, with its waiting forward pass if there is one,
         and the meter that these calls fill."""
@@ -193,8 +186,8 @@ class PolicyUpdate:
             return result if micro.counts else 0.0 * result, []
 
         micros = experience.micros.of(part.rows)
-        passes = waiting or (None,) * len(micros)
-        return meter, (partial(run, *pair) for pair in zip(micros, passes, strict=True))
+        waiting = experience.waiting or (None,) * len(micros)
+        return meter, (partial(run, *pair) for pair in zip(micros, waiting, strict=True))
 
     def _policy_and_shared_loss(
         self,

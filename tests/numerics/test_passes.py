@@ -26,7 +26,7 @@ from learner.rl.measuring_pass import plan_passes
 from learner.rl.metrics import experience_metrics
 from learner.rl.microbatch import Microbatches
 from learner.rl.networks import build_networks, build_optimizers
-from learner.rl.own_rows import OwnRows, minibatches
+from learner.rl.own_rows import OwnRows
 from learner.rl.rollouts import RolloutBatch, read_batch
 from learner.rl.update import PolicyUpdate
 
@@ -53,11 +53,6 @@ KEPT: list[dict[str, Any]] = [
     {"algorithm": {"advantage": "gae"}, "learner": {"value_model": "own"}},
     {"algorithm": {"advantage": "rloo", "loss": "gspo"}},
     {"algorithm": {"advantage": "gae", "kl": {"place": "loss"}, "truncated": "bootstrap"}},
-    {
-        "algorithm": {"advantage": "gae"},
-        "learner": {"value_model": "own", "minibatches": 2, "epochs": 2},
-    },
-    {"algorithm": {"advantage": "rloo", "kl": {"coef": 0.0}}, "learner": {"epochs": 2}},
 ]
 
 
@@ -117,8 +112,7 @@ def test_a_step_with_one_forward_pass_is_the_step_with_two(
     assert not torch.equal(_weights(networks), torch.zeros_like(_weights(networks)))
     assert torch.equal(_weights(networks), _weights(twin))
     assert once == pytest.approx(twice, rel=1e-6, abs=1e-7, nan_ok=True)
-    if made.learner.epochs * made.learner.minibatches == 1:
-        assert once["policy/ratio_max"] == 1.0
+    assert once["policy/ratio_max"] == 1.0
     for name in ("logp", "entropy", "importance", "kl"):
         ours, theirs = getattr(one, name), getattr(two, name)
         assert (ours is None) == (theirs is None), name
@@ -126,25 +120,12 @@ def test_a_step_with_one_forward_pass_is_the_step_with_two(
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=name)
 
 
-def test_no_memory_takes_two_passes(world: ModuleType, tiny: Path) -> None:
-    _, networks, made = _world(world, tiny, learner={"activation_memory_mb": 0})
-    assert plan_passes(made, networks, value_only=False) == "separate"
+def test_two_updates_or_no_memory_take_two_passes(world: ModuleType, tiny: Path) -> None:
+    for learner in ({"epochs": 2}, {"minibatches": 2}, {"activation_memory_mb": 0}):
+        _, networks, made = _world(world, tiny, learner=learner)
+        assert plan_passes(made, networks, value_only=False) == "separate"
     _, networks, made = _world(world, tiny)
     assert plan_passes(made, networks, value_only=True) == "separate"
-
-
-def test_the_passes_of_the_first_of_several_updates_wait_for_it(
-    world: ModuleType, tiny: Path
-) -> None:
-    learner = {"value_model": "own", "minibatches": 2}
-    batch, networks, made = _world(world, tiny, learner=learner)
-    found = build_experience(batch, networks, made, PLAN)
-    first, second = minibatches(made, PLAN.step, len(batch))
-    assert found.waiting is not None
-    assert len(found.waiting) == len(found.micros.of(first.tolist()))
-    assert isinstance(found.proximal, Proximal)
-    measured = found.proximal.logp[torch.from_numpy(np.concatenate([first, second]))]
-    assert bool((measured != 0).any(dim=1).all())  # of the others as well
 
 
 def test_a_graph_over_the_limit_is_let_go(

@@ -55,9 +55,9 @@ class LearnerConfig(ComputeConfig):
     activation_memory_mb: int | None = Field(
         None,
         ge=0,
-        description="MiB in which the learner may keep the activations of the forward pass that "
-        "computes the old log-probabilities of the first optimiser step's samples. Then that "
-        "optimiser step need not run the pass again. A step "
+        description="Only with one optimiser step per learner step. MiB in which the learner "
+        "may keep the activations of the forward pass that computes the old "
+        "log-probabilities. Then the update need not run that pass again. A step "
         "that needs more runs it twice, with the same result. none: an eighth of "
         "the machine's memory, or a quarter of the free GPU memory. 0: always "
         "twice.",
