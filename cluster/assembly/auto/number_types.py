@@ -91,6 +91,10 @@ def choose_reward_type(choices: Choices[Any], model: ModelFacts | None) -> None:
         choices.settle("reward.dtype", NUMBER_TYPE.cpu, "not used: no reward model scores here")
         return
     on_gpu = reward.device != "cpu" and (reward.gpus > 0 or reward.device == "cuda")
+    if not on_gpu:
+        # A reward model whose scores lie close together would be refused in bfloat16.
+        choices.settle("reward.dtype", "float32", "on a CPU, the scores that it was saved with")
+        return
     choices.settle("reward.dtype", *_number_type(choices, model, on_gpu=on_gpu, rows=TRAINED_ROWS))
 
 

@@ -308,8 +308,7 @@ class RewardConfig(Section):
     )
     dtype: DType = auto(
         "float32",
-        rule="bfloat16 on a GPU that has it; on a CPU whichever was measured to be faster; "
-        "float32 for the judge of an evaluation on a CPU",
+        rule="bfloat16 on a GPU that has it; float32 on a CPU",
         description="Number type that the trunks of reward models compute in; their heads are "
         "float32. In bfloat16 the service starts only if a model's golden scores come out within a "
         "tenth of a standard deviation.",
