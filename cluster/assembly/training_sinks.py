@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from cluster.assembly.core_record import costs_key, known_costs, write_costs
 from cluster.assembly.prepare import Prepared
 from cluster.assembly.run_session import RunSession
 from cluster.assembly.training_record import Training
-from cluster.machine.core_sharing import SideBalance
+from cluster.machine.core_sharing import CoreSharing
+from cluster.machine.cores import own_cores
+from cluster.machine.placement import places
 from cluster.runs.monitor_actions import MonitorActions
 from cluster.runs.monitor_sink import MonitorSink
 from cluster.runs.sample_sink import SampleSink
@@ -31,9 +35,23 @@ def add_sinks(training: Training) -> Monitors:
     session.sinks.append(monitors.sink)
     if config.logging.samples_every and not session.reporter.quiet:
         session.sinks.append(SampleSink(config.logging, session.path, session.reporter))
-    if training.cores.crowded and hasattr(os, "sched_setaffinity"):
-        session.sinks.append(SideBalance(training.cores))
+    # In a synchronous run workers and learner take turns: a core is free at every moment, and the
+    # operating system finds it.
+    if config.staleness.bound and places(training.cores) and hasattr(os, "sched_setaffinity"):
+        session.sinks.append(_core_sharing(training))
     return monitors
+
+
+def _core_sharing(training: Training) -> CoreSharing:
+    config, session, cores = training.config, training.session, own_cores()
+    known, key = known_costs(config, cores), costs_key(config, cores)
+    session.event("core_costs_known", known=known.costs is not None, source=known.source)
+    return CoreSharing(
+        training.cores,
+        event=session.event,
+        record=partial(write_costs, session.path, key),
+        known=known.costs,
+    )
 
 
 def _monitors(training: Training) -> Monitors:

@@ -38,8 +38,8 @@ class CorePlan:
             return f"{workers}, {learner}, not bound to cores"
         own = sorted({core for cores in self.workers for core in cores})
         return (
-            f"{workers} on {_cores(own)}, {learner} on {_cores(self.learner)}, "
-            f"reward service on {_cores(self.reward)}"
+            f"{workers} on {cores_text(own)}, {learner} on {cores_text(self.learner)}, "
+            f"reward service on {cores_text(self.reward)}"
         )
 
 
@@ -108,7 +108,7 @@ def _whole(cpus: float) -> int:
     return max(1, int(cpus))
 
 
-def _cores(cores: Sequence[int]) -> str:
+def cores_text(cores: Sequence[int]) -> str:
     """ "core 3", "cores 0-3, 8"."""
     runs = [
         [core for _, core in run]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -55,6 +56,14 @@ def this_machine() -> Machine:
         gpu_compute=min(_gpu_figures("compute_cap"), default=None) if gpus else None,
         products=measure_products,
     )
+
+
+def processor() -> str:
+    """What the processor is called; the kind of machine where that is not known."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def _container_limits() -> list[int]:

@@ -8,12 +8,14 @@ from typing import Any
 
 from cluster.assembly.auto.choices import WIDTH, Resolved
 from cluster.assembly.auto.resolve import resolve_here
+from cluster.assembly.core_record import known_costs
 from cluster.assembly.model_facts import ModelFacts, read_model_facts
 from cluster.assembly.prepare import prepare
 from cluster.contracts.config.file import dump_toml
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.cores import core_plan, own_cores
 from cluster.machine.hardware import Machine, this_machine
+from cluster.measure.core_outlook import CoreOutlook, core_lines, core_outlook
 from cluster.measure.probe.memory import STATE, memory_plan
 from cluster.measure.probe.probe import Outlook, probe
 from cluster.runs.console import Reporter, result
@@ -33,8 +35,9 @@ def show_plan(
     config = resolved.config
     found = probe(config, reporter or Reporter()) if with_probe else None
     memory = memory_plan(config, found.measured) if found else {}
+    cores = found.cores if found else cores_here(config)
     if as_json:
-        shown = dict(record)
+        shown = {**record, "cores": asdict(cores)}
         if found is not None:
             outlook = {**asdict(found), "memory": memory, "verdict": verdict(config, found)}
             shown["probe"] = outlook
@@ -45,12 +48,24 @@ def show_plan(
     result("# derived")
     for name, value in record["derived"].items():
         result(f"#   {name} = {value}")
+    for line in ("who runs on which core", *core_lines(cores)):
+        result(f"# {line}".rstrip())
     if found is None:
         result("# step time, memory and bottleneck: add --probe (runs each role for some seconds)")
         return
     sizes = [f"  {name:<44} {size / MB:9.1f}" for name, size in memory.items()]
     for line in (*table(config, found), "memory, MiB", *sizes, "", verdict(config, found)):
         result(f"# {line}".rstrip())
+
+
+def cores_here(config: TrainConfig) -> CoreOutlook:
+    """Who runs on which core without a probe: with what an earlier run has measured, if one has."""
+    cores = own_cores()
+    known = known_costs(config, cores)
+    source = known.source
+    if known.costs is None:
+        source = f"not known: {source}; --probe measures them"
+    return core_outlook(config, core_plan(config, cores), known.costs, source, known.step_s)
 
 
 def checked_plan(config: TrainConfig) -> tuple[Resolved[TrainConfig], dict[str, Any]]:
@@ -74,7 +89,7 @@ def table(config: TrainConfig, found: Outlook) -> list[str]:
     rows = [
         ("generation", times.generate_s, f"{engine['tokens_per_s']:.0f} tokens/s a worker"),
         ("  one answer", times.sample_s, f"{found.mean_length:.1f} tokens on average"),
-        ("  pause of a weight update", times.generation_stall_s, ""),
+        ("  pause of a weight update", engine["stall_s"], ""),
         ("scoring", times.scoring_s, f"one call {1000 * times.score_s:.1f} ms"),
         ("learner", times.learn_s, f"weights ready in {1000 * times.publish_s:.1f} ms"),
         ("step at bound 0", found.synchronous_s, "synchronous"),

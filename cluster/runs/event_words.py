@@ -95,6 +95,20 @@ def _checkpoint_failed(detail: Detail) -> str:
     )
 
 
+def _cores_dealt_out(detail: Detail) -> str:
+    return f"step {detail['step']}: {cores_text(detail['cores'])}: {detail['why']}"
+
+
+def cores_text(rows: Any) -> str:
+    """Who runs on which cores, of the event `cores_dealt_out` in a line. The rows are taken as they
+    come: they may be another release's."""
+    found = rows if isinstance(rows, list) else []
+    told = [row for row in found if isinstance(row, dict) and isinstance(row.get("roles"), list)]
+    return "; ".join(
+        f"{row.get('cores')}: {', '.join(map(str, row['roles'])) or 'nobody'}" for row in told
+    )
+
+
 def _evaluated(detail: Detail) -> str:
     step = detail["step"]
     if detail["problem"] is not None:
@@ -130,4 +144,5 @@ _WORDS: Mapping[str, Callable[[Detail], str | None]] = {
     "learner_out_of_memory": _learner_out_of_memory,
     "checkpoint_failed": _checkpoint_failed,
     "evaluated": _evaluated,
+    "cores_dealt_out": _cores_dealt_out,
 }

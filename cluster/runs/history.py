@@ -39,6 +39,7 @@ class History:
         self.recent: deque[Row] = deque(maxlen=MOST_RECENT)
         self.spans: deque[WorkerSpan] = deque(maxlen=MOST_SPANS)
         self.cluster: Row = {}
+        self.cores: Row = {}  # who runs on which core, as it was decided last
         self.began_late = False
         self._open: dict[str, WorkerSpan] = {}
         self._alarms: dict[str, str] = {}
@@ -67,9 +68,11 @@ class History:
         self.counts[kind] += 1
         self.recent.append(event)
         if kind == "cluster":
-            self.cluster = event
+            self.cluster, self.cores = event, {}
             for worker in self.serving:
                 self._end(worker, event, "ended")
+        elif kind == "cores_dealt_out":
+            self.cores = event
         elif kind == BEGINS:
             self._begin(event)
         elif kind in ENDS:

@@ -11,6 +11,7 @@ from cluster.runs.checkpoints import step_of
 from cluster.runs.console import shown
 from cluster.runs.control import Wishes, read_wishes
 from cluster.runs.driver import driver_of
+from cluster.runs.event_words import cores_text
 from cluster.runs.history import FollowedHistory, History
 from cluster.runs.overview import RunOverview, ago, fresh_live, heartbeat_age, overview, span
 from cluster.runs.run import Run
@@ -22,7 +23,8 @@ def read_status(run: Run, history: History | None = None) -> dict[str, Any]:
     """For people and --json. ``alarms``: those that have not ended; ``workers``: names of the
     rollout workers that serve now; ``driver_alive``: None where this machine cannot tell;
     ``live``: what live.json says, None where it is missing or old; ``heartbeat_age_s``: seconds
-    since the driver wrote it. ``history``: where it is at hand.
+    since the driver wrote it; ``cores``: who runs on which, where the run has moved
+    roles. ``history``: where it is at hand.
 
     Raises UserError for a damaged manifest.
     """
@@ -45,6 +47,7 @@ def read_status(run: Run, history: History | None = None) -> dict[str, Any]:
         "workers_wanted": wishes.worker_count,
         "paused": wishes.paused and running,
         "checkpoint": checkpoint and {"path": str(checkpoint), "step": step_of(checkpoint.name)},
+        "cores": history.cores.get("cores") if running else None,
         "dashboard": history.cluster.get("dashboard") if running else None,
         "driver": driver.record() if driver else None,
         "driver_alive": driver.alive() if driver else None,
@@ -82,6 +85,8 @@ def status_lines(run: Run) -> list[str]:
         )
         if status["paused"]:
             lines.append(f"  paused; to go on: accord resume {facts.path}")
+    if cores := cores_text(status["cores"]):
+        lines.append(f"  {cores}")
     if status["checkpoint"]:
         path = Path(status["checkpoint"]["path"])
         lines.append(f"  newest checkpoint: {path} ({ago(path.stat().st_mtime)})")

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cluster.contracts.errors import AccordError, UserError
+from cluster.machine.hardware import processor
 from cluster.runs.console import Reporter, result
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -160,7 +161,7 @@ def hardware() -> dict[str, Any]:
     return {
         "commit": _commit(),
         "machine": {
-            "cpu": _cpu_name(),
+            "cpu": processor(),
             "cores": os.cpu_count(),
             "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
             "platform": platform.platform(),
@@ -197,13 +198,6 @@ def _cell(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _cpu_name() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def _commit() -> str:

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections import defaultdict
-from pathlib import Path
+from typing import get_args
 
-PROC = Path("/proc")
+from cluster.machine.role_processes import PROC, TICKS, ProcessRole, RoleProcess, role_processes
+
 INTERVAL_S = 0.5
-TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
-ROLES = {  # what a process of the run is called -> its role; the rest of the tree is Ray's
-    "ray::RolloutActor": "worker",
-    "ray::LearnerActor": "learner",
-    "ray::_RewardActor": "reward",
-}
 
 Samples = list[tuple[float, float]]
 
@@ -29,7 +23,7 @@ class ProcessSampler:
 
     def __init__(self, root: int) -> None:
         self._root = root
-        self._known: dict[int, tuple[str, float]] = {}  # pid -> role, CPU-seconds
+        self._known: dict[int, RoleProcess] = {}  # also those that have ended
         self.by_role: dict[str, Samples] = defaultdict(list)
         self.elsewhere: Samples = []
         self._stopping = threading.Event()
@@ -45,54 +39,13 @@ class ProcessSampler:
             self._sample()
 
     def _sample(self) -> None:
-        parents, seconds = _all_processes()
-        for pid in _descendants(self._root, parents):
-            role = self._known.get(pid, ("", 0.0))[0]
-            if role in ("", "ray"):  # Ray renames a process when it becomes an actor
-                role = "controller" if pid == self._root else _role(pid)
-            self._known[pid] = (role, seconds[pid])
-        now, sums = time.monotonic(), dict.fromkeys((*ROLES.values(), "controller", "ray"), 0.0)
-        for role, used in self._known.values():
-            sums[role] += used
+        self._known |= {process.pid: process for process in role_processes(self._root)}
+        now, sums = time.monotonic(), dict.fromkeys(get_args(ProcessRole), 0.0)
+        for process in self._known.values():
+            sums[process.role] += process.cpu_s
         for role, used in sums.items():
             self.by_role[role].append((now, used))
         self.elsewhere.append((now, max(0.0, _machine_seconds() - sum(sums.values()))))
-
-
-def _all_processes() -> tuple[dict[int, int], dict[int, float]]:
-    """pid -> parent's pid, pid -> CPU-seconds (user and system)."""
-    parents, seconds = {}, {}
-    for entry in os.listdir(PROC):
-        if not entry.isdigit():
-            continue
-        try:
-            text = (PROC / entry / "stat").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            continue  # it ended meanwhile
-        fields = text.rpartition(")")[2].split()
-        parents[int(entry)] = int(fields[1])
-        seconds[int(entry)] = (int(fields[11]) + int(fields[12])) / TICKS
-    return parents, seconds
-
-
-def _descendants(root: int, parents: dict[int, int]) -> set[int]:
-    children: dict[int, list[int]] = defaultdict(list)
-    for pid, parent in parents.items():
-        children[parent].append(pid)
-    found, todo = set(), [root] if root in parents else []
-    while todo:
-        pid = todo.pop()
-        found.add(pid)
-        todo += children[pid]
-    return found
-
-
-def _role(pid: int) -> str:
-    try:
-        words = (PROC / str(pid) / "cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return "ray"
-    return next((role for name, role in ROLES.items() if words.startswith(name)), "ray")
 
 
 def _machine_seconds() -> float:

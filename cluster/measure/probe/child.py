@@ -56,9 +56,9 @@ def probe_reward(config: TrainConfig, folder: Path, threads: int) -> dict[str, A
     )
     client.connect()
     client.score(rollouts[:size])  # the first call is slower than all others
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), time.process_time()
     scores = client.score(rollouts)
-    whole_s = time.perf_counter() - began
+    whole_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu_began
     latencies = []
     for start in range(0, min(len(rollouts), 8 * size), size):
         began = time.perf_counter()
@@ -72,7 +72,11 @@ def probe_reward(config: TrainConfig, folder: Path, threads: int) -> dict[str, A
         folder / GROUPS,
         [replace(group, samples=tuple(next(scored) for _ in group.samples)) for group in groups],
     )
-    return {"score_s": statistics.median(latencies), "scoring_s": whole_s}
+    return {
+        "score_s": statistics.median(latencies),
+        "scoring_s": whole_s,
+        "scoring_cpu_s": 0.0 if config.reward.address else cpu_s,  # a service elsewhere costs none
+    }
 
 
 # -- learner ---------------------------------------------------------------------------------------

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
+from cluster.assembly.core_record import KnownCosts
 from cluster.assembly.model_facts import ModelFacts
 from cluster.contracts.config.train import TrainConfig
 from cluster.machine.cores import plan_cores
 from cluster.machine.hardware import Machine
+from cluster.machine.placement import StepCosts
 from cluster.measure.plan import derived, evaluation_share, sizes, table, verdict
 from cluster.measure.probe.engine import task_slots
 from cluster.measure.probe.probe import Outlook, outlook
@@ -27,6 +29,9 @@ def config(**sections: Any) -> TrainConfig:
     )
 
 
+OTHERS_COST_NOTHING = StepCosts(workers=1, learner=1, reward=0, controller=0, ray=0)
+
+
 def probed(
     given: TrainConfig, *, cores: int = 2, rate: float = 1600.0, learn_s: float = 1.0, **more: float
 ) -> Outlook:
@@ -41,11 +46,21 @@ def probed(
             "first_tokens": 3200,
             "cpu_share": more.get("cpu_share", 0.98),
         },
-        "reward": {"score_s": 0.01, "scoring_s": more.get("scoring_s", 0.02)},
-        "learner": {"learn_s": learn_s, "publish_s": 0.03, "cpu_share": 1.0},
+        "reward": {
+            "score_s": 0.01,
+            "scoring_s": more.get("scoring_s", 0.02),
+            "scoring_cpu_s": more.get("scoring_s", 0.02),
+        },
+        "learner": {
+            "learn_s": learn_s,
+            "learn_cpu_s": learn_s,
+            "publish_s": 0.03,
+            "cpu_share": 1.0,
+        },
     }
     plan = plan_cores(list(range(cores)), given.rollout.workers, pin=True)
-    return outlook(given, found, plan, cores)
+    known = KnownCosts(OTHERS_COST_NOTHING, "measured by a run")
+    return outlook(given, found, plan, cores, known)
 
 
 def test_generation_limits_and_the_workers_needed_are_named() -> None:
@@ -61,11 +76,21 @@ def test_generation_limits_and_the_workers_needed_are_named() -> None:
     assert "rollout.workers=2" in verdict(given, found)
 
 
-def test_the_learner_limits_and_pays_for_scoring_on_its_core() -> None:
+def test_who_has_room_pays_for_scoring_on_its_core() -> None:
+    """2 s of generation (0.98 of them on a core), or 1 s on each of two workers."""
+    given = config()
+    found = probed(given, learn_s=2.1, scoring_s=1.0)
+    assert found.cores.rows[0].roles[:2] == ["1 rollout worker", "reward service"]
+    assert found.prediction.bottleneck == "generation"
+    assert found.prediction.step_s == pytest.approx(2.01 + 1.0)
+    found = probed(given, learn_s=1.9, scoring_s=1.0)
+    assert found.cores.rows[1].roles[:2] == ["learner", "reward service"]
+    assert found.prediction.bottleneck == "learner"
+    assert found.prediction.step_s == pytest.approx(1.9 + 1.0)
     given = config(rollout={"workers": 2})
     found = probed(given, cores=3, learn_s=4.0, scoring_s=0.5)
     assert found.prediction.bottleneck == "learner"
-    assert found.prediction.step_s == pytest.approx(4.5)
+    assert found.prediction.step_s == pytest.approx(4.0)  # the workers have room
     assert found.workers == 1
     assert "1 worker(s) would be enough" in verdict(given, found)
     apart = probed(given, cores=8, learn_s=4.0, scoring_s=0.5)

@@ -95,6 +95,17 @@ def test_an_alarm_is_shown_until_it_ends(tmp_path: Path) -> None:
     assert "  alarm: length is off" in status_lines(run)
 
 
+def test_who_runs_on_which_core_is_shown(tmp_path: Path) -> None:
+    run = make(tmp_path)
+    assert read_status(run)["cores"] is None
+    rows = [{"cores": "core 0", "roles": ["1 rollout worker", "Ray"]}, "nonsense"]
+    run.event("cores_dealt_out", step=2, cores=rows, why="so")
+    assert read_status(run)["cores"] == rows
+    assert "  core 0: 1 rollout worker, Ray" in status_lines(run)
+    run.event("cluster")  # the run was started again: its roles are where they start
+    assert read_status(run)["cores"] is None
+
+
 def test_a_finished_run_is_finished_whoever_lives(tmp_path: Path) -> None:
     run = make(tmp_path, steps=10)
     kill(run)
