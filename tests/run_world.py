@@ -97,6 +97,8 @@ class Learner:
 
     def fetch_ahead(self, payloads: Sequence[Any]) -> None: ...
 
+    async def work_ahead(self, batch: StepInput) -> None: ...
+
     async def step(self, batch: StepInput) -> StepResult:
         await asyncio.sleep(self.step_s)
         if batch.step in self.lose:

@@ -21,7 +21,7 @@ HISTORY_POINTS = 300
 """As many looks at the run are kept: the last ten minutes."""
 
 WorkerStatus = Literal["starting", "serving", "draining", "broken"]
-LearnerState = Literal["starting", "training", "waiting", "saving"]
+LearnerState = Literal["starting", "training", "waiting", "ahead", "saving"]
 Stage = Literal["rollout", "reward", "learner", "weights"]
 STAGES: tuple[Stage, ...] = ("rollout", "reward", "learner", "weights")
 

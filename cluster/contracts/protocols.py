@@ -136,6 +136,12 @@ class LearnerHandle(Protocol):
         Returns at once, and promises nothing: what does not arrive, ``step`` fetches itself."""
         ...
 
+    async def work_ahead(self, batch: StepInput) -> None:
+        """Called while no step goes on: compute what can be computed of some groups of the next
+        step. Ends when that is done. It promises nothing, and a step that is asked meanwhile runs
+        after it. What goes wrong is left to the step."""
+        ...
+
     async def step(self, batch: StepInput) -> StepResult: ...
 
     async def snapshot(self) -> int:

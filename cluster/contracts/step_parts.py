@@ -12,8 +12,9 @@ LearnerPart = Literal[
 """Of the learner's own time."""
 LEARNER_PARTS: tuple[LearnerPart, ...] = get_args(LearnerPart)
 
-LoopPart = Literal["wait_batch", "hand_over", "bookkeeping", "checkpoint", "redo"]
-"""Of the time in which the learner does not compute the step."""
+LoopPart = Literal["wait_batch", "ahead", "hand_over", "bookkeeping", "checkpoint", "redo"]
+"""Of the time in which the learner does not compute the step. Ahead: it computes what of the step
+is there already (``learner.stream_parts``)."""
 LOOP_PARTS: tuple[LoopPart, ...] = get_args(LoopPart)
 
 

@@ -10,6 +10,7 @@ Name = Literal[
     "look around",
     "watch",
     "step",
+    "ahead",
     "snapshot",
     "save",
     "broadcast",

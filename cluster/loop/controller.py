@@ -18,6 +18,7 @@
     an admitted group    a serving worker                      a worker that joins or comes back
     a finished group     the other groups of its step          the last of them (or its failure)
     learner step s       its groups; never for a broadcast     the slowest group of s
+    a part of step s     its own groups, and an idle learner   the slowest of them
     the next step        the copy of the learner's state, if   the learner, within seconds
                          a checkpoint is due
     a broadcast          the one before                        the slowest to take it, or its loss
@@ -328,6 +329,9 @@ class Controller:
             self._steps.learner_lost(problem)
         elif name == "step":
             self._steps.after(task)
+        elif name == "ahead":
+            task.result()  # it left every problem to the step, but for those of the loop itself
+            self._learner.ahead_ended()
         elif name == "broadcast":
             self._broadcasts.after(task)
         elif name == "snapshot":

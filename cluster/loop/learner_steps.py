@@ -70,6 +70,8 @@ class LearnerSteps:
         self._monitors = monitors
         self._taken: list[GroupMeta] = []  # groups of the step under way
         self._attempts = 0  # of it
+        self._begun: set[int] = set()  # parts of the next step that the learner was told of
+        self._lacked = -1  # groups of it that were not there when this was looked at last
         self._fetching = -1  # the newest step that the learner was told to fetch ahead
         self.done = buffer.next_step  # steps finished
 
@@ -83,6 +85,7 @@ class LearnerSteps:
             return
         taken = self._buffer.take()
         if taken is None:
+            self._work_ahead()
             return
         batch, metas = taken
         self._books.step_taken(metas)
@@ -91,6 +94,7 @@ class LearnerSteps:
             raise Fatal(f"every prompt of step {batch.step} failed: {'; '.join(map(str, causes))}")
         # The ledger's promise, checked on what really came.
         require_fresh(batch.step, metas, self._settings.staleness_bound)
+        self._nothing_is_begun()
         self._taken = metas
         now = self._clock.now()
         self._books.accounts.step_begins(now)
@@ -104,6 +108,23 @@ class LearnerSteps:
         if step > self._fetching and "step" in self._activities and self._buffer.is_complete(step):
             self._fetching = step
             self._learner.fetch_ahead(self._buffer.upcoming())
+
+    def _work_ahead(self) -> None:
+        """Tell the learner, which waits for the rest of the step, of the parts that are complete:
+        of each once."""
+        parts, lacking = self._settings.stream_parts, self._buffer.lacking()
+        # Each group that comes wakes the loop; which parts are complete is asked of arrivals only.
+        if parts == 1 or "ahead" in self._activities or lacking == self._lacked:
+            return
+        self._lacked = lacking
+        new = set(self._buffer.complete_parts(parts)) - self._begun
+        batch = self._buffer.input_of(new, parts)
+        if batch.group_ids:  # not all have failed
+            self._begun |= new
+            self._learner.work_ahead(batch)
+
+    def _nothing_is_begun(self) -> None:
+        self._begun, self._lacked = set(), -1
 
     def after(self, task: asyncio.Task[Any]) -> None:
         """The step has ended."""
@@ -178,10 +199,11 @@ class LearnerSteps:
             self._activities.take("step")
             self._trained(step.result())  # the last that it did
         # All of them end with it, each in its own way; the first has told.
-        for name in ("step", "watch", "snapshot", "save", "successor"):
+        for name in ("step", "ahead", "watch", "snapshot", "save", "successor"):
             if (task := self._activities.take(name)) is not None:
                 task.cancel()
                 self._saving.due |= name in ("snapshot", "save")
+        self._nothing_is_begun()
         self._broadcasts.forget()
         self._workers.weights_lost()
         self._workers.faults["learner"] += 1

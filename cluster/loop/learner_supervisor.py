@@ -67,12 +67,22 @@ class LearnerSupervisor:
         """Begin a step. ``sending``: the version that workers hold or are being sent."""
         passing("driver.before_step")
         self.succession.asked(batch)
-        self.becomes("training")
+        if "ahead" not in self._activities:
+            self.becomes("training")
         self._activities.begin("step", self._handle.step(replace(batch, sending=sending)))
 
     def fetch_ahead(self, payloads: Sequence[Any]) -> None:
         """Begin to bring the next step's payloads to it, while it trains."""
         self._handle.fetch_ahead(payloads)
+
+    def work_ahead(self, batch: StepInput) -> None:
+        """Begin with some groups of the next step, while it waits for the others. A step that is
+        asked meanwhile begins when this ends."""
+        self.becomes("ahead")
+        self._activities.begin("ahead", self._handle.work_ahead(batch))
+
+    def ahead_ended(self) -> None:
+        self.becomes("training" if "step" in self._activities else "waiting")
 
     async def snapshot(self) -> int:
         """Copy its state in its memory; bytes of the copy."""
@@ -98,7 +108,7 @@ class LearnerSupervisor:
     def replace(self, problem: LearnerLost, step: int) -> None:
         """Start another one, from what is on disk. Raises what ends the run when learners are lost
         too often."""
-        self.becomes("starting", in_vain=self.state == "training")
+        self.becomes("starting", in_vain=self.state in ("training", "ahead"))
         self._event("learner_lost", step=step, cause=str(problem))
         pause_s = self.succession.lost(problem, self._clock.now())
         self._activities.begin("successor", self._successor(pause_s, step))

@@ -174,10 +174,11 @@ class Accounts:
         own time it tells itself (``learner/rl/step_clock.py``)."""
         window, did = self._window, self._learner(now)
         spent = {state: seconds - window.learner.get(state, 0.0) for state, seconds in did.items()}
-        asked = spent.get("training", 0.0)
+        asked, ahead = spent.get("training", 0.0), spent.get("ahead", 0.0)
         own = values(result.metrics).get("time/step", asked)
         loop: dict[LoopPart, float] = {
             "wait_batch": spent.get("waiting", 0.0) - window.bookkeeping,
+            "ahead": ahead,
             "hand_over": asked - own,
             "bookkeeping": window.bookkeeping,
             "checkpoint": spent.get("saving", 0.0),
@@ -187,7 +188,7 @@ class Accounts:
             "time/step": wall,
             # A moment that two clocks see a little differently is no negative time.
             **{f"time/{part}": max(0.0, seconds) for part, seconds in loop.items()},
-            "perf/trainer_idle_frac": max(0.0, 1.0 - own / wall),
+            "perf/trainer_idle_frac": max(0.0, 1.0 - (own + ahead) / wall),
         }
 
     def _swap_numbers(self) -> dict[str, float]:

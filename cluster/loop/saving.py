@@ -111,7 +111,7 @@ class Saving:
 
     def start(self) -> None:
         """Begin what is due, once the learner is between two steps and nothing is being saved."""
-        busy = self._activities.any_of("step", "snapshot", "save", "successor")
+        busy = self._activities.any_of("step", "ahead", "snapshot", "save", "successor")
         if self.due and not busy and not self._learner.behind(self._state().step):
             self.due = False
             self._activities.begin("snapshot", self._snapshot())

@@ -20,6 +20,7 @@ class LoopSettings:
     checkpoint_every_s: float | None = None  # by time, beside the number of steps
     stop_grace_s: float = 4.0
     autoscale: tuple[int, int] | None = None  # fewest and most workers of the policy; None: off
+    stream_parts: int = 1  # of a step, each of which the learner may begin with when it is there
     max_learner_restarts: int = 3  # within ten minutes
     max_step_attempts: int = 3  # of one learner step whose rollouts were lost on the way
 
@@ -56,6 +57,7 @@ def loop_settings(config: TrainConfig) -> LoopSettings:
         checkpoint_every_s=config.checkpoint.every_s,
         keep_checkpoints=config.checkpoint.keep,
         autoscale=_autoscale(config),
+        stream_parts=config.learner.stream_parts,
         max_learner_restarts=config.learner.max_restarts,
     )
 

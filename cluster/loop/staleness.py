@@ -19,12 +19,13 @@ nothing is generated and thrown away, so long completions are not under-represen
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.contracts.errors import Fatal
 from cluster.contracts.records import GroupMeta, Harvest, StepInput
+from cluster.contracts.stream_parts import part_of
 
 
 def require_fresh(step: int, metas: Iterable[GroupMeta], bound: int) -> None:
@@ -125,17 +126,31 @@ class GroupBuffer:
             return None
         del self._arrived[self.next_step]
         entries = [self._ready.pop(g) for g in self.ledger.groups_of(self.next_step)]
-        step = StepInput(
+        step = self._input(entries)
+        self.next_step += 1
+        return step, [meta for meta, _ in entries]
+
+    def _input(self, entries: list[tuple[GroupMeta, Any]]) -> StepInput:
+        return StepInput(
             step=self.next_step,
             group_ids=tuple(m.group_id for m, _ in entries if m.failure is None),
             payloads=_payloads(entries),
         )
-        self.next_step += 1
-        return step, [meta for meta, _ in entries]
 
     def upcoming(self) -> tuple[Any, ...]:
         """The payloads that ``take`` would hand out, once the next step is complete."""
         return _payloads([self._ready[g] for g in self.ledger.groups_of(self.next_step)])
+
+    def complete_parts(self, parts: int) -> list[int]:
+        """Which of the ``parts`` of the next step have all their groups here."""
+        size = self.ledger.prompts_per_step
+        lacking = {part_of(group_id, size, parts) for group_id in self.missing()}
+        return [part for part in range(parts) if part not in lacking]
+
+    def input_of(self, wanted: Collection[int], parts: int) -> StepInput:
+        """Some complete parts of the next step. They stay here until ``take``."""
+        size, groups = self.ledger.prompts_per_step, self.ledger.groups_of(self.next_step)
+        return self._input([self._ready[g] for g in groups if part_of(g, size, parts) in wanted])
 
     def give_back(self, step: int, metas: Iterable[GroupMeta]) -> list[GroupMeta]:
         """Undo ``take`` of ``step``, whose payload was lost. Groups that had failed stay as they

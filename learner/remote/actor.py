@@ -143,6 +143,14 @@ class LearnerActor:
                     fetched[payload[0]] = _resolve(payload)
         self._ahead = fetched
 
+    def work_ahead(self, batch: StepInput) -> None:
+        """Begin with some groups of the next step, between two steps."""
+        with contextlib.suppress(Retryable):  # what cannot be had is left to the step
+            fetched = self._fetched(batch)
+            named = zip(batch.payloads, fetched.payloads, strict=True)
+            self._ahead |= {given[0]: table for given, table in named if isinstance(given, list)}
+            self._learner.work_ahead(fetched)
+
     def hold(self, batch: StepInput) -> None:
         """Fetch what the next `step` trains on. With several processes it is done before: payloads
         that are lost must be known before one process waits for another."""

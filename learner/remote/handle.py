@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from ray.exceptions import RayError
 
 from cluster.contracts.actor_names import Names, unnamed
 from cluster.contracts.crash_points import take_learners
@@ -92,6 +95,15 @@ class RayLearner:
         """See `LearnerHandle`. Each process fetches them, beside the step under way."""
         for actor in self._processes.actors:
             actor.fetch_ahead.remote(list(payloads))
+
+    async def work_ahead(self, batch: StepInput) -> None:
+        """See `LearnerHandle`. A process runs this and the step in turn. Several do nothing."""
+        if len(self._processes.actors) != 1:
+            return
+        (actor,) = self._processes.actors
+        # A process that is gone is missed by the one who watches it.
+        with contextlib.suppress(RayError):
+            await asyncio.wrap_future(actor.work_ahead.remote(batch).future())
 
     async def step(self, batch: StepInput) -> StepResult:
         """One learner step. Deadline: `learner.step_timeout_s`. Raises Retryable when a payload is

@@ -28,14 +28,15 @@ from learner.algorithms.kl import k1
 from learner.algorithms.loss_terms import MetricParts
 from learner.algorithms.masked import moment_sums, moments_from_sums, whiten
 from learner.compute.ranks import SINGLE, Ranks
+from learner.rl.ahead import PartsAhead, parts_of_rows, passes_of
 from learner.rl.chosen import chosen_estimator, whitened
 from learner.rl.forward import Networks
 from learner.rl.measuring_pass import (
     MeasuredPasses,
     PolicyPass,
     WaitingForward,
+    measured,
     plan_passes,
-    run_passes,
 )
 from learner.rl.microbatch import Microbatches
 from learner.rl.own_rows import deal_rows
@@ -88,7 +89,8 @@ class Experience:
     algorithm has no use for them. age: int64, learner steps between sampling and now.
     scores: float64 [B], as scored. terminal: float64 [B], what was placed on the last token.
     proximal: measured, or to be measured by the update. waiting: forward passes that wait for
-    their loss, in the order of `micros.of` all rows, or None. ranks: those that share the step.
+    their loss, in the order of `micros.of` all rows, None for one
+    that does not, or for all. ranks: those that share the step.
     """
 
     batch: RolloutBatch
@@ -105,7 +107,7 @@ class Experience:
     scores: Tensor
     terminal: Tensor
     proximal: Proximal | MeasuredByUpdate
-    waiting: tuple[WaitingForward, ...] | None
+    waiting: tuple[WaitingForward | None, ...] | None
     ranks: Ranks = SINGLE
 
     def __len__(self) -> int:
@@ -133,9 +135,14 @@ class _Tokens:
 
 
 def build_experience(
-    batch: RolloutBatch, networks: Networks, settings: LearnerSettings, plan: StepPlan
+    batch: RolloutBatch,
+    networks: Networks,
+    settings: LearnerSettings,
+    plan: StepPlan,
+    ahead: PartsAhead | None = None,
 ) -> Experience:
-    """The experience of `batch` for a learner at policy version `plan.step`.
+    """The experience of `batch` for a learner at policy version `plan.step`. ahead: what was
+    measured of it already; None: nothing.
 
     Raises Fatal for a token older than the staleness bound (the controller's invariant, checked
     where it matters) or from the future, and for a forward pass that is not finite.
@@ -148,13 +155,20 @@ def build_experience(
     width = int(own.response_ids.lengths.max())
     age = token_ages(own, plan.step, width).to(device)
     tokens = _Tokens.of(own, width, device)
-    budget = settings.learner.tokens_per_microbatch
-    micros = Microbatches(share, budget, device, packed=networks.packed, sequence=mesh.sequence)
+    micros = Microbatches(
+        share,
+        settings.learner.tokens_per_microbatch,
+        device,
+        packed=networks.packed,
+        sequence=mesh.sequence,
+        part_of_row=parts_of_rows(batch, settings),
+    )
     pass_plan = plan_passes(settings, networks, plan.value_only)
     if not batch_trains(batch, algorithm):
         pass_plan = "separate"  # There will be no update to measure in.
+    done = passes_of(pass_plan, micros.parts(), ahead or PartsAhead(), networks, settings)
     every = micros.of(range(len(batch)))
-    passes = run_passes(pass_plan, len(own), width, every, networks, settings)
+    passes = measured(pass_plan, len(own), width, every, done, networks)
     _require_finite(
         {"reference log-probabilities": passes.ref_logp, "values": passes.values}, ranks
     )

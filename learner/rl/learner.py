@@ -10,7 +10,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import torch
 
 from cluster.contracts.crash_points import passing
@@ -23,6 +22,7 @@ from cluster.weights.transports import Publisher, PublisherOptions, make_publish
 from learner.compute.optimizer import lr_factor, set_lr
 from learner.compute.ranks import SINGLE, Ranks
 from learner.compute.stored import write_shares
+from learner.rl.ahead import WorkAhead
 from learner.rl.catch_up import catch_up
 from learner.rl.checkpoint import Snapshot, TrainerState
 from learner.rl.experience import Experience, StepPlan, build_experience
@@ -35,7 +35,7 @@ from learner.rl.policies import by_policy, merged, networks_of_policies
 from learner.rl.policy_checkpoints import PolicySnapshots, restore, snapshot_of
 from learner.rl.publish import buckets, canary, canary_tokens, lora_update
 from learner.rl.rollout_files import RolloutWriter
-from learner.rl.rollouts import RolloutBatch, read_batch
+from learner.rl.rollouts import RolloutBatch, as_table, read_batch
 from learner.rl.short_memory import in_smaller_parts
 from learner.rl.step_clock import StepClock
 from learner.rl.step_record import attach, step_record, weights_digest
@@ -66,6 +66,7 @@ class PPOLearner:
         self._state: TrainerState | None = None
         self._writer: RolloutWriter | None = None
         self._peak = math.inf  # FLOP/s
+        self._ahead = WorkAhead()
         self._digest = ""  # of the weights published last
 
     def start(self) -> WeightManifest:
@@ -101,6 +102,21 @@ class PPOLearner:
             self._writer = RolloutWriter(Path(settings.run_dir) / "rollouts")
         return self._publish()
 
+    def work_ahead(self, batch: StepInput) -> None:
+        """Compute what can be computed of some groups of the next step, which make up whole parts
+        of it (`learner.stream_parts`). Nothing that fails here fails the step."""
+        if batch.step != self.state.version or self._ranks.size > 1:
+            return
+        try:
+            self._ahead.work(
+                batch,
+                list(self.state.each()),
+                self.settings,
+                value_only=self._value_only(batch.step),
+            )
+        except Exception:  # whatever it is, the step meets it again, and says so
+            self._ahead.forget()
+
     def step(self, batch: StepInput) -> StepResult:
         """Train on the step's groups and publish the next version.
 
@@ -123,7 +139,7 @@ class PPOLearner:
         clock.enters("read")
         # Nothing has been changed before this line: a payload that cannot be read leaves a learner
         # that can be asked for the same step again.
-        tables = [_as_table(payload) for payload in batch.payloads]
+        tables = [as_table(payload) for payload in batch.payloads]
         rollouts = read_batch(tables, batch.group_ids, settings.batch.samples_per_prompt)
         parts = by_policy(
             rollouts,
@@ -151,6 +167,7 @@ class PPOLearner:
             self._writer.write(batch.step, attach(rollouts.table, record))
         # After publishing: what a step costs includes its weights.
         metrics += self._cost(rollouts, batch.step, clock)
+        self._ahead.next_step()
         return StepResult(
             step=batch.step,
             version=state.version,
@@ -192,7 +209,10 @@ class PPOLearner:
 
         def train(settings: LearnerSettings) -> tuple[Experience, UpdateResult]:
             clock.enters("experience")
-            experience = build_experience(rollouts, state.networks, settings, plan)
+            if settings is not self.settings:
+                self._ahead.forget()  # memory ran out
+            ahead = self._ahead.of(state.policy)
+            experience = build_experience(rollouts, state.networks, settings, plan, ahead)
             return experience, self._update(state, experience, plan, clock)
 
         with state.networks.own_adapter():
@@ -216,12 +236,14 @@ class PPOLearner:
         networks = self.state.networks
         cpu = self._ranks.total(clock.cpu_s, networks.device)
         work = step_flops(networks, self.settings, rollouts, self._value_only(step))
+        ahead = self._ahead
         times = clock.metrics()
-        wall = values(times)["time/step"]
+        wall = values(times)["time/step"] + ahead.seconds
         return [
             *times,
+            last("perf/learner_busy_s", wall),
             last("perf/tokens_per_s", float(rollouts.lengths.sum()) / wall),
-            last("perf/learner_cpu_s", cpu),
+            last("perf/learner_cpu_s", cpu + ahead.cpu_s),
             last("perf/mfu", work / (wall * self._peak)),
         ]
 
@@ -369,11 +391,3 @@ def _publisher(settings: LearnerSettings) -> Publisher:
             timeout_s=settings.weights.timeout_s,
         ),
     )
-
-
-def _as_table(payload: Any) -> pa.Table:
-    if isinstance(payload, pa.Table):
-        return payload
-    if isinstance(payload, bytes | bytearray | memoryview | pa.Buffer):
-        return pa.ipc.open_stream(pa.py_buffer(payload)).read_all()
-    raise Fatal(f"a payload is neither an Arrow table nor Arrow bytes: {type(payload).__name__}")

@@ -6,6 +6,9 @@ does (a KL in the reward, values), the measuring pass is run with gradient and i
 the loss ("kept"), if there is memory for it. Else, and with several updates, the policy runs
 without gradient first and again in training ("separate"). All three give the same step,
 bit for bit where kernels are deterministic.
+
+A part of a step can be measured before the others are there (`early`). A pass of the plan "inline"
+waits then too.
 """
 
 from __future__ import annotations
@@ -39,6 +42,43 @@ class WaitingForward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _OfPolicy:
+    """What the policy and the value network give for a microbatch, without gradient but in
+    `waiting`. logp, entropy, values: [b, width]. after: [b]."""
+
+    logp: Tensor
+    entropy: Tensor | None
+    values: Tensor | None
+    after: Tensor | None
+    waiting: WaitingForward | None
+
+    @classmethod
+    def of(
+        cls, out: PolicyOutputs, values: Tensor | None, after: Tensor | None, *, waits: bool
+    ) -> _OfPolicy:
+        return cls(
+            logp=out.logp.detach(),
+            entropy=None if out.entropy is None else out.entropy.detach(),
+            values=None if values is None else values.detach(),
+            after=None if after is None else after.detach(),
+            waiting=WaitingForward(out, values) if waits else None,
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MicrobatchPasses:
+    """What was measured of a microbatch. policy: None where the update measures it. ref_logp:
+    [b, width]; None without a reference."""
+
+    policy: _OfPolicy | None
+    ref_logp: Tensor | None
+
+
+PartPasses = tuple[MicrobatchPasses, ...]
+"""One for each microbatch of a part of a step, in their order."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PolicyPass:
     """What the policy's weights of now give for the tokens of this process's rows: float32 [B, R],
     zero where there is no token."""
@@ -53,14 +93,15 @@ class MeasuredPasses:
 
     policy: None with the plan "inline", whose update measures it. ref_logp, values: None without a
     reference or a value network. after: [B] values of the states after the last token, as values.
-    waiting: one for each of this rank's microbatches where "kept" found the memory, else None.
+    waiting: one for each of this rank's microbatches, None for one that does not wait; None where
+    none does.
     """
 
     policy: PolicyPass | None
     ref_logp: Tensor | None
     values: Tensor | None
     after: Tensor | None
-    waiting: tuple[WaitingForward, ...] | None
+    waiting: tuple[WaitingForward | None, ...] | None
 
 
 def plan_passes(settings: LearnerSettings, networks: Networks, value_only: bool) -> PassPlan:
@@ -75,27 +116,72 @@ def plan_passes(settings: LearnerSettings, networks: Networks, value_only: bool)
     kl_in_reward = networks.reference is not None and settings.algorithm.kl.place == "reward"
     if not networks.has_values and not kl_in_reward:
         return "inline"
+    return "kept" if graphs_may_wait(settings, networks) else "separate"
+
+
+def graphs_may_wait(settings: LearnerSettings, networks: Networks) -> bool:
+    """Whether a forward pass may wait for its loss, if there is memory for it."""
+    learner = settings.learner
     # Checkpointing throws away what a waiting graph would hold, so waiting would gain nothing.
     if learner.activation_memory_mb == 0 or learner.gradient_checkpointing:
-        return "separate"
-    if networks.sharded:
-        return "separate"  # A waiting graph would keep what was gathered.
-    return "kept"
+        return False
+    return not networks.sharded  # A waiting graph would keep what was gathered.
 
 
 def run_passes(
     plan: PassPlan,
-    rows: int,
-    width: int,
+    parts: Sequence[Sequence[Microbatch]],
+    networks: Networks,
+    settings: LearnerSettings,
+    graphs: GraphMemory | None = None,
+    *,
+    early: bool = False,
+) -> list[PartPasses]:
+    """The passes of some parts of a step, each part for itself: nothing of one depends on another.
+
+    graphs: what waiting graphs may take, of all parts of the step; None: this is all of it. early:
+    the step is yet to come, so that the policy's pass is run also where the plan is "inline", and
+    waits, if there is memory.
+    """
+    graphs = graphs or GraphMemory(networks, settings)
+    keep = plan == "kept" or (plan == "inline" and early and graphs_may_wait(settings, networks))
+    # One context for all microbatches: autocast casts each weight once, not once a microbatch.
+    with compute_in(networks.compute_dtype, networks.device, cached=not networks.sharded):
+        return [_run_part(plan, keep, micros, networks, settings, graphs) for micros in parts]
+
+
+def _run_part(
+    plan: PassPlan,
+    keep: bool,
     micros: Sequence[Microbatch],
     networks: Networks,
     settings: LearnerSettings,
+    graphs: GraphMemory,
+) -> PartPasses:
+    policy: list[_OfPolicy] | list[None] = [None] * len(micros)
+    if micros and (keep or plan != "inline"):
+        policy = _policy_passes(keep, micros, networks, settings, graphs)
+        # One of the plan "inline" that may not wait is run by the update, with all of its part.
+        if plan == "inline" and policy[0].waiting is None:
+            policy = [None] * len(micros)
+    reference: list[Tensor] | list[None] = [None] * len(micros)
+    if networks.reference is not None:
+        reference = _reference_passes(micros, networks, settings)
+    return tuple(MicrobatchPasses(*pair) for pair in zip(policy, reference, strict=True))
+
+
+def measured(
+    plan: PassPlan,
+    rows: int,
+    width: int,
+    micros: Sequence[Microbatch],
+    passes: Sequence[MicrobatchPasses],
+    networks: Networks,
 ) -> MeasuredPasses:
-    """The passes of this process's `rows` samples of a step, answers padded to `width`."""
-    device = networks.device
+    """The passes of this process's `rows` samples of a step, completions padded to `width`."""
 
     def zeros(*shape: int) -> Tensor:
-        return torch.zeros(*shape, device=device)
+        return torch.zeros(*shape, device=networks.device)
 
     policy = None
     if plan != "inline":
@@ -103,49 +189,38 @@ def run_passes(
     valued = networks.has_values and policy is not None
     values, after = (zeros(rows, width), zeros(rows)) if valued else (None, None)
     ref_logp = zeros(rows, width) if networks.reference is not None else None
-    waiting: tuple[WaitingForward, ...] | None = None
-    # One context for all microbatches: autocast casts each weight once, not once a microbatch.
-    with compute_in(networks.compute_dtype, device, cached=not networks.sharded):
-        if policy is not None:
-            into = _PolicyTensors(policy, values, after)
-            waiting = _policy_passes(plan == "kept", into, micros, networks, settings)
-        if ref_logp is not None:
-            _reference_passes(ref_logp, micros, networks, settings)
+    for micro, done in zip(micros, passes, strict=True):
+        found = done.policy
+        if found is not None and policy is not None:
+            micro.put(policy.logp, found.logp)
+            if found.entropy is not None:
+                micro.put(policy.entropy, found.entropy)
+            if values is not None and found.values is not None:
+                micro.put(values, found.values)
+            if after is not None and found.after is not None and micro.counts:
+                after[micro.rows] = found.after
+        if ref_logp is not None and done.ref_logp is not None:
+            micro.put(ref_logp, done.ref_logp)
+    waiting = tuple(None if done.policy is None else done.policy.waiting for done in passes)
     return MeasuredPasses(
-        policy=policy, ref_logp=ref_logp, values=values, after=after, waiting=waiting
+        policy=policy,
+        ref_logp=ref_logp,
+        values=values,
+        after=after,
+        waiting=waiting if any(waiting) else None,
     )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _PolicyTensors:
-    """Where the policy's passes write their numbers."""
-
-    policy: PolicyPass
-    values: Tensor | None
-    after: Tensor | None
-
-    def put(
-        self, micro: Microbatch, out: PolicyOutputs, values: Tensor | None, after: Tensor | None
-    ) -> None:
-        micro.put(self.policy.logp, out.logp)
-        if out.entropy is not None:
-            micro.put(self.policy.entropy, out.entropy)
-        if values is not None and self.values is not None:
-            micro.put(self.values, values)
-        if after is not None and self.after is not None and micro.counts:
-            self.after[micro.rows] = after.detach()
 
 
 def _policy_passes(
     keep: bool,
-    into: _PolicyTensors,
     micros: Sequence[Microbatch],
     networks: Networks,
     settings: LearnerSettings,
-) -> tuple[WaitingForward, ...] | None:
-    """Fill `into`; with `keep`, the passes themselves, unless they would take too much memory."""
+    graphs: GraphMemory,
+) -> list[_OfPolicy]:
+    """With `keep`, the passes themselves too, unless they would take too much memory."""
     total = sum(micro.input_ids.numel() for micro in micros)
-    waiting: list[WaitingForward] = []
+    done: list[_OfPolicy] = []
     for index, micro in enumerate(micros):
         counter = _SavedBytes(networks)
         with torch.set_grad_enabled(keep), counter.watch(index == 0 and keep):
@@ -160,14 +235,11 @@ def _policy_passes(
             values, after = None, None
             if networks.has_values:
                 values, after = networks.values(micro, out.hidden)
-        into.put(micro, out, values, after)
-        if keep:
-            waiting.append(WaitingForward(out, values))
-        # The first microbatch is the longest; memory grows with tokens, so it tells of them all.
-        expected = counter.total * total / micro.input_ids.numel()
-        if keep and index == 0 and _any(expected > _memory_limit(settings, networks), networks):
-            keep, waiting = False, []
-    return tuple(waiting) if keep else None
+        if keep and index == 0:
+            # It is the longest; memory grows with tokens, so it tells of all of its part.
+            keep = graphs.takes(counter.total * total / micro.input_ids.numel())
+        done.append(_OfPolicy.of(out, values, after, waits=keep))
+    return done
 
 
 def _any(said: bool, networks: Networks) -> bool:
@@ -178,12 +250,30 @@ def _any(said: bool, networks: Networks) -> bool:
 
 @torch.no_grad()
 def _reference_passes(
-    ref_logp: Tensor, micros: Sequence[Microbatch], networks: Networks, settings: LearnerSettings
-) -> None:
+    micros: Sequence[Microbatch], networks: Networks, settings: LearnerSettings
+) -> list[Tensor]:
     with networks.as_reference() as reference:
-        for micro in micros:
-            out = policy_outputs(reference, micro, settings.temperature, networks.compute_dtype)
-            micro.put(ref_logp, out.logp)
+        return [
+            policy_outputs(reference, micro, settings.temperature, networks.compute_dtype).logp
+            for micro in micros
+        ]
+
+
+class GraphMemory:
+    """The memory that the waiting graphs of a step may take, of all its parts together."""
+
+    def __init__(self, networks: Networks, settings: LearnerSettings) -> None:
+        self._networks, self._settings = networks, settings
+        self._left: float | None = None  # bytes, as soon as the first has asked
+
+    def takes(self, expected: float) -> bool:
+        """Whether there is room for graphs of so many bytes, which is then theirs."""
+        if self._left is None:
+            self._left = _memory_limit(self._settings, self._networks)
+        if _any(expected > self._left, self._networks):
+            return False
+        self._left -= expected
+        return True
 
 
 def _memory_limit(settings: LearnerSettings, networks: Networks) -> float:

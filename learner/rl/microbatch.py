@@ -7,7 +7,7 @@ are the states before each of its tokens; the one at p+n-1 is the state after th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,25 @@ class Microbatch:
         """The microbatch's [b, width] part of a step's [B, R] tensor."""
         return full.index_select(0, self.rows)[:, : self.width]
 
+    def reads_the_same(self, other: Microbatch) -> bool:
+        """Whether a forward pass of the other one gives the same numbers under the same weights:
+        all that it reads is the same, to the order of the samples."""
+        pairs = [
+            (getattr(self, name), getattr(other, name))
+            for name in ("input_ids", "attention_mask", "sources", "labels", "targets", "ends")
+        ]
+        if (self.sets is None) != (other.sets is None):
+            return False
+        if self.sets is not None and other.sets is not None:
+            names = [one.name for one in fields(TokenSets)]
+            pairs += [(getattr(self.sets, name), getattr(other.sets, name)) for name in names]
+        same_spans = (self.spans and self.spans.lengths) == (other.spans and other.spans.lengths)
+        return (
+            self.width == other.width
+            and same_spans
+            and all(torch.equal(one, another) for one, another in pairs)
+        )
+
     def put(self, full: Tensor, part: Tensor) -> None:
         """Write [b, width] numbers into a step's [B, R] tensor, without gradient."""
         # One that only keeps another rank company was, or will be, written where it counts.
@@ -96,9 +115,14 @@ class Microbatches:
         device: torch.device | str,
         packed: bool = False,
         sequence: Ranks = SINGLE,
+        part_of_row: Array | None = None,
     ) -> None:
+        """part_of_row: int64 [B], the part of the step that each row belongs to; None: there is
+        one. No microbatch of all rows holds rows of two parts."""
+        self._part_of_row = part_of_row
         self._share, self._budget = share, tokens_per_microbatch
         self._device, self._packed, self._sequence = device, packed, sequence
+        self._parts: dict[int, list[Microbatch]] | None = None
         self._made: dict[tuple[int, ...], list[Microbatch]] = {}
 
     def of(self, rows: Sequence[int]) -> list[Microbatch]:
@@ -107,8 +131,21 @@ class Microbatches:
         # The order of rows is part of the key: it decides which row of a tensor is whose.
         key = tuple(rows)
         if key not in self._made:
-            self._made[key] = self._cut(np.asarray(rows, dtype=np.int64))
+            if key == tuple(range(len(self._share.lengths))):
+                self._made[key] = [micro for part in self.parts().values() for micro in part]
+            else:
+                self._made[key] = self._cut(np.asarray(rows, dtype=np.int64))
         return self._made[key]
+
+    def parts(self) -> dict[int, list[Microbatch]]:
+        """Those of all rows, by the part of the step that they belong to, in order."""
+        if self._parts is None:
+            of_row = self._part_of_row
+            if of_row is None:
+                of_row = np.zeros(len(self._share.lengths), dtype=np.int64)
+            numbers = np.unique(of_row).tolist()
+            self._parts = {part: self._cut(np.flatnonzero(of_row == part)) for part in numbers}
+        return self._parts
 
     def _cut(self, rows: Array) -> list[Microbatch]:
         share = self._share

@@ -119,6 +119,15 @@ class RolloutBatch:
         return self.prompt_ids.lengths + self.response_ids.lengths
 
 
+def as_table(payload: Any) -> pa.Table:
+    """An Arrow table, or the bytes of an Arrow stream. Raises Fatal for anything else."""
+    if isinstance(payload, pa.Table):
+        return payload
+    if isinstance(payload, bytes | bytearray | memoryview | pa.Buffer):
+        return pa.ipc.open_stream(pa.py_buffer(payload)).read_all()
+    raise Fatal(f"a payload is neither an Arrow table nor Arrow bytes: {type(payload).__name__}")
+
+
 def read_batch(
     payloads: Sequence[pa.Table], group_ids: Sequence[int], samples_per_prompt: int
 ) -> RolloutBatch:

@@ -39,7 +39,6 @@ class StepClock:
         spent = self._watch.totals(now)
         found = [last(f"time/{part}", spent.get(part, 0.0)) for part in LEARNER_PARTS]
         found += [last("time/step", now - self._began)]
-        found += [last("perf/learner_busy_s", now - self._began)]
         waited = _waited_for_core()
         if waited is not None and self._waited_before is not None:
             found.append(last("perf/learner_no_core_s", waited - self._waited_before))

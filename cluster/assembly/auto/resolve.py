@@ -28,6 +28,7 @@ from cluster.assembly.auto.number_types import (
     choose_reward_type,
     choose_training_type,
 )
+from cluster.assembly.auto.streaming import choose_stream_parts
 from cluster.assembly.model_facts import ModelFacts, read_model_facts
 from cluster.contracts.config.base import ModelConfig, Section
 from cluster.contracts.config.evaluate import EvaluateConfig
@@ -85,6 +86,7 @@ def resolve_training(
     choose_reward_type(choices, reward_model)
     choose_learner_cores(choices, model)
     choose_cluster(choices, model)
+    choose_stream_parts(choices)
     steps = config.batch.steps
     choices.settle(
         "checkpoint.every",

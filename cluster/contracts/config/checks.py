@@ -68,6 +68,7 @@ def train_problems(
             f"step of {units} {what}: raise batch.prompts_per_step, or lower learner.processes"
         )
     found += _process_problems(learner)
+    found += _streaming_problems(learner)
     found += _sampling_problems(rollout)
     names = [source.name for source in reward.sources]
     if len(set(names)) != len(names):
@@ -110,6 +111,16 @@ def lora_problems(
             "that engines in float32 could not be compared with it: set rollout.dtype = 'bfloat16'"
         )
     return found
+
+
+def _streaming_problems(learner: LearnerConfig) -> list[str]:
+    # Which process computes a row is decided when all rows are known.
+    if learner.stream_parts == 1 or learner.processes == 1:
+        return []
+    return [
+        f"learner.stream_parts = {learner.stream_parts} needs learner.processes = 1: the rows of a "
+        "step are dealt out to processes when all are there. Set learner.stream_parts = 1"
+    ]
 
 
 def _sampling_problems(rollout: RolloutConfig) -> list[str]:

@@ -46,6 +46,17 @@ class LearnerConfig(ComputeConfig):
         ge=16,
         description="Most tokens in one forward pass, padding included. Lower it to save memory.",
     )
+    stream_parts: int = auto(
+        1,
+        rule="with `staleness.bound` = 0 and one learner process: one for each full microbatch "
+        "of a step whose prompts and completions have their longest length, at most 4; else 1",
+        ge=1,
+        description="Number of parts that a step's groups are cut into, in the order of their "
+        "ids. While a part is still generated, an idle learner computes the forward passes of "
+        "the parts that are complete. No microbatch of these passes crosses a part's border, so "
+        "the step is the same whichever groups came first. 1: the learner waits for all groups. "
+        "Above 1 needs `processes` = 1.",
+    )
     packing: Literal["auto", "padded", "packed"] = Field(
         "auto",
         description="padded: each row of a microbatch is padded to the longest. packed: rows "

@@ -130,6 +130,8 @@ class _Learner:
 
     def fetch_ahead(self, payloads: Sequence[Any]) -> None: ...
 
+    async def work_ahead(self, batch: StepInput) -> None: ...
+
     async def step(self, batch: StepInput) -> StepResult:
         return StepResult(
             step=batch.step,

@@ -312,6 +312,9 @@ class SimulatedLearner:
     def fetch_ahead(self, payloads: Sequence[Any]) -> None:
         """It has no payloads."""
 
+    async def work_ahead(self, batch: StepInput) -> None:
+        """It begins with whole steps."""
+
     async def step(self, batch: StepInput) -> StepResult:
         scenario, loop = self._scenario, asyncio.get_running_loop()
         began = loop.time()

@@ -75,6 +75,7 @@ class FakeLearner:
         self.batches: list[StepInput] = []
         # (steps done, payloads that it was told to fetch meanwhile)
         self.ahead: list[tuple[int, tuple[Any, ...]]] = []
+        self.begun: list[StepInput] = []  # what it was told to work ahead on
         self.saved: list[str] = []
         self.lose: dict[int, int] = {}  # step -> how often its rollouts are lost on the way
         self.copied = -1
@@ -93,6 +94,9 @@ class FakeLearner:
 
     def fetch_ahead(self, payloads: Sequence[Any]) -> None:
         self.ahead.append((len(self.batches), tuple(payloads)))
+
+    async def work_ahead(self, batch: StepInput) -> None:
+        self.begun.append(batch)
 
     async def step(self, batch: StepInput) -> StepResult:
         await asyncio.sleep(self.seconds)

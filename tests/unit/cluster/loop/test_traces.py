@@ -106,6 +106,8 @@ class Learner:
 
     def fetch_ahead(self, payloads: Sequence[Any]) -> None: ...
 
+    async def work_ahead(self, batch: StepInput) -> None: ...
+
     async def step(self, batch: StepInput) -> StepResult:
         self._clock.time += 7.0
         return StepResult(
