@@ -369,7 +369,10 @@ class Timed(FakeLearner):
         return await super().snapshot()
 
 
-def test_the_parts_of_a_steps_time_add_up_to_it(tmp_path: Path) -> None:
+def test_the_parts_of_a_steps_time_add_up_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the trail's checkpoints are written beside it
     learner = Timed(seconds=1.0)
     learner.lose = {2: 1}
 
@@ -387,6 +390,65 @@ def test_the_parts_of_a_steps_time_add_up_to_it(tmp_path: Path) -> None:
     assert [row["time/checkpoint"] for row in rows] == pytest.approx([0, 0, 0, 0, 0.5, 0])
     assert [row["time/backward"] for row in rows] == pytest.approx([0.75] * 6)
     idle = [1.0 - 1.0 / row["time/step"] for row in rows]
+    assert [row["perf/trainer_idle_frac"] for row in rows] == pytest.approx(idle)
+
+
+class Streaming(Timed):
+    """Computes a part of a step for 0.3 s, and nothing beside it."""
+
+    def __init__(self) -> None:
+        super().__init__(seconds=1.0)
+        self.turns = asyncio.Lock()
+        self.stepping = False
+
+    async def work_ahead(self, batch: StepInput) -> None:
+        assert not self.stepping
+        async with self.turns:
+            await super().work_ahead(batch)
+            await asyncio.sleep(0.3)
+
+    async def step(self, batch: StepInput) -> StepResult:
+        self.stepping = True
+        try:
+            async with self.turns:
+                return await super().step(batch)
+        finally:
+            self.stepping = False
+
+
+def test_an_idle_learner_begins_with_the_parts_of_a_step_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the trail's checkpoints are written beside it
+    learner = Streaming()
+    learner.lose = {2: 1}
+
+    class Slow(FakeWorker):
+        async def harvest(self, timeout_s: float) -> Harvest:
+            await asyncio.sleep(0.25)
+            return await super().harvest(timeout_s)
+
+    world = World()
+    world.make = lambda index, incarnation: Slow(index, incarnation, world)  # type: ignore[method-assign]
+
+    async def trained() -> Lines:
+        controller, pool, _, lines = build(
+            tmp_path, world, learner, bound=0, workers=1, again=Trail(), stream_parts=2
+        )
+        await asyncio.wait_for(drive(controller, pool), 200)
+        return lines
+
+    rows = [numbers for _, numbers in VirtualLoop().run(trained()).rows]
+    # Of three groups in two parts, the first part has two. Each was told once, but for step 2,
+    # whose rollouts were lost.
+    steps = [0, 1, 2, 2, 3, 4, 5]
+    assert [batch.step for batch in learner.begun] == steps
+    assert [batch.group_ids for batch in learner.begun] == [(3 * s, 3 * s + 1) for s in steps]
+    assert [unaccounted(row) for row in rows] == pytest.approx([0.0] * 6, abs=1e-9)
+    ahead = [0.3, 0.3, 0.6, 0.3, 0.3, 0.3]
+    assert [row["time/ahead"] for row in rows] == pytest.approx(ahead)
+    assert [row["time/hand_over"] for row in rows] == pytest.approx([0.25] * 6)
+    idle = [1.0 - (1.0 + own) / row["time/step"] for own, row in zip(ahead, rows, strict=True)]
     assert [row["perf/trainer_idle_frac"] for row in rows] == pytest.approx(idle)
 
 
