@@ -235,6 +235,33 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
         {"rollout.max_tokens": 256, "rollout.max_running": 64, "rollout.kv_cache_mb": 64},
     ),
     ("a short run", LAPTOP, QUICKSTART, ("batch.steps=4",), {"checkpoint.every": 10}),
+    ("nothing ahead", LAPTOP, QUICKSTART, (), {"learner.stream_parts": 1}),
+    (
+        "synchronous",
+        LAPTOP,
+        QUICKSTART,
+        ("staleness.bound=0", "batch.prompts_per_step=32", "rollout.max_tokens=64"),
+        {"learner.stream_parts": 4},
+    ),
+    (
+        "synchronous, small steps",
+        LAPTOP,
+        QUICKSTART,
+        (
+            "staleness.bound=0",
+            "batch.prompts_per_step=2",
+            "data.max_prompt_tokens=32",
+            "rollout.max_tokens=16",
+        ),
+        {"learner.stream_parts": 1},
+    ),
+    (
+        "synchronous, two learners",
+        LAPTOP,
+        QUICKSTART,
+        ("staleness.bound=0", "batch.prompts_per_step=32", "learner.processes=2"),
+        {"learner.stream_parts": 1},
+    ),
     ("a run of 100 steps", LAPTOP, QUICKSTART, (), {"checkpoint.every": 20}),
     ("a long run", LAPTOP, QUICKSTART, ("batch.steps=1000",), {"checkpoint.every": 50}),
 ]
