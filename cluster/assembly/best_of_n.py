@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.judging import scores_of
+from cluster.assembly.local_workers import sampling_cluster
 from cluster.assembly.rewards import check_rewards
 from cluster.assembly.run_session import run_session
-from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_in_cluster
+from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_jobs
 from cluster.assembly.shipping import sampled_models
 from cluster.contracts.config.best_of_n import BestOfNConfig
 from cluster.contracts.durable import write_json, write_text
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import Rollout, Score
-from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import Need, require_resources
 from cluster.runs.console import Reporter
 from cluster.runs.run import Run
@@ -70,13 +70,13 @@ def run_best_of_n(config: BestOfNConfig, reporter: Reporter) -> Path:
     )
     with run_session(run, reporter):
         with (
-            ray_cluster(config.cluster) as ray_info,
+            sampling_cluster(config.cluster, config.rollout) as ray_info,
             reporter.stage(f"{config.samples} completions for each of {len(prompts)} prompts"),
         ):
             need = Need("a worker", {"GPU": config.rollout.gpus}, 1, keys={"GPU": "rollout.gpus"})
             require_resources([need], ray_info, reporter.say)
             with sampled_models([config.model], ray_info) as files:
-                rollouts = sample_in_cluster([replace(job, files=files[0])])[0]
+                rollouts = sample_jobs([replace(job, files=files[0])])[0]
         with reporter.stage("scoring"):
             scores = scores_of(config.reward, [(config.model, rollouts)])[0]
         scored = [Scored(*pair) for pair in zip(rollouts, scores, strict=True)]

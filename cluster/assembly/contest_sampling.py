@@ -9,7 +9,7 @@ from typing import Any
 from cluster.assembly.adapted import adapted
 from cluster.assembly.contest import Written, next_turn, turn_prompt
 from cluster.assembly.prepare import prompt_room
-from cluster.assembly.sampling import Sampling, prompts_for, sample_in_cluster
+from cluster.assembly.sampling import Sampling, prompts_for, sample_jobs
 from cluster.contracts.chat import render_prompt
 from cluster.contracts.config.base import ModelConfig
 from cluster.contracts.config.evaluate import EvaluateConfig
@@ -50,7 +50,7 @@ def sample_all(
     files: Sequence[Shipment] = (),
     say: Say | None = None,
 ) -> Written:
-    """All turns of all policies; needs Ray running."""
+    """All turns of all policies; within `sampling_cluster`."""
     models = [adapted(model) for model in config.contestants.values()]
     sent = files or [Shipment()] * len(models)
     turns = [_sample(config, models, prompts, sent, config.samples)]
@@ -85,7 +85,7 @@ def _sample(
     ]
     found: list[list[Rollout]] = []
     for first in range(0, len(jobs), AT_ONCE):
-        found += sample_in_cluster(jobs[first : first + AT_ONCE])
+        found += sample_jobs(jobs[first : first + AT_ONCE])
     return found
 
 

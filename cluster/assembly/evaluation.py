@@ -27,6 +27,7 @@ from cluster.assembly.contest import (
 from cluster.assembly.contest_sampling import AT_ONCE, prompts_of, sample_all
 from cluster.assembly.judged_comparisons import Judged, evaluation_record, result_line
 from cluster.assembly.judging import scores_of
+from cluster.assembly.local_workers import sampling_cluster
 from cluster.assembly.model_facts import read_model_facts
 from cluster.assembly.people_evaluation import judge_by_people
 from cluster.assembly.red_team import check_safety, red_team_line, red_team_report
@@ -42,7 +43,6 @@ from cluster.contracts.errors import Resumable
 from cluster.contracts.records import Prompt
 from cluster.contracts.samples import prompt_text
 from cluster.machine.hardware import this_machine
-from cluster.machine.ray_session import ray_cluster
 from cluster.machine.resources import Need, require_resources
 from cluster.runs.artefacts import artefact_hash
 from cluster.runs.console import Reporter
@@ -170,7 +170,7 @@ def _sampled(
     config: EvaluateConfig, prompts: list[list[Prompt]], directory: Path, reporter: Reporter
 ) -> Written:
     """Ray and the engines are ended before anybody judges."""
-    with ray_cluster(config.cluster) as ray_info:
+    with sampling_cluster(config.cluster, config.rollout) as ray_info:
         # One worker or more per policy.
         gpus = Need("a worker", {"GPU": config.rollout.gpus}, AT_ONCE, keys={"GPU": "rollout.gpus"})
         require_resources([gpus], ray_info, reporter.say)

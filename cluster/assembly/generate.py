@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from cluster.assembly.adapted import adapted
-from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_in_cluster
+from cluster.assembly.local_workers import sampling_cluster
+from cluster.assembly.sampling import Sampling, answer_row, prompts_for, sample_jobs
 from cluster.assembly.shipping import sampled_models
 from cluster.contracts.config.base import ClusterConfig, ModelConfig
 from cluster.contracts.config.file import check_config
@@ -17,7 +18,6 @@ from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 from cluster.contracts.durable import write_text
 from cluster.contracts.records import Prompt, Rollout
 from cluster.machine.cores import own_cores
-from cluster.machine.ray_session import ray_cluster
 from cluster.runs.console import Reporter
 from cluster.runs.policies import version_of
 from cluster.runs.run import require_writable
@@ -88,7 +88,7 @@ def sample_prompts(
     cluster: ClusterConfig,
     reporter: Reporter,
 ) -> list[Rollout]:
-    """``samples`` completions of each prompt, in order, by workers on Ray."""
+    """``samples`` completions of each prompt, in order."""
     job = Sampling(
         model=model,
         prompts=prompts,
@@ -98,8 +98,8 @@ def sample_prompts(
         seed=seed,
     )
     with (
-        ray_cluster(cluster) as ray_info,
+        sampling_cluster(cluster, rollout) as ray_info,
         sampled_models([model], ray_info) as files,
         reporter.stage(f"{samples} completions for each of {len(prompts)} prompts"),
     ):
-        return sample_in_cluster([replace(job, files=files[0])])[0]
+        return sample_jobs([replace(job, files=files[0])])[0]

@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+from cluster.assembly.local_workers import sampling_cluster
 from cluster.assembly.prepare import prompt_room
-from cluster.assembly.sampling import Sampling, sample_in_cluster
+from cluster.assembly.sampling import Sampling, sample_jobs
 from cluster.assembly.shipping import sampled_models
 from cluster.contracts.chat import render_prompt, require_template
 from cluster.contracts.config.base import ClusterConfig, ModelConfig
@@ -16,7 +17,6 @@ from cluster.contracts.config.rollout import LEAST_TEMPERATURE, RolloutConfig
 from cluster.contracts.errors import UserError
 from cluster.contracts.records import Prompt
 from cluster.machine.cores import own_cores
-from cluster.machine.ray_session import ray_cluster
 from reward_service.judge.records import Question, Spent
 
 
@@ -57,10 +57,10 @@ class LocalAsker:
             max_prompt_tokens=max(len(prompt.token_ids) for prompt in prompts),
         )
         with (
-            ray_cluster(self._cluster) as ray_info,
+            sampling_cluster(self._cluster, job.rollout) as ray_info,
             sampled_models([self._config], ray_info) as files,
         ):
-            rollouts = sample_in_cluster([replace(job, files=files[0])])[0]
+            rollouts = sample_jobs([replace(job, files=files[0])])[0]
         self._spent = replace(
             self._spent,
             requests=self._spent.requests + len(prompts),

@@ -7,11 +7,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from actors.settings import AdapterSettings, engine_settings
 from cluster.assembly.adapted import AdaptedModel, adapted
 from cluster.assembly.auto.resolve import resolve_sampling
+from cluster.assembly.local_workers import LocalWorker
 from cluster.assembly.model_facts import read_model_facts
 from cluster.assembly.prepare import context_length, prompt_room
 from cluster.contracts.chat import is_text
@@ -21,7 +22,17 @@ from cluster.contracts.records import Prompt, Rollout
 from cluster.machine.cores import own_cores
 from cluster.machine.event_loop import run_coroutine
 from cluster.machine.hardware import Machine, this_machine
+from cluster.machine.ray_session import in_ray_cluster
 from cluster.machine.shipment import Shipment, known_as
+
+if TYPE_CHECKING:
+    from actors.serving import WorkerSpec
+
+START_S = 2.5  # CPU seconds, of a worker that is forked
+# What a token takes at most of a core: a good estimate of two measured sizes, 0.9 and 19 M. Twice
+# as much or as little moves the choice where one worker more saves a second or two.
+TOKEN_S = 6e-5
+TOKEN_FLOPS = 4e10
 
 ADAPTER = "adapter"
 """The only one of an engine that samples from it."""
@@ -67,9 +78,9 @@ def prompts_for(
     return [source.prompt(i) for i in range(min(len(source), most or len(source)))]
 
 
-def sample_in_cluster(jobs: Sequence[Sampling]) -> list[list[Rollout]]:
-    """Answers of each job, in the order of its prompts; needs Ray running. Jobs run side by side,
-    each with its own workers, as many as there are cores for."""
+def sample_jobs(jobs: Sequence[Sampling]) -> list[list[Rollout]]:
+    """Answers of each job, in the order of its prompts; within `sampling_cluster`. Jobs run side by
+    side, each with its own workers, as many as there are cores for and as pay for their start."""
     return run_coroutine(_sample_all(jobs))
 
 
@@ -77,13 +88,16 @@ async def _sample_all(jobs: Sequence[Sampling]) -> list[list[Rollout]]:
     cores = own_cores()
     each = max(1, len(cores) // len(jobs))
     shares = [cores[i * each : (i + 1) * each] or cores for i in range(len(jobs))]
-    counts = [min(job.rollout.workers, len(own)) for job, own in zip(jobs, shares, strict=True)]
+    counts = [
+        min(job.rollout.workers, len(own), _worth_starting(job))
+        for job, own in zip(jobs, shares, strict=True)
+    ]
     machine = this_machine()
     ready = [
         _resolved(job, machine, count, sum(counts)) for job, count in zip(jobs, counts, strict=True)
     ]
     return list(
-        await asyncio.gather(*(_sample(job, own) for job, own in zip(ready, shares, strict=True)))
+        await asyncio.gather(*(_sample(*one) for one in zip(ready, shares, counts, strict=True)))
     )
 
 
@@ -109,8 +123,9 @@ def cores_of_worker(index: int, rollout: RolloutConfig, cores: Sequence[int]) ->
     return tuple(cores[index * each : (index + 1) * each]) or tuple(cores)
 
 
-async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
-    from actors.remote import WorkerSpec, generate_all, make_worker_factory
+async def _sample(job: Sampling, cores: list[int], count: int) -> list[Rollout]:
+    from actors.sampling import generate_all
+    from actors.serving import WorkerSpec
     from learner.models.load import load_tokenizer, stop_token_ids
 
     model, prompts = adapted(job.model), job.prompts
@@ -131,7 +146,23 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
         start_timeout_s=job.rollout.start_timeout_s,
         files=job.files,
     )
-    count = min(job.rollout.workers, len(cores))
+    workers = _workers(job, spec, cores, max(1, count))
+    try:
+        await asyncio.gather(*(worker.start() for worker in workers))
+        return await generate_all(workers, prompts, job.samples, job.timeout_s)
+    finally:
+        await asyncio.gather(*(worker.stop() for worker in workers), return_exceptions=True)
+
+
+def _workers(job: Sampling, spec: WorkerSpec, cores: list[int], count: int) -> Sequence[Any]:
+    """On Ray where it runs, else in processes of this machine."""
+    if not in_ray_cluster():
+        return [
+            LocalWorker(spec, index, cores_of_worker(index, job.rollout, cores))
+            for index in range(count)
+        ]
+    from actors.remote import make_worker_factory
+
     make = make_worker_factory(
         spec,
         num_cpus=job.rollout.cpus,
@@ -140,12 +171,19 @@ async def _sample(job: Sampling, cores: list[int]) -> list[Rollout]:
         resources=job.rollout.resources,
         labels=job.rollout.labels,
     )
-    workers = [make(index, 0) for index in range(max(1, count))]
-    try:
-        await asyncio.gather(*(worker.start() for worker in workers))
-        return await generate_all(workers, prompts, job.samples, job.timeout_s)
-    finally:
-        await asyncio.gather(*(worker.stop() for worker in workers), return_exceptions=True)
+    return [make(index, 0) for index in range(count)]
+
+
+def _worth_starting(job: Sampling) -> int:
+    """Most workers on CPUs: each is to have more to do than its start costs."""
+    if job.rollout.gpus or "max_tokens" not in job.rollout.model_fields_set:
+        return job.rollout.workers
+    facts = read_model_facts(adapted(job.model))
+    if facts is None:
+        return job.rollout.workers
+    tokens = len(job.prompts) * job.samples * job.rollout.max_tokens
+    seconds = tokens * (TOKEN_S + 2 * facts.parameters / TOKEN_FLOPS)
+    return max(1, int(seconds / START_S))
 
 
 def answer_row(rollout: Rollout) -> dict[str, Any]:

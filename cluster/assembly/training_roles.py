@@ -37,7 +37,8 @@ def worker_factory(
     names: Names = unnamed,
 ) -> Any:
     """(index, incarnation) -> worker, for the pool. ``first_step``: at which the run is resumed."""
-    from actors.remote import make_worker_factory, worker_spec
+    from actors.remote import make_worker_factory
+    from actors.serving import worker_spec
 
     config = prepared.config
     spec = worker_spec(

@@ -30,6 +30,11 @@ _held: list[dict[str, Any]] = []
 """What the ``ray_cluster`` that this process is in yields; empty outside of one."""
 
 
+def in_ray_cluster() -> bool:
+    """Whether this process is within a ``ray_cluster``."""
+    return bool(_held)
+
+
 @contextmanager
 def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     """Ray for the length of a command. Yields {"address", "metrics_port", "dashboard", "job",

@@ -11,6 +11,11 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Mapping
 
 PLACE = "ACCORD_FORK_SERVER"
 """The variable that names the fork server's socket."""
@@ -20,6 +25,22 @@ def forked(place: str, program: str, words: list[str]) -> int | None:
     """Have the fork server at ``place`` run a Python file with these arguments, in a new process
     that has this one's variables, folder and streams. Returns its exit code once it has ended; None
     where there is no server."""
+    connection = ask_fork(place, program, words, [0, 1, 2], os.environ)
+    if connection is None:
+        return None
+    with connection:
+        try:
+            return int.from_bytes(connection.recv(1), "big")  # when it has ended
+        except OSError:  # the server is gone; its workers end by themselves
+            return 1
+
+
+def ask_fork(
+    place: str, program: str, words: list[str], streams: list[int], environment: Mapping[str, str]
+) -> socket.socket | None:
+    """Have the fork server run a Python file in a new process with these standard streams. Returns
+    the connection that stands for the process, once it is there: it tells the exit code, and the
+    process ends when it is closed. None where there is no server."""
     import json
     import signal
     import socket
@@ -27,23 +48,21 @@ def forked(place: str, program: str, words: list[str]) -> int | None:
     request = {
         "program": program,
         "words": words,
-        "environ": dict(os.environ),
+        "environ": dict(environment),
         "cwd": os.getcwd(),
         "blocked": [int(number) for number in signal.pthread_sigmask(signal.SIG_BLOCK, ())],
     }
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        try:
-            connection.connect(place)
-            socket.send_fds(connection, [b"\0"], [0, 1, 2])
-            connection.sendall(json.dumps(request).encode() + b"\n")
-            if connection.recv(1) != b"+":  # forked
-                return None
-        except OSError:
-            return None
-        try:
-            return int.from_bytes(connection.recv(1), "big")  # when it has ended
-        except OSError:  # the server is gone; its workers end by themselves
-            return 1
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.connect(place)
+        socket.send_fds(connection, [b"\0"], streams)
+        connection.sendall(json.dumps(request).encode() + b"\n")
+        if connection.recv(1) == b"+":  # forked
+            return connection
+    except OSError:
+        pass
+    connection.close()
+    return None
 
 
 def default_worker() -> str:

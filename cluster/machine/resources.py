@@ -156,6 +156,8 @@ def require_resources(
 ) -> None:
     """Raise UserError when a cluster that was started here has too little; one that was joined may
     still grow, so there it is only said. ``ray_info``: what ``ray_cluster`` yields."""
+    if not any(need.bundle() or need.labels for need in needs):
+        return  # also where no Ray is running
     problem = shortage(needs, cluster_nodes())
     if problem is None:
         return

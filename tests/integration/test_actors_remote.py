@@ -96,7 +96,8 @@ def cluster(repo_root: Path) -> Iterator[None]:
 
 
 def make(model: Path, scorer: Any = CountTokens, **keys: Any) -> Any:
-    from actors.remote import WorkerSpec, make_worker_factory
+    from actors.remote import make_worker_factory
+    from actors.serving import WorkerSpec
     from actors.settings import EngineSettings
 
     settings = EngineSettings(
@@ -211,7 +212,7 @@ def test_failures_keep_their_kind(cluster: None, model: Path, tmp_path: Path) ->
 
 
 def test_offline_samples_in_order_and_new_incarnations_differ(cluster: None, model: Path) -> None:
-    from actors.remote import generate_all
+    from actors.sampling import generate_all
 
     factory = make(model, scorer=None, transport=None)
     prompts = [prompt(n % 30) for n in range(50)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from actors.remote import worker_spec
+from actors.serving import worker_spec
 from cluster.assembly import shipping
 from cluster.assembly.prepare import with_pinned_models
 from cluster.assembly.shipping import RoleFiles, role_files

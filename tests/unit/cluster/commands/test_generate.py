@@ -27,9 +27,9 @@ def jobs(monkeypatch: pytest.MonkeyPatch) -> list[Sampling]:
     prompt = Prompt(id="p", messages=(), token_ids=(1, 2))
     monkeypatch.setattr(assembly, "prompts_for", lambda *args, **keys: [prompt])
     here = contextlib.nullcontext({"started": True, "software": None})
-    monkeypatch.setattr(assembly, "ray_cluster", lambda config: here)
+    monkeypatch.setattr(assembly, "sampling_cluster", lambda cluster, rollout: here)
     monkeypatch.setattr("learner.models.hub.pinned", lambda model: model)
-    monkeypatch.setattr(assembly, "sample_in_cluster", sample)
+    monkeypatch.setattr(assembly, "sample_jobs", sample)
     return asked
 
 
