@@ -2,8 +2,7 @@
 
 Made here from a seed, without a model hub. One step is 128 answers (16 prompts x 8) of 48 tokens to
 prompts of 16; one epoch, a value head on the policy's trunk, a reference model. With a tail, the
-lengths are spread instead: every token ends an answer with probability 1/48 (coefficient of
-variation near 1), cut at 192.
+lengths are lognormal instead: mean 48, coefficient of variation 1, cut at 384.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ from cluster.contracts.config.learner import CheckpointConfig, LearnerConfig
 from cluster.contracts.config.reward import FunctionSource, RewardConfig
 from cluster.contracts.config.rollout import DataConfig, RolloutConfig
 from cluster.contracts.config.train import TrainConfig
+from cluster.measure.bench.drawn_lengths import count_down, lognormal_lengths
 
 VOCABULARY, HIDDEN, LAYERS, HEADS, INTERMEDIATE = 4096, 256, 5, 4, 640
 PROMPT_TOKENS, ANSWER_TOKENS = 16, 48
-LONGEST = 4 * ANSWER_TOKENS  # answer where there is a tail
+LONGEST = 8 * ANSWER_TOKENS  # answer where there is a tail
+VARIATION = 1.0  # of the lengths there
 WARM_UP = 4  # steps before the window: first batches compile kernels and fill the pipeline
 BOUND = 2
 
@@ -74,18 +75,11 @@ def make_files(folder: Path, *, tail: bool) -> None:
         tokenizer, model, hidden=HIDDEN, layers=LAYERS, heads=HEADS, intermediate=INTERMEDIATE
     )
     if tail:
-        _more_ends(model / "generation_config.json")
+        count_down(model, lognormal_lengths(ANSWER_TOKENS, VARIATION, LONGEST))
     prompts = [{"prompt": _prompt(rng, words, tokenizer)} for _ in range(512)]
     lines = "".join(json.dumps(row) + "\n" for row in prompts)
     (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")
-
-
-def _more_ends(path: Path) -> None:
-    """So many tokens end an answer that, the weights being random, one in ANSWER_TOKENS does."""
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    settings["eos_token_id"] = list(range(4, VOCABULARY, ANSWER_TOKENS))
-    path.write_text(json.dumps(settings), encoding="utf-8")
 
 
 def _prompt(rng: random.Random, words: list[str], tokenizer: Any) -> str:
