@@ -12,8 +12,9 @@ lead is longer than what is left until the step, so nothing is held back.
 
 If the learner waits for groups that were held back, the margin grows by as much as it waited. With
 every step that finds its groups there, it shrinks a little. Until some steps were measured, and
-whenever the expected start is past, nothing is held back. The pacer only ever delays what the
-bound allows, so it cannot break the bound.
+whenever the expected start is past, nothing is held back. The steps that the bound allows at the
+start are not measured: they are admitted together and wait for each other, and for engines that do
+their first work. The pacer only ever delays what the bound allows, so it cannot break the bound.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Pacer:
     _idle_since: float | None = None
     _margin: float = LEAST_MARGIN  # in learner steps
     _admitted: dict[int, float] = field(default_factory=dict)  # step -> when, until it is complete
+    _at_start: set[int] = field(default_factory=set)  # admitted before the learner's first step
     _held_back: set[int] = field(default_factory=set)  # admitted later than the bound allowed
     _latencies: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES))
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=DURATIONS))
@@ -67,10 +69,16 @@ class Pacer:
 
     def admitted(self, step: int, now: float) -> None:
         self._admitted[step] = now
+        if self._began is None and not self._durations:
+            self._at_start.add(step)
 
     def complete(self, step: int, now: float) -> None:
         """All groups of ``step`` are there."""
-        self._latencies.append(now - self._admitted.pop(step))
+        took = now - self._admitted.pop(step)
+        if step in self._at_start:
+            self._at_start.remove(step)
+        else:
+            self._latencies.append(took)
 
     def step_began(self, now: float) -> None:
         """The learner begins ``next_step``, which it may have waited for."""

@@ -15,6 +15,11 @@ from cluster.machine.hardware import MB, Machine
 SMALL = 50_000_000  # parameters; below, a second core makes decoding slower (measured up to 16 M)
 MOST_CORES = ENGINE_CORES.cpu
 SMALL_LEARNER_CORES = 8
+# Parameters from which the learner computes on the workers' cores, too, where there are few cores:
+# forward and backward take several times generation's arithmetic. Smaller products gain nothing
+# from a second core that they have to share (measured on two cores).
+SHARING = 5_000_000
+FEW_CORES = 4
 MANY_CORES = 4  # beside the workers; with fewer, the other processes share the learner's
 OBJECT_STORE_LEAST_MB = 256
 DASHBOARD_CORES = 4  # on two, it delayed the first step by a seventh (docs/operate.md)
@@ -90,6 +95,10 @@ def choose_learner_cores(choices: Choices[TrainConfig], model: ModelFacts | None
         choices.settle("learner.cpus", 1.0, "the learner waits for its GPU")
         return
     taken = 0.0 if config.rollout.gpus else config.rollout.workers * config.rollout.cpus
+    if _shares_cores(choices, taken, size):
+        why = f"a model of {millions(size)} parameters: the learner's products take all cores"
+        choices.settle("learner.cpus", float(cores), f"{why}, and workers what it leaves")
+        return
     rest, why = cores - taken, f"the cores beside {counted(config.rollout.workers)}"
     if rest >= MANY_CORES:
         rest, why = rest - 1, f"{why}, less one for the reward service and the controller"
@@ -98,6 +107,14 @@ def choose_learner_cores(choices: Choices[TrainConfig], model: ModelFacts | None
         left = SMALL_LEARNER_CORES
         why = f"enough for a model of {millions(size)} parameters"
     choices.settle("learner.cpus", float(left), why + _alike(config))
+
+
+def _shares_cores(choices: Choices[TrainConfig], taken: float, size: int) -> bool:
+    config, cores = choices.config, choices.machine.cores
+    if config.cluster.to_join is not None or config.rollout.gpus or config.learner.processes > 1:
+        return False
+    pinned = choices.is_set("cluster.pin_cores") and config.cluster.pin_cores
+    return taken < cores <= FEW_CORES and size >= SHARING and not pinned
 
 
 def _alike(config: Any) -> str:
@@ -145,6 +162,10 @@ def _pinned(config: Any, machine: Machine, joined: bool) -> tuple[bool, str]:
         return False, "the workers compute on a GPU"
     if config.rollout.workers >= machine.cores:
         return False, f"{counted(machine.cores, 'core')} for {counted(config.rollout.workers)}"
+    learner = getattr(config, "learner", None)
+    left = machine.cores - config.rollout.workers * config.rollout.cpus
+    if learner is not None and not learner.gpus and learner.processes == 1 < learner.cpus > left:
+        return False, "the learner computes on the workers' cores, too"
     return True, "enough cores for one per worker and one for the learner"
 
 

@@ -120,7 +120,7 @@ def train_config(workload: Workload, mode: Mode, name: str) -> TrainConfig:
         ),
         staleness=StalenessConfig(bound=BOUND if mode == "async" else 0),
         algorithm=AlgorithmConfig(),
-        learner=LearnerConfig(lr=1e-5, value_model="shared", gpus=0),
+        learner=LearnerConfig(lr=1e-5, value_model="shared", gpus=0, cpus=1),
         checkpoint=CheckpointConfig(every=10_000),
-        cluster=ClusterConfig(),
+        cluster=ClusterConfig(pin_cores=True),
     )

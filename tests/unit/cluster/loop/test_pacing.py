@@ -44,6 +44,23 @@ def test_groups_are_admitted_a_lead_before_their_step() -> None:
     assert pacer.due(7, 115.0) == pytest.approx(119.5)
 
 
+def test_steps_that_were_admitted_together_at_the_start_are_not_measured() -> None:
+    pacer = Pacer()
+    for step in range(3):
+        pacer.admitted(step, 0.0)
+    at = 30.0  # all three wait for each other and for the engine's first work
+    for step in range(3):
+        pacer.complete(step, at)
+    for step in range(3, 6):
+        pacer.step_began(at)
+        pacer.admitted(step, at)
+        pacer.complete(step, at + 4.0)
+        assert pacer.lead_s == 0.0
+        at += 10.0
+        pacer.step_ended(at)
+    assert pacer.lead_s == pytest.approx(4.0 + 1.5)
+
+
 def test_a_learner_that_waits_is_expected_to_begin_now() -> None:
     pacer = measured(latency_s=4.0, step_s=10.0)
     pacer.step_ended(110.0)

@@ -121,6 +121,27 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
         },
     ),
     (
+        "half a billion on two cores: the learner computes on both, beside the worker",
+        LAPTOP,
+        HALF_B,
+        (),
+        {"rollout.cpus": 1.0, "learner.cpus": 2.0, "cluster.pin_cores": False},
+    ),
+    (
+        "unless the cores are to be kept apart",
+        LAPTOP,
+        HALF_B,
+        ("cluster.pin_cores=true",),
+        {"learner.cpus": 1.0, "cluster.pin_cores": True},
+    ),
+    (
+        "a learner that was given more cores than the worker leaves shares them",
+        LAPTOP,
+        QUICKSTART,
+        ("learner.cpus=2",),
+        {"rollout.cpus": 1.0, "cluster.pin_cores": False},
+    ),
+    (
         "a tiny model on a large server takes few cores",
         SERVER,
         QUICKSTART,
