@@ -64,7 +64,10 @@ def core_outlook(
             "moment, and the operating system finds it"
         )
     elif costs is None:
-        why = "a run starts like this, measures what each role costs, and moves the last three"
+        why = (
+            "a run starts like this, measures what each role costs, and then moves the reward "
+            "service, the controller and Ray"
+        )
     else:
         choice = choose(cores, costs, start(cores))
         placement, why = choice.placement, choice.why
