@@ -56,16 +56,19 @@ def test_a_step_a_lost_payload_a_deadline_and_death(
     world: ModuleType, tiny: Path, table: Any, tmp_path: Path
 ) -> None:
     cores = sorted(os.sched_getaffinity(0))[:1] if hasattr(os, "sched_getaffinity") else []
-    learner = RayLearner(world.make_settings(tiny), cores=cores)
+    settings = world.make_settings(tiny, learner={"stream_parts": 2})
+    learner = RayLearner(settings, cores=cores)
 
     async def live() -> tuple[WeightManifest, Any]:
         started = await learner.start()
         lost = await _lost_payload(table)
         learner.fetch_ahead((lost,))  # says nothing: the step does
+        await learner.work_ahead(StepInput(step=0, group_ids=(0, 1), payloads=(lost,)))  # as little
         with pytest.raises(Retryable, match="lost with the worker"):
             await learner.step(StepInput(step=0, group_ids=GROUPS, payloads=(lost,)))
         good = StepInput(step=0, group_ids=GROUPS, payloads=([ray.put(table)],))
         learner.fetch_ahead(good.payloads)
+        await learner.work_ahead(StepInput(step=0, group_ids=(2, 3), payloads=good.payloads))
         result = await learner.step(good)
         with pytest.raises(Fatal, match="step 0 was asked of a learner at version 1"):
             await learner.step(good)
@@ -76,7 +79,9 @@ def test_a_step_a_lost_payload_a_deadline_and_death(
 
     started, result = _run(live())
     assert (started.version, result.version) == (0, 1)
-    assert values(result.metrics)["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
+    found = values(result.metrics)
+    assert found["perf/learner_busy_s"] > found["time/step"]  # it worked ahead, too
+    assert found["policy/ratio_mean"] == pytest.approx(1.0, abs=1e-5)
     assert dict(Intake(ObjectStoreReceiver(), 30.0).take(result.manifest))
     assert (tmp_path / "checkpoint" / "policy" / "config.json").exists()
 
