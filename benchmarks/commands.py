@@ -1,12 +1,21 @@
-"""Accord's commands as a user types them, for benchmarks: run once, with the CPU time they take."""
+"""Accord's commands as a user types them, for benchmarks: run once, with the CPU time they take.
+
+    python benchmarks/commands.py [--beside CHECKOUT] [--repeats 3]
+
+measures `generate`, `evaluate` and `chat` on what the quickstart made, here and in another checkout
+by turns (both with this Python), and writes benchmarks/results/commands.json.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +27,7 @@ from cluster.runs.artefacts import artefact_hash
 
 ROOT = Path(__file__).resolve().parents[1]
 LOOK_EVERY_S = 0.5
+QUESTION = b"How do I reset my password?\n"
 
 
 def run_once(command: str, config: str, run: Path, settings: Mapping[str, Any]) -> float:
@@ -43,14 +53,20 @@ def run_once(command: str, config: str, run: Path, settings: Mapping[str, Any]) 
     return minutes
 
 
-def _cpu_minutes(words: list[str]) -> float:
-    """Of the command and all that it starts, to within half a second per process."""
+def _cpu_minutes(words: list[str], look_every_s: float = LOOK_EVERY_S) -> float:
+    """Of the command and all that it starts, to within ``look_every_s`` per process."""
     used: dict[tuple[int, float], float] = {}
     environment = {**os.environ, "ACCORD_NO_BOOTSTRAP": "1"}
-    with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL) as process:
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each start compiles Accord anew
+    with subprocess.Popen(
+        words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+    ) as process:
+        assert process.stdin is not None
+        process.stdin.write(QUESTION)  # for `chat`; nothing else reads it
+        process.stdin.close()
         while process.poll() is None:
             _look(process.pid, used)
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(look_every_s)
     if process.returncode:
         raise subprocess.CalledProcessError(process.returncode, words)
     return sum(used.values()) / 60
@@ -69,3 +85,61 @@ def _look(pid: int, used: dict[tuple[int, float], float]) -> None:
             used[one.pid, one.create_time()] = times.user + times.system
         except psutil.Error:
             continue
+
+
+# -- `python benchmarks/commands.py`: short commands, beside another checkout ----------------------
+
+
+def main() -> None:
+    """CPU and wall seconds of `generate`, `evaluate` and `chat` on the quickstart's results."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--quickstart", type=Path, default=ROOT / "runs" / "quickstart")
+    parser.add_argument("--beside", type=Path, help="another checkout, measured by turns")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/commands.json")
+    asked = parser.parse_args()
+    roots = {"this": ROOT} | ({"beside": asked.beside} if asked.beside else {})
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for _ in range(asked.repeats):
+        for command in SHORT:
+            for name, root in roots.items():
+                with tempfile.TemporaryDirectory() as folder:
+                    words = _short(command, asked.quickstart.resolve(), Path(folder))
+                    began = time.perf_counter()
+                    cpu = 60 * _cpu_minutes([sys.executable, str(root / "launch.py"), *words], 0.1)
+                    took = [cpu, time.perf_counter() - began]
+                found.setdefault(command, {}).setdefault(name, []).append(took)
+    medians = {
+        command: {
+            name: {
+                key: statistics.median(one[place] for one in rounds)
+                for place, key in enumerate(("cpu_s", "wall_s"))
+            }
+            for name, rounds in sides.items()
+        }
+        for command, sides in found.items()
+    }
+    asked.out.write_text(json.dumps({"medians": medians, "rounds": found}, indent=1) + "\n")
+    print(json.dumps(medians, indent=1))
+
+
+SHORT = ("generate", "evaluate", "chat")
+
+
+def _short(command: str, quickstart: Path, folder: Path) -> list[str]:
+    prompts = quickstart / "data" / "eval_prompts.jsonl"
+    if command == "generate":
+        words = [quickstart / "policy", prompts, "--out", folder / "answers.jsonl"]
+    elif command == "evaluate":
+        config = folder / "evaluate.toml"
+        text = (ROOT / "examples" / "evaluate.toml").read_text(encoding="utf-8")
+        text = text.replace("examples/", f"{ROOT}/examples/")
+        config.write_text(text.replace("runs/quickstart", str(quickstart)), encoding="utf-8")
+        words = [config, f"run.dir={folder}"]
+    else:
+        words = [quickstart, "--no-history"]
+    return [command, *map(str, words)]
+
+
+if __name__ == "__main__":
+    main()
