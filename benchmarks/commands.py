@@ -53,13 +53,15 @@ def run_once(command: str, config: str, run: Path, settings: Mapping[str, Any]) 
     return minutes
 
 
-def _cpu_minutes(words: list[str], look_every_s: float = LOOK_EVERY_S) -> float:
+def _cpu_minutes(
+    words: list[str], look_every_s: float = LOOK_EVERY_S, folder: Path | None = None
+) -> float:
     """Of the command and all that it starts, to within ``look_every_s`` per process."""
     used: dict[tuple[int, float], float] = {}
     environment = {**os.environ, "ACCORD_NO_BOOTSTRAP": "1"}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # else each start compiles Accord anew
     with subprocess.Popen(
-        words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
+        words, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL
     ) as process:
         assert process.stdin is not None
         process.stdin.write(QUESTION)  # for `chat`; nothing else reads it
@@ -106,7 +108,9 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as folder:
                     words = _short(command, asked.quickstart.resolve(), Path(folder))
                     began = time.perf_counter()
-                    cpu = 60 * _cpu_minutes([sys.executable, str(root / "launch.py"), *words], 0.1)
+                    command_line = [sys.executable, str(root / "launch.py"), *words]
+                    # In its own folder: Ray's workers would import from this one.
+                    cpu = 60 * _cpu_minutes(command_line, 0.1, root)
                     took = [cpu, time.perf_counter() - began]
                 found.setdefault(command, {}).setdefault(name, []).append(took)
     medians = {
