@@ -19,8 +19,8 @@ def choose_stream_parts(choices: Choices[TrainConfig]) -> None:
         tokens = config.data.max_prompt_tokens + config.rollout.max_tokens
         longest = batch.prompts_per_step * batch.samples_per_prompt * tokens
         full = longest // learner.tokens_per_microbatch
-        parts = max(1, min(MOST_PARTS, batch.prompts_per_step, full))
+        parts = max(1, min(MOST_PARTS, batch.prompts_per_step // 2, full))
         why = "the learner works on what is there while the rest of its step is generated"
         if parts == 1:
-            why = "the step is about one microbatch"
+            why = "the step is about one microbatch, or has fewer than four groups"
     choices.settle("learner.stream_parts", parts, why)

@@ -49,7 +49,8 @@ class LearnerConfig(ComputeConfig):
     stream_parts: int = auto(
         1,
         rule="with `staleness.bound` = 0 and one learner process: one for each full microbatch "
-        "of a step whose prompts and completions have their longest length, at most 4; else 1",
+        "of a step whose prompts and completions have their longest length, at most 4 and at most "
+        "one for two groups; else 1",
         ge=1,
         description="Number of parts that a step's groups are cut into, in the order of their "
         "ids. While a part is still generated, an idle learner computes the forward passes of "
