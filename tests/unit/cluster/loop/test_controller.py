@@ -333,7 +333,10 @@ def test_every_prompt_is_trained_once_in_order(tmp_path: Path, bound: int) -> No
     assert (found.path.name, found.state.step) == ("step-000006", 6)
 
 
-def test_the_next_steps_rollouts_go_to_the_learner_while_it_trains(tmp_path: Path) -> None:
+def test_the_next_steps_rollouts_go_to_the_learner_while_it_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # the trail's checkpoints are written beside it
     learner = FakeLearner(seconds=1.0)
 
     async def trained() -> None:
