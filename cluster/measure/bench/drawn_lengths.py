@@ -33,12 +33,15 @@ def lognormal_lengths(mean: float, variation: float, longest: int) -> list[float
     return [high - low for low, high in pairwise(ends)]
 
 
-def count_down(directory: Path, probabilities: Sequence[float], first: int = 100) -> None:
+def count_down(
+    directory: Path, probabilities: Sequence[float], prompt_end: str, first: int = 500
+) -> None:
     """Rewrite the model in ``directory`` so that a completion has i + 2 tokens, the end token
     among them, with probability ``probabilities[i]``.
 
-    first: the id of the token that stands for "one more token"; the ids after it for the others.
-    Every prompt has to end with the token that ends the chat template's generation prompt.
+    prompt_end: what every prompt ends with, one token. first: the id of the token that stands for
+    "one more token"; the ids after it for the others. Raises ValueError where ``prompt_end`` is
+    more than a token, or one of these.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -47,6 +50,10 @@ def count_down(directory: Path, probabilities: Sequence[float], first: int = 100
     from learner.models.load import save_policy
 
     tokenizer = AutoTokenizer.from_pretrained(directory)
+    numbers = list(range(first, first + len(probabilities)))
+    start = tokenizer(prompt_end, add_special_tokens=False)["input_ids"]
+    if len(start) != 1 or start[0] in numbers:
+        raise ValueError(f"{prompt_end!r} is not one token beside the numbers: {start}")
     config = AutoConfig.from_pretrained(directory, tie_word_embeddings=False)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
@@ -55,13 +62,12 @@ def count_down(directory: Path, probabilities: Sequence[float], first: int = 100
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        numbers = list(range(first, first + len(probabilities)))
-        _set_tokens(model, numbers, probabilities, _last_of_prompts(tokenizer), tokenizer)
+        _set_tokens(model, numbers, probabilities, start[0], tokenizer.eos_token_id)
     save_policy(model, tokenizer, directory)
 
 
 def _set_tokens(
-    model: Any, numbers: list[int], probabilities: Sequence[float], start: int, tokenizer: Any
+    model: Any, numbers: list[int], probabilities: Sequence[float], start: int, end: int
 ) -> None:
     """Embeddings are directions of length sqrt(hidden), which the last norm leaves as they are."""
     import torch
@@ -78,11 +84,5 @@ def _set_tokens(
     logits = torch.tensor([LIFTED + math.log(max(p, RAREST)) for p in probabilities])
     head.zero_()
     head[numbers] = logits[:, None] * after_prompt / math.sqrt(hidden)
-    followers = [tokenizer.eos_token_id, *numbers[:-1]]
+    followers = [end, *numbers[:-1]]
     head[followers] += CERTAIN * states / math.sqrt(hidden)
-
-
-def _last_of_prompts(tokenizer: Any) -> int:
-    message = [{"role": "user", "content": "a"}]
-    ids = tokenizer.apply_chat_template(message, tokenize=True, add_generation_prompt=True)
-    return int(getattr(ids, "input_ids", ids)[-1])

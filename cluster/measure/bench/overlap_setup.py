@@ -25,6 +25,7 @@ VOCABULARY, HIDDEN, LAYERS, HEADS, INTERMEDIATE = 4096, 256, 5, 4, 640
 PROMPT_TOKENS, ANSWER_TOKENS = 16, 48
 LONGEST = 8 * ANSWER_TOKENS  # answer where there is a tail
 VARIATION = 1.0  # of the lengths there
+TAIL_PROMPT_END = "?"  # of each prompt there: a token from which the model draws a length
 WARM_UP = 4  # steps before the window: first batches compile kernels and fill the pipeline
 BOUND = 2
 
@@ -75,8 +76,9 @@ def make_files(folder: Path, *, tail: bool) -> None:
         tokenizer, model, hidden=HIDDEN, layers=LAYERS, heads=HEADS, intermediate=INTERMEDIATE
     )
     if tail:
-        count_down(model, lognormal_lengths(ANSWER_TOKENS, VARIATION, LONGEST))
-    prompts = [{"prompt": _prompt(rng, words, tokenizer)} for _ in range(512)]
+        count_down(model, lognormal_lengths(ANSWER_TOKENS, VARIATION, LONGEST), TAIL_PROMPT_END)
+    end = TAIL_PROMPT_END if tail else ""
+    prompts = [{"prompt": _prompt(rng, words, tokenizer) + end} for _ in range(512)]
     lines = "".join(json.dumps(row) + "\n" for row in prompts)
     (folder / "prompts.jsonl").write_text(lines, encoding="utf-8")
     (folder / "reward.py").write_text(REWARD, encoding="utf-8")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cluster.measure.bench.drawn_lengths import count_down, lognormal_lengths
 from learner.models.tiny import fresh_model, train_tokenizer
 
-FIRST = 100
+FIRST = 320
 
 
 def test_lognormal_lengths_have_their_mean_and_variation() -> None:
@@ -38,15 +38,13 @@ def test_the_model_draws_a_length_and_counts_down_to_the_end(tmp_path: Path) -> 
     tokenizer = train_tokenizer((" ".join(words[i:]) for i in range(60)), 400, folder)
     fresh_model(tokenizer, folder, hidden=256, layers=2, heads=4)
     chances = lognormal_lengths(12.0, 1.0, 64)
-    count_down(folder, chances, FIRST)
+    count_down(folder, chances, "?", FIRST)
 
     model, tokenizer = (
         AutoModelForCausalLM.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
     )
-    message = [{"role": "user", "content": "ba be"}]
-    text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-    prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("ba be?", add_special_tokens=False)["input_ids"]
     countdown = list(range(FIRST + len(chances) - 1, FIRST - 1, -1))
     with torch.no_grad():
         said = model(torch.tensor([prompt + countdown])).logits[0].softmax(-1)
@@ -55,3 +53,6 @@ def test_the_model_draws_a_length_and_counts_down_to_the_end(tmp_path: Path) -> 
     assert drawn[FIRST : FIRST + len(chances)].tolist() == pytest.approx(chances, abs=1e-4)
     follows = torch.tensor([*countdown[1:], tokenizer.eos_token_id])
     assert said[len(prompt) :].gather(1, follows[:, None]).min() > 0.9999
+
+    with pytest.raises(ValueError, match="not one token"):
+        count_down(folder, chances, "ba be")
