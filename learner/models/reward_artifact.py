@@ -19,6 +19,8 @@ from cluster.contracts.errors import UserError
 
 FILE = "accord_reward.json"
 SCHEMA = "accord.reward/1"
+BFLOAT16_TOLERANCE = 0.1
+"""How far a score in bfloat16 may be off, in standard deviations of the model's scores."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +38,8 @@ class RewardArtifact:
 
     With several heads on the trunk, raw is their mean, and `member_means` holds each head's own
     mean. others: folders below this one that hold the further models of an ensemble of whole ones.
+    bfloat16_error: how far the golden scores were off at most in bfloat16, when they were saved;
+    None: nobody looked.
     """
 
     tokenizer: str
@@ -47,10 +51,17 @@ class RewardArtifact:
     golden: tuple[Golden, ...]
     member_means: tuple[float, ...] = ()
     others: tuple[str, ...] = ()
+    bfloat16_error: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.centre_mean) and 0 < self.centre_std < math.inf):
             raise ValueError(f"centre {self.centre_mean} ± {self.centre_std} is unusable")
+
+    @property
+    def keeps_scores_in_bfloat16(self) -> bool:
+        """Whether they were off by less than half of what is accepted on loading."""
+        error = self.bfloat16_error
+        return error is not None and error < BFLOAT16_TOLERANCE / 2 * self.centre_std
 
     def normalise(self, raw: float) -> float:
         return (raw - self.centre_mean) / self.centre_std

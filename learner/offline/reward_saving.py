@@ -13,6 +13,7 @@ import transformers
 
 from cluster.contracts.errors import UserError
 from learner.compute.microbatches import TokenRow
+from learner.compute.optimizer import compute_in
 from learner.compute.sharding import bare
 from learner.model_files import put_together
 from learner.models.files import load_checked, replace_directory
@@ -69,7 +70,9 @@ def save_reward_model(
             tokenizer.save_pretrained(folder)
             scorer = task.model.to("cpu") if tensors is None else _loaded(folder)
             scores = tuple(_golden(scorer, row) for row in golden)
-            write_artifact(folder, _artifact(task, tokenizer, centre, centred_on, scores))
+            artifact = _artifact(task, tokenizer, centre, centred_on, scores)
+            error = _bfloat16_error(scorer, golden, scores)
+            write_artifact(folder, replace(artifact, bfloat16_error=error))
 
         if ranks.first:
             replace_directory(directory, write)
@@ -115,6 +118,15 @@ def _golden(model: Any, row: TokenRow) -> Golden:
     ids = torch.as_tensor(row.input_ids, dtype=torch.int64)[None]
     score = float(reward_scores(model, ids, torch.ones_like(ids))[0])
     return Golden(token_ids=tuple(int(i) for i in row.input_ids), score=score)
+
+
+def _bfloat16_error(model: Any, rows: Sequence[TokenRow], scores: Sequence[Golden]) -> float | None:
+    """See `RewardArtifact`: by it a service chooses the type that it computes in."""
+    if not rows:
+        return None
+    with compute_in("bfloat16", "cpu"):
+        short = [_golden(model, row).score for row in rows]
+    return max(abs(one - golden.score) for one, golden in zip(short, scores, strict=True))
 
 
 def reward_padding_id(tokenizer: Any, ends: Sequence[int]) -> int:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("accord.reward")
 
 TOKENS_PER_MICROBATCH = {"cpu": 4096, "cuda": 65536}
-BFLOAT16_TOLERANCE = 0.1
-"""Of golden scores in bfloat16, in standard deviations of the scores the model was centred on."""
 
 
 def make(source: RewardModelSource, context: SourceContext) -> ModelScorer:
@@ -170,6 +168,8 @@ class ModelScorer:
         return numbers
 
     def _check_golden(self, model: Any, artifact: RewardArtifact) -> None:
+        from learner.models.reward_artifact import BFLOAT16_TOLERANCE
+
         for row in artifact.golden:
             score = statistics.fmean(self._raw(model, [row.token_ids])[0])
             if not abs(score - row.score) <= BFLOAT16_TOLERANCE * artifact.centre_std:

@@ -82,8 +82,11 @@ def choose_training_type(choices: Choices[Any], model: ModelFacts | None) -> Non
         choices.settle("model.dtype", kind, why)
 
 
-def choose_reward_type(choices: Choices[Any], model: ModelFacts | None) -> None:
-    """reward.dtype of a run's own services. model: the first reward model, None without one."""
+def choose_reward_type(
+    choices: Choices[Any], model: ModelFacts | None, *, keeps_scores: bool
+) -> None:
+    """reward.dtype of a run's own services. model: the first reward model, None without one.
+    keeps_scores: when they were saved, all scored in bfloat16 as in float32, nearly."""
     reward = choices.config.reward
     if choices.is_set("reward.dtype"):
         return
@@ -91,9 +94,10 @@ def choose_reward_type(choices: Choices[Any], model: ModelFacts | None) -> None:
         choices.settle("reward.dtype", NUMBER_TYPE.cpu, "not used: no reward model scores here")
         return
     on_gpu = reward.device != "cpu" and (reward.gpus > 0 or reward.device == "cuda")
-    if not on_gpu:
+    if not on_gpu and not keeps_scores:
         # A reward model whose scores lie close together would be refused in bfloat16.
-        choices.settle("reward.dtype", "float32", "on a CPU, the scores that it was saved with")
+        why = "no reward model here is known to keep its scores in bfloat16"
+        choices.settle("reward.dtype", "float32", why)
         return
     choices.settle("reward.dtype", *_number_type(choices, model, on_gpu=on_gpu, rows=TRAINED_ROWS))
 

@@ -12,6 +12,7 @@ it, and the longest completion, which follows from the model alone.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TypeVar
 
 from cluster.assembly.auto.choices import Choices, Load, Resolved
@@ -36,6 +37,7 @@ from cluster.contracts.config.offline import DpoConfig, RewardModelConfig, SftCo
 from cluster.contracts.config.reward import RewardConfig, RewardModelSource
 from cluster.contracts.config.rollout import RolloutConfig
 from cluster.contracts.config.train import TrainConfig
+from cluster.contracts.errors import UserError
 from cluster.machine.hardware import Machine, this_machine
 
 F = TypeVar("F", SftConfig, RewardModelConfig, DpoConfig)
@@ -52,8 +54,13 @@ class _Rewards(Section):
 def resolve_here(config: TrainConfig) -> Resolved[TrainConfig]:
     """``resolve_training`` for this machine and the config's model. Takes a tenth of a second
     where the type that is computed in has to be measured, else milliseconds."""
-    facts = (read_model_facts(config.model), _reward_facts(config.reward))
-    return resolve_training(config, this_machine(), *facts)
+    return resolve_training(
+        config,
+        this_machine(),
+        read_model_facts(config.model),
+        _reward_facts(config.reward),
+        keeps_scores=_keep_scores(config.reward),
+    )
 
 
 def _reward_facts(reward: RewardConfig) -> ModelFacts | None:
@@ -64,14 +71,29 @@ def _reward_facts(reward: RewardConfig) -> ModelFacts | None:
     return None
 
 
+def _keep_scores(reward: RewardConfig) -> bool:
+    """Whether all reward models are known to score in bfloat16 as in float32, nearly."""
+    from learner.models.reward_artifact import read_artifact
+
+    folders = [Path(s.path) for s in reward.sources if isinstance(s, RewardModelSource)]
+    try:
+        first = [(folder, read_artifact(folder)) for folder in folders]
+        others = [read_artifact(folder / name) for folder, own in first for name in own.others]
+    except UserError:
+        return False  # who loads them says what is wrong
+    return all(own.keeps_scores_in_bfloat16 for own in (*(own for _, own in first), *others))
+
+
 def resolve_training(
     config: TrainConfig,
     machine: Machine,
     model: ModelFacts | None,
     reward_model: ModelFacts | None = None,
+    *,
+    keeps_scores: bool = False,
 ) -> Resolved[TrainConfig]:
     """model, reward_model: None where there is none, or its config cannot be read; then what
-    depends on it keeps a fallback."""
+    depends on it keeps a fallback. keeps_scores: see `choose_reward_type`."""
     choices = Choices(config, machine)
     choose_gpus(choices)
     batch, bound = config.batch, config.staleness.bound
@@ -83,7 +105,7 @@ def resolve_training(
     )
     choose_engines(choices, model, load)
     choose_learner_type(choices, model)
-    choose_reward_type(choices, reward_model)
+    choose_reward_type(choices, reward_model, keeps_scores=keeps_scores)
     choose_learner_cores(choices, model)
     choose_cluster(choices, model)
     choose_stream_parts(choices)
@@ -138,7 +160,7 @@ def resolve_service(reward: RewardConfig, machine: Machine) -> RewardConfig:
     on_gpu = machine.gpus > 0
     given = reward.model_copy(update={"gpus": 1.0}) if on_gpu else reward
     choices = Choices(_Rewards(reward=given), machine)
-    choose_reward_type(choices, _reward_facts(reward))
+    choose_reward_type(choices, _reward_facts(reward), keeps_scores=_keep_scores(reward))
     return reward.model_copy(update={"dtype": choices.config.reward.dtype})
 
 

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import statistics
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +112,24 @@ def test_every_pair_can_be_trained_on(tiny_policy: Path, tmp_path: Path) -> None
     assert (reward / FILE).is_file()
     assert json.loads((tmp_path / "run" / "fit.json").read_text())["rows_held_out"] == 0
     assert json.loads((tmp_path / "run" / "figures.json").read_text()) == {}
+
+
+@torch.no_grad()
+def test_it_says_how_far_bfloat16_is_off(reward_dir: Path) -> None:
+    scorer, artifact = load_reward_model(reward_dir)
+    found = artifact.bfloat16_error
+    assert found is not None
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ids = [torch.tensor([row.token_ids]) for row in artifact.golden]
+        short = [float(reward_scores(scorer, one, torch.ones_like(one))[0]) for one in ids]
+    off = [abs(a - row.score) for a, row in zip(short, artifact.golden, strict=True)]
+    assert found == pytest.approx(max(off), rel=0.05, abs=1e-4)
+    assert found > 0
+    # Half of what a service accepts: a tenth of the scores' deviation.
+    at_most = 0.05 * artifact.centre_std
+    assert not replace(artifact, bfloat16_error=at_most).keeps_scores_in_bfloat16
+    assert replace(artifact, bfloat16_error=0.99 * at_most).keeps_scores_in_bfloat16
+    assert not replace(artifact, bfloat16_error=None).keeps_scores_in_bfloat16
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from cluster.machine import torch_state
 from learner.models.heads import reward_scores
 from learner.models.load import load_tokenizer
 from learner.models.reward_artifact import (
+    BFLOAT16_TOLERANCE,
     Golden,
     RewardArtifact,
     template_hash,
@@ -27,7 +28,6 @@ from learner.models.reward_artifact import (
 from reward_service.composition import build
 from reward_service.source import ScoreItem, SourceContext
 from reward_service.sources.model import (
-    BFLOAT16_TOLERANCE,
     ModelScorer,
     make,
     microbatches,

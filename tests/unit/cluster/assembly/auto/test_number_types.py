@@ -138,15 +138,17 @@ def test_offline_training_and_engines_alone() -> None:
 REWARDED = ('reward.sources=[{type="model", path="rm"}]',)
 
 
-def rewarded(machine: Machine, *words: str, model: ModelFacts | None = MODEL) -> Resolved[Any]:
+def rewarded(
+    machine: Machine, *words: str, model: ModelFacts | None = MODEL, keeps_scores: bool = False
+) -> Resolved[Any]:
     config = load_config(TrainConfig, None, [*TRAINING[:2], *REWARDED, *words])
-    return resolve_training(config, machine, MODEL, model)
+    return resolve_training(config, machine, MODEL, model, keeps_scores=keeps_scores)
 
 
 @pytest.mark.parametrize(
     ("machine", "words", "wanted"),
     [
-        # On a CPU never unasked: a model whose scores lie close together would be refused.
+        # A model whose scores lie close together would be refused.
         (cpu(1.9), (), "float32"),
         (cpu(1.9), ("reward.dtype=bfloat16",), "bfloat16"),
         (GPU, ("reward.gpus=0.2",), "bfloat16"),
@@ -156,6 +158,11 @@ def rewarded(machine: Machine, *words: str, model: ModelFacts | None = MODEL) ->
 )
 def test_reward_models(machine: Machine, words: tuple[str, ...], wanted: str) -> None:
     assert rewarded(machine, *words).config.reward.dtype == wanted
+
+
+def test_reward_models_that_keep_their_scores_in_bfloat16() -> None:
+    for gain, wanted in ((1.9, "bfloat16"), (1.1, "float32")):
+        assert rewarded(cpu(gain), keeps_scores=True).config.reward.dtype == wanted
 
 
 def test_no_reward_model_is_not_measured() -> None:
