@@ -6,6 +6,7 @@ Weights of version v are those before step v; step v publishes version v + 1.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ from learner.rl.step_clock import StepClock
 from learner.rl.step_record import attach, step_record, weights_digest
 from learner.rl.update import PolicyUpdate, UpdateResult
 from learner.settings import LearnerSettings
+
+log = logging.getLogger("accord.learner")
 
 
 class PPOLearner:
@@ -115,6 +118,7 @@ class PPOLearner:
                 value_only=self._value_only(batch.step),
             )
         except Exception:  # whatever it is, the step meets it again, and says so
+            log.warning("step %d could not be begun early", batch.step, exc_info=True)
             self._ahead.forget()
 
     def step(self, batch: StepInput) -> StepResult:

@@ -15,11 +15,11 @@ from cluster.machine.hardware import MB, Machine
 SMALL = 50_000_000  # parameters; below, a second core makes decoding slower (measured up to 16 M)
 MOST_CORES = ENGINE_CORES.cpu
 SMALL_LEARNER_CORES = 8
-# Parameters from which the learner computes on the workers' cores, too, where there are few cores:
-# forward and backward take several times generation's arithmetic. Smaller products gain nothing
-# from a second core that they have to share (measured on two cores).
+# Parameters from which, on a machine with two cores, the learner computes on both: forward and
+# backward take several times generation's arithmetic. Smaller products gain nothing from a core
+# that they have to share. With more cores nobody has measured it.
 SHARING = 5_000_000
-FEW_CORES = 4
+SHARED_CORES = 2
 MANY_CORES = 4  # beside the workers; with fewer, the other processes share the learner's
 OBJECT_STORE_LEAST_MB = 256
 DASHBOARD_CORES = 4  # on two, it delayed the first step by a seventh (docs/operate.md)
@@ -114,7 +114,7 @@ def _shares_cores(choices: Choices[TrainConfig], taken: float, size: int) -> boo
     if config.cluster.to_join is not None or config.rollout.gpus or config.learner.processes > 1:
         return False
     pinned = choices.is_set("cluster.pin_cores") and config.cluster.pin_cores
-    return taken < cores <= FEW_CORES and size >= SHARING and not pinned
+    return taken < cores == SHARED_CORES and size >= SHARING and not pinned
 
 
 def _alike(config: Any) -> str:
@@ -164,7 +164,8 @@ def _pinned(config: Any, machine: Machine, joined: bool) -> tuple[bool, str]:
         return False, f"{counted(machine.cores, 'core')} for {counted(config.rollout.workers)}"
     learner = getattr(config, "learner", None)
     left = machine.cores - config.rollout.workers * config.rollout.cpus
-    if learner is not None and not learner.gpus and learner.processes == 1 < learner.cpus > left:
+    asked = 0 if learner is None or learner.gpus or learner.processes > 1 else learner.cpus
+    if asked > max(1, left):
         return False, "the learner computes on the workers' cores, too"
     return True, "enough cores for one per worker and one for the learner"
 
