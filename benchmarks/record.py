@@ -24,12 +24,17 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit checked out where this file lies."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
-        timeout=10, check=False,
-    )  # fmt: skip
-    return done.stdout.strip() or "unknown"
+    """The commit checked out where this file lies; ``ACCORD_COMMIT`` names it where there is no
+    git or no repository."""
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
+            timeout=10, check=False,
+        )  # fmt: skip
+        found = done.stdout.strip()
+    except FileNotFoundError:
+        found = ""
+    return found or os.environ.get("ACCORD_COMMIT") or "unknown"
 
 
 def cpu_model() -> str:

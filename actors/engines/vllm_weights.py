@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 from vllm.config import CompilationMode, VllmConfig, set_current_vllm_config
-from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.attention import MMEncoderAttention
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
@@ -54,7 +55,7 @@ class Shadow:
             (module, name, parameter, parameter.shape, parameter.dtype)
             for _, module in self._pairs
             for name, parameter in module._parameters.items()
-            if parameter is not None and not is_deferred_attention_layer(module)
+            if parameter is not None and not _is_attention(module)
         ]
         # Attention layers hold no weights of the model: what is there are scales of a cache in 8
         # bits, made with the value that says "none", and removed by vLLM the first time it packs.
@@ -156,14 +157,14 @@ class Shadow:
             raw.setdefault(id(module), []).append((name, parameter))
         for _, module in self._pairs:
             method = getattr(module, "quant_method", None)
-            scales = is_deferred_attention_layer(module)  # of a cache: vLLM takes them up once
+            scales = _is_attention(module)  # of a cache: vLLM takes them up once
             if isinstance(method, QuantizeMethodBase) and not (scales and self._packed):
                 method.process_weights_after_loading(module)
             for name, parameter in raw.get(id(module), ()):
                 if module._parameters.get(name) is not parameter and id(parameter) not in shared:
                     parameter.data = parameter.new_empty(0)
         for _, module in self._pairs:
-            if is_deferred_attention_layer(module):
+            if _is_attention(module):
                 deferred: Any = module
                 deferred.process_weights_after_loading(self._config.model_config.dtype)
         if callable(whole := getattr(self._twin, "process_weights_after_loading", None)):
@@ -267,6 +268,14 @@ def _tensors(pairs: Modules) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
                 if id(tensor) not in seen:
                     seen |= {id(tensor), id(staged[name])}
                     yield tensor, staged[name]
+
+
+def _is_attention(layer: torch.nn.Module) -> bool:
+    """Whether vLLM packs the layer after all others. (Its own name for this question came after
+    0.26, the release that runs with torch 2.11.)"""
+    return isinstance(layer, AttentionLayerBase | MMEncoderAttention) and callable(
+        getattr(layer, "process_weights_after_loading", None)
+    )
 
 
 def _shared_parameters(model: torch.nn.Module) -> set[int]:

@@ -24,7 +24,9 @@ def run(scale: Scale, folder: Path, found: Found, *, out: Path) -> None:
     files = runs.prepare(folder, scale, next(iter(scale.trained.values())))
     for name, settings in KINDS.items():
         steps = {"batch.steps": scale.run_steps}
-        rows = runs.steps(runs.train(files, name, {**settings, **steps}, timeout_s=240))
+        run = runs.train(files, name, {**settings, **steps}, timeout_s=240)
+        runs.keep_metrics(run, out, "lora")
+        rows = runs.steps(run)
         kept = [row for row in rows if "weight_sync/seconds" in row][1:]
         found.figures[name] = {key: statistics.median(row[key] for row in kept) for key in FIGURES}
         difference = max(row["weight_sync/canary_logp_diff"] for row in kept)

@@ -24,7 +24,9 @@ def run(scale: Scale, folder: Path, found: Found, *, out: Path) -> None:
     step_s = {}
     for name, bound in (("asynchronous", BOUND), ("time-slicing", 0)):
         settings = {"staleness.bound": bound, "batch.steps": scale.run_steps}
-        rows = runs.steps(runs.train(files, name, settings, timeout_s=240))
+        run = runs.train(files, name, settings, timeout_s=240)
+        runs.keep_metrics(run, out, "overlap")
+        rows = runs.steps(run)
         kept = rows[SKIPPED:] or rows
         # From one step's end to the next: what a user waits for.
         ends = [row["time"] for row in kept]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -58,11 +59,17 @@ def accord(words: list[str], timeout_s: float) -> str:
     """Standard output of a command; what it says goes to this process's own."""
     environment = {**os.environ, "ACCORD_NO_BOOTSTRAP": "1"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), *words], cwd=ROOT, env=environment, check=True,
+        [sys.executable, str(ROOT / "launch.py"), *words], cwd=ROOT, env=environment, check=False,
         timeout=timeout_s, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     print(done.stdout, flush=True)
+    done.check_returncode()
     return done.stdout
+
+
+def keep_metrics(run: Path, out: Path, part: str) -> None:
+    """Every step's metrics beside the part's record: the run's own folder is deleted."""
+    shutil.copyfile(run / "metrics.jsonl", out / f"{part}-{run.name}.metrics.jsonl")
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
