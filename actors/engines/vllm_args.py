@@ -32,6 +32,9 @@ def _platform_args(settings: EngineSettings) -> dict[str, Any]:
             "kv_cache_memory_bytes": settings.kv_cache_mb << 20,
             "tensor_parallel_size": settings.tensor_parallel,
         }
+    if settings.limits_tokens:
+        # vLLM's newer runner refuses `LimitsProcessor`: it has an interface of its own.
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     return {
         "enforce_eager": EAGER_ENGINE.cuda,
         "gpu_memory_utilization": settings.gpu_memory_fraction,

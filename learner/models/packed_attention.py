@@ -1,7 +1,7 @@
 """Rows packed end to end in one, each attending to itself only, and rows split over processes.
 
 transformers calls the attention function registered here. With `Spans` it runs variable-length
-attention: flash attention on a GPU, blocks of like samples on a CPU. With a `SequencePart` it
+attention: flash attention on a GPU in half precision, else blocks of like samples. With a `SequencePart` it
 exchanges positions for heads around attention. Without either it is transformers' own sdpa, so the
 same model still takes whole padded rows.
 """
@@ -11,6 +11,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -37,17 +39,22 @@ _DEAF = (
     "sequence_parallel = 1"
 )
 
+HALVES = (torch.float16, torch.bfloat16)  # all that flash attention knows
 
-@dataclass(frozen=True, slots=True, eq=False)
+
+@dataclass(frozen=True, eq=False)
 class Spans:
     """offsets: int32 [b + 1] on the device, first positions of the samples in the pack and its end.
-    lengths: the samples' tokens. positions: int64 [1, T], counted from 0 in each sample. blocks: in
-    which they attend on a CPU."""
+    lengths: the samples' tokens. positions: int64 [1, T], counted from 0 in each sample."""
 
     offsets: Tensor
     lengths: tuple[int, ...]
     positions: Tensor
-    blocks: tuple[PaddedBlock, ...]
+
+    @cached_property
+    def blocks(self) -> tuple[PaddedBlock, ...]:
+        """In which the samples attend where there is no flash attention."""
+        return padded_blocks(self.lengths, self.offsets.device)
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device | str) -> Spans:
@@ -58,7 +65,6 @@ class Spans:
             torch.from_numpy(offsets.astype(np.int32)).to(device),
             tuple(int(size) for size in sizes),
             torch.from_numpy(positions)[None].to(device),
-            padded_blocks(lengths, device) if torch.device(device).type == "cpu" else (),
         )
 
 
@@ -189,7 +195,8 @@ def _whole_rows(
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return out.transpose(1, 2)
-    if query.device.type == "cuda":
+    # Rotary embeddings leave float32 under autocast: the value says what is computed in.
+    if query.device.type == "cuda" and value.dtype in HALVES:
         return _flash(query, key, value, scaling, spans)
     return block_attention(query, key, value.to(query.dtype), scaling, spans.blocks)
 
@@ -199,10 +206,14 @@ def _flash(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    # Flash attention knows half precision only; rotary embeddings leave float32 under autocast.
-    kind = value.dtype if value.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-    q, k, v = (x[0].transpose(0, 1).to(kind) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     longest = max(spans.lengths)
+    more: dict[str, Any] = {}
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in signature(varlen_attn).parameters:
+            more = {"enable_gqa": True}
+        else:  # torch before 2.13
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     out = varlen_attn(
         q,
         k,
@@ -213,7 +224,7 @@ def _flash(
         longest,
         scale=scaling,
         window_size=(-1, 0),
-        enable_gqa=q.shape[1] != k.shape[1],
+        **more,
     )
     assert isinstance(out, Tensor)
     return out[None]

@@ -115,7 +115,8 @@ def taken(receiver: Any, made: WeightManifest, timeout_s: float = 30.0) -> dict[
 def serve(make: str) -> None:
     """A process that fetches what it is told to and says what came."""
     torch.set_num_threads(1)
-    receiver: Any = CollectiveReceiver(DEVICE) if make == "collective" else SharedDeviceReceiver()
+    kind: Any = CollectiveReceiver if make == "collective" else SharedDeviceReceiver
+    receiver = kind(DEVICE)
     commands, replies = Connection(0, writable=False), Connection(1, readable=False)
     while (made := commands.recv()) is not None:
         try:
