@@ -73,6 +73,7 @@ class EngineSettings:
     kv_on_swap: Literal["recompute", "keep"] = "recompute"
     tensor_parallel: int = 1
     gpu_memory_fraction: float = 0.45
+    shares_gpu: bool = False  # then its cache has `kv_cache_mb`; else what the fraction leaves
     trust_remote_code: bool = False
     revision: str | None = None
     weights: Literal["disk", "published"] = "disk"
@@ -150,6 +151,7 @@ def engine_settings(
         kv_on_swap=rollout.kv_on_swap,
         tensor_parallel=rollout.tensor_parallel,
         gpu_memory_fraction=rollout.gpu_memory_fraction,
+        shares_gpu=0 < rollout.gpus < 1,
         trust_remote_code=model.trust_remote_code,
         revision=model.revision,
         # Seeds of one's own ask for what vLLM itself samples with them, to the last bit.

@@ -24,8 +24,10 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit checked out where this file lies; ``ACCORD_COMMIT`` names it where there is no
-    git or no repository."""
+    """The commit checked out where this file lies. ``ACCORD_COMMIT`` names it for a copy without
+    git, or whose files are newer than its last commit."""
+    if given := os.environ.get("ACCORD_COMMIT"):
+        return given
     try:
         done = subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True,
@@ -34,7 +36,7 @@ def commit() -> str:
         found = done.stdout.strip()
     except FileNotFoundError:
         found = ""
-    return found or os.environ.get("ACCORD_COMMIT") or "unknown"
+    return found or "unknown"
 
 
 def cpu_model() -> str:

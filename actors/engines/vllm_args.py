@@ -38,6 +38,8 @@ def _platform_args(settings: EngineSettings) -> dict[str, Any]:
     return {
         "enforce_eager": EAGER_ENGINE.cuda,
         "gpu_memory_utilization": settings.gpu_memory_fraction,
+        # Beside others vLLM cannot measure what is left: it fails where one frees memory meanwhile.
+        "kv_cache_memory_bytes": settings.kv_cache_mb << 20 if settings.shares_gpu else None,
         "tensor_parallel_size": settings.tensor_parallel,
     }
 

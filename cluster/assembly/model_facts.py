@@ -50,6 +50,13 @@ class ModelFacts:
         """Bytes of the keys and values of one token, ``width`` bytes a number."""
         return 2 * self.layers * self.kv_heads * self.head_size * width
 
+    def activation_bytes(self, width: int) -> int:
+        """Bytes a token that autograd keeps of one decoder layer with flash attention: what goes
+        into each matrix, the gate and its product, and the norms' float32 copies."""
+        attention = self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        numbers = 4 * self.hidden + attention + 4 * self.intermediate
+        return width * numbers + 2 * 4 * self.hidden
+
 
 def read_model_facts(model: ModelConfig) -> ModelFacts | None:
     """None for a model whose config cannot be read or names no shapes; whether that is a mistake

@@ -129,7 +129,7 @@ def _passing(
     tokens = -(-tokens // learner.sequence_parallel)
     layer, outer = model.layer_parameters / split, model.outer_parameters / split
     stream = tokens * model.hidden * dtype
-    inside = float(_inside_a_layer(model, tokens, dtype) / split)
+    inside = float(tokens * model.activation_bytes(dtype) / split)
     again = learner.gradient_checkpointing
     passing = {
         "activations kept": float(networks * model.layers * (stream if again else inside)),
@@ -157,14 +157,6 @@ def _sending(config: TrainConfig, model: ModelFacts, width: int) -> float:
     return buckets + width * model.vocabulary * model.hidden
 
 
-def _inside_a_layer(model: ModelFacts, tokens: int, dtype: int) -> float:
-    """Bytes that autograd keeps of one decoder layer with flash attention: what goes into each
-    matrix, the gate and its product, and the norms' float32 copies."""
-    attention = model.head_size * (2 * model.heads + 2 * model.kv_heads)
-    numbers = 4 * model.hidden + attention + 4 * model.intermediate
-    return float(tokens * (dtype * numbers + 2 * 4 * model.hidden))
-
-
 def _logits(model: ModelFacts, rows: float, dtype: int, kind: str) -> float:
     """Rows: completion tokens, the only ones whose logits are computed."""
     every = rows * model.vocabulary
@@ -176,8 +168,9 @@ def _kind(gpus: float) -> str:
 
 
 def engine_sizes(config: TrainConfig, model: ModelFacts, gpu_bytes: float) -> Sizes:
-    """Of one GPU of a worker. New weights are staged beside those in force; the cache gets what is
-    left of `rollout.gpu_memory_fraction`."""
+    """Of one GPU of a worker. New weights are staged beside those in force; the cache gets
+    `rollout.kv_cache_mb` on a GPU that is shared, else what is left of
+    `rollout.gpu_memory_fraction`."""
     rollout = config.rollout
     weights = WIDTH[rollout.dtype] * model.parameters / rollout.tensor_parallel
     fixed = {
@@ -186,5 +179,9 @@ def engine_sizes(config: TrainConfig, model: ModelFacts, gpu_bytes: float) -> Si
         "buckets being received": 2.0 * config.weights.bucket_mb * MB,
         "CUDA context, graphs, activations": 4096.0 * MB,
     }
-    left = gpu_bytes * rollout.gpu_memory_fraction - sum(fixed.values())
-    return Sizes(device=fixed | {"key-value cache (what is left)": max(0.0, left)}, host={})
+    if rollout.gpus < 1:
+        cache = {"key-value cache": float(rollout.kv_cache_mb * MB)}
+    else:
+        left = gpu_bytes * rollout.gpu_memory_fraction - sum(fixed.values())
+        cache = {"key-value cache (what is left)": max(0.0, left)}
+    return Sizes(device=fixed | cache, host={})

@@ -1,9 +1,9 @@
 """Rows packed end to end in one, each attending to itself only, and rows split over processes.
 
 transformers calls the attention function registered here. With `Spans` it runs variable-length
-attention: flash attention on a GPU in half precision, else blocks of like samples. With a `SequencePart` it
-exchanges positions for heads around attention. Without either it is transformers' own sdpa, so the
-same model still takes whole padded rows.
+attention: flash attention on a GPU in half precision, else blocks of like samples. With a
+`SequencePart` it exchanges positions for heads around attention. Without either it is
+transformers' own sdpa, so the same model still takes whole padded rows.
 """
 
 from __future__ import annotations

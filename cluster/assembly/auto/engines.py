@@ -84,10 +84,13 @@ def choose_seats(choices: Choices[Any], model: ModelFacts | None, load: Load) ->
 
 def choose_cache(choices: Choices[Any], model: ModelFacts | None, load: Load) -> None:
     rollout = choices.config.rollout
-    if rollout.gpus:
-        choices.settle("rollout.kv_cache_mb", CACHE_LEAST_MB, "not used on a GPU")
+    if rollout.gpus >= 1:
+        why = "not used: what gpu_memory_fraction leaves"
+        choices.settle("rollout.kv_cache_mb", CACHE_LEAST_MB, why)
     elif model is None:
-        choices.settle("rollout.kv_cache_mb", CACHE_LEAST_MB, "the model's config cannot be read")
+        half = int(choices.machine.gpu_memory_mb * rollout.gpu_memory_fraction / 2)
+        size = half if rollout.gpus else CACHE_LEAST_MB
+        choices.settle("rollout.kv_cache_mb", size, "the model's config cannot be read")
     else:
         sequence = _sequence_mb(choices, model, load)
         full = math.ceil((rollout.max_running + 1) * sequence)
@@ -95,7 +98,12 @@ def choose_cache(choices: Choices[Any], model: ModelFacts | None, load: Load) ->
         size = max(CACHE_LEAST_MB, min(full, budget), math.ceil(2 * sequence))
         why = f"{rollout.max_running} completions at full length take {full} MiB"
         if size < full:
-            why += f"; a quarter of the memory, for {counted(load.engines)}, is {budget} MiB"
+            what = (
+                "the worker's share of the GPU leaves"
+                if rollout.gpus
+                else (f"a quarter of the memory, for {counted(load.engines)}, is")
+            )
+            why += f"; {what} {budget} MiB"
         choices.settle("rollout.kv_cache_mb", size, why)
 
 

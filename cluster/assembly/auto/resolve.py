@@ -24,6 +24,7 @@ from cluster.assembly.auto.devices import (
 )
 from cluster.assembly.auto.engines import choose_engines
 from cluster.assembly.auto.fits import choose_processes
+from cluster.assembly.auto.microbatches import choose_microbatch
 from cluster.assembly.auto.number_types import (
     choose_learner_type,
     choose_reward_type,
@@ -108,6 +109,7 @@ def resolve_training(
     choose_reward_type(choices, reward_model, keeps_scores=keeps_scores)
     choose_learner_cores(choices, model)
     choose_cluster(choices, model)
+    choose_microbatch(choices, model)
     choose_stream_parts(choices)
     steps = config.batch.steps
     choices.settle(

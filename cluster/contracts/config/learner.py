@@ -41,8 +41,10 @@ class LearnerConfig(ComputeConfig):
     )
     epochs: int = Field(1, ge=1, description="Passes over the completions of a learner step.")
     minibatches: int = Field(1, ge=1, description="Optimiser steps per pass.")
-    tokens_per_microbatch: int = Field(
+    tokens_per_microbatch: int = auto(
         2048,
+        rule="2048 on a CPU; on a GPU 8192, or half or a quarter of it, so that what a forward "
+        "pass keeps takes a third of the learner's share of the GPU's memory at most",
         ge=16,
         description="Most tokens in one forward pass, padding included. Lower it to save memory.",
     )

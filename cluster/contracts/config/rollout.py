@@ -124,9 +124,12 @@ class RolloutConfig(Section):
     kv_cache_mb: int = auto(
         64,
         rule="room for `max_running` sequences at full length; at least 64, and for all "
-        "workers together at most a quarter of the machine's memory",
+        "workers together at most a quarter of the machine's memory (on a GPU: what "
+        "`gpu_memory_fraction` leaves)",
         ge=8,
-        description="Key-value cache of one worker on a CPU, in MiB.",
+        description="Key-value cache of one worker, in MiB: on a CPU, and on a GPU that it shares "
+        "(`gpus` below 1). A worker with a GPU of its own takes what `gpu_memory_fraction` "
+        "leaves.",
     )
     gpu_memory_fraction: float = auto(
         0.45,

@@ -38,7 +38,7 @@ def memory_plan(config: TrainConfig, measured: Mapping[str, Mapping[str, Any]]) 
         ),
         "weights on their way (object store)": 3 * width * count,
     }
-    if rollout.gpus:
+    if rollout.gpus >= 1:
         del plan["worker: key-value cache"]  # what the GPU's share leaves
     return plan
 

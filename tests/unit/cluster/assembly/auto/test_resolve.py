@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -179,6 +180,9 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
             "learner.gpus": 0.5,
             "rollout.gpu_memory_fraction": 0.438,
             "rollout.max_running": 384,
+            # 385 sequences of 1536 tokens, 12 KiB each, in blocks of 32.
+            "rollout.kv_cache_mb": 6930,
+            "learner.tokens_per_microbatch": 8192,
             "cluster.pin_cores": False,
         },
     ),
@@ -340,6 +344,18 @@ def test_a_config_that_is_written_before_it_is_resolved_keeps_auto() -> None:
     assert dumped["kv_cache_mb"] == wanted.config.rollout.kv_cache_mb
 
 
+@pytest.mark.parametrize(("gpus", "tokens"), [("0.5", 2048), ("1", 4096)])
+def test_a_microbatch_fits_the_learners_share_of_the_gpu(gpus: str, tokens: int) -> None:
+    """Of a layer with 16-bit numbers: 2 * (4 * 3584 + 128 * 64 + 4 * 18944) + 8 * 3584 bytes a
+    token, 6 MiB in 28 layers; 2048 tokens keep 12.0 GiB and 4096 keep 24.1. A third of the GPU
+    is 26.5 GiB, a third of its half 13.3."""
+    model = replace(SEVEN_B, heads=28, intermediate=18944)
+    assert model.activation_bytes(2) == 225_280
+    words = (f"learner.gpus={gpus}", "rollout.gpus=0.5")
+    resolved = resolve_training(config(*words), ONE_H100, model)
+    assert resolved.config.learner.tokens_per_microbatch == tokens
+
+
 @pytest.mark.parametrize("key", sorted(auto_keys()))
 def test_a_value_that_was_set_is_never_changed(key: str) -> None:
     chosen = {
@@ -352,6 +368,7 @@ def test_a_value_that_was_set_is_never_changed(key: str) -> None:
         "cluster.pin_cores": True,
         "cluster.dashboard": False,
         "cluster.object_store_mb": 99,
+        "learner.tokens_per_microbatch": 99,
     }.get(key, 9)
     text = str(chosen).lower() if isinstance(chosen, bool) else str(chosen)
     resolved = resolve_training(config(f"{key}={text}"), EIGHT_H100, SEVEN_B)
