@@ -19,7 +19,8 @@ Accord runs on CPUs and on GPUs with the same code. This page lists every choice
 kind of device, the two choices side by side, and the reason. `docs/device_reference.py` makes the
 page from `cluster/contracts/devices.py`, which is where the code takes the choices from.
 
-**The CPU column has been run. The CUDA column has been read, not run**:
+**The CPU column is run on every change. The CUDA column ran once on one H100**, as far as
+[On a GPU](results.md#on-a-gpu) says. The rest of it has been read, not run:
 [what has been checked without a GPU](decisions/0005-what-was-checked-without-a-gpu.md).
 
 """

@@ -3,8 +3,8 @@
 ``LLMEngine`` is driven step by step by one thread: a weight swap falls exactly between two tokens.
 Call ``actors.environment.prepare_environment`` before this module is imported.
 
-Run on CPU only so far, tensor parallelism included: the CUDA choices in ``vllm_args`` follow vLLM's
-documentation and have not been run by us.
+Run on every change on a CPU, tensor parallelism included. On CUDA vLLM 0.26 ran once, with one GPU
+(``docs/results.md``); divided engines never did.
 
 Weights are loaded as they come and packed into a second set beside the one that decodes
 (``actors.engines.vllm_weights``, for a divided engine ``vllm_parts``); the swap only exchanges the

@@ -1,7 +1,7 @@
 """Everything that Accord chooses by the kind of device, CPU and CUDA side by side.
 
-Whoever needs one of these imports it from here; `docs/devices.md` is made of this table. Nothing on
-the CUDA side has been run by us.
+Whoever needs one of these imports it from here; `docs/devices.md` is made of this table.
+`docs/results.md` says what of the CUDA side has run.
 """
 
 from __future__ import annotations
