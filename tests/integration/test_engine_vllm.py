@@ -126,3 +126,13 @@ def test_an_engine_in_8_bits_takes_every_update_and_is_close_to_the_learner(
     assert min(found["moved"]) > 3 * max(found["canary"]), "else an old kernel would pass"
     assert "down_proj" in found["left_behind"]
     assert "no kernel for fp8" in found["fp8"]
+
+
+def test_an_engine_that_shares_a_gpu_has_a_cache_of_a_set_size(measured: dict[str, Any]) -> None:
+    """vLLM's own measurement of what is left fails where another process frees memory."""
+    alone, shared = measured["gpu"]["alone"], measured["gpu"]["shared"]
+    assert alone["kv_cache_memory_bytes"] is None
+    assert shared["kv_cache_memory_bytes"] == 8 << 20
+    assert alone["gpu_memory_utilization"] == shared["gpu_memory_utilization"] == 0.45
+    # vLLM's newer runner has no place for what limits sampling.
+    assert [one["VLLM_USE_V2_MODEL_RUNNER"] for one in (alone, shared)] == [None, "0"]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from actors.environment import make_engine, prepare_environment
@@ -403,6 +405,22 @@ def check_int8(folder: Path) -> dict[str, Any]:
     return out
 
 
+def check_gpu_arguments(folder: Path) -> dict[str, Any]:
+    """What vLLM would be given on a GPU: alone on it, and beside others with limits to sampling."""
+    from actors.engines import vllm_args
+
+    cpu, runner = vllm_args.current_platform, "VLLM_USE_V2_MODEL_RUNNER"
+    vllm_args.current_platform = SimpleNamespace(is_cpu=lambda: False)
+    found = {}
+    try:
+        for name, keys in {"alone": {}, "shared": {"shares_gpu": True, "top_p": 0.9}}.items():
+            arguments = vllm_args._platform_args(settings(folder, **keys))
+            found[name] = arguments | {runner: os.environ.pop(runner, None)}
+    finally:
+        vllm_args.current_platform = cpu
+    return found
+
+
 def main() -> None:
     folder = Path(sys.argv[1])
     began = time.perf_counter()
@@ -411,6 +429,7 @@ def main() -> None:
     results["keep"] = check_keep(folder)
     results["bfloat16"] = check_bfloat16(folder)
     results["int8"] = check_int8(folder)
+    results["gpu"] = check_gpu_arguments(folder)
     results["seconds"] = time.perf_counter() - began
     (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
 
