@@ -14,7 +14,8 @@ If the learner waits for groups that were held back, the margin grows by as much
 every step that finds its groups there, it shrinks a little. Until some steps were measured, and
 whenever the expected start is past, nothing is held back. The steps that the bound allows at the
 start are not measured: they are admitted together and wait for each other, and for engines that do
-their first work. The pacer only ever delays what the bound allows, so it cannot break the bound.
+their first work. Nor are those that are admitted while these are still generated. The pacer only
+ever delays what the bound allows, so it cannot break the bound.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from collections import deque
 from dataclasses import dataclass, field
 from statistics import median
 
-MEASURED = 3  # so many steps have to be known before anything is held back
+# So many have to be known before anything is held back.
+LEAST_LATENCIES = 2
+LEAST_DURATIONS = 3  # the learner's first step takes longer than the others
 LATENCIES = 10  # steps that the 95th percentile is taken of
 DURATIONS = 8  # steps that the learner's median is taken of
 LEAST_MARGIN = 0.15  # in learner steps
@@ -41,7 +44,8 @@ class Pacer:
     _idle_since: float | None = None
     _margin: float = LEAST_MARGIN  # in learner steps
     _admitted: dict[int, float] = field(default_factory=dict)  # step -> when, until it is complete
-    _at_start: set[int] = field(default_factory=set)  # admitted before the learner's first step
+    _at_start: set[int] = field(default_factory=set)  # of the open ones: admitted at the start
+    _crowded: set[int] = field(default_factory=set)  # these, and those admitted beside them
     _held_back: set[int] = field(default_factory=set)  # admitted later than the bound allowed
     _latencies: deque[float] = field(default_factory=lambda: deque(maxlen=LATENCIES))
     _durations: deque[float] = field(default_factory=lambda: deque(maxlen=DURATIONS))
@@ -68,15 +72,18 @@ class Pacer:
         return due
 
     def admitted(self, step: int, now: float) -> None:
-        self._admitted[step] = now
         if self._began is None and not self._durations:
             self._at_start.add(step)
+        if self._at_start:
+            self._crowded.add(step)
+        self._admitted[step] = now
 
     def complete(self, step: int, now: float) -> None:
         """All groups of ``step`` are there."""
         took = now - self._admitted.pop(step)
-        if step in self._at_start:
-            self._at_start.remove(step)
+        self._at_start.discard(step)
+        if step in self._crowded:
+            self._crowded.remove(step)
         else:
             self._latencies.append(took)
 
@@ -104,7 +111,9 @@ class Pacer:
 
     @property
     def _measured(self) -> bool:
-        return len(self._latencies) >= MEASURED and len(self._durations) >= MEASURED
+        return (
+            len(self._latencies) >= LEAST_LATENCIES and len(self._durations) >= LEAST_DURATIONS
+        )
 
     def _latency(self) -> float:
         ordered = sorted(self._latencies)

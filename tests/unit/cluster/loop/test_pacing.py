@@ -61,6 +61,27 @@ def test_steps_that_were_admitted_together_at_the_start_are_not_measured() -> No
     assert pacer.lead_s == pytest.approx(4.0 + 1.5)
 
 
+def test_a_step_that_is_admitted_beside_those_of_the_start_is_not_measured() -> None:
+    pacer = Pacer()
+    for step in range(3):
+        pacer.admitted(step, 0.0)
+    pacer.complete(0, 10.0)
+    pacer.step_began(10.0)
+    pacer.step_ended(20.0)
+    pacer.admitted(3, 20.0)  # beside 1 and 2, which go on until 25 s
+    pacer.complete(1, 25.0)
+    pacer.complete(2, 25.0)
+    pacer.complete(3, 32.0)
+    for step in (4, 5):  # alone
+        at = 10.0 * step - 15.0
+        pacer.step_began(at)
+        pacer.step_ended(at + 10.0)
+        pacer.admitted(step, at + 10.0)
+        assert pacer.lead_s == 0.0
+        pacer.complete(step, at + 14.0)
+    assert pacer.lead_s == pytest.approx(4.0 + 1.5)
+
+
 def test_a_learner_that_waits_is_expected_to_begin_now() -> None:
     pacer = measured(latency_s=4.0, step_s=10.0)
     pacer.step_ended(110.0)
