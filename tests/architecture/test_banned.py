@@ -99,6 +99,17 @@ def banned_in(code: str) -> list[tuple[int, str]]:
     return [(line, reason) for line, reason in found if reason]
 
 
+def test_no_merge_conflict_is_left() -> None:
+    marks = ("<" * 7 + " ", ">" * 7 + " ")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in committed_or_new("*.py", "*.md", "*.toml", "*.html", "*.txt", "Makefile")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if line.startswith(marks)
+    ]
+    assert found == []
+
+
 def test_no_banned_call() -> None:
     found = [
         f"{path.relative_to(ROOT)}:{line} {reason}"
