@@ -7,8 +7,8 @@ groups of a step back until they are needed:
     admission = expected start of the step - lead
 
 ``lead`` is how long the groups of a step took lately, from admission until the last of them was
-there (95th percentile of the last steps), and a margin. Where the workers are the slower side, the
-lead is longer than what is left until the step, so nothing is held back.
+there (95th percentile of the last 20 steps), and a margin. Where the workers are the slower side,
+the lead is longer than what is left until the step, so nothing is held back.
 
 If the learner waits for groups that were held back, the margin grows by as much as it waited. With
 every step that finds its groups there, it shrinks a little. Until some steps were measured, and
@@ -27,10 +27,10 @@ from statistics import median
 # So many have to be known before anything is held back.
 LEAST_LATENCIES = 2
 LEAST_DURATIONS = 3  # the learner's first step takes longer than the others
-LATENCIES = 10  # steps that the 95th percentile is taken of
+LATENCIES = 20  # steps that the 95th percentile is taken of: one slow step in them does not count
 DURATIONS = 8  # steps that the learner's median is taken of
 LEAST_MARGIN = 0.15  # in learner steps
-SHRINK = 0.95
+SHRINK = 0.9
 
 
 @dataclass(slots=True)
