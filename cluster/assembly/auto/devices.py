@@ -18,7 +18,7 @@ SMALL_LEARNER_CORES = 8
 # Parameters from which, on a machine with two cores, the learner computes on both: forward and
 # backward take several times generation's arithmetic. Smaller products gain nothing from a core
 # that they have to share. With more cores nobody has measured it.
-SHARING = 5_000_000
+SHARING = 4_500_000
 SHARED_CORES = 2
 MANY_CORES = 4  # beside the workers; with fewer, the other processes share the learner's
 OBJECT_STORE_LEAST_MB = 256
