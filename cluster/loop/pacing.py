@@ -111,9 +111,7 @@ class Pacer:
 
     @property
     def _measured(self) -> bool:
-        return (
-            len(self._latencies) >= LEAST_LATENCIES and len(self._durations) >= LEAST_DURATIONS
-        )
+        return len(self._latencies) >= LEAST_LATENCIES and len(self._durations) >= LEAST_DURATIONS
 
     def _latency(self) -> float:
         ordered = sorted(self._latencies)
