@@ -110,7 +110,7 @@ def choose_cache(choices: Choices[Any], model: ModelFacts | None, load: Load) ->
 def _cache_budget_mb(choices: Choices[Any], model: ModelFacts, load: Load) -> float:
     """MiB that one worker's cache may have."""
     rollout, machine = choices.config.rollout, choices.machine
-    if "kv_cache_mb" in rollout.model_fields_set and not rollout.gpus:
+    if "kv_cache_mb" in rollout.model_fields_set and rollout.gpus < 1:
         return float(rollout.kv_cache_mb)
     if not rollout.gpus:
         return machine.memory_mb / 4 / load.engines

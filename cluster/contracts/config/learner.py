@@ -43,8 +43,8 @@ class LearnerConfig(ComputeConfig):
     minibatches: int = Field(1, ge=1, description="Optimiser steps per pass.")
     tokens_per_microbatch: int = auto(
         2048,
-        rule="2048 on a CPU; on a GPU 8192, or half or a quarter of it, so that what a forward "
-        "pass keeps takes a third of the learner's share of the GPU's memory at most",
+        rule="2048 on a CPU; on a GPU the largest of 8192 and 4096 with which a forward pass keeps "
+        "at most a third of the learner's share of the GPU's memory, else 2048",
         ge=16,
         description="Most tokens in one forward pass, padding included. Lower it to save memory.",
     )

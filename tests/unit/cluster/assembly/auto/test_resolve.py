@@ -187,6 +187,13 @@ CASES: list[tuple[str, Machine, ModelFacts | None, tuple[str, ...], dict[str, An
         },
     ),
     (
+        "one H100 that is shared, a cache that the user set: 18 MiB for a sequence, one is spare",
+        ONE_H100,
+        HALF_B,
+        ("rollout.kv_cache_mb=1000",),
+        {"rollout.gpus": 0.5, "rollout.kv_cache_mb": 1000, "rollout.max_running": 54},
+    ),
+    (
         "one H100 with two workers: they share what the learner leaves",
         ONE_H100,
         HALF_B,
