@@ -150,9 +150,19 @@ def _in_a_thread(work: Coroutine[Any, Any, T], stop: StopSwitch | None) -> T:
 def _run(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], ended: threading.Event) -> None:
     asyncio.set_event_loop(loop)
     try:
-        loop.run_until_complete(asyncio.wait([task]))
+        with suppress(KeyboardInterrupt):  # raised by the work: the caller finds it in the task
+            loop.run_until_complete(asyncio.wait([task]))
+        loop.run_until_complete(_cancel_the_rest())
         loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.run_until_complete(loop.shutdown_default_executor())
     finally:
         asyncio.set_event_loop(None)
         loop.close()
         ended.set()
+
+
+async def _cancel_the_rest() -> None:
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    await asyncio.gather(*rest, return_exceptions=True)

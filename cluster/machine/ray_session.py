@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import os
 import sys
@@ -20,6 +21,7 @@ from cluster.contracts.telemetry import telemetry_off
 from cluster.machine.handshake import PACKAGES, ROOT, require_same_everywhere
 from cluster.machine.head_node import head_node
 from cluster.machine.joining import cluster_to_join
+from cluster.machine.program_end import end_without_destructors
 from cluster.machine.ray_token import prepare_token
 from cluster.machine.signals import signal_handlers_kept
 
@@ -28,6 +30,9 @@ LEFTOVERS_S = 2.0
 
 _held: list[dict[str, Any]] = []
 """What the ``ray_cluster`` that this process is in yields; empty outside of one."""
+
+_clusters = itertools.count(1)
+"""Which of this process's Ray clusters the next one is."""
 
 
 def in_ray_cluster() -> bool:
@@ -53,6 +58,10 @@ def ray_cluster(config: ClusterConfig) -> Iterator[dict[str, Any]]:
     started = config.to_join is None
     if started:
         prepare_token()
+    if next(_clusters) == 2:
+        # Ray stops its exporter of metrics only the first time. The next one goes on exporting, in
+        # vain, until the process ends, and then crashes it if it writes a warning just there.
+        end_without_destructors()
     with _leftovers_ended() if started else nullcontext(), _joined(config) as info:
         software = None if started else require_same_everywhere()
         _held.append(info | {"started": started, "software": software})

@@ -38,6 +38,33 @@ def test_what_it_raises_comes_through() -> None:
             call()
 
 
+def test_an_interrupt_raised_by_the_work_ends_the_loop_in_good_order(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ended = []
+
+    async def beside() -> None:
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append("beside")
+
+    async def work() -> None:
+        tasks.append(asyncio.create_task(beside()))
+        await asyncio.sleep(0)
+        raise KeyboardInterrupt
+
+    async def cell() -> None:
+        with pytest.raises(KeyboardInterrupt):
+            run_coroutine(work())
+
+    tasks: list[asyncio.Task[None]] = []
+    asyncio.run(cell())
+    assert ended == ["beside"]
+    assert tasks[0].cancelled()
+    assert capsys.readouterr().err == ""  # the thread shows nobody the interrupt as its own failure
+
+
 async def until_stopped(stop: StopSwitch, begun: threading.Event) -> str:
     stopped = asyncio.Event()
     with stop.bound(stopped.set):
