@@ -26,6 +26,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
+from actors.engines.amx import ask_for_amx
 from actors.engines.proof import NumberSum, differing, number_sum
 from actors.engines.token_limits import Drawn, Kept
 from actors.engines.vllm_limits import LimitsProcessor
@@ -37,6 +38,8 @@ from cluster.weights.pinned import PinnedCopies
 from cluster.weights.streams import beside
 
 Modules = list[tuple[torch.nn.Module, torch.nn.Module]]
+
+ask_for_amx()  # here, because every process of an engine imports this module before it computes
 
 
 class Shadow:
