@@ -391,16 +391,21 @@ def check_int8(folder: Path) -> dict[str, Any]:
         out["canary"].append(float(apart.median()))
         disturb(model, 0.1, 60 + version)
         out["moved"].append(float((got - reference(model, CANARY)).abs().median()))
-    # The packed kernel lies outside the layer's tensors: one that is left behind must be found.
-    layer = engine._llm.model_executor.driver_worker.worker.model_runner.get_model()
-    kernel = layer.model.layers[0].mlp.down_proj.scheme.kernel
-    kernel.dnnl_handler = copy.copy(kernel.dnnl_handler)
-    kernel.dnnl_handler.accord_packed_from = "another update's"
+    # A packed weight that is left behind must be found.
+    whole = engine._llm.model_executor.driver_worker.worker.model_runner.get_model()
+    layer = whole.model.layers[0].mlp.down_proj
+    handler = getattr(layer.scheme.kernel, "dnnl_handler", None)
+    if handler is None:  # a processor with AMX: the packed weight is a tensor of the layer
+        layer.weight.data = layer.weight.data.flip(0)
+    else:  # it lies outside the layer's tensors
+        layer.scheme.kernel.dnnl_handler = handler = copy.copy(handler)
+        handler.accord_packed_from = "another update's"
     try:
         engine.prove()
     except AccordError as problem:
         out["left_behind"] = str(problem)
-    kernel.dnnl_handler.handler_tensor = None  # a copy: the original frees the memory
+    if handler is not None:
+        handler.handler_tensor = None  # a copy: the original frees the memory
     engine.close()
     return out
 
