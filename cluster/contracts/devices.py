@@ -98,14 +98,6 @@ ATTENTION = ByDevice(
     "on a GPU torch's fused kernels need no matrix of scores; on a CPU eager is as fast for short "
     "rows, and its numbers are the reference",
 )
-QUICK_LAYERS = ByDevice(
-    "norms and rotary positions of a learner in bfloat16: one operation each (of Llama, Mistral, "
-    "Qwen 2 and 3)",
-    True,
-    False,
-    "on a CPU the small operations between the products take as long as these; on a GPU nobody has "
-    "measured it",
-)
 FAST_PRODUCTS = ByDevice(
     "fast float32 products (`torch.set_float32_matmul_precision('medium')`)",
     True,

@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cluster.contracts.devices import QUICK_LAYERS
 from learner.compute.ranks import is_sharded
 
 T = TypeVar("T")
@@ -67,7 +66,7 @@ def _rounded(*tensors: Tensor) -> bool:
     return (
         torch.is_autocast_enabled("cpu")
         and torch.get_autocast_dtype("cpu") == torch.bfloat16
-        and all(QUICK_LAYERS.on(x.device) and not is_sharded(x) for x in tensors)
+        and all(x.device.type == "cpu" and not is_sharded(x) for x in tensors)
     )
 
 
