@@ -25,7 +25,6 @@ from cluster.contracts.errors import UserError
 from cluster.machine.imports import quiet_torchao
 from learner.compute.sharding import materialise
 from learner.models.fill import fill, fill_from, names_in_files, without_weights
-from learner.models.quick_layers import use_quick_layers
 from learner.models.weight_files import check_weight_files, holds_safetensors
 
 _log = logging.getLogger(__name__)
@@ -69,7 +68,6 @@ def load_checked(
             where=path,
             fix="copy the complete model directory, or use another model",
         )
-    use_quick_layers(model)
     return model.eval()
 
 
@@ -127,7 +125,6 @@ def load_placed(
             )
     folder = Path(path) if Path(path).is_dir() else _downloaded(path, revision)
     names = names_in_files(model, folder) if holds_safetensors(folder) else None
-    use_quick_layers(model)
     wanted = part(model)
     above = next(name for name, module in model.named_modules() if module is wanted)
     root = placing.prepare(wanted)
