@@ -154,7 +154,6 @@ def _run(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any], ended: thread
             loop.run_until_complete(asyncio.wait([task]))
         loop.run_until_complete(_cancel_the_rest())
         loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.run_until_complete(loop.shutdown_default_executor())
     finally:
         asyncio.set_event_loop(None)
         loop.close()
